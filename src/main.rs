@@ -1,1 +1,5 @@
-fn main() {}
+//! The process; everything is in [`tidegate::cli`].
+
+fn main() -> std::process::ExitCode {
+    tidegate::cli::main()
+}

@@ -1,1 +1,206 @@
-//! cli
+//! The command line: subcommands, what they print, how the process ends.
+//!
+//! Data on stdout, everything else on stderr. Exit codes: 0; 1 when running failed; 2 for a command line that cannot be
+//! understood; 78 (`EX_CONFIG` of sysexits.h) for a configuration that cannot be used.
+
+use std::{
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources};
+
+const RUNTIME: u8 = 1;
+const CONFIGURATION: u8 = 78;
+
+/// A reverse-proxy sidecar for WebSocket backends that ends every connection in an orderly way
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 success, 1 runtime error, 2 usage, 78 configuration")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the proxy
+    #[command(
+        after_help = "--listen and --upstream together need no file; a file that is found is used underneath."
+    )]
+    Run {
+        #[command(flatten)]
+        file: File,
+        /// Where clients connect, over listen.address: "0.0.0.0:8080"
+        #[arg(long, value_name = "ADDR")]
+        listen: Option<String>,
+        /// The backend, over upstream.address: "127.0.0.1:9000" or "<unix:/run/app.sock>"
+        #[arg(long, value_name = "ADDR")]
+        upstream: Option<String>,
+    },
+    /// Run the proxy in front of a built-in backend, to try it out
+    Demo {
+        /// The configuration file [default: the one built in]; its upstream.address is not used
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Where clients connect, over listen.address: "127.0.0.1:8080"
+        #[arg(long, value_name = "ADDR")]
+        listen: Option<String>,
+    },
+    /// Check a configuration file and the environment, without running anything
+    Check {
+        #[command(flatten)]
+        file: File,
+    },
+    /// Print settings
+    Config {
+        #[command(flatten)]
+        file: File,
+        /// Print the built-in proxy.toml: every key, its default, what it does
+        #[arg(long, conflicts_with_all = ["effective", "config"])]
+        default: bool,
+        /// Print what `run` would use, and where each value comes from [the default]
+        #[arg(long)]
+        effective: bool,
+        /// In which format
+        #[arg(long, value_enum, default_value_t = Format::Toml)]
+        format: Format,
+    },
+}
+
+#[derive(Debug, Args)]
+struct File {
+    #[arg(short, long, value_name = "FILE")]
+    #[arg(
+        help = "The configuration file [default: $TIDEGATE_CONFIG, ./proxy.toml, /etc/tidegate/proxy.toml]"
+    )]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// As in proxy.toml
+    Toml,
+    /// The same sections, keys and values
+    Json,
+}
+
+/// Runs the command line of this process to its end.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Also --help and --version, which exit with 0. Nobody is left to hear that stdout is closed.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(RUNTIME));
+        }
+    };
+    let result = match cli.command {
+        Command::Run {
+            file,
+            listen,
+            upstream,
+        } => load(&Sources::from_process(file.config, listen, upstream))
+            .map(|loaded| serve(loaded.settings)),
+        Command::Demo { config, listen } => {
+            let file = config.map_or(FileSource::Shipped, |path| FileSource::Named {
+                path,
+                by: "--config",
+            });
+            load(&Sources {
+                file,
+                ..Sources::from_process(None, listen, None)
+            })
+            .map(|loaded| demo(loaded.settings))
+        }
+        Command::Check { file } => check(&Sources::from_process(file.config, None, None)),
+        Command::Config {
+            default: true,
+            format,
+            ..
+        } => Ok(print(&match format {
+            Format::Toml => config::SHIPPED.to_owned(),
+            Format::Json => json(&Settings::shipped()),
+        })),
+        Command::Config { file, format, .. } => {
+            load(&Sources::from_process(file.config, None, None)).map(|loaded| {
+                print(&match format {
+                    Format::Toml => loaded.to_toml(),
+                    Format::Json => json(&loaded.settings),
+                })
+            })
+        }
+    };
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(RUNTIME)
+        }
+        Err(findings) => {
+            eprintln!("{findings}");
+            ExitCode::from(CONFIGURATION)
+        }
+    }
+}
+
+// TO BE WIRED: `crate::server::run(settings)`.
+fn serve(_settings: Settings) -> anyhow::Result<()> {
+    anyhow::bail!("`run` is not wired yet")
+}
+
+// TO BE WIRED: `crate::demo::run(settings)`, which sets `upstream.address` to its own backend.
+fn demo(_settings: Settings) -> anyhow::Result<()> {
+    anyhow::bail!("`demo` is not wired yet")
+}
+
+/// Loads, and says what is to be said about it even though it is good.
+fn load(sources: &Sources) -> Result<Loaded, Findings> {
+    let loaded = config::load(sources)?;
+    if !loaded.findings.is_empty() {
+        eprintln!("{}", Findings(loaded.findings.clone()));
+    }
+    Ok(loaded)
+}
+
+/// Unlike `run`, finds that there is nothing to check an error: a pipeline must not be green because it found no file.
+fn check(sources: &Sources) -> Result<anyhow::Result<()>, Findings> {
+    let mut loaded = config::load(sources)?;
+    let Some(file) = loaded.file else {
+        return Err(Findings(vec![Finding {
+            level: Level::Error,
+            what: "no configuration file found".to_owned(),
+            place: Place::Default,
+            fix: "name one: tidegate check --config FILE".to_owned(),
+        }]));
+    };
+    loaded
+        .findings
+        .retain(|finding| finding.level < Level::Note);
+    if !loaded.findings.is_empty() {
+        eprintln!("{}", Findings(loaded.findings));
+    }
+    Ok(print(&format!("ok: {file}\n")))
+}
+
+fn json(settings: &Settings) -> String {
+    let mut text = serde_json::to_string_pretty(settings)
+        .expect("strings, numbers and lists in maps with string keys are JSON");
+    text.push('\n');
+    text
+}
+
+/// Writes data to stdout. A reader that has seen enough (`| head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}

@@ -1,1 +1,414 @@
-//! config
+//! From `proxy.toml`, the environment and flags to settings that hold: checked, resolved, the same for everybody.
+//!
+//! Two stages. [`written`](self) values, of all sources and each with its place; and [`Settings`], what is true: defaults
+//! filled in, everything within its bounds, sensible together. What is wrong is reported all at once, each with its place and
+//! the fix ([`Findings`]). Nothing outside of this directory knows TOML.
+//!
+//! Sources, later ones win: the file, `TIDEGATE_SECTION__KEY` in the environment, flags.
+
+mod checks;
+mod finding;
+mod keys;
+mod units;
+mod written;
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fmt::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+use serde::{
+    Serialize,
+    ser::{SerializeMap as _, Serializer},
+};
+
+pub use self::finding::{Finding, Findings, Level, Place};
+use crate::{
+    close, downstream, drain, listen,
+    net::{AdminAddress, SocketConfig},
+    relay, upstream,
+};
+
+/// The `proxy.toml` that comes with the program: every key with its default and its explanation.
+pub const SHIPPED: &str = include_str!("../../proxy.toml");
+
+/// What is true: every value is within its bounds, and they fit together.
+///
+/// The default is what an empty file gives. Serialized, it has the sections, keys and values of `proxy.toml`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// `[listen]`, without `keepalive`.
+    pub listen: listen::Config,
+    /// `[http]`.
+    pub downstream: downstream::Config,
+    /// `[upstream]`, and `http.header_bytes`.
+    pub upstream: upstream::Config,
+    /// `[websocket]` without the buffers, and the delay, the handshake and the codes of `[close]`.
+    pub relay: relay::Config,
+    /// The lingers of `[close]`.
+    pub close: close::Config,
+    /// `[drain]`.
+    pub drain: drain::Config,
+    /// `[admin]`.
+    pub admin: Admin,
+    /// `listen.keepalive` and the buffers of `[websocket]`.
+    pub socket: SocketConfig,
+    /// `[log]`.
+    pub log: Log,
+}
+
+/// `[admin]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    /// Where it listens; port 0 means any free one.
+    pub address: AdminAddress,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// How lines look.
+    pub format: LogFormat,
+    /// Directives that `tracing_subscriber::EnvFilter` accepts.
+    pub filter: String,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, else JSON.
+    Auto,
+    /// One JSON object per line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Where settings come from.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// The file.
+    pub file: FileSource,
+    /// The environment; only names that begin with `TIDEGATE_` are looked at.
+    pub env: Vec<(OsString, OsString)>,
+    /// `--listen`, over `listen.address`.
+    pub listen: Option<String>,
+    /// `--upstream`, over `upstream.address`.
+    pub upstream: Option<String>,
+}
+
+/// Which file is read.
+#[derive(Debug, Clone)]
+pub enum FileSource {
+    /// This one. That it is missing is an error.
+    Named {
+        /// The file.
+        path: PathBuf,
+        /// Who named it: `--config`, or the environment variable.
+        by: &'static str,
+    },
+    /// The first of these that exists. That there is none is worth a note.
+    Search(Vec<PathBuf>),
+    /// [`SHIPPED`].
+    Shipped,
+}
+
+/// Settings, and how they came about.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What is true.
+    pub settings: Settings,
+    /// The file that was read, as it was named.
+    pub file: Option<String>,
+    /// Warnings and notes, warnings first.
+    pub findings: Vec<Finding>,
+    /// Where each key was written last; those not in it have their defaults.
+    origins: HashMap<(&'static str, &'static str), Place>,
+}
+
+/// A key and its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its section.
+    pub section: &'static str,
+    /// Its name in there.
+    pub key: &'static str,
+    /// As it would be written in a file.
+    pub value: Plain,
+}
+
+/// A value as it would be written: durations, sizes and addresses are texts. Displayed, it is TOML.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Plain {
+    /// A string.
+    Text(String),
+    /// A number.
+    Integer(u64),
+    /// A list of strings.
+    List(Vec<String>),
+}
+
+impl Sources {
+    /// As a process finds them: `config`, else `$TIDEGATE_CONFIG`, else `./proxy.toml`, else `/etc/tidegate/proxy.toml`.
+    ///
+    /// An empty `$TIDEGATE_CONFIG` counts as unset, since many a template can only empty a variable.
+    pub fn from_process(
+        config: Option<PathBuf>,
+        listen: Option<String>,
+        upstream: Option<String>,
+    ) -> Self {
+        let named = config.map(|path| (path, "--config")).or_else(|| {
+            let path = std::env::var_os(written::FILE_VARIABLE).filter(|path| !path.is_empty())?;
+            Some((PathBuf::from(path), written::FILE_VARIABLE))
+        });
+        let file = match named {
+            Some((path, by)) => FileSource::Named { path, by },
+            None => FileSource::Search(vec![
+                PathBuf::from("proxy.toml"),
+                PathBuf::from("/etc/tidegate/proxy.toml"),
+            ]),
+        };
+        Self {
+            file,
+            env: std::env::vars_os().collect(),
+            listen,
+            upstream,
+        }
+    }
+}
+
+/// Reads, checks and resolves. The same sources may be loaded again, for a reload.
+///
+/// Without any file the defaults are run on, under the environment and flags. This is deliberate: a sidecar's backend is on
+/// the same host, and an image needs no file then. A note says so, unless both addresses were given as flags.
+///
+/// # Errors
+///
+/// Everything that is wrong, together with the warnings there would have been.
+pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
+    let mut findings = Vec::new();
+    let (written, file) = written::read(sources, &mut findings);
+
+    let mut settings = Settings::unresolved();
+    let mut origins = HashMap::new();
+    let mut refused = Vec::new();
+    for written in written {
+        let name = (written.section, written.key);
+        let mut keys = keys::keys(&mut settings);
+        let key = keys
+            .iter_mut()
+            .find(|key| (key.section, key.name) == name)
+            .expect("only known keys are in what was written");
+        match key.slot.read(&written.value.typed(&key.slot)) {
+            Ok(()) => {
+                origins.insert(name, written.place);
+            }
+            Err(refusal) => {
+                refused.push(name);
+                let what = format!("`{}.{}` {}", name.0, name.1, refusal.what);
+                findings.push(Finding::error(what, written.place, refusal.fix));
+            }
+        }
+    }
+
+    // A frame is part of a message. Whoever lowers the limit of messages need not know that there is one of frames as well.
+    let max_frame = ("websocket", "max_frame");
+    if !origins.contains_key(&max_frame) {
+        settings.relay.max_frame = settings.relay.max_frame.min(settings.relay.max_message);
+    }
+    settings.resolve();
+    checks::check(
+        &settings,
+        &checks::Origins {
+            written: &origins,
+            refused: &refused,
+        },
+        &mut findings,
+    );
+
+    if let (FileSource::Search(paths), None) = (&sources.file, &file)
+        && (sources.listen.is_none() || sources.upstream.is_none())
+    {
+        let paths: Vec<String> = paths
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        findings.push(Finding {
+            level: Level::Note,
+            what: format!(
+                "no configuration file found, running on defaults: {} -> {}",
+                settings.listen.address, settings.upstream.address
+            ),
+            place: Place::Default,
+            fix: format!(
+                "looked for {}; `tidegate config --default > proxy.toml` writes one to start from",
+                paths.join(" and ")
+            ),
+        });
+    }
+
+    findings.sort_by(|a, b| (a.level, &a.place).cmp(&(b.level, &b.place)));
+    if findings.iter().any(|finding| finding.level == Level::Error) {
+        return Err(Findings(findings));
+    }
+    Ok(Loaded {
+        settings,
+        file,
+        findings,
+        origins,
+    })
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let mut settings = Self::unresolved();
+        settings.resolve();
+        settings
+    }
+}
+
+impl Settings {
+    /// Computes what follows from other settings, or from the host.
+    fn resolve(&mut self) {
+        if self.listen.workers == 0 {
+            // Two so that one busy worker does not stop accepting, four since a sidecar is a guest beside its backend.
+            let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+            self.listen.workers = cores.clamp(2, 4);
+        }
+        self.upstream.header_bytes = self.downstream.header_bytes;
+        // TCP_USER_TIMEOUT also ends a live peer that only keeps its window at zero, and it ends it with a reset. So it must
+        // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
+        // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals.
+        self.socket.user_timeout = self.relay.write_timeout
+            + self.relay.close_handshake_timeout
+            + self.close.linger_max
+            + Duration::from_secs(15);
+    }
+
+    /// All keys with their values, in the order of `proxy.toml`.
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut copy = self.clone(); // keys() is one list for reading and writing, so it wants to be able to write
+        keys::keys(&mut copy)
+            .into_iter()
+            .map(|key| Entry {
+                section: key.section,
+                key: key.name,
+                value: key.slot.write(),
+            })
+            .collect()
+    }
+
+    /// A `proxy.toml` that reads back to the same settings, as far as durations are whole milliseconds.
+    pub fn to_toml(&self) -> String {
+        write_toml(self, |_| None)
+    }
+
+    /// The defaults as `proxy.toml` has them, `workers = 0` included, for [`Serialize`].
+    pub fn shipped() -> Self {
+        Self::unresolved()
+    }
+
+    /// What a log line at the start should say: both addresses, the workers, and whatever is not the default.
+    pub fn summary(&self) -> String {
+        let defaults = Self::default().entries();
+        let always = [
+            ("listen", "address"),
+            ("listen", "workers"),
+            ("upstream", "address"),
+            ("admin", "address"),
+        ];
+        let mut line = String::new();
+        for (entry, default) in self.entries().into_iter().zip(defaults) {
+            if entry != default || always.contains(&(entry.section, entry.key)) {
+                let space = if line.is_empty() { "" } else { " " };
+                write!(
+                    line,
+                    "{space}{}.{}={}",
+                    entry.section, entry.key, entry.value
+                )
+                .expect("a String takes everything");
+            }
+        }
+        line
+    }
+}
+
+impl Loaded {
+    /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.
+    pub fn to_toml(&self) -> String {
+        write_toml(&self.settings, |entry| {
+            self.origins
+                .get(&(entry.section, entry.key))
+                .map(ToString::to_string)
+        })
+    }
+}
+
+fn write_toml(settings: &Settings, comment: impl Fn(&Entry) -> Option<String>) -> String {
+    let mut text = String::new();
+    let mut section = "";
+    for entry in settings.entries() {
+        if entry.section != section {
+            let newline = if section.is_empty() { "" } else { "\n" };
+            section = entry.section;
+            writeln!(text, "{newline}[{section}]").expect("a String takes everything");
+        }
+        let comment = comment(&entry).map_or(String::new(), |comment| {
+            format!(" # {}", comment.replace(char::is_control, "\u{fffd}"))
+        });
+        writeln!(text, "{} = {}{comment}", entry.key, entry.value)
+            .expect("a String takes everything");
+    }
+    text
+}
+
+impl Serialize for Settings {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        /// The keys of one section.
+        struct Section<'a>(&'a [Entry]);
+        impl Serialize for Section<'_> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_map(self.0.iter().map(|entry| (entry.key, &entry.value)))
+            }
+        }
+        let entries = self.entries();
+        let mut map = serializer.serialize_map(None)?;
+        for section in entries.chunk_by(|a, b| a.section == b.section) {
+            map.serialize_entry(section[0].section, &Section(section))?;
+        }
+        map.end()
+    }
+}
+
+impl LogFormat {
+    const ALL: [Self; 3] = [Self::Auto, Self::Json, Self::Text];
+
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Json => "json",
+            Self::Text => "text",
+        }
+    }
+}
+
+impl fmt::Display for Plain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
+            Self::Integer(integer) => write!(f, "{integer}"),
+            Self::List(items) => {
+                let items: Vec<toml::Value> = items
+                    .iter()
+                    .map(|item| toml::Value::String(item.clone()))
+                    .collect();
+                write!(f, "{}", toml::Value::Array(items))
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! What each value allows on its own, but not all of them together.
+//!
+//! Not here: bounds of single values, which are in `keys.rs`.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use super::{
+    Settings,
+    finding::{Finding, Place},
+    units::{format_duration, format_size},
+};
+use crate::net::Address;
+
+/// A section and a key.
+pub(super) type Name = (&'static str, &'static str);
+
+/// Where the values came from.
+#[derive(Clone, Copy)]
+pub(super) struct Origins<'a> {
+    /// The last place of each key that is not at its default.
+    pub written: &'a HashMap<Name, Place>,
+    /// Keys that have their default only because what was written was refused. Nothing is said about that.
+    pub refused: &'a [Name],
+}
+
+const LISTEN: Name = ("listen", "address");
+const UPSTREAM: Name = ("upstream", "address");
+const ADMIN: Name = ("admin", "address");
+const PROXIES: Name = ("http", "trusted_proxies");
+const MAX_MESSAGE: Name = ("websocket", "max_message");
+const MAX_FRAME: Name = ("websocket", "max_frame");
+const PING_INTERVAL: Name = ("websocket", "ping_interval");
+const LINGER: Name = ("close", "linger");
+const LINGER_MAX: Name = ("close", "linger_max");
+
+impl Origins<'_> {
+    fn place(&self, name: Name) -> Place {
+        self.written.get(&name).cloned().unwrap_or(Place::Default)
+    }
+
+    fn judged(&self, names: &[Name]) -> bool {
+        !names.iter().any(|name| self.refused.contains(name))
+    }
+
+    /// Says that two values do not go together, and that at the place that was written last: nobody can correct a default.
+    /// The other value is named with its own place.
+    fn pair(
+        &self,
+        (a, a_text): (Name, &str),
+        relation: &str,
+        (b, b_text): (Name, &str),
+    ) -> (String, Place) {
+        let (a_place, b_place) = (self.place(a), self.place(b));
+        let (a_origin, b_origin) = if a_place >= b_place {
+            (String::new(), format!(", {b_place}"))
+        } else {
+            (format!(", {a_place}"), String::new())
+        };
+        let what = format!(
+            "`{}.{}` ({a_text}{a_origin}) {relation} `{}.{}` ({b_text}{b_origin})",
+            a.0, a.1, b.0, b.1
+        );
+        (what, a_place.max(b_place))
+    }
+}
+
+/// Adds what is wrong, or dubious, about the settings as a whole.
+pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    addresses(settings, origins, findings);
+    limits(settings, origins, findings);
+}
+
+fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let listen = settings.listen.address;
+    let upstream = &settings.upstream.address;
+    let (listen_text, upstream_text) = (listen.to_string(), upstream.to_string());
+    if let Some(admin) = settings.admin.address {
+        let admin_text = admin.to_string();
+        if overlaps(admin, listen) && origins.judged(&[ADMIN, LISTEN]) {
+            let (what, place) = origins.pair(
+                (ADMIN, &admin_text),
+                "takes the port of",
+                (LISTEN, &listen_text),
+            );
+            findings.push(Finding::error(
+                what,
+                place,
+                "give each a port of its own, or set admin.address to \"off\"",
+            ));
+        }
+        if reaches(upstream, admin) && origins.judged(&[ADMIN, UPSTREAM]) {
+            let (what, place) = origins.pair(
+                (UPSTREAM, &upstream_text),
+                "leads back to",
+                (ADMIN, &admin_text),
+            );
+            findings.push(Finding::error(
+                what,
+                place,
+                "name the address where the backend listens, and not tidegate",
+            ));
+        }
+    }
+    if reaches(upstream, listen) && origins.judged(&[LISTEN, UPSTREAM]) {
+        let (what, place) = origins.pair(
+            (UPSTREAM, &upstream_text),
+            "leads back to",
+            (LISTEN, &listen_text),
+        );
+        findings.push(Finding::error(
+            what,
+            place,
+            "name the address where the backend listens, and not tidegate",
+        ));
+    }
+
+    for network in settings
+        .downstream
+        .trusted_proxies
+        .iter()
+        .filter(|network| network.prefix_len() == 0)
+    {
+        findings.push(Finding::warning(
+            format!(
+                "`http.trusted_proxies` contains {network}: every client may claim any address"
+            ),
+            origins.place(PROXIES),
+            "name only the networks of the proxies in front of tidegate",
+        ));
+    }
+}
+
+fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let relay = &settings.relay;
+    let (message, frame) = (format_size(relay.max_message), format_size(relay.max_frame));
+    if origins.judged(&[MAX_FRAME, MAX_MESSAGE]) {
+        if relay.max_frame > relay.max_message {
+            let (what, place) =
+                origins.pair((MAX_FRAME, &frame), "is more than", (MAX_MESSAGE, &message));
+            let fix = format!(
+                "such a frame could never pass: leave max_frame out, or write \"{message}\""
+            );
+            findings.push(Finding::error(what, place, fix));
+        } else if relay.max_frame < relay.max_message && !origins.written.contains_key(&MAX_FRAME) {
+            let (what, place) =
+                origins.pair((MAX_MESSAGE, &message), "is more than", (MAX_FRAME, &frame));
+            let fix = format!(
+                "many clients send a message as one frame: set max_frame to \"{message}\" too, or to \"{frame}\" if it is meant"
+            );
+            findings.push(Finding::warning(what, place, fix));
+        }
+    }
+
+    let close = &settings.close;
+    if close.linger > close.linger_max && origins.judged(&[LINGER, LINGER_MAX]) {
+        let (linger, max) = (
+            format_duration(close.linger),
+            format_duration(close.linger_max),
+        );
+        let (what, place) = origins.pair((LINGER, &linger), "is longer than", (LINGER_MAX, &max));
+        let fix = format!(
+            "linger is a part of the wait and linger_max the whole: set linger_max to \"{linger}\" or more"
+        );
+        findings.push(Finding::error(what, place, fix));
+    }
+
+    if relay.ping_interval >= Duration::from_mins(1) {
+        findings.push(Finding::warning(
+            format!("`websocket.ping_interval` is {}", format_duration(relay.ping_interval)),
+            origins.place(PING_INTERVAL),
+            "most load balancers cut what was silent for 60s: use \"25s\", unless none is in between",
+        ));
+    }
+}
+
+/// Whether binding both fails. Port 0 is any free port, so never the same; an unspecified address is all of its family, and
+/// `[::]` also takes IPv4 on most hosts.
+fn overlaps(a: SocketAddr, b: SocketAddr) -> bool {
+    let covers =
+        |a: IpAddr, b: IpAddr| a == b || (a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()));
+    a.port() != 0 && a.port() == b.port() && (covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
+}
+
+/// Whether connecting to `backend` surely ends at a listener of ours. Names other than localhost are not looked up.
+fn reaches(backend: &Address, listener: SocketAddr) -> bool {
+    let Address::Tcp { host, port } = backend else {
+        return false;
+    };
+    let local = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified();
+    let same = match host.parse::<IpAddr>() {
+        // Connecting to 0.0.0.0 or [::] is connecting to the loopback.
+        Ok(ip) => {
+            ip == listener.ip()
+                || (ip.is_unspecified() && listener.ip().is_loopback())
+                || (local(ip) && listener.ip().is_unspecified())
+        }
+        Err(_) => host.eq_ignore_ascii_case("localhost") && local(listener.ip()),
+    };
+    same && *port == listener.port()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_addresses_collide() {
+        let listener = |text: &str| text.parse::<SocketAddr>().unwrap();
+        for (a, b, collide) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "[::]:80", true),
+            ("0.0.0.0:80", "[::1]:80", false),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+            ("127.0.0.1:80", "127.0.0.1:81", false),
+            ("127.0.0.1:0", "127.0.0.1:0", false),
+        ] {
+            assert_eq!(overlaps(listener(a), listener(b)), collide, "{a} {b}");
+            assert_eq!(overlaps(listener(b), listener(a)), collide, "{b} {a}");
+        }
+        for (backend, listen, loops) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "0.0.0.0:80", true),
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("localhost:80", "127.0.0.1:80", true),
+            ("LocalHost:80", "[::]:80", true),
+            ("app:80", "0.0.0.0:80", false),
+            ("10.0.0.1:80", "0.0.0.0:80", false),
+            ("127.0.0.1:80", "10.0.0.1:80", false),
+            ("127.0.0.1:81", "127.0.0.1:80", false),
+            ("unix:/a", "127.0.0.1:80", false),
+        ] {
+            let backend = super::super::units::parse_backend(backend).unwrap();
+            assert_eq!(
+                reaches(&backend, listener(listen)),
+                loops,
+                "{backend} {listen}"
+            );
+        }
+    }
+}

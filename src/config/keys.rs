@@ -1,0 +1,518 @@
+//! The keys of `proxy.toml`: each one's name, the setting it stands for, its bounds. Named here once; reading, writing,
+//! unknown-key errors and the tests go by this list.
+//!
+//! The explanations are in `proxy.toml` itself, the defaults in [`Settings::unresolved`].
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use tracing_subscriber::EnvFilter;
+
+use super::{
+    Admin, Log, LogFormat, Plain, Settings,
+    units::{
+        Refusal, format_duration, format_size, parse_backend, parse_duration, parse_listen,
+        parse_network, parse_size, refuse,
+    },
+    written::Value,
+};
+use crate::{
+    close, downstream, drain, listen,
+    net::{Address, SocketConfig},
+    relay, upstream,
+};
+
+/// A key, with the place in a [`Settings`] where its value lives.
+pub(super) struct Key<'a> {
+    pub section: &'static str,
+    pub name: &'static str,
+    pub slot: Slot<'a>,
+}
+
+/// What kind of value a key has, its bounds, and where it goes.
+pub(super) enum Slot<'a> {
+    /// An IP address and a port; port 0 means any free one.
+    Listen(&'a mut SocketAddr),
+    /// The same, or "off".
+    ListenOrOff(&'a mut Option<SocketAddr>),
+    /// `host:port` or `unix:/path`.
+    Backend(&'a mut Address),
+    /// A whole number.
+    Count(Number<'a>, RangeInclusive<u64>),
+    /// Bytes. An optional number also takes 0, which means none.
+    Size(Number<'a>, RangeInclusive<u64>),
+    /// A duration, a multiple of the last field. An optional one also takes 0, which means none.
+    Time(Time<'a>, RangeInclusive<Duration>, Duration),
+    /// A Close code out of these.
+    Code(&'a mut u16, &'static [RangeInclusive<u16>]),
+    /// Networks.
+    Networks(&'a mut Vec<IpNet>),
+    /// Text of at most so many bytes.
+    Text(&'a mut String, usize),
+    /// "auto", "json" or "text".
+    Format(&'a mut LogFormat),
+    /// Directives of tracing's `EnvFilter`.
+    Filter(&'a mut String),
+}
+
+pub(super) enum Number<'a> {
+    U32(&'a mut u32),
+    U64(&'a mut u64),
+    Usize(&'a mut usize),
+    OptionUsize(&'a mut Option<usize>),
+}
+
+pub(super) enum Time<'a> {
+    Always(&'a mut Duration),
+    OrOff(&'a mut Option<Duration>),
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const MS: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const NINE_HOURS: Duration = Duration::from_hours(9);
+const DAY: Duration = Duration::from_hours(24);
+/// For a wait that may be left out.
+const FROM_ZERO: RangeInclusive<Duration> = Duration::ZERO..=DAY;
+/// For a wait that always has to be.
+const ABOVE_ZERO: RangeInclusive<Duration> = MS..=DAY;
+
+/// What may stand in a Close frame (RFC 6455 7.4). 1004, 1005, 1006 and 1015 never may; 1016 to 2999 are not assigned.
+const ANY_CODE: &[RangeInclusive<u16>] = &[1000..=1003, 1007..=1014, 3000..=4999];
+/// The server's side failed: internal error, service restart, try again later, bad gateway.
+const BACKEND_CODES: &[RangeInclusive<u16>] = &[1011..=1014];
+/// Going away, service restart.
+const DRAIN_CODES: &[RangeInclusive<u16>] = &[1001..=1001, 1012..=1012];
+
+/// "All control frames MUST have a payload length of 125 bytes or less" (RFC 6455 5.5), two of which a Close's code takes.
+const REASON_BYTES: usize = 123;
+/// No control frame may be refused for its size.
+const CONTROL_FRAME_BYTES: u64 = 125;
+const FILTER_BYTES: usize = 4096;
+const MAX_NETWORKS: usize = 1024;
+
+impl Settings {
+    /// The defaults as `proxy.toml` says them: `listen.workers` is 0, and what depends on other settings is not computed yet.
+    pub(super) fn unresolved() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            listen: listen::Config {
+                address: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8080),
+                backlog: 65_535,
+                workers: 0,
+            },
+            downstream: downstream::Config {
+                header_timeout: seconds(10),
+                header_bytes: 32 << 10,
+                header_count: 100,
+                max_handshakes: 1024,
+                retry_after: seconds(1),
+                trusted_proxies: Vec::new(),
+            },
+            upstream: upstream::Config {
+                address: Address::Tcp {
+                    host: "127.0.0.1".to_owned(),
+                    port: 9000,
+                },
+                connect_timeout: seconds(5),
+                handshake_timeout: seconds(10),
+                response_timeout: seconds(60),
+                body_timeout: seconds(120),
+                max_pending: 64,
+                header_bytes: 32 << 10,
+            },
+            relay: relay::Config {
+                max_message: 16 << 20,
+                max_frame: 16 << 20,
+                hold_frame: 16 << 10,
+                hold_timeout: seconds(30),
+                ping_interval: seconds(25),
+                pong_timeout: seconds(20),
+                write_timeout: seconds(30),
+                close_delay: Duration::from_millis(100),
+                close_handshake_timeout: seconds(2),
+                client_lost_code: 1001,
+                backend_lost_code: 1012,
+                backend_error_code: 1014,
+            },
+            close: close::Config {
+                linger: seconds(2),
+                linger_max: seconds(10),
+            },
+            drain: drain::Config {
+                delay: seconds(5),
+                window: seconds(20),
+                quiet: Duration::from_millis(20),
+                timeout: seconds(15),
+                close_code: 1001,
+                reason: "server is going away".to_owned(),
+            },
+            admin: Admin {
+                address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)),
+            },
+            socket: SocketConfig {
+                keepalive: Some(seconds(60)),
+                recv_buffer: Some(128 << 10),
+                send_buffer: Some(128 << 10),
+                user_timeout: Duration::ZERO,
+            },
+            log: Log {
+                format: LogFormat::Auto,
+                filter: "info".to_owned(),
+            },
+        }
+    }
+}
+
+/// All keys, in the order of `proxy.toml`.
+#[rustfmt::skip] // a table
+pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
+    use Number::{OptionUsize, U32, U64, Usize};
+    use Slot::{Backend, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Text};
+    use Time::{Always, OrOff};
+    fn time(to: &mut Duration, range: RangeInclusive<Duration>) -> Slot<'_> {
+        Slot::Time(Always(to), range, MS)
+    }
+
+    // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
+    let Settings { listen, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, socket, log } = settings;
+    let listen::Config { address, backlog, workers } = listen;
+    let downstream::Config { header_timeout, header_bytes, header_count, max_handshakes, retry_after, trusted_proxies } = downstream;
+    let upstream::Config { address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout, max_pending, header_bytes: _ } = upstream;
+    let relay::Config {
+        max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
+        close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
+    } = relay;
+    let close::Config { linger, linger_max } = close;
+    let drain::Config { delay, window, quiet, timeout, close_code, reason } = drain;
+    let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
+    let Log { format, filter } = log;
+
+    let row = |section, name, slot| Key { section, name, slot };
+    vec![
+        row("listen", "address", Listen(address)),
+        row("listen", "backlog", Count(U32(backlog), 1..=MIB)),
+        row("listen", "workers", Count(Usize(workers), 0..=64)),
+        // TCP_KEEPIDLE: whole seconds, at most 32767 of them (MAX_TCP_KEEPIDLE, include/net/tcp.h).
+        row("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
+
+        row("http", "header_timeout", time(header_timeout, ABOVE_ZERO)),
+        row("http", "header_bytes", Size(Usize(header_bytes), 8 * KIB..=MIB)),
+        row("http", "header_count", Count(Usize(header_count), 16..=1024)),
+        row("http", "max_handshakes", Count(Usize(max_handshakes), 1..=65_536)),
+        // Retry-After is in whole seconds (RFC 9110 10.2.3).
+        row("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
+        row("http", "trusted_proxies", Networks(trusted_proxies)),
+
+        row("upstream", "address", Backend(backend)),
+        row("upstream", "connect_timeout", time(connect_timeout, ABOVE_ZERO)),
+        row("upstream", "handshake_timeout", time(handshake_timeout, ABOVE_ZERO)),
+        row("upstream", "response_timeout", time(response_timeout, ABOVE_ZERO)),
+        row("upstream", "body_timeout", time(body_timeout, ABOVE_ZERO)),
+        row("upstream", "max_pending", Count(Usize(max_pending), 1..=65_536)),
+
+        row("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
+        row("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
+        row("websocket", "hold_frame", Size(Usize(hold_frame), KIB..=32 * KIB)),
+        row("websocket", "hold_timeout", time(hold_timeout, ABOVE_ZERO)),
+        row("websocket", "ping_interval", time(ping_interval, FROM_ZERO)),
+        row("websocket", "pong_timeout", time(pong_timeout, ABOVE_ZERO)),
+        row("websocket", "write_timeout", time(write_timeout, ABOVE_ZERO)),
+        row("websocket", "recv_buffer", Size(OptionUsize(recv_buffer), 4 * KIB..=64 * MIB)),
+        row("websocket", "send_buffer", Size(OptionUsize(send_buffer), 4 * KIB..=64 * MIB)),
+
+        row("close", "delay", time(close_delay, FROM_ZERO)),
+        row("close", "handshake_timeout", time(close_handshake_timeout, ABOVE_ZERO)),
+        row("close", "linger", time(linger, ABOVE_ZERO)),
+        row("close", "linger_max", time(linger_max, ABOVE_ZERO)),
+        row("close", "client_lost_code", Code(client_lost_code, ANY_CODE)),
+        row("close", "backend_lost_code", Code(backend_lost_code, BACKEND_CODES)),
+        row("close", "backend_error_code", Code(backend_error_code, BACKEND_CODES)),
+
+        row("drain", "delay", time(delay, FROM_ZERO)),
+        row("drain", "window", time(window, FROM_ZERO)),
+        row("drain", "quiet", time(quiet, FROM_ZERO)),
+        row("drain", "timeout", time(timeout, ABOVE_ZERO)),
+        row("drain", "close_code", Code(close_code, DRAIN_CODES)),
+        row("drain", "reason", Text(reason, REASON_BYTES)),
+
+        row("admin", "address", ListenOrOff(admin)),
+
+        row("log", "format", Format(format)),
+        row("log", "filter", Filter(filter)),
+    ]
+}
+
+/// The names of all keys, in the order of `proxy.toml`.
+pub(super) fn names() -> Vec<(&'static str, &'static str)> {
+    keys(&mut Settings::unresolved())
+        .into_iter()
+        .map(|key| (key.section, key.name))
+        .collect()
+}
+
+impl Slot<'_> {
+    /// Puts a written value into its place, if it is of the right type and within its bounds.
+    #[expect(clippy::too_many_lines, reason = "an arm for each kind of value")]
+    pub(super) fn read(&mut self, value: &Value) -> Result<(), Refusal> {
+        match self {
+            Slot::Listen(to) => **to = parse_listen(value.text("an address", "0.0.0.0:8080")?)?,
+            Slot::ListenOrOff(to) => {
+                let text = value.text("an address", "127.0.0.1:9090")?;
+                **to = match text {
+                    "off" => None,
+                    "" => return refuse("is empty", "write \"off\" for none"),
+                    _ => Some(parse_listen(text)?),
+                }
+            }
+            Slot::Backend(to) => **to = parse_backend(value.text("an address", "127.0.0.1:9000")?)?,
+            Slot::Count(to, range) => {
+                let count = value.integer()?;
+                let Some(count) = u64::try_from(count)
+                    .ok()
+                    .filter(|count| range.contains(count))
+                else {
+                    return refuse(
+                        format!("is out of range: {count}"),
+                        format!("use a number from {} to {}", range.start(), range.end()),
+                    );
+                };
+                to.set(count);
+            }
+            Slot::Size(to, range) => {
+                let bytes = match value {
+                    // Bytes without a unit need no quotes.
+                    Value::Integer(bytes) => u64::try_from(*bytes).ok(),
+                    _ => Some(parse_size(value.text("a size", "64KiB")?)?),
+                };
+                let optional = matches!(to, Number::OptionUsize(_));
+                match bytes {
+                    Some(bytes) if range.contains(&bytes) || (optional && bytes == 0) => {
+                        to.set(bytes);
+                    }
+                    _ => {
+                        let said = bytes.map_or("negative".to_owned(), |bytes| {
+                            format!("\"{}\"", format_size(bytes))
+                        });
+                        let (least, most) =
+                            (format_size(*range.start()), format_size(*range.end()));
+                        let none = if optional {
+                            ", or \"0\" for the kernel's autotuning"
+                        } else {
+                            ""
+                        };
+                        return refuse(
+                            format!("is out of range: {said}"),
+                            format!("use a size from \"{least}\" to \"{most}\"{none}"),
+                        );
+                    }
+                }
+            }
+            Slot::Time(to, range, step) => {
+                let duration = match value {
+                    Value::Integer(0) => {
+                        return refuse("is a duration without a unit: 0", "write \"0s\"");
+                    }
+                    Value::Integer(number) => {
+                        return refuse(
+                            format!("is a duration without a unit: {number}"),
+                            format!("write \"{number}ms\" or \"{number}s\""),
+                        );
+                    }
+                    _ => parse_duration(value.text("a duration", "30s")?)?,
+                };
+                let optional = matches!(to, Time::OrOff(_));
+                let fits = range.contains(&duration) || (optional && duration.is_zero());
+                if !fits {
+                    let (least, most) = (
+                        format_duration(*range.start()),
+                        format_duration(*range.end()),
+                    );
+                    let none = match (optional, duration.is_zero()) {
+                        (true, _) => ", or \"0s\" for none",
+                        (false, true) => "; this wait cannot be left out, nor be without an end",
+                        (false, false) => "",
+                    };
+                    return refuse(
+                        format!("is out of range: \"{}\"", format_duration(duration)),
+                        format!("use a duration from \"{least}\" to \"{most}\"{none}"),
+                    );
+                }
+                // The steps are a millisecond and a second, and nothing finer than a millisecond can be written.
+                if *step == SECOND && duration.subsec_millis() != 0 {
+                    return refuse(
+                        format!(
+                            "is not a whole number of seconds: \"{}\"",
+                            format_duration(duration)
+                        ),
+                        "write whole seconds: \"1s\"",
+                    );
+                }
+                match to {
+                    Time::Always(to) => **to = duration,
+                    Time::OrOff(to) => **to = (!duration.is_zero()).then_some(duration),
+                }
+            }
+            Slot::Code(to, allowed) => {
+                let code = value.integer()?;
+                let known = u16::try_from(code)
+                    .ok()
+                    .filter(|code| allowed.iter().any(|range| range.contains(code)));
+                let Some(known) = known else {
+                    let what = match code {
+                        1004..=1006 | 1015 => format!("is a code that must never be sent: {code}"),
+                        _ => format!("is not one of its Close codes: {code}"),
+                    };
+                    let ranges: Vec<String> = allowed
+                        .iter()
+                        .map(|range| match (range.start(), range.end()) {
+                            (start, end) if start == end => start.to_string(),
+                            (start, end) => format!("{start} to {end}"),
+                        })
+                        .collect();
+                    return refuse(what, format!("use {}", ranges.join(" or ")));
+                };
+                **to = known;
+            }
+            Slot::Networks(to) => {
+                let Value::List(items) = value else {
+                    return refuse(
+                        format!("must be a list, but is {}", value.kind()),
+                        r#"write ["10.0.0.0/8", "192.168.0.0/16"]"#,
+                    );
+                };
+                if items.len() > MAX_NETWORKS {
+                    return refuse(
+                        format!("has {} networks", items.len()),
+                        format!("at most {MAX_NETWORKS} are looked through per request"),
+                    );
+                }
+                let networks = items.iter().map(|item| match item {
+                    Value::Text(text) => parse_network(text),
+                    _ => refuse(
+                        format!("contains {}", item.kind()),
+                        r#"write networks as strings: ["10.0.0.0/8"]"#,
+                    ),
+                });
+                **to = networks.collect::<Result<_, _>>()?;
+            }
+            Slot::Text(to, max_bytes) => {
+                let text = value.text("a text", "server is going away")?;
+                if text.len() > *max_bytes {
+                    let what = format!("is too long: {} bytes of UTF-8", text.len());
+                    return refuse(
+                        what,
+                        format!(
+                            "use at most {max_bytes} bytes; a Close frame has no room for more"
+                        ),
+                    );
+                }
+                text.clone_into(to);
+            }
+            Slot::Format(to) => {
+                let text = value.text("a text", "auto")?;
+                let Some(format) = LogFormat::ALL
+                    .into_iter()
+                    .find(|format| format.as_str() == text)
+                else {
+                    return refuse(
+                        format!("is no log format: {text:?}"),
+                        r#"use "auto", "json" or "text""#,
+                    );
+                };
+                **to = format;
+            }
+            Slot::Filter(to) => {
+                let text = value.text("a text", "info")?;
+                check_filter(text)?;
+                text.clone_into(to);
+            }
+        }
+        Ok(())
+    }
+
+    /// The value as it would be written.
+    pub(super) fn write(&self) -> Plain {
+        match self {
+            Slot::Listen(from) => Plain::Text(from.to_string()),
+            Slot::ListenOrOff(from) => {
+                Plain::Text(from.map_or_else(|| "off".to_owned(), |address| address.to_string()))
+            }
+            Slot::Backend(from) => Plain::Text(from.to_string()),
+            Slot::Count(from, _) => Plain::Integer(from.get()),
+            Slot::Size(from, _) => Plain::Text(format_size(from.get())),
+            Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
+            Slot::Time(Time::OrOff(from), ..) => {
+                Plain::Text(format_duration(from.unwrap_or_default()))
+            }
+            Slot::Code(from, _) => Plain::Integer(u64::from(**from)),
+            Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
+            Slot::Text(from, _) | Slot::Filter(from) => Plain::Text((*from).clone()),
+            Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
+        }
+    }
+}
+
+impl Number<'_> {
+    fn set(&mut self, value: u64) {
+        const WITHIN: &str = "the bounds of every key fit its type";
+        match self {
+            Number::U32(to) => **to = u32::try_from(value).expect(WITHIN),
+            Number::U64(to) => **to = value,
+            Number::Usize(to) => **to = usize::try_from(value).expect(WITHIN),
+            Number::OptionUsize(to) => {
+                **to = (value > 0).then(|| usize::try_from(value).expect(WITHIN));
+            }
+        }
+    }
+
+    fn get(&self) -> u64 {
+        let wide = |value: usize| u64::try_from(value).expect("no pointer is wider than 64 bits");
+        match self {
+            Number::U32(from) => u64::from(**from),
+            Number::U64(from) => **from,
+            Number::Usize(from) => wide(**from),
+            Number::OptionUsize(from) => wide(from.unwrap_or_default()),
+        }
+    }
+}
+
+/// What `EnvFilter` refuses, and what it takes but nobody means: it reads a bare "inof" as the name of a module.
+fn check_filter(text: &str) -> Result<(), Refusal> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    if text.trim().is_empty() {
+        return refuse("is empty", "write \"off\" to log nothing");
+    }
+    if text.len() > FILTER_BYTES {
+        return refuse(
+            format!("is too long: {} bytes", text.len()),
+            format!("use at most {FILTER_BYTES} bytes"),
+        );
+    }
+    for word in text.split(',').map(str::trim) {
+        let lower = word.to_ascii_lowercase();
+        let nearest = LEVELS.iter().find(|level| {
+            lower == "warning" && **level == "warn"
+                || strsim::damerau_levenshtein(level, &lower) == 1
+        });
+        if let Some(level) = nearest.filter(|_| !LEVELS.contains(&lower.as_str())) {
+            return refuse(
+                format!("has an unknown level: {word:?}"),
+                format!("did you mean \"{level}\"?"),
+            );
+        }
+    }
+    match EnvFilter::builder().parse(text) {
+        Ok(_) => Ok(()),
+        Err(_) => refuse(
+            format!("is no filter: {text:?}"),
+            r#"write a level, or module=level pairs with commas between them: "info,tidegate=debug""#,
+        ),
+    }
+}

@@ -1,0 +1,538 @@
+//! Durations, sizes and addresses as people write them, and back. Each refusal says what to write instead.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use crate::net::Address;
+
+/// Why a value is not taken: `what` follows the name of the key, `fix` says what to write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub what: String,
+    pub fix: String,
+}
+
+pub(super) fn refuse<T>(what: impl Into<String>, fix: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal {
+        what: what.into(),
+        fix: fix.into(),
+    })
+}
+
+/// The units of time, largest first, in milliseconds.
+const TIMES: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
+/// The units of size, largest first, in bytes.
+const SIZES: [(&str, u64); 4] = [
+    ("GiB", 1 << 30),
+    ("MiB", 1 << 20),
+    ("KiB", 1 << 10),
+    ("B", 1),
+];
+/// `sun_path` of unix(7) has 108 bytes and ends with a NUL.
+const UNIX_PATH_BYTES: usize = 107;
+
+/// Reads "250ms", "30s", "5m", "1h" or "1m30s".
+pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
+    let mut rest = text;
+    let mut milliseconds = 0_u64;
+    let mut units = TIMES.iter();
+    while !rest.is_empty() || text.is_empty() {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, tail) = rest.split_at(digits);
+        let unit = tail
+            .split(|c: char| c.is_ascii_digit())
+            .next()
+            .unwrap_or_default();
+        if unit.starts_with(['.', ',']) {
+            return refuse(
+                format!("is a fraction: {text:?}"),
+                "use the next smaller unit: \"1500ms\" instead of \"1.5s\"",
+            );
+        }
+        if digits == 0 || unit.chars().any(|c| !c.is_ascii_alphabetic()) {
+            return refuse(
+                format!("is not a duration: {text:?}"),
+                r#"write a number and its unit: "250ms", "30s", "5m" or "1h""#,
+            );
+        }
+        if unit.is_empty() {
+            return refuse(
+                format!("is a duration without a unit: {text:?}"),
+                format!(r#"write "{number}ms" or "{number}s""#),
+            );
+        }
+        if !TIMES.iter().any(|(name, _)| *name == unit) {
+            return refuse(
+                format!("has an unknown unit of time: {unit:?}"),
+                "the units are ms, s, m and h",
+            );
+        }
+        // Advancing through the units accepts each once, in falling order.
+        let Some((_, factor)) = units.find(|(name, _)| *name == unit) else {
+            return refuse(
+                format!("has its units out of order: {text:?}"),
+                "write larger units first, each once: \"1m30s\"",
+            );
+        };
+        let part = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(*factor));
+        match part.and_then(|part| milliseconds.checked_add(part)) {
+            Some(sum) => milliseconds = sum,
+            None => return refuse(format!("is too long: {text:?}"), "durations end at \"24h\""),
+        }
+        rest = &tail[unit.len()..];
+    }
+    Ok(Duration::from_millis(milliseconds))
+}
+
+/// Writes whole milliseconds so that [`parse_duration`] reads the same back; what is finer is lost.
+pub(super) fn format_duration(duration: Duration) -> String {
+    let milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    // People say 90s and 120s, but 5m.
+    let unit = TIMES.iter().find(|(name, factor)| {
+        milliseconds.is_multiple_of(*factor) && (*name != "m" || milliseconds > 120_000)
+    });
+    match unit {
+        Some((name, factor)) if milliseconds > 0 => format!("{}{name}", milliseconds / factor),
+        _ => "0s".to_owned(),
+    }
+}
+
+/// Reads "512", "64KiB", "16MiB" or "1GiB".
+pub(super) fn parse_size(text: &str) -> Result<u64, Refusal> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let unit = unit.trim_start();
+    if unit.starts_with(['.', ',']) {
+        return refuse(
+            format!("is a fraction: {text:?}"),
+            "use the next smaller unit: \"1536KiB\" instead of \"1.5MiB\"",
+        );
+    }
+    if digits == 0 {
+        return refuse(
+            format!("is not a size: {text:?}"),
+            r#"write bytes, or a number and its unit: "512", "64KiB", "16MiB" or "1GiB""#,
+        );
+    }
+    let Some((_, factor)) = SIZES
+        .iter()
+        .find(|(name, _)| *name == if unit.is_empty() { "B" } else { unit })
+    else {
+        // 64k, 64KB, 64kib: what was meant is clear, and that tidegate counts in 1024s as well.
+        let meant = SIZES
+            .iter()
+            .find(|(name, _)| name[..1].eq_ignore_ascii_case(unit.get(..1).unwrap_or_default()));
+        return match meant {
+            Some((name, _)) if unit.len() <= 3 => refuse(
+                format!("has an unknown unit of size: {unit:?}"),
+                format!(r#"write "{number}{name}" (units are powers of 1024)"#),
+            ),
+            _ => refuse(
+                format!("has an unknown unit of size: {unit:?}"),
+                "the units are KiB, MiB and GiB; bytes need none",
+            ),
+        };
+    };
+    match number
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(*factor))
+    {
+        Some(bytes) => Ok(bytes),
+        None => refuse(format!("is too large: {text:?}"), "use fewer bytes"),
+    }
+}
+
+/// Writes bytes so that [`parse_size`] reads the same back.
+pub(super) fn format_size(bytes: u64) -> String {
+    match SIZES
+        .iter()
+        .find(|(_, factor)| bytes.is_multiple_of(*factor))
+    {
+        Some((name, factor)) if bytes > 0 && *name != "B" => format!("{}{name}", bytes / factor),
+        _ => bytes.to_string(),
+    }
+}
+
+/// Reads an address to listen on: an IP address and a port, where 0 means any free one.
+pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, Refusal> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    if text.starts_with("unix:") || text.starts_with('/') {
+        return refuse(
+            "is a Unix socket",
+            r#"only TCP can be listened on: write "127.0.0.1:8080""#,
+        );
+    }
+    if let Some((_, rest)) = text.split_once("://") {
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        return refuse(
+            format!("is a URL: {text:?}"),
+            format!("write only the address and the port: \"{authority}\""),
+        );
+    }
+    if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return refuse(
+            format!("has no port: {text:?}"),
+            format!("add it: \"{}\"", SocketAddr::new(ip, 8080)),
+        );
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    let Ok(port) = port.parse::<u16>() else {
+        return if port.bytes().all(|b| b.is_ascii_digit()) && !port.is_empty() {
+            refuse(
+                format!("has a port beyond 65535: {text:?}"),
+                "use a port from 0 to 65535; 0 means any free one",
+            )
+        } else {
+            refuse(
+                format!("is not an IP address and a port: {text:?}"),
+                r#"write "0.0.0.0:8080", "[::]:8080" or "127.0.0.1:8080""#,
+            )
+        };
+    };
+    if host.is_empty() || host == "*" {
+        return refuse(
+            format!("has no IP address: {text:?}"),
+            format!(r#"write "0.0.0.0:{port}" (IPv4) or "[::]:{port}" (IPv6)"#),
+        );
+    }
+    if let Ok(ip) = host.parse::<Ipv6Addr>() {
+        return refuse(
+            format!("is an IPv6 address without brackets: {text:?}"),
+            format!("write \"[{ip}]:{port}\""),
+        );
+    }
+    let instead = if host == "localhost" {
+        "127.0.0.1"
+    } else {
+        "0.0.0.0"
+    };
+    refuse(
+        format!("has no valid IP address: {host:?}"),
+        format!(
+            "a host name cannot be listened on, an address of this host can: \"{instead}:{port}\""
+        ),
+    )
+}
+
+/// Reads the backend's address: `host:port` or `unix:/path`.
+pub(super) fn parse_backend(text: &str) -> Result<Address, Refusal> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        return if !path.starts_with('/') {
+            refuse(
+                format!("is not an absolute path: {path:?}"),
+                r#"write "unix:" and the whole path: "unix:/run/app.sock""#,
+            )
+        } else if path.len() > UNIX_PATH_BYTES || path.contains('\0') {
+            refuse(
+                format!("has a path of {} bytes", path.len()),
+                format!("the kernel takes at most {UNIX_PATH_BYTES} bytes (and no NUL)"),
+            )
+        } else {
+            Ok(Address::Unix(PathBuf::from(path)))
+        };
+    }
+    if text.starts_with('/') {
+        return refuse(
+            format!("is a path: {text:?}"),
+            format!("write \"unix:{text}\" for a Unix socket"),
+        );
+    }
+    if let Some((scheme, rest)) = text.split_once("://") {
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let port = if authority.contains(':') { "" } else { ":80" };
+        return match scheme {
+            "https" | "wss" => refuse(
+                format!("asks for TLS: {text:?}"),
+                "tidegate talks to its backend in plain text: write \"host:port\"",
+            ),
+            _ => refuse(
+                format!("is a URL: {text:?}"),
+                format!("write only the host and the port: \"{authority}{port}\""),
+            ),
+        };
+    }
+    if text.contains(',') {
+        return refuse(
+            format!("names several backends: {text:?}"),
+            r#"name one: "127.0.0.1:9000""#,
+        );
+    }
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        return refuse(
+            format!("has no host: {text:?}"),
+            format!("write \"127.0.0.1:{text}\""),
+        );
+    }
+    if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return refuse(
+            format!("has no port: {text:?}"),
+            format!("add it: \"{}\"", SocketAddr::new(ip, 9000)),
+        );
+    }
+    let Some((host, port)) = text.rsplit_once(':') else {
+        let example = if text.is_empty() { "127.0.0.1" } else { text };
+        return refuse(
+            format!("has no port: {text:?}"),
+            format!("add it: \"{example}:9000\""),
+        );
+    };
+    let port = match port.parse::<u16>() {
+        Ok(port) if port > 0 => port,
+        _ => {
+            return refuse(
+                format!("has no valid port: {text:?}"),
+                "name the port where the backend listens, from 1 to 65535",
+            );
+        }
+    };
+    Ok(Address::Tcp {
+        host: parse_host(host, port)?.to_owned(),
+        port,
+    })
+}
+
+/// Reads the host of a backend whose port is `port`, and takes the brackets off an IPv6 address.
+fn parse_host(host: &str, port: u16) -> Result<&str, Refusal> {
+    if let Some(literal) = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+    {
+        // A zone ("fe80::1%eth0") is the resolver's matter.
+        return match literal
+            .split('%')
+            .next()
+            .unwrap_or_default()
+            .parse::<Ipv6Addr>()
+        {
+            Ok(_) => Ok(literal),
+            Err(_) => refuse(
+                format!("has no valid IPv6 address in its brackets: {literal:?}"),
+                format!("write \"[::1]:{port}\""),
+            ),
+        };
+    }
+    if host.contains(':') {
+        return refuse(
+            format!("is an IPv6 address without brackets: \"{host}:{port}\""),
+            format!("write \"[{host}]:{port}\""),
+        );
+    }
+    if host.is_empty() {
+        return refuse(
+            format!("has no host: \":{port}\""),
+            format!("write \"127.0.0.1:{port}\""),
+        );
+    }
+    let is_name = host.len() <= 253
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    // A name that ends in a number is an IPv4 address or a mistake; resolvers read "10.1" as 10.0.0.1.
+    let ends_in_number = host
+        .trim_end_matches('.')
+        .rsplit('.')
+        .next()
+        .is_some_and(|label| label.bytes().all(|b| b.is_ascii_digit()));
+    if !is_name || (ends_in_number && host.parse::<Ipv4Addr>().is_err()) {
+        return refuse(
+            format!("has no valid host: {host:?}"),
+            format!("write a host name or an IP address: \"127.0.0.1:{port}\""),
+        );
+    }
+    Ok(host)
+}
+
+/// Reads a network; a single address is a network of one.
+pub(super) fn parse_network(text: &str) -> Result<IpNet, Refusal> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(IpNet::from(ip));
+    }
+    let Ok(network) = text.parse::<IpNet>() else {
+        return refuse(
+            format!("contains what is no network: {text:?}"),
+            r#"write "10.0.0.0/8", "fd00::/8" or a single address"#,
+        );
+    };
+    // Believing more proxies than were meant is a hole, so this is not rounded in silence.
+    if network != network.trunc() {
+        return refuse(
+            format!("contains a network with host bits set: {text:?}"),
+            format!(
+                "write \"{}\" for the network, or \"{}\" for the address alone",
+                network.trunc(),
+                network.addr()
+            ),
+        );
+    }
+    Ok(network)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn durations() {
+        let ms = |text: &str| parse_duration(text).map(|duration| duration.as_millis());
+        assert_eq!(ms("250ms"), Ok(250));
+        assert_eq!(ms("0s"), Ok(0));
+        assert_eq!(ms("90s"), Ok(90_000));
+        assert_eq!(ms("1h1m1s1ms"), Ok(3_661_001));
+        for bad in [
+            "",
+            "250",
+            "s",
+            "1.5s",
+            "-1s",
+            "1 s",
+            "1s ",
+            "1d",
+            "1us",
+            "1s1m",
+            "1s1s",
+            "99999999999999999999s",
+            "9999999999999999h",
+            "1S",
+            "١s",
+        ] {
+            assert!(ms(bad).is_err(), "{bad:?}");
+        }
+        for (milliseconds, text) in [
+            (0, "0s"),
+            (250, "250ms"),
+            (60_000, "60s"),
+            (120_000, "120s"),
+            (300_000, "5m"),
+            (86_400_000, "24h"),
+        ] {
+            assert_eq!(format_duration(Duration::from_millis(milliseconds)), text);
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("512B"), Ok(512));
+        assert_eq!(parse_size("64KiB"), Ok(65_536));
+        assert_eq!(parse_size("64 KiB"), Ok(65_536));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        for bad in [
+            "",
+            "KiB",
+            "64k",
+            "64KB",
+            "1.5MiB",
+            "-1",
+            "64 TiB",
+            "99999999999999999999",
+            "99999999999GiB",
+            "1é",
+            "64KiBs",
+        ] {
+            assert!(parse_size(bad).is_err(), "{bad:?}");
+        }
+        assert!(parse_size("64k").is_err_and(|refusal| refusal.fix.contains("\"64KiB\"")));
+    }
+
+    #[test]
+    fn listen_addresses() {
+        assert!(parse_listen("0.0.0.0:0").is_ok());
+        assert!(parse_listen("[::]:8080").is_ok());
+        for bad in [
+            "",
+            "8080",
+            ":8080",
+            "*:8080",
+            "localhost:8080",
+            "1.2.3.4",
+            "::1",
+            "::1:80",
+            "http://1.2.3.4:80/",
+            "1.2.3.4:70000",
+            "unix:/a",
+        ] {
+            assert!(parse_listen(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn backend_addresses() {
+        for good in [
+            "127.0.0.1:9000",
+            "app:1",
+            "app.ns.svc.cluster.local.:65535",
+            "[::1]:9000",
+            "[fe80::1%eth0]:80",
+            "unix:/run/app.sock",
+        ] {
+            assert_eq!(
+                parse_backend(good).map(|address| address.to_string()),
+                Ok(good.to_owned())
+            );
+        }
+        for bad in [
+            "",
+            "9000",
+            ":9000",
+            "app",
+            "app:",
+            "app:0",
+            "app:70000",
+            "app:80x",
+            "::1",
+            "[::1]",
+            "::1:80",
+            "[::g]:80",
+            "127.0.0.256:80",
+            "10.1:80",
+            "a b:80",
+            "ä:80",
+            "ws://app:80/x",
+            "wss://app",
+            "a:1,b:2",
+            "unix:app.sock",
+            "unix:",
+            "/run/app.sock",
+        ] {
+            assert!(parse_backend(bad).is_err(), "{bad:?}");
+        }
+        assert!(parse_backend(&format!("unix:/{}", "x".repeat(107))).is_err());
+    }
+
+    #[test]
+    fn networks() {
+        assert_eq!(
+            parse_network("10.0.0.1").map(|network| network.to_string()),
+            Ok("10.0.0.1/32".to_owned())
+        );
+        assert!(parse_network("10.0.0.0/8").is_ok());
+        for bad in ["", "10.0.0.1/8", "10.0.0.0/33", "app"] {
+            assert!(parse_network(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        /// What is written reads back, and no text makes a parser panic.
+        #[test]
+        fn round_trips(number in 0..=86_400_000_u64, text in "\\PC{0,12}") {
+            let duration = Duration::from_millis(number);
+            prop_assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
+            prop_assert_eq!(parse_size(&format_size(number)), Ok(number));
+            let _ = (parse_duration(&text), parse_size(&text), parse_listen(&text), parse_backend(&text), parse_network(&text));
+        }
+    }
+}

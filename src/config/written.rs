@@ -1,0 +1,502 @@
+//! Stage one, what is written: the values of all sources, each with its place, of the types TOML knows. The only file that
+//! knows TOML.
+//!
+//! Not here: whether a value makes sense. And serde's derive is not used to read: it ends at the first error, while whoever
+//! corrects a file wants to see all of them.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read as _},
+    path::PathBuf,
+};
+
+use toml::de::{DeTable, DeValue};
+
+use super::{
+    FileSource, SHIPPED, Sources,
+    finding::{Finding, Place},
+    keys,
+    units::{Refusal, refuse},
+};
+
+/// A file beyond this is no configuration.
+const FILE_BYTES: u64 = 1 << 20;
+/// What an override in the environment begins with.
+const PREFIX: &str = "TIDEGATE_";
+/// Where the configuration is, not a key of it.
+pub(super) const FILE_VARIABLE: &str = "TIDEGATE_CONFIG";
+
+/// A value for a known key.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub section: &'static str,
+    pub key: &'static str,
+    pub value: Value,
+    pub place: Place,
+}
+
+/// A value, as far as keys have use for it.
+#[derive(Debug)]
+pub(super) enum Value {
+    Text(String),
+    Integer(i64),
+    List(Vec<Value>),
+    /// A type that no key has: its name with an article.
+    Other(&'static str),
+    /// From outside TOML, where everything is text: to be read as what the key needs.
+    Untyped(String),
+}
+
+impl Value {
+    /// The text in it; else says that `example` with quotes was expected.
+    pub(super) fn text(&self, noun: &str, example: &str) -> Result<&str, Refusal> {
+        match self {
+            Self::Text(text) => Ok(text),
+            _ => refuse(
+                format!("must be {noun}, but is {}", self.kind()),
+                format!("write it in quotes: \"{example}\""),
+            ),
+        }
+    }
+
+    /// The integer in it.
+    pub(super) fn integer(&self) -> Result<i64, Refusal> {
+        match self {
+            Self::Integer(integer) => Ok(*integer),
+            Self::Text(text) if text.parse::<i64>().is_ok() => refuse(
+                format!("must be a number, but is a string: {text:?}"),
+                format!("write it without quotes: {text}"),
+            ),
+            Self::Text(text) => refuse(
+                format!("must be a number, but is {text:?}"),
+                "write digits only",
+            ),
+            _ => refuse(
+                format!("must be a number, but is {}", self.kind()),
+                "write digits only, without quotes",
+            ),
+        }
+    }
+
+    /// What it is, with an article.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Text(_) | Self::Untyped(_) => "a string",
+            Self::Integer(_) => "an integer",
+            Self::List(_) => "a list",
+            Self::Other(kind) => kind,
+        }
+    }
+
+    /// Gives text from the environment the type that `slot` needs: what TOML reads as that type is taken as such, all else is
+    /// text. So `0x10` is a number, `"a b"` loses its quotes, and lists are `["a", "b"]` or `a,b`.
+    pub(super) fn typed(self, slot: &keys::Slot<'_>) -> Self {
+        let Self::Untyped(text) = self else {
+            return self;
+        };
+        let fits = |value: &Self| match slot {
+            keys::Slot::Count(..) | keys::Slot::Code(..) => matches!(value, Self::Integer(_)),
+            keys::Slot::Networks(_) => matches!(value, Self::List(_)),
+            _ => matches!(value, Self::Text(_)),
+        };
+        let parsed = DeValue::parse(text.trim())
+            .ok()
+            .map(|parsed| Self::from_toml(parsed.get_ref()));
+        if let Some(value) = parsed.filter(fits) {
+            return value;
+        }
+        if !matches!(slot, keys::Slot::Networks(_)) {
+            return Self::Text(text);
+        }
+        let items = text
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty());
+        Self::List(items.map(|item| Self::Text(item.to_owned())).collect())
+    }
+
+    fn from_toml(value: &DeValue<'_>) -> Self {
+        match value {
+            DeValue::String(text) => Self::Text(text.clone().into_owned()),
+            DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix())
+                .map_or(
+                    Self::Other("an integer of more than 64 bits"),
+                    Self::Integer,
+                ),
+            DeValue::Array(items) => Self::List(
+                items
+                    .iter()
+                    .map(|item| Self::from_toml(item.get_ref()))
+                    .collect(),
+            ),
+            DeValue::Float(_) => Self::Other("a fraction"),
+            DeValue::Boolean(_) => Self::Other("a boolean"),
+            DeValue::Datetime(_) => Self::Other("a date or time"),
+            DeValue::Table(_) => Self::Other("a table"),
+        }
+    }
+}
+
+/// Reads all sources, in the order in which later ones win. The name of the file, if there is one, comes second.
+pub(super) fn read(
+    sources: &Sources,
+    findings: &mut Vec<Finding>,
+) -> (Vec<Written>, Option<String>) {
+    let mut written = Vec::new();
+    let file = read_source(&sources.file, findings);
+    if let Some((path, text)) = &file {
+        read_file(path, text, &mut written, findings);
+    }
+    read_environment(&sources.env, &mut written, findings);
+    for (name, section, value) in [
+        ("--listen", "listen", &sources.listen),
+        ("--upstream", "upstream", &sources.upstream),
+    ] {
+        if let Some(value) = value {
+            let place = Place::Flag {
+                name,
+                value: value.clone(),
+            };
+            written.push(Written {
+                section,
+                key: "address",
+                value: Value::Untyped(value.clone()),
+                place,
+            });
+        }
+    }
+    (written, file.map(|(path, _)| path))
+}
+
+/// The file's name and text, if there is one and it can be read.
+fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(String, String)> {
+    let (paths, by): (Vec<PathBuf>, _) = match source {
+        FileSource::Shipped => {
+            return Some(("proxy.toml (built in)".to_owned(), SHIPPED.to_owned()));
+        }
+        FileSource::Named { path, by } => (vec![path.clone()], Some(*by)),
+        FileSource::Search(paths) => (paths.clone(), None),
+    };
+    for path in paths {
+        let name = path.display().to_string();
+        let mut refuse = |what: String, fix: &str, place: Place| {
+            findings.push(Finding::error(what, place, fix));
+        };
+        let mut bytes = Vec::new();
+        let result =
+            File::open(&path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        let place = Place::File { path: name.clone() };
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let Some(by) = by else { continue };
+                refuse(
+                    format!("there is no such configuration file (named by {by})"),
+                    "name a file that exists",
+                    place,
+                );
+            }
+            // A file that is there was meant to be read, named or not.
+            Err(error) => refuse(
+                format!("cannot read the configuration file: {error}"),
+                "make it a file that tidegate's user may read",
+                place,
+            ),
+            Ok(_) if bytes.len() as u64 > FILE_BYTES => refuse(
+                "the configuration file is larger than 1MiB".to_owned(),
+                "name the right file",
+                place,
+            ),
+            Ok(_) => match String::from_utf8(bytes) {
+                Ok(text) => return Some((name, text)),
+                Err(error) => {
+                    let good = error.utf8_error().valid_up_to();
+                    let text = String::from_utf8_lossy(error.as_bytes());
+                    refuse(
+                        "the configuration file is not UTF-8".to_owned(),
+                        "save it as UTF-8",
+                        Place::in_file(&name, &text, good..good + 1),
+                    );
+                }
+            },
+        }
+        return None;
+    }
+    None
+}
+
+/// What is in a file. After an error of TOML's own nothing else in it is judged: too much of that would follow from the first.
+fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut Vec<Finding>) {
+    let (document, errors) = DeTable::parse_recoverable(text);
+    if !errors.is_empty() {
+        let mut lines = Vec::new();
+        for error in errors {
+            let mut span = error.span().unwrap_or_default();
+            // What is missing at the end of a line is shown there, and not at the start of the next.
+            while span.is_empty()
+                && span.start > 0
+                && matches!(text.as_bytes().get(span.start - 1), Some(b'\n' | b'\r'))
+            {
+                span = span.start - 1..span.start - 1;
+            }
+            let place = Place::in_file(path, text, span);
+            // One mistake makes TOML's parser stumble several times in its line.
+            let Place::Line { line, .. } = place else {
+                continue;
+            };
+            if !lines.contains(&line) {
+                lines.push(line);
+                findings.push(Finding::error(
+                    format!("not TOML: {}", error.message()),
+                    place,
+                    toml_fix(error.message()),
+                ));
+            }
+        }
+        return;
+    }
+
+    let names = keys::names();
+    let mut refuse = |what: String, fix: String, span| {
+        findings.push(Finding::error(what, Place::in_file(path, text, span), fix));
+    };
+    for (section, content) in document.get_ref() {
+        let name = section.get_ref().as_ref();
+        let known = names
+            .iter()
+            .find(|(section, _)| *section == name)
+            .map(|(section, _)| *section);
+        let DeValue::Table(table) = content.get_ref() else {
+            if known.is_some() {
+                refuse(
+                    format!("`{name}` is a section, not a key"),
+                    format!("write [{name}] on a line of its own, and its keys below"),
+                    section.span(),
+                );
+            } else {
+                let homes = homes_of(name);
+                let fix = if homes.is_empty() {
+                    suggest_section(name)
+                } else {
+                    format!("put it below {}", homes.join(" or "))
+                };
+                refuse(
+                    format!("`{name}` stands outside of every section"),
+                    fix,
+                    section.span(),
+                );
+            }
+            continue;
+        };
+        let Some(known) = known else {
+            refuse(
+                format!("unknown section [{name}]"),
+                suggest_section(name),
+                section.span(),
+            );
+            continue;
+        };
+        for (key, value) in table {
+            let key_name = key.get_ref().as_ref();
+            if let Some((_, key)) = names.iter().find(|name| **name == (known, key_name)) {
+                let place = Place::in_file(path, text, value.span());
+                written.push(Written {
+                    section: known,
+                    key,
+                    value: Value::from_toml(value.get_ref()),
+                    place,
+                });
+            } else {
+                refuse(
+                    format!("unknown key `{key_name}` in [{known}]"),
+                    suggest_key(known, key_name),
+                    key.span(),
+                );
+            }
+        }
+    }
+}
+
+/// What is in the environment, in the order of its names.
+///
+/// Without a double underscore a variable is not for us: for a service that is called tidegate, Kubernetes itself puts
+/// `TIDEGATE_SERVICE_HOST` and `TIDEGATE_PORT` into every pod.
+fn read_environment(
+    variables: &[(OsString, OsString)],
+    written: &mut Vec<Written>,
+    findings: &mut Vec<Finding>,
+) {
+    let mut variables: Vec<_> = variables
+        .iter()
+        .map(|(name, value)| (name.to_string_lossy(), value))
+        .collect();
+    variables.sort();
+    let names = keys::names();
+    let variable = |(section, key): (&str, &str)| {
+        format!("{PREFIX}{}__{}", section.to_uppercase(), key.to_uppercase())
+    };
+    for (name, value) in variables {
+        let Some(rest) = name.strip_prefix(PREFIX).filter(|_| name != FILE_VARIABLE) else {
+            continue;
+        };
+        let place = Place::Env {
+            name: name.to_string(),
+            value: value.to_string_lossy().into_owned(),
+        };
+        if let Some((section, key)) = names.iter().find(|key| variable(**key) == name) {
+            match value.to_str() {
+                Some(text) => written.push(Written {
+                    section,
+                    key,
+                    value: Value::Untyped(text.to_owned()),
+                    place,
+                }),
+                None => findings.push(Finding::error(
+                    format!("`{section}.{key}` is not UTF-8"),
+                    place,
+                    "set it to UTF-8",
+                )),
+            }
+        } else if let Some((section, key)) = rest.split_once("__") {
+            let (section, key) = (section.to_lowercase(), key.to_lowercase());
+            let in_section = nearest(names.iter().map(|(section, _)| *section), &section)
+                .first()
+                .copied()
+                .unwrap_or(&section);
+            let candidates = nearest(
+                names
+                    .iter()
+                    .filter(|(name, _)| *name == in_section)
+                    .map(|(_, key)| *key),
+                &key,
+            );
+            let fix = match candidates.as_slice() {
+                [] => match names.iter().find(|(_, name)| *name == key) {
+                    Some(elsewhere) => format!("did you mean {}?", variable(*elsewhere)),
+                    None => "`tidegate config --default` shows all sections and keys".to_owned(),
+                },
+                keys => format!(
+                    "did you mean {}?",
+                    keys.iter()
+                        .map(|key| variable((in_section, key)))
+                        .collect::<Vec<_>>()
+                        .join(" or ")
+                ),
+            };
+            findings.push(Finding::error(
+                format!("unknown key `{section}.{key}`"),
+                place,
+                fix,
+            ));
+        } else if let Some(key) = names
+            .iter()
+            .find(|(section, key)| format!("{section}_{key}").eq_ignore_ascii_case(rest))
+        {
+            let what =
+                "has no effect: section and key need two underscores between them".to_owned();
+            findings.push(Finding::warning(
+                what,
+                place,
+                format!("write {}", variable(*key)),
+            ));
+        }
+    }
+}
+
+/// The candidates that `name` probably meant: the nearest one, else those that contain it or are contained in it.
+fn nearest<'a>(candidates: impl Iterator<Item = &'a str>, name: &str) -> Vec<&'a str> {
+    let mut candidates: Vec<&str> = candidates.collect();
+    candidates.dedup();
+    let name = name.replace('-', "_").to_lowercase();
+    let distance = |candidate: &&str| strsim::damerau_levenshtein(candidate, &name);
+    match candidates.iter().copied().min_by_key(distance) {
+        Some(best) if distance(&best) <= (name.chars().count() / 3).max(1) => vec![best],
+        _ => candidates
+            .into_iter()
+            .filter(|candidate| {
+                name.len() > 2 && (candidate.contains(&name) || name.contains(candidate))
+            })
+            .collect(),
+    }
+}
+
+/// The sections that have a key of this name, in brackets.
+fn homes_of(key: &str) -> Vec<String> {
+    keys::names()
+        .into_iter()
+        .filter(|(_, name)| *name == key)
+        .map(|(section, _)| format!("[{section}]"))
+        .collect()
+}
+
+fn suggest_section(name: &str) -> String {
+    let mut sections: Vec<&str> = keys::names()
+        .into_iter()
+        .map(|(section, _)| section)
+        .collect();
+    sections.dedup();
+    match nearest(sections.iter().copied(), name).as_slice() {
+        [] => format!("the sections are [{}]", sections.join("], [")),
+        sections => format!("did you mean [{}]?", sections.join("] or [")),
+    }
+}
+
+/// What to write instead of the unknown key `name` in `section`, which is known.
+fn suggest_key(section: &str, name: &str) -> String {
+    let names = keys::names();
+    let own: Vec<&str> = names
+        .iter()
+        .filter(|(of, _)| *of == section)
+        .map(|(_, key)| *key)
+        .collect();
+    let near = nearest(own.iter().copied(), name);
+    if !near.is_empty() {
+        return format!("did you mean `{}`?", near.join("` or `"));
+    }
+    let homes = homes_of(name);
+    if !homes.is_empty() {
+        return format!("`{name}` is a key of {}", homes.join(" and "));
+    }
+    if let Some((of, key)) = names
+        .iter()
+        .find(|(_, key)| strsim::damerau_levenshtein(key, name) <= name.chars().count() / 3)
+    {
+        return format!("did you mean `{key}` in [{of}]?");
+    }
+    format!("the keys of [{section}] are `{}`", own.join("`, `"))
+}
+
+/// What to do about an error of TOML's parser, told from the beginning of its message.
+fn toml_fix(message: &str) -> String {
+    let fixes = [
+        (
+            "duplicate key",
+            "a section or key may stand only once: join them",
+        ),
+        (
+            "string values must be quoted",
+            "put the value in double quotes",
+        ),
+        (
+            "invalid basic string",
+            "begin and end the value with a double quote, on one line",
+        ),
+        (
+            "missing value",
+            "write a value after the equals sign, or put a # before the line",
+        ),
+        (
+            "key with no value",
+            "write `key = value`, or put a # before the line",
+        ),
+        ("unclosed array", "end the list with ]"),
+        ("unclosed table", "end the section's name with ]"),
+    ];
+    let known = fixes.iter().find(|(start, _)| message.starts_with(start));
+    known
+        .map_or(
+            "a line is `[section]`, `key = value` or `# comment`; strings need double quotes",
+            |(_, fix)| fix,
+        )
+        .to_owned()
+}
