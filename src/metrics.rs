@@ -1,1 +1,356 @@
-//! metrics
+//! What is counted. The only module that knows the metrics crate.
+//!
+//! Counters that move with every message are kept per worker, on cache lines of their own, and summed when asked for.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric, text},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+        info::Info,
+    },
+    registry::{Registry, Unit},
+};
+
+use crate::{net::Side, ws::Opcode};
+
+/// Labels with values from fixed sets only.
+type Labels<const N: usize> = [(&'static str, &'static str); N];
+
+/// How a request that wanted something of the backend went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handshake {
+    /// 101 on both legs.
+    Accepted,
+    /// The backend answered with something else.
+    Refused,
+    /// No valid WebSocket handshake; the backend was not asked.
+    Invalid,
+    /// The backend answered 101 with a wrong or missing header, or no HTTP.
+    BadBackend,
+    /// Not connected.
+    Unreachable,
+    /// A deadline passed.
+    Timeout,
+    /// Too many at once.
+    Shed,
+    /// The client left before the answer.
+    Abandoned,
+}
+
+impl Handshake {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Refused => "refused",
+            Self::Invalid => "invalid",
+            Self::BadBackend => "bad_backend",
+            Self::Unreachable => "unreachable",
+            Self::Timeout => "timeout",
+            Self::Shed => "shed",
+            Self::Abandoned => "abandoned",
+        }
+    }
+}
+
+/// All of it.
+pub struct Metrics {
+    registry: Registry,
+    workers: Arc<Mutex<Vec<Arc<Traffic>>>>,
+    /// Sessions that are being relayed.
+    pub sessions: Gauge,
+    /// Client connections, those in their handshake included.
+    pub connections: Gauge,
+    /// Sockets in their last wait.
+    pub lingering: Gauge,
+    /// Data messages that came from a client after its session's end had begun; they were not forwarded.
+    pub crossed_messages: Counter,
+    handshakes: Family<Labels<1>, Counter>,
+    handshake_duration: Histogram,
+    requests: Family<Labels<1>, Counter>,
+    closes: Family<Labels<3>, Counter>,
+    abnormal: Family<Labels<1>, Counter>,
+    close_duration: Histogram,
+    lingered: Family<Labels<2>, Counter>,
+    accept_errors: Family<Labels<1>, Counter>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// Everything at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("tidegate");
+        let workers = Arc::new(Mutex::new(Vec::new()));
+        registry.register_collector(Box::new(TrafficCollector(Arc::clone(&workers))));
+        // 0.5 ms to about 16 s.
+        let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
+        let (handshake_duration, close_duration) = (latency(), latency());
+        let metrics = Self {
+            registry: Registry::default(),
+            workers,
+            sessions: Gauge::default(),
+            connections: Gauge::default(),
+            lingering: Gauge::default(),
+            crossed_messages: Counter::default(),
+            handshakes: Family::default(),
+            handshake_duration,
+            requests: Family::default(),
+            closes: Family::default(),
+            abnormal: Family::default(),
+            close_duration,
+            lingered: Family::default(),
+            accept_errors: Family::default(),
+        };
+        let Self { sessions, connections, lingering, crossed_messages, handshakes, .. } = &metrics;
+        registry.register("connections_active", "WebSocket sessions that are being relayed", sessions.clone());
+        registry.register(
+            "client_connections",
+            "Client connections, also those in their handshake",
+            connections.clone(),
+        );
+        registry.register("lingering_sockets", "Sockets after our FIN, waiting for the peer's", lingering.clone());
+        registry.register(
+            "crossed_messages",
+            "Client messages that crossed a Close of tidegate on the wire and were not forwarded",
+            crossed_messages.clone(),
+        );
+        registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
+        registry.register_with_unit(
+            "handshake_duration",
+            "From the client's request to the 101",
+            Unit::Seconds,
+            metrics.handshake_duration.clone(),
+        );
+        registry.register("http_requests", "Plain requests by the class of their answer", metrics.requests.clone());
+        registry.register(
+            "closes",
+            "Sessions that ended, by who began it, the code, and whether both Close handshakes were completed",
+            metrics.closes.clone(),
+        );
+        registry.register("abnormal_closes", "Ends that were no Close handshake, by cause", metrics.abnormal.clone());
+        registry.register_with_unit(
+            "close_duration",
+            "From the first sign of a session's end to the FINs on both legs",
+            Unit::Seconds,
+            metrics.close_duration.clone(),
+        );
+        registry.register("lingered", "Sockets whose last wait ended, by leg and how", metrics.lingered.clone());
+        registry.register("accept_errors", "Failed accepts by error", metrics.accept_errors.clone());
+        registry.register("build", "What runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        // A series that alerts are built on must be there before it counts.
+        for cause in ABNORMAL {
+            let _ = metrics.abnormal.get_or_create(&[("cause", cause)]);
+        }
+        Self { registry, ..metrics }
+    }
+
+    /// The counters of one more worker.
+    pub fn traffic(&self) -> Arc<Traffic> {
+        let traffic = Arc::new(Traffic::default());
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        workers.push(Arc::clone(&traffic));
+        traffic
+    }
+
+    /// A WebSocket handshake ended.
+    pub fn handshake(&self, result: Handshake, took: Duration) {
+        self.handshakes.get_or_create(&[("result", result.as_str())]).inc();
+        if result == Handshake::Accepted {
+            self.handshake_duration.observe(took.as_secs_f64());
+        }
+    }
+
+    /// A plain request was answered.
+    pub fn request(&self, status: u16) {
+        let class = match status {
+            100..=199 => "1xx",
+            200..=299 => "2xx",
+            300..=399 => "3xx",
+            400..=499 => "4xx",
+            _ => "5xx",
+        };
+        self.requests.get_or_create(&[("status", class)]).inc();
+    }
+
+    /// A session ended.
+    pub fn close(&self, initiator: &'static str, code: Option<u16>, clean: bool, took: Duration) {
+        let clean = if clean { "true" } else { "false" };
+        let labels = [("initiator", initiator), ("code_class", code_class(code)), ("clean", clean)];
+        self.closes.get_or_create(&labels).inc();
+        self.close_duration.observe(took.as_secs_f64());
+    }
+
+    /// A session did not end by a Close handshake; `cause` is one of [`ABNORMAL`].
+    pub fn abnormal(&self, cause: &'static str) {
+        debug_assert!(ABNORMAL.contains(&cause));
+        self.abnormal.get_or_create(&[("cause", cause)]).inc();
+    }
+
+    /// A socket's last wait ended.
+    pub fn lingered(&self, side: Side, how: &'static str) {
+        self.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]).inc();
+    }
+
+    /// `accept()` failed.
+    pub fn accept_error(&self, error: &'static str) {
+        self.accept_errors.get_or_create(&[("error", error)]).inc();
+    }
+
+    /// The exposition in the text format of `OpenMetrics`.
+    pub fn encode(&self) -> String {
+        let mut out = String::new();
+        text::encode(&mut out, &self.registry).expect("writing to a String does not fail");
+        out
+    }
+}
+
+/// One more of something, until it is dropped.
+#[derive(Debug)]
+pub struct Counted(Gauge);
+
+impl Counted {
+    /// Counts up.
+    pub fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The causes of [`Metrics::abnormal`].
+pub const ABNORMAL: [&str; 13] = [
+    "client_fin",
+    "client_reset",
+    "client_silent",
+    "client_stalled",
+    "client_violation",
+    "client_no_answer",
+    "backend_fin",
+    "backend_reset",
+    "backend_silent",
+    "backend_stalled",
+    "backend_violation",
+    "backend_no_answer",
+    "cut_inside_frame",
+];
+
+/// Codes by name as far as RFC 6455 and IANA name them; the rest by range, so that the set stays fixed.
+const fn code_class(code: Option<u16>) -> &'static str {
+    match code {
+        None => "none",
+        Some(1000) => "1000",
+        Some(1001) => "1001",
+        Some(1002) => "1002",
+        Some(1003) => "1003",
+        Some(1007) => "1007",
+        Some(1008) => "1008",
+        Some(1009) => "1009",
+        Some(1010) => "1010",
+        Some(1011) => "1011",
+        Some(1012) => "1012",
+        Some(1013) => "1013",
+        Some(1014) => "1014",
+        Some(3000..=3999) => "3xxx",
+        Some(4000..=4999) => "4xxx",
+        Some(_) => "other",
+    }
+}
+
+/// What one worker relays. Only that worker writes, so nothing here is contended.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct Traffic {
+    accepted: AtomicU64,
+    bytes: [AtomicU64; 2],
+    messages: [[AtomicU64; OPCODES.len()]; 2],
+}
+
+const OPCODES: [(Opcode, &str); 5] = [
+    (Opcode::Text, "text"),
+    (Opcode::Binary, "binary"),
+    (Opcode::Close, "close"),
+    (Opcode::Ping, "ping"),
+    (Opcode::Pong, "pong"),
+];
+
+impl Traffic {
+    /// A client connection was accepted.
+    pub fn accept(&self) {
+        self.accepted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Bytes were read from `side`.
+    pub fn read(&self, side: Side, bytes: u64) {
+        self.bytes[side as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A message of `side` was complete; `opcode` is that of its first frame.
+    pub fn message(&self, side: Side, opcode: Opcode) {
+        let index = OPCODES.iter().position(|(known, _)| *known == opcode).unwrap_or(1);
+        self.messages[side as usize][index].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+struct TrafficCollector(Arc<Mutex<Vec<Arc<Traffic>>>>);
+
+impl Collector for TrafficCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let workers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = |read: &dyn Fn(&Traffic) -> &AtomicU64| {
+            ConstCounter::new(workers.iter().map(|worker| read(worker).load(Ordering::Relaxed)).sum::<u64>())
+        };
+        let directions = [(Side::Client, "client_to_backend"), (Side::Backend, "backend_to_client")];
+
+        let mut bytes =
+            encoder.encode_descriptor("bytes", "Bytes of frames that were read", None, MetricType::Counter)?;
+        for (side, direction) in directions {
+            let value = sum(&|worker| &worker.bytes[side as usize]);
+            value.encode(bytes.encode_family(&[("direction", direction)])?)?;
+        }
+        let help = "Messages and control frames that were read, by the opcode of their first frame";
+        let mut messages = encoder.encode_descriptor("messages", help, None, MetricType::Counter)?;
+        for (side, direction) in directions {
+            for (index, (_, opcode)) in OPCODES.iter().enumerate() {
+                let value = sum(&|worker| &worker.messages[side as usize][index]);
+                value.encode(messages.encode_family(&[("direction", direction), ("opcode", *opcode)])?)?;
+            }
+        }
+        let help = "Client connections that were accepted";
+        let mut accepted = encoder.encode_descriptor("accepted", help, None, MetricType::Counter)?;
+        for (index, worker) in workers.iter().enumerate() {
+            let value = ConstCounter::new(worker.accepted.load(Ordering::Relaxed));
+            value.encode(accepted.encode_family(&[("worker", index.to_string())])?)?;
+        }
+        Ok(())
+    }
+}

@@ -1,1 +1,216 @@
-//! server
+//! Assembly: workers, their listeners, the admin listener, signals, and the phases of the process's end.
+//!
+//! ```text
+//! Running --SIGTERM--> delay: goes on accepting --> window: listeners closed, sessions end one by one
+//!         --second signal, at any time--> everything ends now, still with Close frames
+//!         --all ended, or out of time--> exit 0
+//! ```
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener as StdListener},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::{
+    net::TcpListener,
+    runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{Semaphore, mpsc},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    admin, config::Settings, drain::Drain, listen, metrics::Metrics, net, session::Context, upstream::Upstream,
+};
+
+/// What runs.
+#[derive(Debug)]
+pub struct Server {
+    /// Where clients connect; the port is real also when 0 was configured.
+    pub address: SocketAddr,
+    /// Where the admin listener is.
+    pub admin: Option<SocketAddr>,
+    drain: Drain,
+    /// Ends what is left without waiting any longer.
+    abort: CancellationToken,
+    /// Closed when the last worker has ended.
+    workers: mpsc::Receiver<()>,
+    /// The longest that a session takes to end once it has been told.
+    ending: Duration,
+}
+
+impl Server {
+    /// Binds, and starts the worker threads. To be called inside the runtime that is to serve the admin listener.
+    pub fn start(settings: &Settings) -> anyhow::Result<Self> {
+        raise_descriptor_limit();
+        let listen = &settings.listen;
+        let listeners = net::listeners(listen.address, listen.backlog, listen.workers, &settings.socket)
+            .with_context(|| format!("listen.address: cannot listen on {}", listen.address))?;
+        let address = listeners.first().context("listen.workers is at least 1")?.local_addr()?;
+        let metrics = Arc::new(Metrics::new());
+        let drain = Drain::new(settings.drain.clone());
+        let abort = CancellationToken::new();
+        let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone());
+        let handshakes = Arc::new(Semaphore::new(settings.downstream.max_handshakes));
+        let relay = Arc::new(settings.relay.clone());
+        let (alive, workers) = mpsc::channel(1);
+        for (index, listener) in listeners.into_iter().enumerate() {
+            let context = Context {
+                downstream: settings.downstream.clone(),
+                relay: Arc::clone(&relay),
+                close: settings.close,
+                upstream: upstream.clone(),
+                metrics: Arc::clone(&metrics),
+                traffic: metrics.traffic(),
+                drain: drain.clone(),
+                tracker: TaskTracker::new(),
+                handshakes: Arc::clone(&handshakes),
+            };
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let (abort, alive) = (abort.clone(), alive.clone());
+            thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        () = worker(listener, context) => {}
+                        () = abort.cancelled() => {}
+                    }
+                });
+                drop(runtime);
+                drop(alive);
+            })?;
+        }
+        let admin = match settings.admin.address {
+            Some(wanted) => {
+                let listener =
+                    admin_listener(wanted).with_context(|| format!("admin.address: cannot listen on {wanted}"))?;
+                let address = listener.local_addr()?;
+                let admin = admin::Admin::new(metrics, upstream, drain.clone(), settings.close);
+                // The admin listener outlives the drain, and goes with its runtime.
+                let tracker = TaskTracker::new();
+                tracker.clone().spawn(admin.serve(TcpListener::from_std(listener)?, tracker));
+                Some(address)
+            }
+            None => None,
+        };
+        let ending = settings.relay.close_delay
+            + settings.relay.close_handshake_timeout * 3
+            + settings.close.linger_max
+            + Duration::from_secs(1);
+        Ok(Self { address, admin, drain, abort, workers, ending })
+    }
+
+    /// Ends everything: the delay, the window, what is left after it. `hurry` resolves when there is no time left for
+    /// any of it. Returns when all sessions have ended, or their time has.
+    pub async fn drain(&mut self, hurry: impl Future<Output = ()>) {
+        let config = self.drain.config().clone();
+        let mut hurry = std::pin::pin!(hurry);
+        info!(delay_ms = config.delay.as_millis(), window_ms = config.window.as_millis(), "draining");
+        let hurried = tokio::select! {
+            () = sleep(config.delay) => false,
+            () = &mut hurry => true,
+        };
+        self.drain.begin();
+        info!("listeners close, sessions end");
+        let late = async {
+            if !hurried {
+                tokio::select! {
+                    () = sleep(config.window + config.timeout) => warn!("out of time: ending what is left"),
+                    () = &mut hurry => info!("second signal: ending everything now"),
+                }
+            }
+            self.drain.hurry();
+            sleep(self.ending).await;
+        };
+        tokio::select! {
+            _ = self.workers.recv() => info!("drained"),
+            () = late => {
+                warn!("sessions are left that did not end in time");
+                self.abort.cancel();
+                self.workers.recv().await;
+            }
+        }
+    }
+
+    /// Resolves when no worker is left, which before a drain means that they failed.
+    pub async fn failed(&mut self) {
+        self.workers.recv().await;
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains. The calling thread serves the admin listener.
+pub fn run(settings: &Settings, started: impl FnOnce(&Server)) -> anyhow::Result<()> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut signals = Signals::new()?;
+        let mut server = Server::start(settings)?;
+        info!(address = %server.address, workers = settings.listen.workers, backend = %settings.upstream.address, "listening");
+        if let Some(address) = server.admin {
+            info!(%address, "admin listening");
+        }
+        started(&server);
+        tokio::select! {
+            () = signals.next() => {}
+            () = server.failed() => anyhow::bail!("the workers ended by themselves"),
+        }
+        server.drain(signals.next()).await;
+        Ok(())
+    })
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => info!("SIGTERM"),
+            _ = self.interrupt.recv() => info!("SIGINT"),
+        }
+    }
+}
+
+/// One thread: its accept loop until the drain, then its sessions until the last.
+async fn worker(listener: StdListener, context: Context) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "a worker cannot use its listener");
+            return;
+        }
+    };
+    let context = Arc::new(context);
+    let accept = |stream, peer| context.accept(stream, peer);
+    listen::accept_loop(listener, context.drain.begun(), &context.metrics, accept).await;
+    context.tracker.close();
+    context.tracker.wait().await;
+}
+
+fn admin_listener(address: SocketAddr) -> io::Result<StdListener> {
+    let listener = StdListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// A session takes two descriptors, and the soft limit is often 1,024.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            warn!(%error, "cannot raise the limit of open files to its maximum");
+        }
+    }
+}

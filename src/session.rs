@@ -1,1 +1,534 @@
-//! session
+//! The one place that knows the order of a session:
+//!
+//! ```text
+//! accept -> request, under a deadline -> the backend's handshake -> 101 to the client
+//!        -> relay until both legs have ended -> each leg lingers -> closed
+//! ```
+//!
+//! Whatever goes wrong on the way, no socket is dropped with something still to be said or read on it: a client that
+//! is turned away lingers, and so does a backend whose client left before its answer.
+
+use std::{
+    future::{Future, poll_fn},
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context as TaskContext, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    header::{CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION},
+};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
+use tokio_util::task::TaskTracker;
+use tower::{BoxError, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
+use tracing::{debug, info};
+
+use crate::{
+    close::{self, Lingered},
+    downstream::{self, Body, Intent, TimedBody, answer, answer_later},
+    drain::Drain,
+    metrics::{Counted, Handshake, Metrics, Traffic},
+    net::{Side, Stream},
+    relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
+    upstream::{Answer, Error, Exchange, Failure, Reply, Upstream},
+    ws::Rsv,
+};
+
+/// What the sessions of one worker share.
+#[derive(Debug)]
+pub struct Context {
+    /// The client's leg.
+    pub downstream: downstream::Config,
+    /// The relay.
+    pub relay: Arc<relay::Config>,
+    /// The last wait of each socket.
+    pub close: close::Config,
+    /// The way to the backend.
+    pub upstream: Upstream,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// What this worker counts with every message.
+    pub traffic: Arc<Traffic>,
+    /// The order to end.
+    pub drain: Drain,
+    /// Every task of the worker.
+    pub tracker: TaskTracker,
+    /// `http.max_handshakes`, for all workers together.
+    pub handshakes: Arc<Semaphore>,
+}
+
+/// Who a session belongs to, for its log lines.
+#[derive(Debug)]
+struct About {
+    client: SocketAddr,
+    /// Without the query, which may hold secrets; at most 256 bytes.
+    path: String,
+    request_id: String,
+}
+
+/// What the handshake leaves to the relay.
+#[derive(Debug)]
+struct Tunnel {
+    backend: Leg,
+    rsv: Rsv,
+    about: About,
+}
+
+/// What becomes of a client's connection.
+#[derive(Debug)]
+enum Next {
+    /// Requests and answers.
+    Plain,
+    /// A WebSocket handshake is under way.
+    Upgrading,
+    /// The 101 is on its way to the client.
+    Tunnel(Box<Tunnel>),
+}
+
+impl Context {
+    /// Serves one client connection to its end, in tasks of the worker's tracker.
+    pub fn accept(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
+        self.traffic.accept();
+        self.tracker.spawn(Arc::clone(self).serve(stream, client));
+    }
+
+    /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
+    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr) {
+        let counted = Counted::new(&self.metrics.connections);
+        let next = Arc::new(Mutex::new(Next::Plain));
+        let service = {
+            let (this, next) = (Arc::clone(&self), Arc::clone(&next));
+            let handle = tower::service_fn(move |request| {
+                let (this, next) = (Arc::clone(&this), Arc::clone(&next));
+                async move { Ok::<_, std::convert::Infallible>(this.handle(request, client, &next).await) }
+            });
+            let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(&self.handshakes));
+            let stack = ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle);
+            let this = Arc::clone(&self);
+            hyper::service::service_fn(move |request: Request<Incoming>| {
+                let (stack, this) = (stack.clone(), Arc::clone(&this));
+                Box::pin(async move {
+                    // The stack itself fails only when it sheds.
+                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed());
+                    Ok::<_, std::convert::Infallible>(response)
+                })
+            })
+        };
+        let io = TokioIo::new(Stream::Tcp(stream));
+        let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
+        let mut drain = std::pin::pin!(self.drain.begun());
+        let (mut draining, mut told) = (false, false);
+        let served = poll_fn(|cx| {
+            draining = draining || drain.as_mut().poll(cx).is_ready();
+            // A handshake under way is finished: its session is then ended with a Close like the others.
+            if draining && !told && !matches!(*lock(&next), Next::Upgrading) {
+                told = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            connection.poll_without_shutdown(cx)
+        })
+        .await;
+        let parts = connection.into_parts();
+        let stream = parts.io.into_inner();
+        let next = std::mem::replace(&mut *lock(&next), Next::Plain);
+        match next {
+            Next::Tunnel(tunnel) => {
+                // When the 101 could not be written the client is gone; the backend must hear of it.
+                let stream = served.is_ok().then_some(stream);
+                let client = Leg { stream, early: parts.read_buf };
+                self.tracker.spawn(Arc::clone(&self).relay(client, *tunnel, counted));
+            }
+            Next::Plain | Next::Upgrading => {
+                if let Err(error) = served {
+                    debug!(%client, %error, "client connection ended");
+                }
+                let this = Arc::clone(&self);
+                self.tracker.spawn(async move {
+                    this.linger(Side::Client, stream, false).await;
+                    drop(counted);
+                });
+            }
+        }
+    }
+
+    /// Answers one request.
+    async fn handle(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        client: SocketAddr,
+        next: &Mutex<Next>,
+    ) -> Response<Body> {
+        match downstream::intent(&request) {
+            Ok(Intent::Plain) => {
+                let response = self.plain(request, client.ip()).await;
+                self.metrics.request(response.status().as_u16());
+                response
+            }
+            Ok(Intent::WebSocket(_)) => {
+                *lock(next) = Next::Upgrading;
+                let mut outcome =
+                    Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
+                let (result, response, tunnel) = self.websocket(request, client).await;
+                outcome.result = result;
+                drop(outcome);
+                *lock(next) = tunnel.map_or(Next::Plain, |tunnel| Next::Tunnel(Box::new(tunnel)));
+                response
+            }
+            Err(refusal) => {
+                self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
+                debug!(%client, reason = refusal.reason, "request refused");
+                let mut response = answer(refusal.status, refusal.reason);
+                let headers = response.headers_mut();
+                if refusal.status == StatusCode::UPGRADE_REQUIRED {
+                    // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2).
+                    headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                }
+                // What follows on this connection may not be what it seems.
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+                response
+            }
+        }
+    }
+
+    /// A request too many.
+    fn shed(&self) -> Response<Body> {
+        self.metrics.handshake(Handshake::Shed, Duration::ZERO);
+        let reason = "too many requests are waiting for the backend";
+        answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after)
+    }
+
+    /// The handshake with the backend, and what the client is told of it.
+    async fn websocket(
+        self: &Arc<Self>,
+        mut request: Request<Incoming>,
+        client: SocketAddr,
+    ) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        let mut path = request.uri().path().to_owned();
+        path.truncate(256);
+        let about = About { client, path, request_id: downstream::request_id(request.headers()) };
+        let trusted = &self.downstream.trusted_proxies;
+        downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true);
+        let exchange = self.upstream.websocket(request.map(|_| Empty::<Bytes>::new()));
+        let patience = self.upstream.config().handshake_timeout;
+        match self.within(patience, exchange).await {
+            Ok(Answer::Tunnel { stream, early, mut response }) => {
+                downstream::forward_response(&mut response, true);
+                let tunnel =
+                    Tunnel { backend: Leg { stream: Some(stream), early }, rsv: rsv(response.headers()), about };
+                (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
+            }
+            Ok(Answer::Refusal(reply)) => (Handshake::Refused, self.pass_on(reply), None),
+            Err(error) => {
+                info!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
+                let result = match error {
+                    Error::Unreachable(_) => Handshake::Unreachable,
+                    Error::Timeout(_) => Handshake::Timeout,
+                    Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
+                };
+                (result, self.blame(&error), None)
+            }
+        }
+    }
+
+    /// A request that is no upgrade, streamed both ways.
+    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: IpAddr) -> Response<Body> {
+        let id = downstream::request_id(request.headers());
+        downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false);
+        let config = self.upstream.config();
+        let (body_timeout, response_timeout) = (config.body_timeout, config.response_timeout);
+        let exchange = self.upstream.plain(request.map(|body| TimedBody::new(body, body_timeout)));
+        match self.within(response_timeout, exchange).await {
+            Ok(reply) => self.pass_on(reply),
+            Err(error) => {
+                info!(%client, request_id = id, %error, "request failed");
+                self.blame(&error)
+            }
+        }
+    }
+
+    /// Waits for an exchange for as long as the client does, `patience` at most; then it is ended behind our back.
+    async fn within<T: Orphan>(self: &Arc<Self>, patience: Duration, exchange: Exchange<T>) -> Result<T, Error> {
+        let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
+        let deadline = ServiceBuilder::new().timeout(patience).service_fn(|guarded: Guarded<T>| guarded);
+        let answer: Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>> = Box::pin(deadline.oneshot(guarded));
+        answer.await.map_err(|error| match error.downcast::<Failure>() {
+            Ok(failure) => {
+                let Failure { error, stream } = *failure;
+                if let Some(stream) = stream {
+                    self.tracker.spawn(Arc::clone(self).linger_owned(Side::Backend, stream));
+                }
+                error
+            }
+            Err(_) => Error::Timeout("backend did not answer in time"),
+        })
+    }
+
+    /// Passes a backend's answer on; its connection is driven, and ended, by a task of its own.
+    fn pass_on(self: &Arc<Self>, reply: Reply) -> Response<Body> {
+        let Reply { mut response, connection } = reply;
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            if let Some(stream) = connection.await {
+                this.linger(Side::Backend, stream, true).await;
+            }
+        });
+        downstream::forward_response(&mut response, false);
+        let patience = self.upstream.config().body_timeout;
+        response.map(|body| TimedBody::new(body, patience).boxed())
+    }
+
+    /// What a client is told when the backend gave no answer: no addresses, no system errors.
+    fn blame(&self, error: &Error) -> Response<Body> {
+        let (status, reason) = match error {
+            Error::Unreachable(_) => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
+            Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
+            Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
+            Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
+        };
+        answer_later(status, reason, self.downstream.retry_after)
+    }
+
+    /// A session from its 101 to the FINs on both legs, and its log lines.
+    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, counted: Counted) {
+        let Tunnel { backend, rsv, about } = tunnel;
+        let session = Counted::new(&self.metrics.sessions);
+        let About { client: peer, path, request_id } = &about;
+        info!(client = %peer, path, request_id, "open");
+        let begun = Instant::now();
+        let traffic = Arc::clone(&self.traffic);
+        let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
+        let first = relay.next_ended().await;
+        // Boxed: this state is needed for the last seconds of a session only.
+        Box::pin(async {
+            let rest = async {
+                let second = relay.next_ended().await;
+                let report = relay.report();
+                drop(session);
+                self.count(&report);
+                log_close(&about, &report, begun.elapsed());
+                self.let_go(second).await;
+            };
+            tokio::join!(self.let_go(first), rest);
+        })
+        .await;
+        drop(counted);
+    }
+
+    async fn let_go(&self, ended: Ended) {
+        if let Some(stream) = ended.stream {
+            self.linger(ended.side, stream, ended.is_done).await;
+        }
+    }
+
+    async fn linger(&self, side: Side, stream: Stream, peer_is_done: bool) {
+        let counted = Counted::new(&self.metrics.lingering);
+        let how = match close::linger(stream, peer_is_done, &self.close).await {
+            Lingered::Fin => "fin",
+            Lingered::Acked => "acked",
+            Lingered::Reset => "reset",
+            Lingered::Expired => "expired",
+        };
+        drop(counted);
+        self.metrics.lingered(side, how);
+    }
+
+    async fn linger_owned(self: Arc<Self>, side: Side, stream: Stream) {
+        self.linger(side, stream, false).await;
+    }
+
+    fn count(&self, report: &Report) {
+        let clean = report.heard == [true; 2] && report.told == [true; 2] && report.cut == [false; 2];
+        self.metrics.close(initiator(report.initiator), report.code, clean, report.ending);
+        for cause in abnormal(report) {
+            self.metrics.abnormal(cause);
+        }
+        self.metrics.crossed_messages.inc_by(report.counts[Side::Client as usize].crossed);
+    }
+}
+
+/// Counts a handshake when it is over, also when its client left and the future was dropped.
+struct Outcome<'a> {
+    metrics: &'a Metrics,
+    begun: Instant,
+    result: Handshake,
+}
+
+impl Drop for Outcome<'_> {
+    fn drop(&mut self) {
+        self.metrics.handshake(self.result, self.begun.elapsed());
+    }
+}
+
+/// An exchange whose client may leave: what the backend has begun is then brought to an orderly end all the same.
+struct Guarded<T: Orphan> {
+    exchange: Option<Exchange<T>>,
+    context: Arc<Context>,
+}
+
+impl<T: Orphan> Future for Guarded<T> {
+    type Output = Result<T, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<Self::Output> {
+        let exchange = self.exchange.as_mut().expect("a future is not polled after it is ready");
+        let result = std::task::ready!(Pin::new(exchange).poll(cx));
+        self.exchange = None;
+        Poll::Ready(result)
+    }
+}
+
+impl<T: Orphan> Drop for Guarded<T> {
+    fn drop(&mut self) {
+        let Some(exchange) = self.exchange.take().filter(Exchange::has_begun) else { return };
+        let context = Arc::clone(&self.context);
+        self.context.tracker.spawn(async move {
+            match exchange.await {
+                Ok(orphan) => orphan.end(context).await,
+                Err(Failure { stream: Some(stream), .. }) => context.linger(Side::Backend, stream, false).await,
+                Err(Failure { stream: None, .. }) => {}
+            }
+        });
+    }
+}
+
+/// What a backend gave to a client that is gone.
+trait Orphan: Send + 'static {
+    /// Ends it in order.
+    fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+impl Orphan for Reply {
+    fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move {
+            drop(self.response);
+            if let Some(stream) = self.connection.await {
+                context.linger(Side::Backend, stream, false).await;
+            }
+        })
+    }
+}
+
+impl Orphan for Answer {
+    fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        match self {
+            Self::Refusal(reply) => reply.end(context),
+            Self::Tunnel { stream, early, response } => Box::pin(async move {
+                // A session whose client was reset: the backend gets its Close, and time to answer it.
+                let client = Leg { stream: None, early: Bytes::new() };
+                let backend = Leg { stream: Some(stream), early };
+                let (config, traffic) = (Arc::clone(&context.relay), Arc::clone(&context.traffic));
+                let rsv = rsv(response.headers());
+                let mut relay = Relay::new(config, traffic, context.drain.clone(), rsv, client, backend);
+                for _ in Side::BOTH {
+                    let ended = relay.next_ended().await;
+                    context.let_go(ended).await;
+                }
+            }),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing under these locks can panic half-way.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn empty() -> Body {
+    Empty::new().map_err(|never| match never {}).boxed()
+}
+
+/// Which reserved bits the extensions of a 101 allow.
+fn rsv(headers: &HeaderMap) -> Rsv {
+    let values = headers.get_all(SEC_WEBSOCKET_EXTENSIONS).iter().filter_map(|value| value.to_str().ok());
+    let mut rsv = Rsv::None;
+    for extension in values.flat_map(|value| value.split(',')) {
+        let name = extension.split(';').next().unwrap_or_default().trim();
+        match name {
+            "" => {}
+            "permessage-deflate" => rsv = Rsv::Deflate,
+            _ => return Rsv::Any,
+        }
+    }
+    rsv
+}
+
+const fn initiator(initiator: Initiator) -> &'static str {
+    match initiator {
+        Initiator::Client => "client",
+        Initiator::Backend => "backend",
+        Initiator::Tidegate => "tidegate",
+    }
+}
+
+/// The causes for which a session counts as abnormal, of `metrics::ABNORMAL`.
+fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
+    let sides = Side::BOTH.into_iter().filter_map(|side| {
+        let index = side as usize;
+        let first = matches!(report.cause, Cause::Gone(gone, _) if gone == side);
+        let unanswered = report.told[index] && !report.heard[index];
+        let [fin, reset, silent, stalled, violation, no_answer] = match side {
+            Side::Client => [
+                "client_fin",
+                "client_reset",
+                "client_silent",
+                "client_stalled",
+                "client_violation",
+                "client_no_answer",
+            ],
+            Side::Backend => [
+                "backend_fin",
+                "backend_reset",
+                "backend_silent",
+                "backend_stalled",
+                "backend_violation",
+                "backend_no_answer",
+            ],
+        };
+        match report.gone[index] {
+            Some(Gone::Silent) => Some(silent),
+            Some(Gone::Stalled) => Some(stalled),
+            Some(Gone::Broke(_)) => Some(violation),
+            // How it left is told by its first sign; a RST for our data after its Close and FIN is normal.
+            Some(_) if first && matches!(report.cause, Cause::Gone(_, Gone::Reset)) => Some(reset),
+            Some(_) if first => Some(fin),
+            _ if unanswered => Some(no_answer),
+            _ => None,
+        }
+    });
+    sides.chain((report.cut != [false; 2]).then_some("cut_inside_frame"))
+}
+
+fn log_close(about: &About, report: &Report, duration: Duration) {
+    let [from_client, from_backend] = report.counts;
+    let causes = abnormal(report).collect::<Vec<_>>().join(",");
+    let why = match report.cause {
+        Cause::Gone(_, Gone::Broke(violation)) => violation.to_string(),
+        Cause::Drain => "drain".to_owned(),
+        _ => String::new(),
+    };
+    info!(
+        client = %about.client,
+        path = about.path,
+        request_id = about.request_id,
+        initiator = initiator(report.initiator),
+        code = report.code,
+        reason = %report.reason.escape_debug(),
+        clean = causes.is_empty(),
+        abnormal = causes,
+        why,
+        duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+        ending_ms = u64::try_from(report.ending.as_millis()).unwrap_or(u64::MAX),
+        messages_from_client = from_client.messages,
+        messages_from_backend = from_backend.messages,
+        bytes_from_client = from_client.bytes,
+        bytes_from_backend = from_backend.bytes,
+        crossed = from_client.crossed,
+        "close"
+    );
+}

@@ -3,6 +3,8 @@
 //! Data on stdout, everything else on stderr. Exit codes: 0; 1 when running failed; 2 for a command line that cannot be
 //! understood; 78 (`EX_CONFIG` of sysexits.h) for a configuration that cannot be used.
 
+mod log;
+
 use std::{
     io::{self, Write as _},
     path::PathBuf,
@@ -10,8 +12,14 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources};
+use crate::{
+    config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
+    demo,
+    net::Address,
+    server,
+};
 
 const RUNTIME: u8 = 1;
 const CONFIGURATION: u8 = 78;
@@ -28,9 +36,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the proxy
-    #[command(
-        after_help = "--listen and --upstream together need no file; a file that is found is used underneath."
-    )]
+    #[command(after_help = "--listen and --upstream together need no file; a file that is found is used underneath.")]
     Run {
         #[command(flatten)]
         file: File,
@@ -74,9 +80,7 @@ enum Command {
 #[derive(Debug, Args)]
 struct File {
     #[arg(short, long, value_name = "FILE")]
-    #[arg(
-        help = "The configuration file [default: $TIDEGATE_CONFIG, ./proxy.toml, /etc/tidegate/proxy.toml]"
-    )]
+    #[arg(help = "The configuration file [default: $TIDEGATE_CONFIG, ./proxy.toml, /etc/tidegate/proxy.toml]")]
     config: Option<PathBuf>,
 }
 
@@ -99,40 +103,24 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Run {
-            file,
-            listen,
-            upstream,
-        } => load(&Sources::from_process(file.config, listen, upstream))
-            .map(|loaded| serve(loaded.settings)),
+        Command::Run { file, listen, upstream } => {
+            load(&Sources::from_process(file.config, listen, upstream)).map(|loaded| serve(&loaded.settings))
+        }
         Command::Demo { config, listen } => {
-            let file = config.map_or(FileSource::Shipped, |path| FileSource::Named {
-                path,
-                by: "--config",
-            });
-            load(&Sources {
-                file,
-                ..Sources::from_process(None, listen, None)
-            })
-            .map(|loaded| demo(loaded.settings))
+            let file = config.map_or(FileSource::Shipped, |path| FileSource::Named { path, by: "--config" });
+            load(&Sources { file, ..Sources::from_process(None, listen, None) }).map(|loaded| demo(loaded.settings))
         }
         Command::Check { file } => check(&Sources::from_process(file.config, None, None)),
-        Command::Config {
-            default: true,
-            format,
-            ..
-        } => Ok(print(&match format {
+        Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),
         })),
-        Command::Config { file, format, .. } => {
-            load(&Sources::from_process(file.config, None, None)).map(|loaded| {
-                print(&match format {
-                    Format::Toml => loaded.to_toml(),
-                    Format::Json => json(&loaded.settings),
-                })
+        Command::Config { file, format, .. } => load(&Sources::from_process(file.config, None, None)).map(|loaded| {
+            print(&match format {
+                Format::Toml => loaded.to_toml(),
+                Format::Json => json(&loaded.settings),
             })
-        }
+        }),
     };
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -147,14 +135,40 @@ pub fn main() -> ExitCode {
     }
 }
 
-// TO BE WIRED: `crate::server::run(settings)`.
-fn serve(_settings: Settings) -> anyhow::Result<()> {
-    anyhow::bail!("`run` is not wired yet")
+fn serve(settings: &Settings) -> anyhow::Result<()> {
+    let _flushed_at_the_end = log::init(&settings.log)?;
+    tracing::info!(settings = settings.summary(), "effective");
+    server::run(settings, |_| {})
 }
 
-// TO BE WIRED: `crate::demo::run(settings)`, which sets `upstream.address` to its own backend.
-fn demo(_settings: Settings) -> anyhow::Result<()> {
-    anyhow::bail!("`demo` is not wired yet")
+/// The proxy in front of the demo backend, which runs on a thread of its own like the separate program it stands for.
+fn demo(mut settings: Settings) -> anyhow::Result<()> {
+    let _flushed_at_the_end = log::init(&settings.log)?;
+    let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    settings.upstream.address = Address::Tcp { host: address.ip().to_string(), port: address.port() };
+    let shutdown = CancellationToken::new();
+    let backend = {
+        let shutdown = shutdown.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("demo-backend".to_owned()).spawn(move || {
+            runtime.block_on(async { demo::serve(tokio::net::TcpListener::from_std(listener)?, shutdown).await })
+        })?
+    };
+    // People try a demo with Ctrl-C: it need not wait for endpoints to propagate.
+    settings.drain.delay = std::time::Duration::ZERO;
+    settings.drain.window = settings.drain.window.min(std::time::Duration::from_secs(1));
+    let result = server::run(&settings, |server| {
+        // Data, and so on stdout: what the user came for.
+        let _ = print(&demo::instructions(server.address, server.admin));
+    });
+    shutdown.cancel();
+    match backend.join() {
+        Ok(served) => served?,
+        Err(_) => anyhow::bail!("the demo backend panicked"),
+    }
+    result
 }
 
 /// Loads, and says what is to be said about it even though it is good.
@@ -177,9 +191,7 @@ fn check(sources: &Sources) -> Result<anyhow::Result<()>, Findings> {
             fix: "name one: tidegate check --config FILE".to_owned(),
         }]));
     };
-    loaded
-        .findings
-        .retain(|finding| finding.level < Level::Note);
+    loaded.findings.retain(|finding| finding.level < Level::Note);
     if !loaded.findings.is_empty() {
         eprintln!("{}", Findings(loaded.findings));
     }
@@ -187,8 +199,8 @@ fn check(sources: &Sources) -> Result<anyhow::Result<()>, Findings> {
 }
 
 fn json(settings: &Settings) -> String {
-    let mut text = serde_json::to_string_pretty(settings)
-        .expect("strings, numbers and lists in maps with string keys are JSON");
+    let mut text =
+        serde_json::to_string_pretty(settings).expect("strings, numbers and lists in maps with string keys are JSON");
     text.push('\n');
     text
 }
@@ -196,10 +208,7 @@ fn json(settings: &Settings) -> String {
 /// Writes data to stdout. A reader that has seen enough (`| head`) is no failure.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }

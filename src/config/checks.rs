@@ -48,22 +48,14 @@ impl Origins<'_> {
 
     /// Says that two values do not go together, and that at the place that was written last: nobody can correct a default.
     /// The other value is named with its own place.
-    fn pair(
-        &self,
-        (a, a_text): (Name, &str),
-        relation: &str,
-        (b, b_text): (Name, &str),
-    ) -> (String, Place) {
+    fn pair(&self, (a, a_text): (Name, &str), relation: &str, (b, b_text): (Name, &str)) -> (String, Place) {
         let (a_place, b_place) = (self.place(a), self.place(b));
         let (a_origin, b_origin) = if a_place >= b_place {
             (String::new(), format!(", {b_place}"))
         } else {
             (format!(", {a_place}"), String::new())
         };
-        let what = format!(
-            "`{}.{}` ({a_text}{a_origin}) {relation} `{}.{}` ({b_text}{b_origin})",
-            a.0, a.1, b.0, b.1
-        );
+        let what = format!("`{}.{}` ({a_text}{a_origin}) {relation} `{}.{}` ({b_text}{b_origin})", a.0, a.1, b.0, b.1);
         (what, a_place.max(b_place))
     }
 }
@@ -81,53 +73,22 @@ fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Find
     if let Some(admin) = settings.admin.address {
         let admin_text = admin.to_string();
         if overlaps(admin, listen) && origins.judged(&[ADMIN, LISTEN]) {
-            let (what, place) = origins.pair(
-                (ADMIN, &admin_text),
-                "takes the port of",
-                (LISTEN, &listen_text),
-            );
-            findings.push(Finding::error(
-                what,
-                place,
-                "give each a port of its own, or set admin.address to \"off\"",
-            ));
+            let (what, place) = origins.pair((ADMIN, &admin_text), "takes the port of", (LISTEN, &listen_text));
+            findings.push(Finding::error(what, place, "give each a port of its own, or set admin.address to \"off\""));
         }
         if reaches(upstream, admin) && origins.judged(&[ADMIN, UPSTREAM]) {
-            let (what, place) = origins.pair(
-                (UPSTREAM, &upstream_text),
-                "leads back to",
-                (ADMIN, &admin_text),
-            );
-            findings.push(Finding::error(
-                what,
-                place,
-                "name the address where the backend listens, and not tidegate",
-            ));
+            let (what, place) = origins.pair((UPSTREAM, &upstream_text), "leads back to", (ADMIN, &admin_text));
+            findings.push(Finding::error(what, place, "name the address where the backend listens, and not tidegate"));
         }
     }
     if reaches(upstream, listen) && origins.judged(&[LISTEN, UPSTREAM]) {
-        let (what, place) = origins.pair(
-            (UPSTREAM, &upstream_text),
-            "leads back to",
-            (LISTEN, &listen_text),
-        );
-        findings.push(Finding::error(
-            what,
-            place,
-            "name the address where the backend listens, and not tidegate",
-        ));
+        let (what, place) = origins.pair((UPSTREAM, &upstream_text), "leads back to", (LISTEN, &listen_text));
+        findings.push(Finding::error(what, place, "name the address where the backend listens, and not tidegate"));
     }
 
-    for network in settings
-        .downstream
-        .trusted_proxies
-        .iter()
-        .filter(|network| network.prefix_len() == 0)
-    {
+    for network in settings.downstream.trusted_proxies.iter().filter(|network| network.prefix_len() == 0) {
         findings.push(Finding::warning(
-            format!(
-                "`http.trusted_proxies` contains {network}: every client may claim any address"
-            ),
+            format!("`http.trusted_proxies` contains {network}: every client may claim any address"),
             origins.place(PROXIES),
             "name only the networks of the proxies in front of tidegate",
         ));
@@ -139,15 +100,11 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     let (message, frame) = (format_size(relay.max_message), format_size(relay.max_frame));
     if origins.judged(&[MAX_FRAME, MAX_MESSAGE]) {
         if relay.max_frame > relay.max_message {
-            let (what, place) =
-                origins.pair((MAX_FRAME, &frame), "is more than", (MAX_MESSAGE, &message));
-            let fix = format!(
-                "such a frame could never pass: leave max_frame out, or write \"{message}\""
-            );
+            let (what, place) = origins.pair((MAX_FRAME, &frame), "is more than", (MAX_MESSAGE, &message));
+            let fix = format!("such a frame could never pass: leave max_frame out, or write \"{message}\"");
             findings.push(Finding::error(what, place, fix));
         } else if relay.max_frame < relay.max_message && !origins.written.contains_key(&MAX_FRAME) {
-            let (what, place) =
-                origins.pair((MAX_MESSAGE, &message), "is more than", (MAX_FRAME, &frame));
+            let (what, place) = origins.pair((MAX_MESSAGE, &message), "is more than", (MAX_FRAME, &frame));
             let fix = format!(
                 "many clients send a message as one frame: set max_frame to \"{message}\" too, or to \"{frame}\" if it is meant"
             );
@@ -157,14 +114,10 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
 
     let close = &settings.close;
     if close.linger > close.linger_max && origins.judged(&[LINGER, LINGER_MAX]) {
-        let (linger, max) = (
-            format_duration(close.linger),
-            format_duration(close.linger_max),
-        );
+        let (linger, max) = (format_duration(close.linger), format_duration(close.linger_max));
         let (what, place) = origins.pair((LINGER, &linger), "is longer than", (LINGER_MAX, &max));
-        let fix = format!(
-            "linger is a part of the wait and linger_max the whole: set linger_max to \"{linger}\" or more"
-        );
+        let fix =
+            format!("linger is a part of the wait and linger_max the whole: set linger_max to \"{linger}\" or more");
         findings.push(Finding::error(what, place, fix));
     }
 
@@ -180,8 +133,7 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
 /// Whether binding both fails. Port 0 is any free port, so never the same; an unspecified address is all of its family, and
 /// `[::]` also takes IPv4 on most hosts.
 fn overlaps(a: SocketAddr, b: SocketAddr) -> bool {
-    let covers =
-        |a: IpAddr, b: IpAddr| a == b || (a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()));
+    let covers = |a: IpAddr, b: IpAddr| a == b || (a.is_unspecified() && (a.is_ipv6() || b.is_ipv4()));
     a.port() != 0 && a.port() == b.port() && (covers(a.ip(), b.ip()) || covers(b.ip(), a.ip()))
 }
 
@@ -235,11 +187,7 @@ mod tests {
             ("unix:/a", "127.0.0.1:80", false),
         ] {
             let backend = super::super::units::parse_backend(backend).unwrap();
-            assert_eq!(
-                reaches(&backend, listener(listen)),
-                loops,
-                "{backend} {listen}"
-            );
+            assert_eq!(reaches(&backend, listener(listen)), loops, "{backend} {listen}");
         }
     }
 }

@@ -78,18 +78,11 @@ impl Place {
     /// The place of `span` (in bytes) in `text`, the content of the file `path`.
     pub(super) fn in_file(path: &str, text: &str, span: std::ops::Range<usize>) -> Self {
         let start = text.floor_char_boundary(span.start.min(text.len()));
-        let end = text
-            .floor_char_boundary(span.end.min(text.len()))
-            .max(start);
+        let end = text.floor_char_boundary(span.end.min(text.len())).max(start);
         let line_start = text[..start].rfind('\n').map_or(0, |newline| newline + 1);
         let line = text[line_start..].lines().next().unwrap_or_default();
         let before = text[line_start..start].chars().count();
-        let width = text[start..end]
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .chars()
-            .count();
+        let width = text[start..end].lines().next().unwrap_or_default().chars().count();
         Self::Line {
             path: path.to_owned(),
             line: text[..line_start].matches('\n').count() + 1,
@@ -106,9 +99,7 @@ impl fmt::Display for Place {
         match self {
             Self::Default => f.write_str("default"),
             Self::File { path } => f.write_str(path),
-            Self::Line {
-                path, line, column, ..
-            } => write!(f, "{path}:{line}:{column}"),
+            Self::Line { path, line, column, .. } => write!(f, "{path}:{line}:{column}"),
             Self::Env { name, .. } => write!(f, "environment variable {name}"),
             Self::Flag { name, .. } => f.write_str(name),
         }
@@ -127,21 +118,11 @@ impl fmt::Display for Level {
 
 impl Finding {
     pub(super) fn error(what: impl Into<String>, place: Place, fix: impl Into<String>) -> Self {
-        Self {
-            level: Level::Error,
-            what: what.into(),
-            place,
-            fix: fix.into(),
-        }
+        Self { level: Level::Error, what: what.into(), place, fix: fix.into() }
     }
 
     pub(super) fn warning(what: impl Into<String>, place: Place, fix: impl Into<String>) -> Self {
-        Self {
-            level: Level::Warning,
-            what: what.into(),
-            place,
-            fix: fix.into(),
-        }
+        Self { level: Level::Warning, what: what.into(), place, fix: fix.into() }
     }
 
     /// On one line, for a log: place, what, fix.
@@ -158,13 +139,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.level, self.what)?;
         let (gutter, text, column, width) = match &self.place {
-            Place::Line {
-                line,
-                column,
-                width,
-                text,
-                ..
-            } => (line.to_string(), text, *column, *width),
+            Place::Line { line, column, width, text, .. } => (line.to_string(), text, *column, *width),
             Place::Env { value, .. } | Place::Flag { value, .. } => {
                 (" ".to_owned(), value, 1, value.chars().count().max(1))
             }
@@ -174,44 +149,22 @@ impl fmt::Display for Finding {
         let pad = gutter.len();
 
         // What is shown of a long line begins a little before the caret. Control characters must not reach the terminal.
-        let skipped = if text.chars().count() > SHOWN_CHARS {
-            column.saturating_sub(40)
-        } else {
-            0
-        };
+        let skipped = if text.chars().count() > SHOWN_CHARS { column.saturating_sub(40) } else { 0 };
         let shown: String = text
             .chars()
             .skip(skipped)
             .take(SHOWN_CHARS)
-            .map(|c| {
-                if c.is_control() && c != '\t' {
-                    '\u{fffd}'
-                } else {
-                    c
-                }
-            })
+            .map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c })
             .collect();
         let before = column - 1 - skipped.min(column - 1);
-        let indent: String = shown
-            .chars()
-            .take(before)
-            .map(|c| if c == '\t' { '\t' } else { ' ' })
-            .collect();
+        let indent: String = shown.chars().take(before).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
         let missing = before.saturating_sub(indent.chars().count());
-        let carets = width
-            .min(shown.chars().count().saturating_sub(before))
-            .max(1);
+        let carets = width.min(shown.chars().count().saturating_sub(before)).max(1);
 
         write!(f, "\n{:pad$}--> {}", "", self.place)?;
         write!(f, "\n{:pad$} |", "")?;
         write!(f, "\n{gutter} | {shown}")?;
-        write!(
-            f,
-            "\n{:pad$} | {indent}{:missing$}{}",
-            "",
-            "",
-            "^".repeat(carets)
-        )?;
+        write!(f, "\n{:pad$} | {indent}{:missing$}{}", "", "", "^".repeat(carets))?;
         write!(f, "\n{:pad$} = help: {}", "", self.fix)
     }
 }
@@ -245,42 +198,17 @@ mod tests {
                 fix: String::new(),
             };
             let lines: Vec<String> = finding.to_string().lines().map(str::to_owned).collect();
-            (
-                lines[1].trim().to_owned(),
-                lines[3].clone(),
-                lines[4].clone(),
-            )
+            (lines[1].trim().to_owned(), lines[3].clone(), lines[4].clone())
         };
         let place = |line: usize, column: usize| format!("--> f:{line}:{column}");
-        assert_eq!(
-            under("a\n\tb = 1\n", 3..4),
-            (place(2, 2), "2 | \tb = 1".into(), "  | \t^".into())
-        );
-        assert_eq!(
-            under("ä = 12", 5..7),
-            (place(1, 5), "1 | ä = 12".into(), "  |     ^^".into())
-        );
-        assert_eq!(
-            under("a = [\n1", 4..7),
-            (place(1, 5), "1 | a = [".into(), "  |     ^".into())
-        );
-        assert_eq!(
-            under("a =", 3..3),
-            (place(1, 4), "1 | a =".into(), "  |    ^".into())
-        );
-        assert_eq!(
-            under("", 0..0),
-            (place(1, 1), "1 | ".into(), "  | ^".into())
-        );
-        assert_eq!(
-            under("a\r\nb", 3..4),
-            (place(2, 1), "2 | b".into(), "  | ^".into())
-        );
+        assert_eq!(under("a\n\tb = 1\n", 3..4), (place(2, 2), "2 | \tb = 1".into(), "  | \t^".into()));
+        assert_eq!(under("ä = 12", 5..7), (place(1, 5), "1 | ä = 12".into(), "  |     ^^".into()));
+        assert_eq!(under("a = [\n1", 4..7), (place(1, 5), "1 | a = [".into(), "  |     ^".into()));
+        assert_eq!(under("a =", 3..3), (place(1, 4), "1 | a =".into(), "  |    ^".into()));
+        assert_eq!(under("", 0..0), (place(1, 1), "1 | ".into(), "  | ^".into()));
+        assert_eq!(under("a\r\nb", 3..4), (place(2, 1), "2 | b".into(), "  | ^".into()));
         assert_eq!(under("a = \u{1b}[2J", 0..1).1, "1 | a = \u{fffd}[2J");
-        let (_, line, caret) = under(
-            &format!("{}x{}", " ".repeat(300), "y".repeat(300)),
-            300..301,
-        );
+        let (_, line, caret) = under(&format!("{}x{}", " ".repeat(300), "y".repeat(300)), 300..301);
         assert_eq!(line.find('x'), caret.find('^'), "{line}\n{caret}");
     }
 }

@@ -15,8 +15,8 @@ use tracing_subscriber::EnvFilter;
 use super::{
     Admin, Log, LogFormat, Plain, Settings,
     units::{
-        Refusal, format_duration, format_size, parse_backend, parse_duration, parse_listen,
-        parse_network, parse_size, refuse,
+        Refusal, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network, parse_size,
+        refuse,
     },
     written::Value,
 };
@@ -116,10 +116,7 @@ impl Settings {
                 trusted_proxies: Vec::new(),
             },
             upstream: upstream::Config {
-                address: Address::Tcp {
-                    host: "127.0.0.1".to_owned(),
-                    port: 9000,
-                },
+                address: Address::Tcp { host: "127.0.0.1".to_owned(), port: 9000 },
                 connect_timeout: seconds(5),
                 handshake_timeout: seconds(10),
                 response_timeout: seconds(60),
@@ -141,10 +138,7 @@ impl Settings {
                 backend_lost_code: 1012,
                 backend_error_code: 1014,
             },
-            close: close::Config {
-                linger: seconds(2),
-                linger_max: seconds(10),
-            },
+            close: close::Config { linger: seconds(2), linger_max: seconds(10) },
             drain: drain::Config {
                 delay: seconds(5),
                 window: seconds(20),
@@ -153,19 +147,14 @@ impl Settings {
                 close_code: 1001,
                 reason: "server is going away".to_owned(),
             },
-            admin: Admin {
-                address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)),
-            },
+            admin: Admin { address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)) },
             socket: SocketConfig {
                 keepalive: Some(seconds(60)),
                 recv_buffer: Some(128 << 10),
                 send_buffer: Some(128 << 10),
                 user_timeout: Duration::ZERO,
             },
-            log: Log {
-                format: LogFormat::Auto,
-                filter: "info".to_owned(),
-            },
+            log: Log { format: LogFormat::Auto, filter: "info".to_owned() },
         }
     }
 }
@@ -251,10 +240,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 
 /// The names of all keys, in the order of `proxy.toml`.
 pub(super) fn names() -> Vec<(&'static str, &'static str)> {
-    keys(&mut Settings::unresolved())
-        .into_iter()
-        .map(|key| (key.section, key.name))
-        .collect()
+    keys(&mut Settings::unresolved()).into_iter().map(|key| (key.section, key.name)).collect()
 }
 
 impl Slot<'_> {
@@ -274,10 +260,7 @@ impl Slot<'_> {
             Slot::Backend(to) => **to = parse_backend(value.text("an address", "127.0.0.1:9000")?)?,
             Slot::Count(to, range) => {
                 let count = value.integer()?;
-                let Some(count) = u64::try_from(count)
-                    .ok()
-                    .filter(|count| range.contains(count))
-                else {
+                let Some(count) = u64::try_from(count).ok().filter(|count| range.contains(count)) else {
                     return refuse(
                         format!("is out of range: {count}"),
                         format!("use a number from {} to {}", range.start(), range.end()),
@@ -297,16 +280,9 @@ impl Slot<'_> {
                         to.set(bytes);
                     }
                     _ => {
-                        let said = bytes.map_or("negative".to_owned(), |bytes| {
-                            format!("\"{}\"", format_size(bytes))
-                        });
-                        let (least, most) =
-                            (format_size(*range.start()), format_size(*range.end()));
-                        let none = if optional {
-                            ", or \"0\" for the kernel's autotuning"
-                        } else {
-                            ""
-                        };
+                        let said = bytes.map_or("negative".to_owned(), |bytes| format!("\"{}\"", format_size(bytes)));
+                        let (least, most) = (format_size(*range.start()), format_size(*range.end()));
+                        let none = if optional { ", or \"0\" for the kernel's autotuning" } else { "" };
                         return refuse(
                             format!("is out of range: {said}"),
                             format!("use a size from \"{least}\" to \"{most}\"{none}"),
@@ -330,10 +306,7 @@ impl Slot<'_> {
                 let optional = matches!(to, Time::OrOff(_));
                 let fits = range.contains(&duration) || (optional && duration.is_zero());
                 if !fits {
-                    let (least, most) = (
-                        format_duration(*range.start()),
-                        format_duration(*range.end()),
-                    );
+                    let (least, most) = (format_duration(*range.start()), format_duration(*range.end()));
                     let none = match (optional, duration.is_zero()) {
                         (true, _) => ", or \"0s\" for none",
                         (false, true) => "; this wait cannot be left out, nor be without an end",
@@ -347,10 +320,7 @@ impl Slot<'_> {
                 // The steps are a millisecond and a second, and nothing finer than a millisecond can be written.
                 if *step == SECOND && duration.subsec_millis() != 0 {
                     return refuse(
-                        format!(
-                            "is not a whole number of seconds: \"{}\"",
-                            format_duration(duration)
-                        ),
+                        format!("is not a whole number of seconds: \"{}\"", format_duration(duration)),
                         "write whole seconds: \"1s\"",
                     );
                 }
@@ -361,9 +331,7 @@ impl Slot<'_> {
             }
             Slot::Code(to, allowed) => {
                 let code = value.integer()?;
-                let known = u16::try_from(code)
-                    .ok()
-                    .filter(|code| allowed.iter().any(|range| range.contains(code)));
+                let known = u16::try_from(code).ok().filter(|code| allowed.iter().any(|range| range.contains(code)));
                 let Some(known) = known else {
                     let what = match code {
                         1004..=1006 | 1015 => format!("is a code that must never be sent: {code}"),
@@ -395,10 +363,7 @@ impl Slot<'_> {
                 }
                 let networks = items.iter().map(|item| match item {
                     Value::Text(text) => parse_network(text),
-                    _ => refuse(
-                        format!("contains {}", item.kind()),
-                        r#"write networks as strings: ["10.0.0.0/8"]"#,
-                    ),
+                    _ => refuse(format!("contains {}", item.kind()), r#"write networks as strings: ["10.0.0.0/8"]"#),
                 });
                 **to = networks.collect::<Result<_, _>>()?;
             }
@@ -406,25 +371,14 @@ impl Slot<'_> {
                 let text = value.text("a text", "server is going away")?;
                 if text.len() > *max_bytes {
                     let what = format!("is too long: {} bytes of UTF-8", text.len());
-                    return refuse(
-                        what,
-                        format!(
-                            "use at most {max_bytes} bytes; a Close frame has no room for more"
-                        ),
-                    );
+                    return refuse(what, format!("use at most {max_bytes} bytes; a Close frame has no room for more"));
                 }
                 text.clone_into(to);
             }
             Slot::Format(to) => {
                 let text = value.text("a text", "auto")?;
-                let Some(format) = LogFormat::ALL
-                    .into_iter()
-                    .find(|format| format.as_str() == text)
-                else {
-                    return refuse(
-                        format!("is no log format: {text:?}"),
-                        r#"use "auto", "json" or "text""#,
-                    );
+                let Some(format) = LogFormat::ALL.into_iter().find(|format| format.as_str() == text) else {
+                    return refuse(format!("is no log format: {text:?}"), r#"use "auto", "json" or "text""#);
                 };
                 **to = format;
             }
@@ -448,9 +402,7 @@ impl Slot<'_> {
             Slot::Count(from, _) => Plain::Integer(from.get()),
             Slot::Size(from, _) => Plain::Text(format_size(from.get())),
             Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
-            Slot::Time(Time::OrOff(from), ..) => {
-                Plain::Text(format_duration(from.unwrap_or_default()))
-            }
+            Slot::Time(Time::OrOff(from), ..) => Plain::Text(format_duration(from.unwrap_or_default())),
             Slot::Code(from, _) => Plain::Integer(u64::from(**from)),
             Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Text(from, _) | Slot::Filter(from) => Plain::Text((*from).clone()),
@@ -490,22 +442,15 @@ fn check_filter(text: &str) -> Result<(), Refusal> {
         return refuse("is empty", "write \"off\" to log nothing");
     }
     if text.len() > FILTER_BYTES {
-        return refuse(
-            format!("is too long: {} bytes", text.len()),
-            format!("use at most {FILTER_BYTES} bytes"),
-        );
+        return refuse(format!("is too long: {} bytes", text.len()), format!("use at most {FILTER_BYTES} bytes"));
     }
     for word in text.split(',').map(str::trim) {
         let lower = word.to_ascii_lowercase();
-        let nearest = LEVELS.iter().find(|level| {
-            lower == "warning" && **level == "warn"
-                || strsim::damerau_levenshtein(level, &lower) == 1
-        });
+        let nearest = LEVELS
+            .iter()
+            .find(|level| lower == "warning" && **level == "warn" || strsim::damerau_levenshtein(level, &lower) == 1);
         if let Some(level) = nearest.filter(|_| !LEVELS.contains(&lower.as_str())) {
-            return refuse(
-                format!("has an unknown level: {word:?}"),
-                format!("did you mean \"{level}\"?"),
-            );
+            return refuse(format!("has an unknown level: {word:?}"), format!("did you mean \"{level}\"?"));
         }
     }
     match EnvFilter::builder().parse(text) {

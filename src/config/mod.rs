@@ -26,11 +26,7 @@ use serde::{
 };
 
 pub use self::finding::{Finding, Findings, Level, Place};
-use crate::{
-    close, downstream, drain, listen,
-    net::{AdminAddress, SocketConfig},
-    relay, upstream,
-};
+use crate::{close, downstream, drain, listen, net::SocketConfig, relay, upstream};
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
 pub const SHIPPED: &str = include_str!("../../proxy.toml");
@@ -64,7 +60,7 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
     /// Where it listens; port 0 means any free one.
-    pub address: AdminAddress,
+    pub address: Option<std::net::SocketAddr>,
 }
 
 /// `[log]`.
@@ -156,28 +152,16 @@ impl Sources {
     /// As a process finds them: `config`, else `$TIDEGATE_CONFIG`, else `./proxy.toml`, else `/etc/tidegate/proxy.toml`.
     ///
     /// An empty `$TIDEGATE_CONFIG` counts as unset, since many a template can only empty a variable.
-    pub fn from_process(
-        config: Option<PathBuf>,
-        listen: Option<String>,
-        upstream: Option<String>,
-    ) -> Self {
+    pub fn from_process(config: Option<PathBuf>, listen: Option<String>, upstream: Option<String>) -> Self {
         let named = config.map(|path| (path, "--config")).or_else(|| {
             let path = std::env::var_os(written::FILE_VARIABLE).filter(|path| !path.is_empty())?;
             Some((PathBuf::from(path), written::FILE_VARIABLE))
         });
         let file = match named {
             Some((path, by)) => FileSource::Named { path, by },
-            None => FileSource::Search(vec![
-                PathBuf::from("proxy.toml"),
-                PathBuf::from("/etc/tidegate/proxy.toml"),
-            ]),
+            None => FileSource::Search(vec![PathBuf::from("proxy.toml"), PathBuf::from("/etc/tidegate/proxy.toml")]),
         };
-        Self {
-            file,
-            env: std::env::vars_os().collect(),
-            listen,
-            upstream,
-        }
+        Self { file, env: std::env::vars_os().collect(), listen, upstream }
     }
 }
 
@@ -221,22 +205,12 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
         settings.relay.max_frame = settings.relay.max_frame.min(settings.relay.max_message);
     }
     settings.resolve();
-    checks::check(
-        &settings,
-        &checks::Origins {
-            written: &origins,
-            refused: &refused,
-        },
-        &mut findings,
-    );
+    checks::check(&settings, &checks::Origins { written: &origins, refused: &refused }, &mut findings);
 
     if let (FileSource::Search(paths), None) = (&sources.file, &file)
         && (sources.listen.is_none() || sources.upstream.is_none())
     {
-        let paths: Vec<String> = paths
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
+        let paths: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
         findings.push(Finding {
             level: Level::Note,
             what: format!(
@@ -255,12 +229,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
     if findings.iter().any(|finding| finding.level == Level::Error) {
         return Err(Findings(findings));
     }
-    Ok(Loaded {
-        settings,
-        file,
-        findings,
-        origins,
-    })
+    Ok(Loaded { settings, file, findings, origins })
 }
 
 impl Default for Settings {
@@ -294,11 +263,7 @@ impl Settings {
         let mut copy = self.clone(); // keys() is one list for reading and writing, so it wants to be able to write
         keys::keys(&mut copy)
             .into_iter()
-            .map(|key| Entry {
-                section: key.section,
-                key: key.name,
-                value: key.slot.write(),
-            })
+            .map(|key| Entry { section: key.section, key: key.name, value: key.slot.write() })
             .collect()
     }
 
@@ -315,22 +280,13 @@ impl Settings {
     /// What a log line at the start should say: both addresses, the workers, and whatever is not the default.
     pub fn summary(&self) -> String {
         let defaults = Self::default().entries();
-        let always = [
-            ("listen", "address"),
-            ("listen", "workers"),
-            ("upstream", "address"),
-            ("admin", "address"),
-        ];
+        let always = [("listen", "address"), ("listen", "workers"), ("upstream", "address"), ("admin", "address")];
         let mut line = String::new();
         for (entry, default) in self.entries().into_iter().zip(defaults) {
             if entry != default || always.contains(&(entry.section, entry.key)) {
                 let space = if line.is_empty() { "" } else { " " };
-                write!(
-                    line,
-                    "{space}{}.{}={}",
-                    entry.section, entry.key, entry.value
-                )
-                .expect("a String takes everything");
+                write!(line, "{space}{}.{}={}", entry.section, entry.key, entry.value)
+                    .expect("a String takes everything");
             }
         }
         line
@@ -340,11 +296,7 @@ impl Settings {
 impl Loaded {
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.
     pub fn to_toml(&self) -> String {
-        write_toml(&self.settings, |entry| {
-            self.origins
-                .get(&(entry.section, entry.key))
-                .map(ToString::to_string)
-        })
+        write_toml(&self.settings, |entry| self.origins.get(&(entry.section, entry.key)).map(ToString::to_string))
     }
 }
 
@@ -357,11 +309,9 @@ fn write_toml(settings: &Settings, comment: impl Fn(&Entry) -> Option<String>) -
             section = entry.section;
             writeln!(text, "{newline}[{section}]").expect("a String takes everything");
         }
-        let comment = comment(&entry).map_or(String::new(), |comment| {
-            format!(" # {}", comment.replace(char::is_control, "\u{fffd}"))
-        });
-        writeln!(text, "{} = {}{comment}", entry.key, entry.value)
-            .expect("a String takes everything");
+        let comment = comment(&entry)
+            .map_or(String::new(), |comment| format!(" # {}", comment.replace(char::is_control, "\u{fffd}")));
+        writeln!(text, "{} = {}{comment}", entry.key, entry.value).expect("a String takes everything");
     }
     text
 }
@@ -403,10 +353,7 @@ impl fmt::Display for Plain {
             Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
             Self::Integer(integer) => write!(f, "{integer}"),
             Self::List(items) => {
-                let items: Vec<toml::Value> = items
-                    .iter()
-                    .map(|item| toml::Value::String(item.clone()))
-                    .collect();
+                let items: Vec<toml::Value> = items.iter().map(|item| toml::Value::String(item.clone())).collect();
                 write!(f, "{}", toml::Value::Array(items))
             }
         }

@@ -18,21 +18,13 @@ pub(super) struct Refusal {
 }
 
 pub(super) fn refuse<T>(what: impl Into<String>, fix: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal {
-        what: what.into(),
-        fix: fix.into(),
-    })
+    Err(Refusal { what: what.into(), fix: fix.into() })
 }
 
 /// The units of time, largest first, in milliseconds.
 const TIMES: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 /// The units of size, largest first, in bytes.
-const SIZES: [(&str, u64); 4] = [
-    ("GiB", 1 << 30),
-    ("MiB", 1 << 20),
-    ("KiB", 1 << 10),
-    ("B", 1),
-];
+const SIZES: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 /// `sun_path` of unix(7) has 108 bytes and ends with a NUL.
 const UNIX_PATH_BYTES: usize = 107;
 
@@ -44,10 +36,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
     while !rest.is_empty() || text.is_empty() {
         let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
         let (number, tail) = rest.split_at(digits);
-        let unit = tail
-            .split(|c: char| c.is_ascii_digit())
-            .next()
-            .unwrap_or_default();
+        let unit = tail.split(|c: char| c.is_ascii_digit()).next().unwrap_or_default();
         if unit.starts_with(['.', ',']) {
             return refuse(
                 format!("is a fraction: {text:?}"),
@@ -67,10 +56,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
             );
         }
         if !TIMES.iter().any(|(name, _)| *name == unit) {
-            return refuse(
-                format!("has an unknown unit of time: {unit:?}"),
-                "the units are ms, s, m and h",
-            );
+            return refuse(format!("has an unknown unit of time: {unit:?}"), "the units are ms, s, m and h");
         }
         // Advancing through the units accepts each once, in falling order.
         let Some((_, factor)) = units.find(|(name, _)| *name == unit) else {
@@ -79,10 +65,7 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
                 "write larger units first, each once: \"1m30s\"",
             );
         };
-        let part = number
-            .parse::<u64>()
-            .ok()
-            .and_then(|number| number.checked_mul(*factor));
+        let part = number.parse::<u64>().ok().and_then(|number| number.checked_mul(*factor));
         match part.and_then(|part| milliseconds.checked_add(part)) {
             Some(sum) => milliseconds = sum,
             None => return refuse(format!("is too long: {text:?}"), "durations end at \"24h\""),
@@ -96,9 +79,9 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
 pub(super) fn format_duration(duration: Duration) -> String {
     let milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     // People say 90s and 120s, but 5m.
-    let unit = TIMES.iter().find(|(name, factor)| {
-        milliseconds.is_multiple_of(*factor) && (*name != "m" || milliseconds > 120_000)
-    });
+    let unit = TIMES
+        .iter()
+        .find(|(name, factor)| milliseconds.is_multiple_of(*factor) && (*name != "m" || milliseconds > 120_000));
     match unit {
         Some((name, factor)) if milliseconds > 0 => format!("{}{name}", milliseconds / factor),
         _ => "0s".to_owned(),
@@ -122,14 +105,9 @@ pub(super) fn parse_size(text: &str) -> Result<u64, Refusal> {
             r#"write bytes, or a number and its unit: "512", "64KiB", "16MiB" or "1GiB""#,
         );
     }
-    let Some((_, factor)) = SIZES
-        .iter()
-        .find(|(name, _)| *name == if unit.is_empty() { "B" } else { unit })
-    else {
+    let Some((_, factor)) = SIZES.iter().find(|(name, _)| *name == if unit.is_empty() { "B" } else { unit }) else {
         // 64k, 64KB, 64kib: what was meant is clear, and that tidegate counts in 1024s as well.
-        let meant = SIZES
-            .iter()
-            .find(|(name, _)| name[..1].eq_ignore_ascii_case(unit.get(..1).unwrap_or_default()));
+        let meant = SIZES.iter().find(|(name, _)| name[..1].eq_ignore_ascii_case(unit.get(..1).unwrap_or_default()));
         return match meant {
             Some((name, _)) if unit.len() <= 3 => refuse(
                 format!("has an unknown unit of size: {unit:?}"),
@@ -141,11 +119,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, Refusal> {
             ),
         };
     };
-    match number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(*factor))
-    {
+    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(*factor)) {
         Some(bytes) => Ok(bytes),
         None => refuse(format!("is too large: {text:?}"), "use fewer bytes"),
     }
@@ -153,10 +127,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, Refusal> {
 
 /// Writes bytes so that [`parse_size`] reads the same back.
 pub(super) fn format_size(bytes: u64) -> String {
-    match SIZES
-        .iter()
-        .find(|(_, factor)| bytes.is_multiple_of(*factor))
-    {
+    match SIZES.iter().find(|(_, factor)| bytes.is_multiple_of(*factor)) {
         Some((name, factor)) if bytes > 0 && *name != "B" => format!("{}{name}", bytes / factor),
         _ => bytes.to_string(),
     }
@@ -168,31 +139,19 @@ pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, Refusal> {
         return Ok(address);
     }
     if text.starts_with("unix:") || text.starts_with('/') {
-        return refuse(
-            "is a Unix socket",
-            r#"only TCP can be listened on: write "127.0.0.1:8080""#,
-        );
+        return refuse("is a Unix socket", r#"only TCP can be listened on: write "127.0.0.1:8080""#);
     }
     if let Some((_, rest)) = text.split_once("://") {
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        return refuse(
-            format!("is a URL: {text:?}"),
-            format!("write only the address and the port: \"{authority}\""),
-        );
+        return refuse(format!("is a URL: {text:?}"), format!("write only the address and the port: \"{authority}\""));
     }
     if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
-        return refuse(
-            format!("has no port: {text:?}"),
-            format!("add it: \"{}\"", SocketAddr::new(ip, 8080)),
-        );
+        return refuse(format!("has no port: {text:?}"), format!("add it: \"{}\"", SocketAddr::new(ip, 8080)));
     }
     let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
     let Ok(port) = port.parse::<u16>() else {
         return if port.bytes().all(|b| b.is_ascii_digit()) && !port.is_empty() {
-            refuse(
-                format!("has a port beyond 65535: {text:?}"),
-                "use a port from 0 to 65535; 0 means any free one",
-            )
+            refuse(format!("has a port beyond 65535: {text:?}"), "use a port from 0 to 65535; 0 means any free one")
         } else {
             refuse(
                 format!("is not an IP address and a port: {text:?}"),
@@ -207,21 +166,12 @@ pub(super) fn parse_listen(text: &str) -> Result<SocketAddr, Refusal> {
         );
     }
     if let Ok(ip) = host.parse::<Ipv6Addr>() {
-        return refuse(
-            format!("is an IPv6 address without brackets: {text:?}"),
-            format!("write \"[{ip}]:{port}\""),
-        );
+        return refuse(format!("is an IPv6 address without brackets: {text:?}"), format!("write \"[{ip}]:{port}\""));
     }
-    let instead = if host == "localhost" {
-        "127.0.0.1"
-    } else {
-        "0.0.0.0"
-    };
+    let instead = if host == "localhost" { "127.0.0.1" } else { "0.0.0.0" };
     refuse(
         format!("has no valid IP address: {host:?}"),
-        format!(
-            "a host name cannot be listened on, an address of this host can: \"{instead}:{port}\""
-        ),
+        format!("a host name cannot be listened on, an address of this host can: \"{instead}:{port}\""),
     )
 }
 
@@ -244,10 +194,7 @@ pub(super) fn parse_backend(text: &str) -> Result<Address, Refusal> {
         };
     }
     if text.starts_with('/') {
-        return refuse(
-            format!("is a path: {text:?}"),
-            format!("write \"unix:{text}\" for a Unix socket"),
-        );
+        return refuse(format!("is a path: {text:?}"), format!("write \"unix:{text}\" for a Unix socket"));
     }
     if let Some((scheme, rest)) = text.split_once("://") {
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
@@ -264,29 +211,17 @@ pub(super) fn parse_backend(text: &str) -> Result<Address, Refusal> {
         };
     }
     if text.contains(',') {
-        return refuse(
-            format!("names several backends: {text:?}"),
-            r#"name one: "127.0.0.1:9000""#,
-        );
+        return refuse(format!("names several backends: {text:?}"), r#"name one: "127.0.0.1:9000""#);
     }
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
-        return refuse(
-            format!("has no host: {text:?}"),
-            format!("write \"127.0.0.1:{text}\""),
-        );
+        return refuse(format!("has no host: {text:?}"), format!("write \"127.0.0.1:{text}\""));
     }
     if let Ok(ip) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
-        return refuse(
-            format!("has no port: {text:?}"),
-            format!("add it: \"{}\"", SocketAddr::new(ip, 9000)),
-        );
+        return refuse(format!("has no port: {text:?}"), format!("add it: \"{}\"", SocketAddr::new(ip, 9000)));
     }
     let Some((host, port)) = text.rsplit_once(':') else {
         let example = if text.is_empty() { "127.0.0.1" } else { text };
-        return refuse(
-            format!("has no port: {text:?}"),
-            format!("add it: \"{example}:9000\""),
-        );
+        return refuse(format!("has no port: {text:?}"), format!("add it: \"{example}:9000\""));
     };
     let port = match port.parse::<u16>() {
         Ok(port) if port > 0 => port,
@@ -297,25 +232,14 @@ pub(super) fn parse_backend(text: &str) -> Result<Address, Refusal> {
             );
         }
     };
-    Ok(Address::Tcp {
-        host: parse_host(host, port)?.to_owned(),
-        port,
-    })
+    Ok(Address::Tcp { host: parse_host(host, port)?.to_owned(), port })
 }
 
 /// Reads the host of a backend whose port is `port`, and takes the brackets off an IPv6 address.
 fn parse_host(host: &str, port: u16) -> Result<&str, Refusal> {
-    if let Some(literal) = host
-        .strip_prefix('[')
-        .and_then(|host| host.strip_suffix(']'))
-    {
+    if let Some(literal) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         // A zone ("fe80::1%eth0") is the resolver's matter.
-        return match literal
-            .split('%')
-            .next()
-            .unwrap_or_default()
-            .parse::<Ipv6Addr>()
-        {
+        return match literal.split('%').next().unwrap_or_default().parse::<Ipv6Addr>() {
             Ok(_) => Ok(literal),
             Err(_) => refuse(
                 format!("has no valid IPv6 address in its brackets: {literal:?}"),
@@ -330,21 +254,13 @@ fn parse_host(host: &str, port: u16) -> Result<&str, Refusal> {
         );
     }
     if host.is_empty() {
-        return refuse(
-            format!("has no host: \":{port}\""),
-            format!("write \"127.0.0.1:{port}\""),
-        );
+        return refuse(format!("has no host: \":{port}\""), format!("write \"127.0.0.1:{port}\""));
     }
-    let is_name = host.len() <= 253
-        && host
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    let is_name =
+        host.len() <= 253 && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     // A name that ends in a number is an IPv4 address or a mistake; resolvers read "10.1" as 10.0.0.1.
-    let ends_in_number = host
-        .trim_end_matches('.')
-        .rsplit('.')
-        .next()
-        .is_some_and(|label| label.bytes().all(|b| b.is_ascii_digit()));
+    let ends_in_number =
+        host.trim_end_matches('.').rsplit('.').next().is_some_and(|label| label.bytes().all(|b| b.is_ascii_digit()));
     if !is_name || (ends_in_number && host.parse::<Ipv4Addr>().is_err()) {
         return refuse(
             format!("has no valid host: {host:?}"),
@@ -369,11 +285,7 @@ pub(super) fn parse_network(text: &str) -> Result<IpNet, Refusal> {
     if network != network.trunc() {
         return refuse(
             format!("contains a network with host bits set: {text:?}"),
-            format!(
-                "write \"{}\" for the network, or \"{}\" for the address alone",
-                network.trunc(),
-                network.addr()
-            ),
+            format!("write \"{}\" for the network, or \"{}\" for the address alone", network.trunc(), network.addr()),
         );
     }
     Ok(network)
@@ -411,14 +323,9 @@ mod tests {
         ] {
             assert!(ms(bad).is_err(), "{bad:?}");
         }
-        for (milliseconds, text) in [
-            (0, "0s"),
-            (250, "250ms"),
-            (60_000, "60s"),
-            (120_000, "120s"),
-            (300_000, "5m"),
-            (86_400_000, "24h"),
-        ] {
+        for (milliseconds, text) in
+            [(0, "0s"), (250, "250ms"), (60_000, "60s"), (120_000, "120s"), (300_000, "5m"), (86_400_000, "24h")]
+        {
             assert_eq!(format_duration(Duration::from_millis(milliseconds)), text);
         }
     }
@@ -479,10 +386,7 @@ mod tests {
             "[fe80::1%eth0]:80",
             "unix:/run/app.sock",
         ] {
-            assert_eq!(
-                parse_backend(good).map(|address| address.to_string()),
-                Ok(good.to_owned())
-            );
+            assert_eq!(parse_backend(good).map(|address| address.to_string()), Ok(good.to_owned()));
         }
         for bad in [
             "",
@@ -515,10 +419,7 @@ mod tests {
 
     #[test]
     fn networks() {
-        assert_eq!(
-            parse_network("10.0.0.1").map(|network| network.to_string()),
-            Ok("10.0.0.1/32".to_owned())
-        );
+        assert_eq!(parse_network("10.0.0.1").map(|network| network.to_string()), Ok("10.0.0.1/32".to_owned()));
         assert!(parse_network("10.0.0.0/8").is_ok());
         for bad in ["", "10.0.0.1/8", "10.0.0.0/33", "app"] {
             assert!(parse_network(bad).is_err(), "{bad:?}");

@@ -53,10 +53,9 @@ impl Value {
     pub(super) fn text(&self, noun: &str, example: &str) -> Result<&str, Refusal> {
         match self {
             Self::Text(text) => Ok(text),
-            _ => refuse(
-                format!("must be {noun}, but is {}", self.kind()),
-                format!("write it in quotes: \"{example}\""),
-            ),
+            _ => {
+                refuse(format!("must be {noun}, but is {}", self.kind()), format!("write it in quotes: \"{example}\""))
+            }
         }
     }
 
@@ -68,14 +67,8 @@ impl Value {
                 format!("must be a number, but is a string: {text:?}"),
                 format!("write it without quotes: {text}"),
             ),
-            Self::Text(text) => refuse(
-                format!("must be a number, but is {text:?}"),
-                "write digits only",
-            ),
-            _ => refuse(
-                format!("must be a number, but is {}", self.kind()),
-                "write digits only, without quotes",
-            ),
+            Self::Text(text) => refuse(format!("must be a number, but is {text:?}"), "write digits only"),
+            _ => refuse(format!("must be a number, but is {}", self.kind()), "write digits only, without quotes"),
         }
     }
 
@@ -100,19 +93,14 @@ impl Value {
             keys::Slot::Networks(_) => matches!(value, Self::List(_)),
             _ => matches!(value, Self::Text(_)),
         };
-        let parsed = DeValue::parse(text.trim())
-            .ok()
-            .map(|parsed| Self::from_toml(parsed.get_ref()));
+        let parsed = DeValue::parse(text.trim()).ok().map(|parsed| Self::from_toml(parsed.get_ref()));
         if let Some(value) = parsed.filter(fits) {
             return value;
         }
         if !matches!(slot, keys::Slot::Networks(_)) {
             return Self::Text(text);
         }
-        let items = text
-            .split(',')
-            .map(str::trim)
-            .filter(|item| !item.is_empty());
+        let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
         Self::List(items.map(|item| Self::Text(item.to_owned())).collect())
     }
 
@@ -120,16 +108,8 @@ impl Value {
         match value {
             DeValue::String(text) => Self::Text(text.clone().into_owned()),
             DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix())
-                .map_or(
-                    Self::Other("an integer of more than 64 bits"),
-                    Self::Integer,
-                ),
-            DeValue::Array(items) => Self::List(
-                items
-                    .iter()
-                    .map(|item| Self::from_toml(item.get_ref()))
-                    .collect(),
-            ),
+                .map_or(Self::Other("an integer of more than 64 bits"), Self::Integer),
+            DeValue::Array(items) => Self::List(items.iter().map(|item| Self::from_toml(item.get_ref())).collect()),
             DeValue::Float(_) => Self::Other("a fraction"),
             DeValue::Boolean(_) => Self::Other("a boolean"),
             DeValue::Datetime(_) => Self::Other("a date or time"),
@@ -139,31 +119,19 @@ impl Value {
 }
 
 /// Reads all sources, in the order in which later ones win. The name of the file, if there is one, comes second.
-pub(super) fn read(
-    sources: &Sources,
-    findings: &mut Vec<Finding>,
-) -> (Vec<Written>, Option<String>) {
+pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> (Vec<Written>, Option<String>) {
     let mut written = Vec::new();
     let file = read_source(&sources.file, findings);
     if let Some((path, text)) = &file {
         read_file(path, text, &mut written, findings);
     }
     read_environment(&sources.env, &mut written, findings);
-    for (name, section, value) in [
-        ("--listen", "listen", &sources.listen),
-        ("--upstream", "upstream", &sources.upstream),
-    ] {
+    for (name, section, value) in
+        [("--listen", "listen", &sources.listen), ("--upstream", "upstream", &sources.upstream)]
+    {
         if let Some(value) = value {
-            let place = Place::Flag {
-                name,
-                value: value.clone(),
-            };
-            written.push(Written {
-                section,
-                key: "address",
-                value: Value::Untyped(value.clone()),
-                place,
-            });
+            let place = Place::Flag { name, value: value.clone() };
+            written.push(Written { section, key: "address", value: Value::Untyped(value.clone()), place });
         }
     }
     (written, file.map(|(path, _)| path))
@@ -184,8 +152,7 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(Stri
             findings.push(Finding::error(what, place, fix));
         };
         let mut bytes = Vec::new();
-        let result =
-            File::open(&path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        let result = File::open(&path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
         let place = Place::File { path: name.clone() };
         match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -202,11 +169,9 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(Stri
                 "make it a file that tidegate's user may read",
                 place,
             ),
-            Ok(_) if bytes.len() as u64 > FILE_BYTES => refuse(
-                "the configuration file is larger than 1MiB".to_owned(),
-                "name the right file",
-                place,
-            ),
+            Ok(_) if bytes.len() as u64 > FILE_BYTES => {
+                refuse("the configuration file is larger than 1MiB".to_owned(), "name the right file", place);
+            }
             Ok(_) => match String::from_utf8(bytes) {
                 Ok(text) => return Some((name, text)),
                 Err(error) => {
@@ -262,10 +227,7 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
     };
     for (section, content) in document.get_ref() {
         let name = section.get_ref().as_ref();
-        let known = names
-            .iter()
-            .find(|(section, _)| *section == name)
-            .map(|(section, _)| *section);
+        let known = names.iter().find(|(section, _)| *section == name).map(|(section, _)| *section);
         let DeValue::Table(table) = content.get_ref() else {
             if known.is_some() {
                 refuse(
@@ -280,38 +242,21 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
                 } else {
                     format!("put it below {}", homes.join(" or "))
                 };
-                refuse(
-                    format!("`{name}` stands outside of every section"),
-                    fix,
-                    section.span(),
-                );
+                refuse(format!("`{name}` stands outside of every section"), fix, section.span());
             }
             continue;
         };
         let Some(known) = known else {
-            refuse(
-                format!("unknown section [{name}]"),
-                suggest_section(name),
-                section.span(),
-            );
+            refuse(format!("unknown section [{name}]"), suggest_section(name), section.span());
             continue;
         };
         for (key, value) in table {
             let key_name = key.get_ref().as_ref();
             if let Some((_, key)) = names.iter().find(|name| **name == (known, key_name)) {
                 let place = Place::in_file(path, text, value.span());
-                written.push(Written {
-                    section: known,
-                    key,
-                    value: Value::from_toml(value.get_ref()),
-                    place,
-                });
+                written.push(Written { section: known, key, value: Value::from_toml(value.get_ref()), place });
             } else {
-                refuse(
-                    format!("unknown key `{key_name}` in [{known}]"),
-                    suggest_key(known, key_name),
-                    key.span(),
-                );
+                refuse(format!("unknown key `{key_name}` in [{known}]"), suggest_key(known, key_name), key.span());
             }
         }
     }
@@ -321,55 +266,28 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
 ///
 /// Without a double underscore a variable is not for us: for a service that is called tidegate, Kubernetes itself puts
 /// `TIDEGATE_SERVICE_HOST` and `TIDEGATE_PORT` into every pod.
-fn read_environment(
-    variables: &[(OsString, OsString)],
-    written: &mut Vec<Written>,
-    findings: &mut Vec<Finding>,
-) {
-    let mut variables: Vec<_> = variables
-        .iter()
-        .map(|(name, value)| (name.to_string_lossy(), value))
-        .collect();
+fn read_environment(variables: &[(OsString, OsString)], written: &mut Vec<Written>, findings: &mut Vec<Finding>) {
+    let mut variables: Vec<_> = variables.iter().map(|(name, value)| (name.to_string_lossy(), value)).collect();
     variables.sort();
     let names = keys::names();
-    let variable = |(section, key): (&str, &str)| {
-        format!("{PREFIX}{}__{}", section.to_uppercase(), key.to_uppercase())
-    };
+    let variable = |(section, key): (&str, &str)| format!("{PREFIX}{}__{}", section.to_uppercase(), key.to_uppercase());
     for (name, value) in variables {
         let Some(rest) = name.strip_prefix(PREFIX).filter(|_| name != FILE_VARIABLE) else {
             continue;
         };
-        let place = Place::Env {
-            name: name.to_string(),
-            value: value.to_string_lossy().into_owned(),
-        };
+        let place = Place::Env { name: name.to_string(), value: value.to_string_lossy().into_owned() };
         if let Some((section, key)) = names.iter().find(|key| variable(**key) == name) {
             match value.to_str() {
-                Some(text) => written.push(Written {
-                    section,
-                    key,
-                    value: Value::Untyped(text.to_owned()),
-                    place,
-                }),
-                None => findings.push(Finding::error(
-                    format!("`{section}.{key}` is not UTF-8"),
-                    place,
-                    "set it to UTF-8",
-                )),
+                Some(text) => written.push(Written { section, key, value: Value::Untyped(text.to_owned()), place }),
+                None => {
+                    findings.push(Finding::error(format!("`{section}.{key}` is not UTF-8"), place, "set it to UTF-8"));
+                }
             }
         } else if let Some((section, key)) = rest.split_once("__") {
             let (section, key) = (section.to_lowercase(), key.to_lowercase());
-            let in_section = nearest(names.iter().map(|(section, _)| *section), &section)
-                .first()
-                .copied()
-                .unwrap_or(&section);
-            let candidates = nearest(
-                names
-                    .iter()
-                    .filter(|(name, _)| *name == in_section)
-                    .map(|(_, key)| *key),
-                &key,
-            );
+            let in_section =
+                nearest(names.iter().map(|(section, _)| *section), &section).first().copied().unwrap_or(&section);
+            let candidates = nearest(names.iter().filter(|(name, _)| *name == in_section).map(|(_, key)| *key), &key);
             let fix = match candidates.as_slice() {
                 [] => match names.iter().find(|(_, name)| *name == key) {
                     Some(elsewhere) => format!("did you mean {}?", variable(*elsewhere)),
@@ -377,28 +295,15 @@ fn read_environment(
                 },
                 keys => format!(
                     "did you mean {}?",
-                    keys.iter()
-                        .map(|key| variable((in_section, key)))
-                        .collect::<Vec<_>>()
-                        .join(" or ")
+                    keys.iter().map(|key| variable((in_section, key))).collect::<Vec<_>>().join(" or ")
                 ),
             };
-            findings.push(Finding::error(
-                format!("unknown key `{section}.{key}`"),
-                place,
-                fix,
-            ));
-        } else if let Some(key) = names
-            .iter()
-            .find(|(section, key)| format!("{section}_{key}").eq_ignore_ascii_case(rest))
+            findings.push(Finding::error(format!("unknown key `{section}.{key}`"), place, fix));
+        } else if let Some(key) =
+            names.iter().find(|(section, key)| format!("{section}_{key}").eq_ignore_ascii_case(rest))
         {
-            let what =
-                "has no effect: section and key need two underscores between them".to_owned();
-            findings.push(Finding::warning(
-                what,
-                place,
-                format!("write {}", variable(*key)),
-            ));
+            let what = "has no effect: section and key need two underscores between them".to_owned();
+            findings.push(Finding::warning(what, place, format!("write {}", variable(*key))));
         }
     }
 }
@@ -413,27 +318,18 @@ fn nearest<'a>(candidates: impl Iterator<Item = &'a str>, name: &str) -> Vec<&'a
         Some(best) if distance(&best) <= (name.chars().count() / 3).max(1) => vec![best],
         _ => candidates
             .into_iter()
-            .filter(|candidate| {
-                name.len() > 2 && (candidate.contains(&name) || name.contains(candidate))
-            })
+            .filter(|candidate| name.len() > 2 && (candidate.contains(&name) || name.contains(candidate)))
             .collect(),
     }
 }
 
 /// The sections that have a key of this name, in brackets.
 fn homes_of(key: &str) -> Vec<String> {
-    keys::names()
-        .into_iter()
-        .filter(|(_, name)| *name == key)
-        .map(|(section, _)| format!("[{section}]"))
-        .collect()
+    keys::names().into_iter().filter(|(_, name)| *name == key).map(|(section, _)| format!("[{section}]")).collect()
 }
 
 fn suggest_section(name: &str) -> String {
-    let mut sections: Vec<&str> = keys::names()
-        .into_iter()
-        .map(|(section, _)| section)
-        .collect();
+    let mut sections: Vec<&str> = keys::names().into_iter().map(|(section, _)| section).collect();
     sections.dedup();
     match nearest(sections.iter().copied(), name).as_slice() {
         [] => format!("the sections are [{}]", sections.join("], [")),
@@ -444,11 +340,7 @@ fn suggest_section(name: &str) -> String {
 /// What to write instead of the unknown key `name` in `section`, which is known.
 fn suggest_key(section: &str, name: &str) -> String {
     let names = keys::names();
-    let own: Vec<&str> = names
-        .iter()
-        .filter(|(of, _)| *of == section)
-        .map(|(_, key)| *key)
-        .collect();
+    let own: Vec<&str> = names.iter().filter(|(of, _)| *of == section).map(|(_, key)| *key).collect();
     let near = nearest(own.iter().copied(), name);
     if !near.is_empty() {
         return format!("did you mean `{}`?", near.join("` or `"));
@@ -457,9 +349,8 @@ fn suggest_key(section: &str, name: &str) -> String {
     if !homes.is_empty() {
         return format!("`{name}` is a key of {}", homes.join(" and "));
     }
-    if let Some((of, key)) = names
-        .iter()
-        .find(|(_, key)| strsim::damerau_levenshtein(key, name) <= name.chars().count() / 3)
+    if let Some((of, key)) =
+        names.iter().find(|(_, key)| strsim::damerau_levenshtein(key, name) <= name.chars().count() / 3)
     {
         return format!("did you mean `{key}` in [{of}]?");
     }
@@ -469,34 +360,16 @@ fn suggest_key(section: &str, name: &str) -> String {
 /// What to do about an error of TOML's parser, told from the beginning of its message.
 fn toml_fix(message: &str) -> String {
     let fixes = [
-        (
-            "duplicate key",
-            "a section or key may stand only once: join them",
-        ),
-        (
-            "string values must be quoted",
-            "put the value in double quotes",
-        ),
-        (
-            "invalid basic string",
-            "begin and end the value with a double quote, on one line",
-        ),
-        (
-            "missing value",
-            "write a value after the equals sign, or put a # before the line",
-        ),
-        (
-            "key with no value",
-            "write `key = value`, or put a # before the line",
-        ),
+        ("duplicate key", "a section or key may stand only once: join them"),
+        ("string values must be quoted", "put the value in double quotes"),
+        ("invalid basic string", "begin and end the value with a double quote, on one line"),
+        ("missing value", "write a value after the equals sign, or put a # before the line"),
+        ("key with no value", "write `key = value`, or put a # before the line"),
         ("unclosed array", "end the list with ]"),
         ("unclosed table", "end the section's name with ]"),
     ];
     let known = fixes.iter().find(|(start, _)| message.starts_with(start));
     known
-        .map_or(
-            "a line is `[section]`, `key = value` or `# comment`; strings need double quotes",
-            |(_, fix)| fix,
-        )
+        .map_or("a line is `[section]`, `key = value` or `# comment`; strings need double quotes", |(_, fix)| fix)
         .to_owned()
 }

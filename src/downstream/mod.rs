@@ -1,8 +1,23 @@
-//! The client's leg before the relay: reading the request, answering it.
+//! The client's leg before the relay: what a request wants, what may be passed on of it, and our own answers.
+
+mod body;
+mod handshake;
+mod headers;
 
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioTimer;
 use ipnet::IpNet;
+
+pub use self::{
+    body::TimedBody,
+    handshake::{Intent, Refusal, intent},
+    headers::{forward_request, forward_response, request_id},
+};
 
 /// What the client's leg needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,4 +34,42 @@ pub struct Config {
     pub retry_after: Duration,
     /// Whose `X-Forwarded-*` are believed.
     pub trusted_proxies: Vec<IpNet>,
+}
+
+/// What goes back to a client.
+pub type Body = BoxBody<Bytes, BoxError>;
+
+/// Whatever made a body end early.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The HTTP/1 server side of every client connection.
+pub fn server(config: &Config) -> http1::Builder {
+    let mut server = http1::Builder::new();
+    server
+        .timer(TokioTimer::new())
+        .header_read_timeout(config.header_timeout)
+        .max_headers(config.header_count)
+        .max_header_size(config.header_bytes)
+        // hyper wants at least 8 KiB; room for one header and some body.
+        .max_buf_size(config.header_bytes.max(8 * 1024))
+        .pipeline_flush(true);
+    server
+}
+
+/// An answer of our own: a short reason in plain text.
+pub fn answer(status: StatusCode, reason: &str) -> Response<Body> {
+    let text = Bytes::from(format!("{status}: {reason}\n"));
+    let mut response = Response::new(Full::new(text).map_err(|never| match never {}).boxed());
+    *response.status_mut() = status;
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    response
+}
+
+/// As [`answer`], for a state that passes: with `Retry-After` in whole seconds, at least one.
+pub fn answer_later(status: StatusCode, reason: &str, retry_after: Duration) -> Response<Body> {
+    let mut response = answer(status, reason);
+    let seconds = retry_after.as_secs().max(1);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    response
 }

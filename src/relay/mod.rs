@@ -1,6 +1,41 @@
-//! The relay of one session.
+//! The relay of one session: passes the bytes of frames on as they are, in both directions, until both legs have ended.
+//!
+//! One task, one poll function, no channel. Bytes go through the thread's scratch buffer straight to the other side;
+//! only what the other side does not take, and the beginning of a frame that is not whole yet, is kept. So an idle
+//! session owns no buffer, and a stalled one at most one scratch buffer per direction.
+//!
+//! What ends a session, and how, is decided in `ending.rs`; sockets are handed over to whoever lingers for them.
+//! Payloads are never looked at, except those of control frames.
 
-use std::time::Duration;
+mod ending;
+mod lane;
+
+use std::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+use self::{
+    ending::{Act, Ending, View, What},
+    lane::Lane,
+};
+pub use self::{
+    ending::{Cause, Gone, Initiator},
+    lane::Counts,
+};
+use crate::{
+    drain::{Drain, Moments},
+    metrics::Traffic,
+    net::{Side, Stream, with_scratch},
+    ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
+};
 
 /// What the relay needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,7 +44,7 @@ pub struct Config {
     pub max_message: u64,
     /// The largest frame payload, in bytes.
     pub max_frame: u64,
-    /// Frames up to this payload are passed on only when whole.
+    /// Frames up to this payload are passed on only when whole; 1 KiB to 32 KiB.
     pub hold_frame: usize,
     /// How long an incomplete frame is held.
     pub hold_timeout: Duration,
@@ -29,4 +64,663 @@ pub struct Config {
     pub backend_lost_code: u16,
     /// What the client gets when the backend broke the protocol or a limit.
     pub backend_error_code: u16,
+}
+
+/// Bytes of one read.
+const READ: usize = 64 * 1024;
+
+/// What keeps one client waiting longer than `drain.quiet`: its was the last word, so an answer may be in the making.
+const ANSWER_PATIENCE: u32 = 10;
+
+/// A leg as the handshake left it.
+#[derive(Debug)]
+pub struct Leg {
+    /// Its socket; `None`: it is gone already.
+    pub stream: Option<Stream>,
+    /// What came with its side of the handshake.
+    pub early: Bytes,
+}
+
+/// A leg that has ended: its socket is to linger.
+#[derive(Debug)]
+pub struct Ended {
+    /// Whose it is.
+    pub side: Side,
+    /// `None`: reset, there is nothing to linger for.
+    pub stream: Option<Stream>,
+    /// Its Close frame was received.
+    pub is_done: bool,
+}
+
+/// How a session went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Who began to end it.
+    pub initiator: Initiator,
+    /// Why.
+    pub cause: Cause,
+    /// The code it ended with.
+    pub code: Option<u16>,
+    /// The reason text of the initiator's Close.
+    pub reason: String,
+    /// From the first sign of the end until now.
+    pub ending: Duration,
+    /// A Close came from the client, from the backend.
+    pub heard: [bool; 2],
+    /// A Close was sent to the client, to the backend.
+    pub told: [bool; 2],
+    /// How the client, the backend went, other than by a Close handshake.
+    pub gone: [Option<Gone>; 2],
+    /// The client, the backend has the beginning of a frame and not its end.
+    pub cut: [bool; 2],
+    /// What the client, the backend sent.
+    pub counts: [Counts; 2],
+}
+
+/// Whether a side is alive.
+#[derive(Debug)]
+struct Probe {
+    /// When the last byte came.
+    heard: Instant,
+    /// The payload of our last Ping, until its Pong came.
+    payload: Option<u64>,
+    /// We asked, and this is when silence means that it is gone.
+    deadline: Option<Instant>,
+    /// The payload of the other side's Ping that this one has not answered.
+    relayed: Option<Box<[u8]>>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Relay {
+    config: Arc<Config>,
+    traffic: Arc<Traffic>,
+    drain: Drain,
+    ending: Ending,
+    /// By the side whose socket it is.
+    streams: [Option<Stream>; 2],
+    /// By the side whose bytes they are.
+    lanes: [Lane; 2],
+    probes: [Probe; 2],
+    /// EOF or an error was read.
+    read_done: [bool; 2],
+    /// A write failed; what it still sent is being read.
+    broken: [bool; 2],
+    /// A side's Close frame as it came.
+    closes: [Option<Box<[u8]>>; 2],
+    last_data: (Side, Instant),
+    order: Order,
+    settling: Option<Settling>,
+    timer: Pin<Box<Sleep>>,
+    /// Something began that may be due before the timer.
+    timer_is_late: bool,
+}
+
+/// One turn of the runtime.
+struct Settling(Pin<Box<dyn Future<Output = ()> + Send>>);
+
+impl std::fmt::Debug for Settling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Settling")
+    }
+}
+
+enum Order {
+    /// Registered for the drain.
+    None(Pin<Box<WaitForCancellationFutureOwned>>),
+    /// The drain has begun; registered for the hurry, by a future that is never polled again.
+    Drain { moments: Moments, _hurried: Pin<Box<WaitForCancellationFutureOwned>> },
+    /// The session was told.
+    Done,
+}
+
+impl std::fmt::Debug for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None(_) => "None",
+            Self::Drain { .. } => "Drain",
+            Self::Done => "Done",
+        })
+    }
+}
+
+impl Relay {
+    /// Of two legs after their handshakes. `rsv`: what the negotiated extensions allow. To be made on the worker that
+    /// polls it.
+    pub fn new(config: Arc<Config>, traffic: Arc<Traffic>, drain: Drain, rsv: Rsv, client: Leg, backend: Leg) -> Self {
+        let now = Instant::now();
+        let limits = Limits { frame: config.max_frame, message: config.max_message };
+        let mut ending = Ending::new();
+        for (side, leg) in [(Side::Client, &client), (Side::Backend, &backend)] {
+            if leg.stream.is_none() {
+                ending.heard_gone(side, Gone::Reset, false, now);
+            }
+        }
+        let probe = || Probe { heard: now, payload: None, deadline: None, relayed: None };
+        Self {
+            order: Order::None(Box::pin(drain.begun())),
+            lanes: [
+                Lane::new(Sender::Client, rsv, limits, client.early, now),
+                Lane::new(Sender::Server, rsv, limits, backend.early, now),
+            ],
+            streams: [client.stream, backend.stream],
+            probes: [probe(), probe()],
+            read_done: [false; 2],
+            broken: [false; 2],
+            closes: [None, None],
+            last_data: (Side::Backend, now),
+            settling: None,
+            timer: Box::pin(tokio::time::sleep_until(now)),
+            timer_is_late: true,
+            ending,
+            config,
+            traffic,
+            drain,
+        }
+    }
+
+    /// Runs until a leg has ended, and hands it over; the other one goes on in the next call. To be called twice, with
+    /// the second future polled by the same task as the first.
+    pub async fn next_ended(&mut self) -> Ended {
+        poll_fn(|cx| self.poll(cx)).await
+    }
+
+    /// How it went; meant for after the second leg.
+    pub fn report(&self) -> Report {
+        let now = Instant::now();
+        let (initiator, cause, since) = self.ending.first().unwrap_or((Initiator::Tidegate, Cause::Drain, now));
+        let both = |f: &dyn Fn(Side) -> bool| Side::BOTH.map(f);
+        let reason = match (initiator, cause) {
+            (Initiator::Client, Cause::Close) => self.reason_of(Side::Client),
+            (Initiator::Backend, Cause::Close) => self.reason_of(Side::Backend),
+            (_, Cause::Drain) => self.drain.config().reason.clone(),
+            _ => String::new(),
+        };
+        Report {
+            initiator,
+            cause,
+            code: self.ending.code(),
+            reason,
+            ending: now - since,
+            heard: both(&|side| self.ending.heard_close_of(side)),
+            told: both(&|side| self.ending.told_close(side)),
+            gone: Side::BOTH.map(|side| self.ending.gone(side)),
+            cut: both(&|side| self.ending.was_cut(side)),
+            counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),
+        }
+    }
+
+    fn reason_of(&self, side: Side) -> String {
+        let sender = if side == Side::Client { Sender::Client } else { Sender::Server };
+        let frame = self.closes[side as usize].as_deref().unwrap_or_default();
+        let (header, payload) =
+            frame.split_at_checked(if sender == Sender::Client { 6 } else { 2 }).unwrap_or_default();
+        let mask = header.last_chunk::<4>().copied().filter(|_| sender == Sender::Client);
+        CloseFrame::read(payload, mask).map(|close| close.reason().to_owned()).unwrap_or_default()
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let now = Instant::now();
+        self.hear_order(cx, now);
+        let mut timer_fired = self.timer.deadline() <= now;
+        let mut wake = None;
+        loop {
+            let mut progress = false;
+            for side in Side::BOTH {
+                progress |= self.flush(cx, side, now);
+            }
+            for side in Side::BOTH {
+                progress |= self.read(cx, side, now);
+            }
+            if self.ending.has_begun() {
+                progress |= self.settle(cx);
+                match self.ending.next(&self.config, self.views(), now) {
+                    Ok(Act::Close(side, what)) => {
+                        self.send_close(cx, side, what, now);
+                        progress = true;
+                    }
+                    Ok(Act::Fin(side)) => {
+                        self.ending.let_go(side, now);
+                        self.lanes[side.other() as usize].drop_pending();
+                        self.lanes[side as usize].hold(&[], false, now);
+                        let is_reset = self.ending.gone(side) == Some(Gone::Reset);
+                        let stream = self.streams[side as usize].take().filter(|_| !is_reset);
+                        return Poll::Ready(Ended { side, stream, is_done: self.ending.heard_close_of(side) });
+                    }
+                    Err(at) => {
+                        wake = at;
+                        self.timer_is_late = true;
+                    }
+                }
+            }
+            if progress {
+                continue;
+            }
+            if !timer_fired {
+                break;
+            }
+            // Only now, when everything that had come was read: a late turn of ours is nobody's silence.
+            timer_fired = false;
+            self.timer_is_late = true;
+            self.check_due(cx, now);
+        }
+        if self.timer_is_late {
+            self.timer_is_late = false;
+            let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
+            // A timer that is early costs one look; moving it with every message would cost more.
+            if due < self.timer.deadline() || self.timer.deadline() <= now {
+                self.timer.as_mut().reset(due);
+            }
+            if self.timer.as_mut().poll(cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
+        }
+        Poll::Pending
+    }
+
+    fn views(&self) -> [View; 2] {
+        Side::BOTH.map(|side| {
+            let lane = &self.lanes[side.other() as usize];
+            View { boundary: !lane.inside_frame, flushed: !lane.has_pending(), progress: lane.progress }
+        })
+    }
+
+    /// Writes what waits for `side`; true: something went.
+    fn flush(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) -> bool {
+        let lane = &mut self.lanes[side.other() as usize];
+        if !lane.has_pending() {
+            return false;
+        }
+        if self.broken[side as usize] || !self.ending.can_write(side) {
+            lane.drop_pending();
+            return true;
+        }
+        let mut progress = false;
+        while lane.has_pending() {
+            match poll_write(&mut self.streams[side as usize], cx, lane.pending()) {
+                Poll::Ready(Ok(count)) => lane.take(count, now),
+                Poll::Ready(Err(_)) => {
+                    lane.drop_pending();
+                    self.broken[side as usize] = true;
+                }
+                Poll::Pending => break,
+            }
+            progress = true;
+        }
+        progress
+    }
+
+    /// Sends bytes toward `side`, or keeps what it does not take.
+    fn write(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Instant) {
+        if self.broken[side as usize] || !self.ending.can_write(side) {
+            return;
+        }
+        let lane = &mut self.lanes[side.other() as usize];
+        while !bytes.is_empty() {
+            if lane.has_pending() {
+                lane.push(bytes, now);
+                return;
+            }
+            match poll_write(&mut self.streams[side as usize], cx, bytes) {
+                Poll::Ready(Ok(count)) => bytes = &bytes[count..],
+                Poll::Ready(Err(_)) => {
+                    self.broken[side as usize] = true;
+                    return;
+                }
+                Poll::Pending => {
+                    lane.push(bytes, now);
+                    self.timer_is_late = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Reads once from `side` and passes on what may be; true: something came.
+    fn read(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) -> bool {
+        let index = side as usize;
+        if self.read_done[index] || (self.lanes[index].has_pending() && self.ending.forwards(side)) {
+            return false;
+        }
+        with_scratch(|scratch| {
+            let Some(stream) = &mut self.streams[index] else { return false };
+            let lane = &mut self.lanes[index];
+            let held = lane.held.len();
+            scratch[..held].copy_from_slice(&lane.held);
+            let fresh = if lane.early.is_empty() {
+                match stream.poll_read_slice(cx, &mut scratch[held..held + READ]) {
+                    Poll::Pending if self.broken[index] => Ok(0),
+                    Poll::Pending => return false,
+                    Poll::Ready(read) => read,
+                }
+            } else {
+                let count = lane.early.len().min(READ);
+                scratch[held..held + count].copy_from_slice(&lane.early.split_to(count));
+                Ok(count)
+            };
+            match fresh {
+                Ok(0) | Err(_) => {
+                    self.read_done[index] = true;
+                    // After a failed write the kernel has reported the reset already and reads give a plain EOF.
+                    let how = if fresh.is_err() || self.broken[index] { Gone::Reset } else { Gone::Fin };
+                    let inside_frame = lane.inside_frame;
+                    self.ending.heard_gone(side, how, inside_frame, now);
+                }
+                Ok(fresh) => {
+                    let probe = &mut self.probes[index];
+                    probe.heard = now;
+                    probe.deadline = None;
+                    lane.counts.bytes += fresh as u64;
+                    self.traffic.read(side, fresh as u64);
+                    if self.ending.listens(side) {
+                        self.digest(cx, side, &scratch[..held + fresh], held, now);
+                    }
+                }
+            }
+            true
+        })
+    }
+
+    /// Goes through the frames of `bytes`, of which the first `seen` were held and have been tracked, passes them on,
+    /// and holds the last one if it is small and not whole.
+    fn digest(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], seen: usize, now: Instant) {
+        let index = side as usize;
+        let to = side.other();
+        let forwards = self.ending.forwards(side);
+        let mut at = seen;
+        // What may be passed on in one write begins here; the frame that is being looked at begins there.
+        let mut run_at = 0;
+        let mut frame_at = 0;
+        let violation = loop {
+            let lane = &mut self.lanes[index];
+            let (used, step) = match lane.tracker.step(&bytes[at..]) {
+                Ok(step) => step,
+                Err(violation) => break Some(violation),
+            };
+            at += used;
+            match step {
+                Step::More => break None,
+                Step::Header(header) => {
+                    if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
+                        lane.opcode = header.opcode;
+                    }
+                    lane.inside_frame = header.payload > self.config.hold_frame as u64 && forwards;
+                }
+                Step::End(header) => {
+                    lane.inside_frame = false;
+                    let end = at;
+                    if header.opcode.is_control() {
+                        // Held until it is whole, so all of it is here.
+                        let whole = &bytes[frame_at..end];
+                        match self.control(side, header, &whole[usize::from(header.size)..], whole, now) {
+                            Ok(true) => {}
+                            Ok(false) => {
+                                if forwards {
+                                    self.write(cx, to, &bytes[run_at..frame_at], now);
+                                }
+                                run_at = end;
+                            }
+                            Err(violation) => break Some(violation),
+                        }
+                        if self.ending.heard_close_of(side) {
+                            self.lanes[index].hold(&[], false, now);
+                            return;
+                        }
+                    } else {
+                        self.last_data = (side, now);
+                        if header.fin {
+                            let lane = &mut self.lanes[index];
+                            if forwards {
+                                lane.counts.messages += 1;
+                            } else {
+                                lane.counts.crossed += 1;
+                            }
+                            self.traffic.message(side, lane.opcode);
+                        }
+                    }
+                    frame_at = end;
+                }
+            }
+        };
+        let inside_frame = self.lanes[index].inside_frame;
+        let run_end = if inside_frame && violation.is_none() { bytes.len() } else { frame_at };
+        if forwards && run_at < run_end {
+            self.write(cx, to, &bytes[run_at..run_end], now);
+        }
+        let lane = &mut self.lanes[index];
+        if let Some(violation) = violation {
+            lane.hold(&[], false, now);
+            self.ending.heard_gone(side, Gone::Broke(violation), false, now);
+        } else if inside_frame || !forwards {
+            lane.hold(&[], false, now);
+        } else {
+            lane.hold(&bytes[frame_at..], frame_at == 0, now);
+            self.timer_is_late |= !lane.held.is_empty();
+        }
+    }
+
+    /// Looks into a control frame; `Ok(true)`: it is passed on.
+    fn control(
+        &mut self,
+        side: Side,
+        header: Header,
+        payload: &[u8],
+        whole: &[u8],
+        now: Instant,
+    ) -> Result<bool, Violation> {
+        self.traffic.message(side, header.opcode);
+        match header.opcode {
+            Opcode::Close => {
+                let close = CloseFrame::read(payload, header.mask).ok_or(Violation::Close)?;
+                // Passed on by `ending`, at its time.
+                self.closes[side as usize] = Some(whole.into());
+                self.ending.heard_close(side, close.code(), now);
+                Ok(false)
+            }
+            Opcode::Ping => {
+                self.probes[side.other() as usize].relayed = Some(clear(payload, header.mask));
+                Ok(true)
+            }
+            _ => {
+                let payload = clear(payload, header.mask);
+                let probe = &mut self.probes[side as usize];
+                if probe.payload.is_some_and(|own| own.to_be_bytes() == *payload) {
+                    probe.payload = None;
+                    return Ok(false);
+                }
+                if probe.relayed.as_ref().is_some_and(|relayed| *relayed == payload) {
+                    probe.relayed = None;
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Instant) {
+        let code = match what {
+            What::Verbatim => {
+                let frame = self.closes[side.other() as usize].take();
+                if let Some(frame) = &frame {
+                    self.write(cx, side, frame, now);
+                }
+                self.closes[side.other() as usize] = frame;
+                self.ending.close_code_of(side.other())
+            }
+            What::Own(close) => {
+                self.write(cx, side, close.to_frame(mask_toward(side)).as_bytes(), now);
+                close.code()
+            }
+        };
+        self.ending.sent_close(side, code);
+    }
+
+    /// "A client that leaves without waiting": its FIN may be right behind its Close, so its socket is looked at once
+    /// more after a turn of the runtime. True: it waits.
+    fn settle(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.ending.is_unsettled() {
+            return false;
+        }
+        let settling = self.settling.get_or_insert_with(|| Settling(Box::pin(tokio::task::yield_now())));
+        if settling.0.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.settling = None;
+        self.ending.settle();
+        true
+    }
+
+    /// Looks whether the drain reached this session.
+    fn hear_order(&mut self, cx: &mut Context<'_>, now: Instant) {
+        // The futures only register the task's waker; polled once each, since asking them takes a lock of the process.
+        match &mut self.order {
+            Order::None(begun) => {
+                if self.drain.has_begun() || (self.timer_is_late && begun.as_mut().poll(cx).is_ready()) {
+                    let moments = self.drain.moments(rand::random());
+                    let mut hurried = Box::pin(self.drain.hurried());
+                    let _ = hurried.as_mut().poll(cx);
+                    self.order = Order::Drain { moments, _hurried: hurried };
+                    self.timer_is_late = true;
+                    self.hear_order(cx, now);
+                }
+            }
+            Order::Drain { .. } => {
+                if self.drain.is_hurried() || self.drain_due(now).is_some_and(|at| at <= now) {
+                    let config = self.drain.config();
+                    let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
+                    self.ending.drain(CloseFrame::new(code, &config.reason), now);
+                    self.order = Order::Done;
+                }
+            }
+            Order::Done => {}
+        }
+    }
+
+    /// When the drain may close this session: at a quiet point from its moment on, or at its own deadline.
+    fn drain_due(&self, now: Instant) -> Option<Instant> {
+        let Order::Drain { moments, .. } = &self.order else { return None };
+        let lanes_quiet = self.lanes.iter().all(|lane| {
+            lane.tracker.at_boundary() && !lane.tracker.in_message() && !lane.has_pending() && lane.held.is_empty()
+        });
+        if !lanes_quiet {
+            return Some(moments.until.max(now));
+        }
+        let (side, at) = self.last_data;
+        let quiet = self.drain.config().quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
+        Some((at + quiet).max(moments.from).min(moments.until))
+    }
+
+    /// Does what is due before an end has begun: pings, and deadlines of held and stalled bytes.
+    fn check_due(&mut self, cx: &mut Context<'_>, now: Instant) {
+        if self.ending.has_begun() {
+            return;
+        }
+        for side in Side::BOTH {
+            let lane = &mut self.lanes[side as usize];
+            if lane.has_pending() && now >= lane.progress + self.config.write_timeout {
+                self.ending.heard_gone(side.other(), Gone::Stalled, false, now);
+                return;
+            }
+            if lane.held_since.is_some_and(|since| now >= since + self.config.hold_timeout) {
+                self.release(cx, side, now);
+            }
+            self.probe(cx, side, now);
+        }
+    }
+
+    /// A frame that was held for too long goes on as it comes. Headers and control frames never do: they are short.
+    fn release(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) {
+        let lane = &mut self.lanes[side as usize];
+        let held = std::mem::take(&mut lane.held);
+        if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
+            lane.inside_frame = true;
+            lane.held_since = None;
+            self.write(cx, side.other(), &held, now);
+        } else {
+            lane.held = held;
+            lane.held_since = Some(now);
+        }
+    }
+
+    /// Asks a silent side for a sign of life, or finds that it gave none.
+    fn probe(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) {
+        if self.config.ping_interval.is_zero() || self.ending.has_begun() {
+            return;
+        }
+        let is_read = !self.lanes[side as usize].has_pending();
+        let toward = &self.lanes[side.other() as usize];
+        let (boundary, flushed) = (!toward.inside_frame, !toward.has_pending());
+        let probe = &mut self.probes[side as usize];
+        if !is_read {
+            // Suspended: its answer may lie unread.
+            probe.heard = now;
+            probe.deadline = None;
+            return;
+        }
+        match probe.deadline {
+            Some(_) if !flushed => probe.deadline = Some(now + self.config.pong_timeout),
+            Some(deadline) if now >= deadline => {
+                let inside_frame = self.lanes[side as usize].inside_frame;
+                self.ending.heard_gone(side, Gone::Silent, inside_frame, now);
+            }
+            None if now >= probe.heard + self.config.ping_interval && flushed && boundary => {
+                probe.deadline = Some(now + self.config.pong_timeout);
+                // The other side's Ping is as good as one of ours, and none of ours may overtake it.
+                if probe.relayed.is_none() {
+                    let payload: u64 = rand::random();
+                    probe.payload = Some(payload);
+                    let ping = ControlFrame::new(Opcode::Ping, &payload.to_be_bytes(), mask_toward(side));
+                    self.write(cx, side, ping.as_bytes(), now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// When [`Self::check_due`] or [`Self::hear_order`] has something to do.
+    fn next_due(&self, now: Instant) -> Option<Instant> {
+        if self.ending.has_begun() {
+            return None;
+        }
+        let pings = !self.config.ping_interval.is_zero();
+        let lanes = self.lanes.iter().flat_map(|lane| {
+            let stalled = lane.has_pending().then(|| lane.progress + self.config.write_timeout);
+            let held = lane.held_since.map(|since| since + self.config.hold_timeout);
+            [stalled, held]
+        });
+        let probes = self.probes.iter().filter(|_| pings).map(|probe| {
+            let due = probe.deadline.unwrap_or(probe.heard + self.config.ping_interval);
+            // Due but not possible (back-pressure, inside a frame): looked at again in a while.
+            Some(if due <= now { now + self.config.ping_interval } else { due })
+        });
+        lanes.chain(probes).chain([self.drain_due(now)]).flatten().map(|at| at.max(now + TICK)).min()
+    }
+}
+
+/// What stands for no deadline.
+const NEVER: Duration = Duration::from_hours(24);
+
+/// Timers are not set closer than this: the runtime's resolution.
+const TICK: Duration = Duration::from_millis(1);
+
+fn poll_write(stream: &mut Option<Stream>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+    match stream {
+        Some(stream) => match tokio::io::AsyncWrite::poll_write(Pin::new(stream), cx, bytes) {
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
+            result => result,
+        },
+        None => Poll::Ready(Err(std::io::ErrorKind::NotConnected.into())),
+    }
+}
+
+/// "The masking key needs to be unpredictable", and only a client's frames are masked (RFC 6455 5.3).
+fn mask_toward(side: Side) -> Option<[u8; 4]> {
+    (side == Side::Backend).then(rand::random)
+}
+
+fn clear(payload: &[u8], mask: Option<[u8; 4]>) -> Box<[u8]> {
+    let mut payload: Box<[u8]> = payload.into();
+    if let Some(mask) = mask {
+        frame::apply_mask(&mut payload, mask);
+    }
+    payload
 }

@@ -1,8 +1,32 @@
-//! The backend's leg before the relay: dialling, the handshake, plain requests.
+//! The backend's leg before the relay: dialling, the WebSocket handshake, plain requests.
+//!
+//! A socket is never dropped here once the backend has seen a byte of it: it is handed back, so that its end can be
+//! orderly, whatever came of the request.
 
-use std::time::Duration;
+mod exchange;
 
-use crate::net::Address;
+use std::{
+    fmt,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::Empty;
+use hyper::body::Incoming;
+use tokio::sync::Semaphore;
+use tower::{Layer, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
+
+use crate::net::{self, Address, SocketConfig, Stream};
 
 /// What the backend's leg needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,4 +45,181 @@ pub struct Config {
     pub max_pending: usize,
     /// The largest response header, in bytes.
     pub header_bytes: usize,
+}
+
+/// Why the backend gave no answer that could be passed on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No connection.
+    #[error("backend is not reachable: {0}")]
+    Unreachable(#[source] io::Error),
+    /// A deadline passed.
+    #[error("{0}")]
+    Timeout(&'static str),
+    /// It answered, but not in HTTP, or closed the connection without an answer.
+    #[error("backend gave no valid HTTP answer: {0}")]
+    NoAnswer(#[source] hyper::Error),
+    /// Its 101 does not complete a WebSocket handshake.
+    #[error("backend accepted wrongly: {0}")]
+    BadAccept(&'static str),
+}
+
+/// An error, and the socket that it left behind, if any.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Failure {
+    /// What went wrong.
+    pub error: Error,
+    /// To be ended in order.
+    pub stream: Option<Stream>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, stream: None }
+    }
+}
+
+/// Drives a connection while a response body is being read, and then gives its socket back.
+pub type Connection = Pin<Box<dyn Future<Output = Option<Stream>> + Send>>;
+
+/// A response that is no 101, to be passed on.
+pub struct Reply {
+    /// With its body.
+    pub response: Response<Incoming>,
+    /// To be driven meanwhile.
+    pub connection: Connection,
+}
+
+/// What a backend said to a WebSocket handshake.
+pub enum Answer {
+    /// A valid 101: a tunnel.
+    Tunnel {
+        /// Its socket.
+        stream: Stream,
+        /// What it sent right behind the 101.
+        early: Bytes,
+        /// The 101.
+        response: Response<()>,
+    },
+    /// Anything else.
+    Refusal(Reply),
+}
+
+impl From<Reply> for Answer {
+    fn from(reply: Reply) -> Self {
+        Self::Refusal(reply)
+    }
+}
+
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reply").field(&self.response).finish()
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tunnel { response, .. } => f.debug_tuple("Tunnel").field(response).finish(),
+            Self::Refusal(reply) => reply.fmt(f),
+        }
+    }
+}
+
+/// A request to the backend, under way. It has no deadline for its turn: that is the caller's.
+#[must_use]
+pub struct Exchange<T> {
+    future: Pin<Box<dyn Future<Output = Result<T, Failure>> + Send>>,
+    begun: Arc<AtomicBool>,
+}
+
+impl<T> Exchange<T> {
+    /// The backend may have seen something of it, so it must be carried on to an orderly end. Before that, dropping it
+    /// does no harm.
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
+    }
+}
+
+impl<T> Future for Exchange<T> {
+    type Output = Result<T, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.future.as_mut().poll(cx)
+    }
+}
+
+impl<T> fmt::Debug for Exchange<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exchange").field("begun", &self.begun).finish_non_exhaustive()
+    }
+}
+
+/// The way to the backend; clones share its limits.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    config: Arc<Config>,
+    socket: Arc<SocketConfig>,
+    pending: Arc<Semaphore>,
+}
+
+impl Upstream {
+    /// Nothing is connected yet.
+    pub fn new(config: Config, socket: SocketConfig) -> Self {
+        let pending = Arc::new(Semaphore::new(config.max_pending));
+        Self { config: Arc::new(config), socket: Arc::new(socket), pending }
+    }
+
+    /// What was configured.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// A connection, within `connect_timeout`.
+    pub async fn connect(&self) -> Result<Stream, Error> {
+        let dial = net::dial(&self.config.address, &self.socket);
+        match tokio::time::timeout(self.config.connect_timeout, dial).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(Error::Unreachable(error)),
+            Err(_) => Err(Error::Timeout("backend did not take the connection in time")),
+        }
+    }
+
+    /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked in full (RFC 6455 4.1) before it counts.
+    pub fn websocket(&self, request: Request<Empty<Bytes>>) -> Exchange<Answer> {
+        let begun = Arc::new(AtomicBool::new(false));
+        let (this, flag) = (self.clone(), Arc::clone(&begun));
+        let handshake = service_fn(move |request| {
+            let (this, flag) = (this.clone(), Arc::clone(&flag));
+            async move {
+                let stream = this.connect().await?;
+                flag.store(true, Ordering::Relaxed);
+                exchange::websocket(stream, request, &this.config).await
+            }
+        });
+        // First come, first served: a turn lasts until the backend's answer.
+        let in_turn = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(&self.pending)).layer(handshake);
+        Exchange { future: Box::pin(in_turn.oneshot(request)), begun }
+    }
+
+    /// Passes a plain request on and gives the response when its header is there.
+    pub fn plain<B>(&self, request: Request<B>) -> Exchange<Reply>
+    where
+        B: Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let begun = Arc::new(AtomicBool::new(false));
+        let (this, flag) = (self.clone(), Arc::clone(&begun));
+        let future = Box::pin(async move {
+            let stream = {
+                // Only the dial has a turn: an answer may be long in coming (long polling).
+                let _turn = this.pending.acquire().await;
+                this.connect().await?
+            };
+            flag.store(true, Ordering::Relaxed);
+            exchange::plain(stream, request, &this.config).await
+        });
+        Exchange { future, begun }
+    }
 }

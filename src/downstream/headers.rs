@@ -1,0 +1,116 @@
+//! What is passed on of a header, in both directions.
+
+use std::net::IpAddr;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Request, Response, Uri, Version,
+    header::{
+        CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+    },
+    uri::PathAndQuery,
+};
+use ipnet::IpNet;
+
+const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The comma-separated elements of a list header, over all its lines.
+pub(super) fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+/// A list header has this element, whatever its case.
+pub(super) fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
+    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
+}
+
+/// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names.
+///
+/// `Host` and the framing stay whatever `Connection` says: naming them there is an attack on the next hop.
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
+        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
+        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
+        .collect();
+    for name in listed {
+        headers.remove(name);
+    }
+    let trailers = has_token(headers, &TE, "trailers");
+    for name in [CONNECTION, UPGRADE, TE, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION] {
+        headers.remove(name);
+    }
+    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
+        headers.remove(name);
+    }
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+/// Makes a client's request one for the backend: one-hop headers go, the target becomes a path, `X-Forwarded-*` and
+/// `X-Request-Id` come.
+///
+/// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*`, `Forwarded`) is
+/// replaced; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
+pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[IpNet], id: &str, upgrade: bool) {
+    let client = client.to_canonical();
+    // An absolute target's authority replaces Host (RFC 9112 3.2.2).
+    let authority = request.uri().authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok());
+    let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    *request.uri_mut() = Uri::from(path);
+    *request.version_mut() = Version::HTTP_11;
+    let headers = request.headers_mut();
+    strip_hop_by_hop(headers);
+    if let Some(authority) = authority {
+        headers.insert(HOST, authority);
+    }
+    if !trusted.iter().any(|network| network.contains(&client)) {
+        for name in [FOR, PROTO, FORWARDED_HOST, FORWARDED] {
+            headers.remove(name);
+        }
+    }
+    let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
+    let client = client.to_string();
+    chain.push(&client);
+    if let Ok(chain) = HeaderValue::from_str(&chain.join(", ")) {
+        headers.insert(FOR, chain);
+    }
+    headers.entry(PROTO).or_insert(HeaderValue::from_static("http"));
+    if let Some(host) = headers.get(HOST).cloned() {
+        headers.entry(FORWARDED_HOST).or_insert(host);
+    }
+    if let Ok(id) = HeaderValue::from_str(id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    if upgrade {
+        headers.remove(CONTENT_LENGTH);
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    } else {
+        // One request per connection: its end is ours to make orderly.
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+}
+
+/// Makes a backend's response one for the client; `upgrade`: it is the 101 of a WebSocket.
+pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
+    *response.version_mut() = Version::HTTP_11;
+    let headers = response.headers_mut();
+    strip_hop_by_hop(headers);
+    if upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    }
+}
+
+/// The request's id: the client's `X-Request-Id` when it is short and printable, else a random one.
+pub fn request_id(headers: &HeaderMap) -> String {
+    match headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()) {
+        Some(id) if (1..=128).contains(&id.len()) => id.to_owned(),
+        _ => format!("{:016x}", rand::random::<u64>()),
+    }
+}

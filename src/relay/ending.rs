@@ -1,0 +1,451 @@
+//! The close table of one session as a state machine: what was heard and said goes in, what is to be done comes out.
+//!
+//! No I/O and no clock: time is an argument. The rules stand in [`Ending::close_due`] and [`Ending::fin_due`], one arm
+//! per row of the table in `ARCHITECTURE.md`; everything else is bookkeeping.
+
+use tokio::time::Instant;
+
+use super::Config;
+use crate::{
+    net::Side,
+    ws::{CloseFrame, Code, Violation},
+};
+
+/// How a side stopped to be of use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    /// Its FIN came.
+    Fin,
+    /// Its RST came, or its socket failed in another way.
+    Reset,
+    /// It did not answer a Ping of ours, nor say anything else.
+    Silent,
+    /// It takes nothing of what waits for it.
+    Stalled,
+    /// It broke the protocol or a limit.
+    Broke(Violation),
+}
+
+/// Who ended a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initiator {
+    /// The client was the first to send Close or to leave.
+    Client,
+    /// The backend was.
+    Backend,
+    /// tidegate: a drain, or somebody broke a rule or did not answer.
+    Tidegate,
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// A Close frame.
+    Close,
+    /// A side went without one.
+    Gone(Side, Gone),
+    /// The process drains.
+    Drain,
+}
+
+/// Which Close is to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// The other side's frame, byte for byte.
+    Verbatim,
+    /// One of ours.
+    Own(CloseFrame),
+}
+
+/// What is to be done next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Act {
+    /// Send a Close to this side, then tell [`Ending::sent_close`].
+    Close(Side, What),
+    /// Nothing more will be said to this side: FIN, and let it linger; then tell [`Ending::let_go`].
+    Fin(Side),
+}
+
+/// What the relay knows of the bytes toward a side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View {
+    /// A frame may be put in now.
+    pub boundary: bool,
+    /// Nothing waits to be written.
+    pub flushed: bool,
+    /// When bytes were last taken, or first had to wait.
+    pub progress: Instant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    /// Queued; not yet taken by the kernel.
+    Close,
+    /// In the kernel.
+    Flushed,
+    /// Its leg was handed over to linger.
+    Fin,
+}
+
+/// A Close frame, by the code it carries, if any.
+#[derive(Debug, Clone, Copy)]
+struct Coded(Option<u16>);
+
+#[derive(Debug, Clone, Copy)]
+struct Leg {
+    /// Its Close was received.
+    close: Option<Coded>,
+    gone: Option<Gone>,
+    /// When the first of both happened.
+    since: Option<Instant>,
+    /// When it was gone.
+    gone_at: Option<Instant>,
+    told: Told,
+    /// When its Close was in the kernel: the timers start here.
+    flushed_at: Option<Instant>,
+    /// When its leg was handed over: nothing more is heard from it.
+    let_go_at: Option<Instant>,
+    /// The Close that it was told.
+    said: Option<Coded>,
+    /// The other side died inside a frame that was partly passed on: no Close can be put in any more.
+    cut: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Ending {
+    legs: [Leg; 2],
+    /// The client's Close was heard, but whether it waits for an answer is being looked at.
+    unsettled: bool,
+    /// A drain reached this session.
+    drain: Option<(Instant, CloseFrame)>,
+    first: Option<(Initiator, Cause, Instant)>,
+}
+
+impl Ending {
+    /// Of a session in which nobody said anything about an end.
+    pub(super) const fn new() -> Self {
+        let leg = Leg {
+            close: None,
+            gone: None,
+            since: None,
+            gone_at: None,
+            told: Told::Nothing,
+            flushed_at: None,
+            let_go_at: None,
+            said: None,
+            cut: false,
+        };
+        Self { legs: [leg; 2], unsettled: false, drain: None, first: None }
+    }
+
+    const fn leg(&self, side: Side) -> &Leg {
+        &self.legs[side as usize]
+    }
+
+    const fn leg_mut(&mut self, side: Side) -> &mut Leg {
+        &mut self.legs[side as usize]
+    }
+
+    /// Somebody, perhaps we, began to end the session.
+    pub(super) const fn has_begun(&self) -> bool {
+        self.first.is_some()
+    }
+
+    /// Who began, why, and when; `None` before.
+    pub(super) const fn first(&self) -> Option<(Initiator, Cause, Instant)> {
+        self.first
+    }
+
+    /// The code that the session ended with: the initiator's, or what we told the client; `None`: no code.
+    pub(super) fn code(&self) -> Option<u16> {
+        let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
+        match self.first {
+            Some((Initiator::Client, Cause::Close, _)) => client.close.and_then(|close| close.0),
+            Some((Initiator::Backend, Cause::Close, _)) => backend.close.and_then(|close| close.0),
+            _ => client.said.or(backend.said).and_then(|close| close.0),
+        }
+    }
+
+    /// How this side went without waiting for the Close handshake, if it did.
+    pub(super) const fn gone(&self, side: Side) -> Option<Gone> {
+        self.leg(side).gone
+    }
+
+    /// Its Close was received.
+    pub(super) const fn heard_close_of(&self, side: Side) -> bool {
+        self.leg(side).close.is_some()
+    }
+
+    /// The code of its Close, if it carried one.
+    pub(super) fn close_code_of(&self, side: Side) -> Option<u16> {
+        self.leg(side).close.and_then(|close| close.0)
+    }
+
+    /// It got a Close.
+    pub(super) const fn told_close(&self, side: Side) -> bool {
+        self.leg(side).said.is_some()
+    }
+
+    /// It was cut inside a frame.
+    pub(super) const fn was_cut(&self, side: Side) -> bool {
+        self.leg(side).cut
+    }
+
+    /// What `side` sends is passed on, rather than discarded.
+    pub(super) fn forwards(&self, side: Side) -> bool {
+        let (from, to) = (self.leg(side), self.leg(side.other()));
+        from.close.is_none()
+            && !matches!(from.gone, Some(Gone::Broke(_) | Gone::Reset))
+            && to.told == Told::Nothing
+            && self.can_write(side.other())
+    }
+
+    /// What `side` sends can still be understood: it broke nothing and its Close is not yet here.
+    pub(super) fn listens(&self, side: Side) -> bool {
+        let leg = self.leg(side);
+        leg.close.is_none() && leg.gone.is_none()
+    }
+
+    /// Bytes can still reach this side.
+    pub(super) fn can_write(&self, side: Side) -> bool {
+        let leg = self.leg(side);
+        // After the client's FIN its kernel may still take data; a backend that is gone is past caring.
+        let dead = match leg.gone {
+            Some(Gone::Reset | Gone::Stalled) => true,
+            Some(Gone::Fin) => side == Side::Backend,
+            _ => false,
+        };
+        !dead && leg.told != Told::Fin
+    }
+
+    fn begin(&mut self, initiator: Initiator, cause: Cause, now: Instant) {
+        self.first.get_or_insert((initiator, cause, now));
+    }
+
+    /// `side` sent its Close.
+    pub(super) fn heard_close(&mut self, side: Side, code: Option<u16>, now: Instant) {
+        self.begin(if side == Side::Client { Initiator::Client } else { Initiator::Backend }, Cause::Close, now);
+        let leg = self.leg_mut(side);
+        leg.close.get_or_insert(Coded(code));
+        leg.since.get_or_insert(now);
+        if side == Side::Client {
+            self.unsettled = true;
+        }
+    }
+
+    /// The client's socket was looked at once more after its Close: no FIN came with it.
+    pub(super) const fn settle(&mut self) {
+        self.unsettled = false;
+    }
+
+    /// The client's Close awaits [`Ending::settle`].
+    pub(super) const fn is_unsettled(&self) -> bool {
+        self.unsettled
+    }
+
+    /// `side` is gone. `inside_frame`: what it sent last was part of a frame of which the other side has the beginning.
+    pub(super) fn heard_gone(&mut self, side: Side, how: Gone, inside_frame: bool, now: Instant) {
+        let initiator = match (how, side) {
+            (Gone::Silent | Gone::Stalled | Gone::Broke(_), _) => Initiator::Tidegate,
+            (_, Side::Client) => Initiator::Client,
+            (_, Side::Backend) => Initiator::Backend,
+        };
+        self.begin(initiator, Cause::Gone(side, how), now);
+        self.unsettled = false;
+        let leg = self.leg_mut(side);
+        match leg.gone {
+            None => leg.gone = Some(how),
+            // Worse news replace the better: what was half-closed can still be reset.
+            Some(Gone::Fin | Gone::Silent | Gone::Broke(_)) if matches!(how, Gone::Reset | Gone::Stalled) => {
+                leg.gone = Some(how);
+            }
+            Some(_) => return,
+        }
+        leg.since.get_or_insert(now);
+        leg.gone_at.get_or_insert(now);
+        if inside_frame {
+            self.leg_mut(side.other()).cut = true;
+        }
+    }
+
+    /// The process drains, and this is the session's moment.
+    pub(super) fn drain(&mut self, close: CloseFrame, now: Instant) {
+        if !self.has_begun() {
+            self.begin(Initiator::Tidegate, Cause::Drain, now);
+            self.drain = Some((now, close));
+        }
+    }
+
+    /// The Close that [`Ending::next`] asked for was queued.
+    pub(super) fn sent_close(&mut self, side: Side, code: Option<u16>) {
+        let leg = self.leg_mut(side);
+        leg.told = Told::Close;
+        leg.said = Some(Coded(code));
+    }
+
+    /// The FIN that [`Ending::next`] asked for was left to the linger.
+    pub(super) fn let_go(&mut self, side: Side, now: Instant) {
+        let leg = self.leg_mut(side);
+        leg.told = Told::Fin;
+        leg.let_go_at = Some(now);
+    }
+
+    /// What to do next, or when to ask again at the latest. To be asked after everything that was told.
+    pub(super) fn next(&mut self, config: &Config, views: [View; 2], now: Instant) -> Result<Act, Option<Instant>> {
+        if !self.has_begun() {
+            return Err(None);
+        }
+        let mut wake: Option<Instant> = None;
+        let mut at_latest = |at: Instant| wake = Some(wake.map_or(at, |wake| wake.min(at)));
+        for side in Side::BOTH {
+            let view = views[side as usize];
+            let leg = self.leg_mut(side);
+            if leg.told == Told::Close && view.flushed {
+                leg.told = Told::Flushed;
+                leg.flushed_at = Some(now);
+            }
+        }
+        for side in Side::BOTH {
+            let view = views[side as usize];
+            let close = self.close_due(side, config);
+            if let Some((at, what)) = close {
+                if at > now {
+                    at_latest(at);
+                } else if view.boundary && !self.leg(side).cut {
+                    return Ok(Act::Close(side, what));
+                }
+            }
+            // A Close that is due or queued and can't get out: bounded like one that is not answered.
+            let leg = self.leg(side);
+            let waits_since = match (leg.told, close) {
+                (Told::Nothing, Some((at, _))) if at <= now => Some(at),
+                (Told::Nothing, _) if leg.cut && !view.flushed => leg.since.or(self.leg(side.other()).since),
+                (Told::Close, _) => Some(view.progress),
+                _ => None,
+            };
+            if let Some(since) = waits_since.filter(|_| self.can_write(side)) {
+                let deadline = since.max(view.progress) + config.close_handshake_timeout;
+                if deadline <= now {
+                    self.leg_mut(side).cut |= !view.boundary;
+                    self.heard_gone(side, Gone::Stalled, false, now);
+                } else {
+                    at_latest(deadline);
+                }
+            }
+            match self.fin_due(side, config, view, now) {
+                Some(at) if at <= now => return Ok(Act::Fin(side)),
+                Some(at) => at_latest(at),
+                None => {}
+            }
+        }
+        Err(wake)
+    }
+
+    /// Which Close this side is owed, and when; `None`: none, or not before something else happens.
+    #[allow(clippy::match_same_arms, reason = "one arm per row of the close table")]
+    fn close_due(&self, side: Side, config: &Config) -> Option<(Instant, What)> {
+        let leg = self.leg(side);
+        if leg.told != Told::Nothing || !self.can_write(side) {
+            return None;
+        }
+        let other = self.leg(side.other());
+        let own = |code: Code| What::Own(CloseFrame::new(code, ""));
+        let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
+        let echo_of = |close: Coded| match close.0.and_then(Code::new) {
+            Some(code) => own(code),
+            None => What::Own(CloseFrame::EMPTY),
+        };
+        // Whatever is still awaited from the other side is given up then.
+        let unanswered = other.flushed_at.map(|at| at + config.close_handshake_timeout);
+        let other_unanswered = match (unanswered, other.let_go_at) {
+            (Some(unanswered), Some(let_go)) => Some(unanswered.min(let_go)),
+            (unanswered, let_go) => unanswered.or(let_go),
+        };
+        let other_since = other.since;
+        match side {
+            Side::Backend => {
+                if let (Some(how), Some(since)) = (leg.gone, leg.gone_at) {
+                    let code = match how {
+                        Gone::Broke(violation) => violation.code(),
+                        _ => Code::GOING_AWAY,
+                    };
+                    return Some((since, own(code)));
+                }
+                if let Some((at, _)) = self.drain {
+                    return Some((at, own(Code::GOING_AWAY)));
+                }
+                match (leg.close, other.close, other.gone) {
+                    // Its Close is owed an answer.
+                    (Some(_), Some(_), _) => Some((other_since?, What::Verbatim)),
+                    (Some(close), None, Some(_)) => Some((other.gone_at?, echo_of(close))),
+                    (Some(close), None, None) => Some((other_unanswered?, echo_of(close))),
+                    // The client left without waiting: the backend may be just writing a result.
+                    (None, Some(_), Some(_)) => Some((other.gone_at? + config.close_delay, What::Verbatim)),
+                    (None, Some(_), None) if self.unsettled => None,
+                    (None, Some(_), None) => Some((other_since?, What::Verbatim)),
+                    // It broke a rule: everything that was forwarded before is answered first.
+                    (None, None, Some(Gone::Broke(_))) => Some((other.gone_at?, own(Code::GOING_AWAY))),
+                    (None, None, Some(_)) => {
+                        let code = configured(config.client_lost_code, Code::GOING_AWAY);
+                        Some((other.gone_at? + config.close_delay, code))
+                    }
+                    (None, None, None) => None,
+                }
+            }
+            Side::Client => {
+                if leg.gone == Some(Gone::Silent) {
+                    return Some((leg.gone_at?, own(Code::GOING_AWAY)));
+                }
+                let ours = match (self.drain, leg.gone) {
+                    (_, Some(Gone::Broke(violation))) => Some(own(violation.code())),
+                    (Some((_, close)), _) => Some(What::Own(close)),
+                    _ => None,
+                };
+                if let Some(ours) = ours {
+                    // The backend's last frames go first: up to its Close or end.
+                    return match other.since {
+                        Some(at) => Some((at, ours)),
+                        None if other.cut => Some((leg.since?, ours)),
+                        None => Some((other_unanswered?, ours)),
+                    };
+                }
+                match (other.close, other.gone, leg.close) {
+                    (Some(_), _, _) => Some((other_since?, What::Verbatim)),
+                    (None, Some(Gone::Broke(_)), _) => {
+                        Some((other.gone_at?, configured(config.backend_error_code, Code::INTERNAL)))
+                    }
+                    // It asked for an end and gets one, although the backend owes the answer.
+                    (None, Some(_), Some(close)) => Some((other.gone_at?, echo_of(close))),
+                    (None, Some(_), None) => {
+                        Some((other.gone_at?, configured(config.backend_lost_code, Code::RESTART)))
+                    }
+                    (None, None, Some(close)) => Some((other_unanswered?, echo_of(close))),
+                    // Half-closed without a Close, and the backend does not answer ours.
+                    (None, None, None) if leg.gone.is_some() => Some((other_unanswered?, own(Code::GOING_AWAY))),
+                    (None, None, None) => None,
+                }
+            }
+        }
+    }
+
+    /// When this side's leg is to be ended; `None`: not before something else happens.
+    fn fin_due(&self, side: Side, config: &Config, view: View, now: Instant) -> Option<Instant> {
+        let leg = self.leg(side);
+        match (leg.told, leg.gone) {
+            (Told::Fin, _) => None,
+            (_, Some(Gone::Reset | Gone::Stalled)) => Some(now),
+            // A backend's FIN says that it reads nothing more either; a client may be waiting for its last data.
+            (_, Some(Gone::Fin)) if side == Side::Backend => Some(now),
+            // "FIN is the only honest end": its last frame stays incomplete.
+            (Told::Nothing, _) if leg.cut && view.flushed => Some(now),
+            (Told::Nothing | Told::Close, _) => None,
+            (Told::Flushed, Some(_)) => Some(now),
+            // "the server MUST close the connection immediately" after both Closes (RFC 6455 7.1.1).
+            (Told::Flushed, None) if side == Side::Client && leg.close.is_some() => Some(now),
+            // Without the peer's Close; or with the backend's, where we are the client and wait for its FIN.
+            (Told::Flushed, None) => leg.flushed_at.max(leg.since).map(|at| at + config.close_handshake_timeout),
+        }
+    }
+}

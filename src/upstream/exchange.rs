@@ -1,0 +1,157 @@
+//! One request on one connection, by hyper, driven inside the caller's own task.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, Request, Response, StatusCode,
+    header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, UPGRADE},
+};
+use http_body::Body;
+use http_body_util::Empty;
+use hyper::{
+    body::Incoming,
+    client::conn::http1::{self, Connection as Driver},
+};
+use hyper_util::rt::TokioIo;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::{Answer, Config, Connection, Error, Failure, Reply};
+use crate::net::Stream;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A hyper connection that is polled until it is done, and gives its socket back.
+struct Driven<B: Body + 'static> {
+    driver: Option<Driver<TokioIo<Stream>, B>>,
+    is_done: bool,
+}
+
+impl<B> Driven<B>
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    /// Once done it stays done: hyper must not be polled again.
+    fn poll(&mut self, cx: &mut std::task::Context<'_>) -> Poll<()> {
+        if !self.is_done
+            && let Some(driver) = &mut self.driver
+        {
+            // An error here reaches the response or its body too.
+            self.is_done = driver.poll_without_shutdown(cx).is_ready();
+        }
+        if self.is_done { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn into_parts(mut self) -> Option<(Stream, Bytes)> {
+        let parts = self.driver.take()?.into_parts();
+        Some((parts.io.into_inner(), parts.read_buf))
+    }
+}
+
+/// Sends the request and waits for the response's header; a failure gives the socket back.
+async fn send<B>(
+    stream: Stream,
+    request: Request<B>,
+    header_bytes: usize,
+    patience: Duration,
+) -> Result<(Response<Incoming>, Driven<B>), Failure>
+where
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    let (mut sender, connection) = http1::Builder::new()
+        .max_header_size(header_bytes)
+        // hyper wants at least 8 KiB.
+        .max_buf_size(header_bytes.max(8 * 1024))
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(Error::NoAnswer)?;
+    let mut driven = Driven { driver: Some(connection), is_done: false };
+    let answer = {
+        let mut response = pin!(sender.send_request(request));
+        let waited = poll_fn(|cx| {
+            let _ = driven.poll(cx);
+            response.as_mut().poll(cx)
+        });
+        tokio::time::timeout(patience, waited).await
+    };
+    let error = match answer {
+        Ok(Ok(response)) => return Ok((response, driven)),
+        Ok(Err(error)) => Error::NoAnswer(error),
+        Err(_) => Error::Timeout("backend did not answer in time"),
+    };
+    Err(Failure { error, stream: driven.into_parts().map(|(stream, _)| stream) })
+}
+
+/// What goes on while the body of a response is read.
+fn carry_on<B>(mut driven: Driven<B>) -> Connection
+where
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    Box::pin(async move {
+        poll_fn(|cx| driven.poll(cx)).await;
+        driven.into_parts().map(|(stream, _)| stream)
+    })
+}
+
+/// See [`super::Upstream::websocket`].
+pub(super) async fn websocket(
+    stream: Stream,
+    request: Request<Empty<Bytes>>,
+    config: &Config,
+) -> Result<Answer, Failure> {
+    let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
+    let (response, mut driven) = send(stream, request, config.header_bytes, config.handshake_timeout).await?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Reply { response, connection: carry_on(driven) }.into());
+    }
+    poll_fn(|cx| driven.poll(cx)).await;
+    let parts = driven.into_parts();
+    if let Err(reason) = check_accept(response.headers(), &key) {
+        return Err(Failure { error: Error::BadAccept(reason), stream: parts.map(|(stream, _)| stream) });
+    }
+    let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;
+    Ok(Answer::Tunnel { stream, early, response: response.map(|_| ()) })
+}
+
+/// The client's part of RFC 6455 4.1, done on the client's behalf.
+fn check_accept(headers: &HeaderMap, key: &[u8]) -> Result<(), &'static str> {
+    let list_has = |name, wanted: &str| {
+        let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(wanted))
+    };
+    if !list_has(UPGRADE, "websocket") {
+        return Err("101 without Upgrade: websocket");
+    }
+    if !list_has(CONNECTION, "upgrade") {
+        return Err("101 without Connection: Upgrade");
+    }
+    let mut accepts = headers.get_all(SEC_WEBSOCKET_ACCEPT).iter();
+    match (accepts.next(), accepts.next()) {
+        (Some(accept), None) if accept.as_bytes() == derive_accept_key(key).as_bytes() => Ok(()),
+        (Some(_), None) => Err("101 with a wrong Sec-WebSocket-Accept"),
+        (None, _) => Err("101 without Sec-WebSocket-Accept"),
+        (Some(_), Some(_)) => Err("101 with more than one Sec-WebSocket-Accept"),
+    }
+}
+
+/// See [`super::Upstream::plain`].
+pub(super) async fn plain<B>(stream: Stream, request: Request<B>, config: &Config) -> Result<Reply, Failure>
+where
+    B: Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    let (response, driven) = send(stream, request, config.header_bytes, config.response_timeout).await?;
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let stream = driven.into_parts().map(|(stream, _)| stream);
+        return Err(Failure { error: Error::BadAccept("101 to a request that asked for no upgrade"), stream });
+    }
+    Ok(Reply { response, connection: carry_on(driven) })
+}

@@ -1,0 +1,264 @@
+//! Knows where the frames of one direction begin and end, and refuses what RFC 6455 forbids, at the header.
+//!
+//! It is fed bytes in any portions and says the same whatever the portions are. It keeps at most one header
+//! ([`MAX_HEADER`] bytes) and never a payload.
+
+use super::{
+    Code,
+    frame::{Header, MAX_CONTROL, MAX_HEADER, Opcode},
+};
+
+/// Whose frames these are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// "A client MUST mask all frames" (RFC 6455 5.1).
+    Client,
+    /// "A server MUST NOT mask any frames" (RFC 6455 5.1).
+    Server,
+}
+
+/// Which reserved bits the negotiated extensions allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rsv {
+    /// No extension.
+    None,
+    /// permessage-deflate: RSV1, on the first frame of a message only (RFC 7692 6).
+    Deflate,
+    /// An extension that tidegate does not know: anything.
+    Any,
+}
+
+/// The sizes that are allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Of one frame's payload, in bytes.
+    pub frame: u64,
+    /// Of one message's payload, all fragments together, in bytes on the wire.
+    pub message: u64,
+}
+
+/// How a header breaks the protocol or a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// A reserved opcode.
+    #[error("reserved opcode")]
+    Opcode,
+    /// A reserved bit that no extension allows.
+    #[error("reserved bit without an extension")]
+    Rsv,
+    /// A client's frame without a mask.
+    #[error("unmasked frame from the client")]
+    Unmasked,
+    /// A server's frame with a mask.
+    #[error("masked frame from the backend")]
+    Masked,
+    /// A length in more bytes than needed, or with the highest bit set.
+    #[error("frame length not in its minimal form")]
+    Length,
+    /// A fragmented or overlong control frame.
+    #[error("fragmented or overlong control frame")]
+    Control,
+    /// A continuation without a beginning, or a beginning inside a message.
+    #[error("fragments out of order")]
+    Fragments,
+    /// A Close with a payload that must not be.
+    #[error("invalid Close payload")]
+    Close,
+    /// A frame over the limit.
+    #[error("frame too big")]
+    FrameTooBig,
+    /// A message over the limit.
+    #[error("message too big")]
+    MessageTooBig,
+}
+
+impl Violation {
+    /// What its sender is told.
+    pub const fn code(self) -> Code {
+        match self {
+            Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
+            _ => Code::PROTOCOL,
+        }
+    }
+}
+
+/// What the bytes fed so far amount to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Everything was consumed; the frame goes on.
+    More,
+    /// A header is complete and allowed; its payload follows.
+    Header(Header),
+    /// The frame is complete: a boundary.
+    End(Header),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Header,
+    /// Bytes of payload that are still to come.
+    Payload(Header, u64),
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Tracker {
+    sender: Sender,
+    rsv: Rsv,
+    limits: Limits,
+    header: [u8; MAX_HEADER],
+    have: u8,
+    state: State,
+    /// Inside a fragmented message: its payload so far.
+    message: Option<u64>,
+}
+
+impl Tracker {
+    /// At the first frame of a direction.
+    pub const fn new(sender: Sender, rsv: Rsv, limits: Limits) -> Self {
+        Self { sender, rsv, limits, header: [0; MAX_HEADER], have: 0, state: State::Header, message: None }
+    }
+
+    /// Between two frames.
+    pub const fn at_boundary(&self) -> bool {
+        matches!(self.state, State::Header) && self.have == 0
+    }
+
+    /// The header of the frame whose payload is being read.
+    pub const fn payload_begun(&self) -> Option<Header> {
+        match self.state {
+            State::Header => None,
+            State::Payload(header, _) => Some(header),
+        }
+    }
+
+    /// Between the first and the last frame of a fragmented message.
+    pub const fn in_message(&self) -> bool {
+        self.message.is_some()
+    }
+
+    /// Goes on to the next event and says how many bytes of `input` lie before it.
+    ///
+    /// A header and the end of its frame are two events, also when the payload is empty. After an error the tracker
+    /// must not be fed again.
+    pub fn step(&mut self, input: &[u8]) -> Result<(usize, Step), Violation> {
+        match self.state {
+            State::Header => {
+                let mut used = 0;
+                loop {
+                    let have = usize::from(self.have);
+                    let need = if have < 2 { 2 } else { header_size(self.header[1]) };
+                    let take = (need - have).min(input.len() - used);
+                    self.header[have..have + take].copy_from_slice(&input[used..used + take]);
+                    used += take;
+                    self.have += u8::try_from(take).expect("a header has at most 14 bytes");
+                    if have + take < need {
+                        return Ok((used, Step::More));
+                    }
+                    if need > 2 || header_size(self.header[1]) == 2 {
+                        break;
+                    }
+                    // A wrong first byte is refused before the rest of the header came.
+                    self.check_first()?;
+                }
+                let header = self.check()?;
+                self.have = 0;
+                self.state = State::Payload(header, header.payload);
+                Ok((used, Step::Header(header)))
+            }
+            State::Payload(header, left) => {
+                let used = usize::try_from(left).map_or(input.len(), |left| left.min(input.len()));
+                let left = left - used as u64;
+                if left > 0 {
+                    self.state = State::Payload(header, left);
+                    return Ok((used, Step::More));
+                }
+                self.state = State::Header;
+                Ok((used, Step::End(header)))
+            }
+        }
+    }
+
+    /// The rules that need only the first two bytes.
+    fn check_first(&self) -> Result<Opcode, Violation> {
+        let (first, second) = (self.header[0], self.header[1]);
+        let fin = first & 0x80 != 0;
+        let rsv = first & 0x70;
+        let opcode = Opcode::from_bits(first & 0x0F).ok_or(Violation::Opcode)?;
+        let rsv_allowed = match self.rsv {
+            Rsv::None => rsv == 0,
+            Rsv::Deflate => rsv == 0 || (rsv == 0x40 && matches!(opcode, Opcode::Text | Opcode::Binary)),
+            Rsv::Any => true,
+        };
+        if !rsv_allowed {
+            return Err(Violation::Rsv);
+        }
+        match (self.sender, second & 0x80 != 0) {
+            (Sender::Client, false) => return Err(Violation::Unmasked),
+            (Sender::Server, true) => return Err(Violation::Masked),
+            _ => {}
+        }
+        if opcode.is_control() {
+            if !fin || usize::from(second & 0x7F) > MAX_CONTROL {
+                return Err(Violation::Control);
+            }
+        } else if (opcode == Opcode::Continuation) != self.message.is_some() {
+            return Err(Violation::Fragments);
+        }
+        Ok(opcode)
+    }
+
+    /// All rules, on a complete header.
+    fn check(&mut self) -> Result<Header, Violation> {
+        let opcode = self.check_first()?;
+        let (first, second) = (self.header[0], self.header[1]);
+        let (payload, mask_at) = match second & 0x7F {
+            126 => {
+                let length = u16::from_be_bytes([self.header[2], self.header[3]]);
+                // "the minimal number of bytes MUST be used to encode the length" (RFC 6455 5.2)
+                if length < 126 {
+                    return Err(Violation::Length);
+                }
+                (u64::from(length), 4)
+            }
+            127 => {
+                let mut bytes = [0; 8];
+                bytes.copy_from_slice(&self.header[2..10]);
+                let length = u64::from_be_bytes(bytes);
+                // "the most significant bit MUST be 0" (RFC 6455 5.2)
+                if u16::try_from(length).is_ok() || length >> 63 != 0 {
+                    return Err(Violation::Length);
+                }
+                (length, 10)
+            }
+            length => (u64::from(length), 2),
+        };
+        let fin = first & 0x80 != 0;
+        if payload > self.limits.frame {
+            return Err(Violation::FrameTooBig);
+        }
+        if !opcode.is_control() {
+            let message = self.message.unwrap_or(0).saturating_add(payload);
+            if message > self.limits.message {
+                return Err(Violation::MessageTooBig);
+            }
+            self.message = (!fin).then_some(message);
+        }
+        let mask = (second & 0x80 != 0).then(|| {
+            let mut key = [0; 4];
+            key.copy_from_slice(&self.header[mask_at..mask_at + 4]);
+            key
+        });
+        Ok(Header { fin, rsv: first & 0x70, opcode, mask, payload, size: self.have })
+    }
+}
+
+/// The size of a header by its second byte.
+const fn header_size(second: u8) -> usize {
+    let extended = match second & 0x7F {
+        126 => 2,
+        127 => 8,
+        _ => 0,
+    };
+    2 + extended + if second & 0x80 == 0 { 0 } else { 4 }
+}
