@@ -5,7 +5,9 @@
 
 use super::{
     Board, DEADLINE, LIMIT, Lab, Message, Peer, Seen, Side,
-    ws::{CLOSE, End, Frame, PING, PONG, Role, Transcript},
+    peer::Role,
+    transcript::{End, Transcript},
+    ws::{CLOSE, Frame, PING, PONG},
 };
 use futures_util::{FutureExt, future::LocalBoxFuture};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -37,12 +39,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            recv_buffer: None,
-            backlog: 65_535,
-            seed: 0,
-            started: Instant::now(),
-        }
+        Self { recv_buffer: None, backlog: 65_535, seed: 0, started: Instant::now() }
     }
 }
 
@@ -80,8 +77,7 @@ impl Backend {
         let stage = Board::new(Stage::Listening);
         let ip = lab.address(Side::Backend, Side::Proxy);
         let run = {
-            let (address, connections, stage) =
-                (address.clone(), connections.clone(), stage.clone());
+            let (address, connections, stage) = (address.clone(), connections.clone(), stage.clone());
             move || {
                 super::block(LocalSet::new().run_until(async move {
                     let listener = listen(ip, options);
@@ -91,27 +87,17 @@ impl Backend {
             }
         };
         let thread = lab.place(Side::Backend).spawn("backend", run);
-        let address = address
-            .wait(DEADLINE, |address| *address)
-            .expect("a listening backend");
-        Self {
-            address,
-            connections,
-            stage,
-            thread: Some(thread),
-        }
+        let address = address.wait(DEADLINE, |address| *address).expect("a listening backend");
+        Self { address, connections, stage, thread: Some(thread) }
     }
 
     /// The nth connection, as soon as it has been accepted.
     #[track_caller]
     pub fn connection(&self, index: usize) -> Connection {
-        let found = self
-            .connections
-            .wait(DEADLINE, |all| all.get(index).cloned());
+        let found = self.connections.wait(DEADLINE, |all| all.get(index).cloned());
         let count = self.count();
-        let transcript = found.unwrap_or_else(|| {
-            panic!("connection {index} was never accepted by the backend; {count} were")
-        });
+        let transcript =
+            found.unwrap_or_else(|| panic!("connection {index} was never accepted by the backend; {count} were"));
         Connection { index, transcript }
     }
 
@@ -123,9 +109,7 @@ impl Backend {
     /// Closes the listener: new connections are refused, the others go on.
     pub fn stop_listening(&self) {
         self.stage.change(|stage| *stage = Stage::Closing);
-        let closed = self
-            .stage
-            .wait(DEADLINE, |stage| (*stage == Stage::Closed).then_some(()));
+        let closed = self.stage.wait(DEADLINE, |stage| (*stage == Stage::Closed).then_some(()));
         closed.expect("the backend's thread closes its listener");
     }
 
@@ -136,12 +120,7 @@ impl Backend {
     /// The first panic of a script, if there was one.
     pub fn panicked(&self) -> Option<String> {
         let panic_of = |transcript: &Board<Transcript>| {
-            transcript.read(|t| {
-                t.over
-                    .clone()
-                    .and_then(Result::err)
-                    .map(|e| format!("{}: {e}", t.label))
-            })
+            transcript.read(|t| t.over.clone().and_then(Result::err).map(|e| format!("{}: {e}", t.label)))
         };
         self.transcripts().iter().find_map(panic_of)
     }
@@ -167,18 +146,12 @@ where
 }
 
 fn listen(ip: IpAddr, options: Options) -> TcpListener {
-    let socket = Socket::new(
-        Domain::for_address(SocketAddr::new(ip, 0)),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )
-    .expect("a socket");
+    let socket =
+        Socket::new(Domain::for_address(SocketAddr::new(ip, 0)), Type::STREAM, Some(Protocol::TCP)).expect("a socket");
     if let Some(bytes) = options.recv_buffer {
         socket.set_recv_buffer_size(bytes).expect("a socket");
     }
-    socket
-        .bind(&SocketAddr::new(ip, 0).into())
-        .expect("port 0 is free");
+    socket.bind(&SocketAddr::new(ip, 0).into()).expect("port 0 is free");
     socket.listen(options.backlog).expect("a bound socket");
     socket.set_nonblocking(true).expect("a socket");
     TcpListener::from_std(socket.into()).expect("inside a runtime")
@@ -193,11 +166,7 @@ async fn serve(
 ) {
     let mut tasks = JoinSet::new();
     let stopped = async |stage: &Board<Stage>, wanted: fn(Stage) -> bool| {
-        while stage
-            .until(LIMIT, |stage| wanted(*stage).then_some(()))
-            .await
-            .is_none()
-        {}
+        while stage.until(LIMIT, |stage| wanted(*stage).then_some(())).await.is_none() {}
     };
     loop {
         let accepted = tokio::select! {
@@ -208,13 +177,7 @@ async fn serve(
         let index = connections.read(Vec::len);
         let label = format!("backend connection {index} from {remote}");
         let transcript = Board::new(Transcript::new(label, options.started));
-        let peer = Peer::new(
-            Role::Server,
-            index,
-            stream,
-            transcript.clone(),
-            options.seed,
-        );
+        let peer = Peer::new(Role::Server, index, stream, transcript.clone(), options.seed);
         connections.change(|all| all.push(transcript.clone()));
         let script = Arc::clone(&script);
         tasks.spawn_local(async move {
@@ -230,22 +193,14 @@ async fn serve(
         });
     }
     drop(listener);
-    stage.change(|stage| {
-        *stage = if *stage == Stage::Closing {
-            Stage::Closed
-        } else {
-            *stage
-        }
-    });
+    stage.change(|stage| *stage = if *stage == Stage::Closing { Stage::Closed } else { *stage });
     stopped(&stage, |stage| stage == Stage::Stopped).await;
 }
 
 /// What a panic said.
 fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("a panic")
-        .to_owned()
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
 }
 
 /// What the backend knows of one connection, during it and afterwards.
@@ -263,11 +218,7 @@ impl Connection {
         match over {
             Some(Ok(())) => self.transcript.read(Transcript::seen),
             Some(Err(panic)) => panic!("the backend's script {}: {panic}", self.index),
-            None => panic!(
-                "the backend's script {} does not end: {:?}",
-                self.index,
-                self.seen_so_far()
-            ),
+            None => panic!("the backend's script {} does not end: {:?}", self.index, self.seen_so_far()),
         }
     }
 
@@ -278,9 +229,7 @@ impl Connection {
     /// Waits until what was seen is as `test` wants it.
     #[track_caller]
     pub fn seen_when(&self, what: &str, test: impl Fn(&Seen) -> bool) -> Seen {
-        let found = self
-            .transcript
-            .wait(DEADLINE, |t| Some(t.seen()).filter(&test));
+        let found = self.transcript.wait(DEADLINE, |t| Some(t.seen()).filter(&test));
         found.unwrap_or_else(|| panic!("the backend never saw {what}: {:?}", self.seen_so_far()))
     }
 }
@@ -317,8 +266,7 @@ pub async fn silent(peer: &mut Peer) {
 pub async fn wrong_accept(peer: &mut Peer) {
     let request = peer.read_head().await;
     let wrong = "ICX+Yqv66kxgM0FcWaLWlFLwTAI=";
-    peer.reply(Message::switching(&request).set("Sec-WebSocket-Accept", wrong))
-        .await;
+    peer.reply(Message::switching(&request).set("Sec-WebSocket-Accept", wrong)).await;
     peer.until_end().await;
 }
 
@@ -326,8 +274,7 @@ pub async fn wrong_accept(peer: &mut Peer) {
 pub fn switching_without(field: &'static str) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static {
     async move |peer: &mut Peer| {
         let request = peer.read_head().await;
-        peer.reply(Message::switching(&request).without(field))
-            .await;
+        peer.reply(Message::switching(&request).without(field)).await;
         peer.until_end().await;
     }
 }

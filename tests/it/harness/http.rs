@@ -45,10 +45,7 @@ impl Message {
 
     /// Any first line.
     pub fn line(line: &str) -> Self {
-        Self {
-            line: line.to_owned(),
-            ..Self::default()
-        }
+        Self { line: line.to_owned(), ..Self::default() }
     }
 
     /// Adds a field, also when there is one of that name.
@@ -115,19 +112,13 @@ impl Message {
     }
 
     pub fn all(&self, name: &str) -> Vec<&str> {
-        let named = self
-            .fields
-            .iter()
-            .filter(|(n, _)| n.eq_ignore_ascii_case(name));
+        let named = self.fields.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
         named.map(|(_, value)| value.as_str()).collect()
     }
 
     /// A response's status; 0 for anything else.
     pub fn code(&self) -> u16 {
-        let code = self
-            .line
-            .strip_prefix("HTTP/1.")
-            .and_then(|rest| rest.split(' ').nth(1));
+        let code = self.line.strip_prefix("HTTP/1.").and_then(|rest| rest.split(' ').nth(1));
         code.and_then(|code| code.parse().ok()).unwrap_or(0)
     }
 
@@ -141,12 +132,8 @@ impl Message {
 
     /// How the body ends (RFC 9112, 6.3).
     pub fn framing(&self) -> Framing {
-        let chunked = self
-            .field("Transfer-Encoding")
-            .is_some_and(|te| te.ends_with("chunked"));
-        let length = self
-            .field("Content-Length")
-            .and_then(|length| length.parse().ok());
+        let chunked = self.field("Transfer-Encoding").is_some_and(|te| te.ends_with("chunked"));
+        let length = self.field("Content-Length").and_then(|length| length.parse().ok());
         match (self.code(), chunked, length) {
             (101 | 204 | 304, _, _) => Framing::Length(0),
             (_, true, _) => Framing::Chunked,
@@ -165,12 +152,7 @@ impl fmt::Debug for Message {
             write!(f, " | {name}: {value}")?;
         }
         if !self.body.is_empty() {
-            write!(
-                f,
-                " | body of {} bytes: {:.200}",
-                self.body.len(),
-                self.text()
-            )?;
+            write!(f, " | body of {} bytes: {:.200}", self.body.len(), self.text())?;
         }
         if !self.after.is_empty() {
             write!(f, " | {} bytes after it", self.after.len())?;

@@ -66,12 +66,7 @@ impl Lab {
 
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let possible = POSSIBLE.get_or_init(probe);
-        let lab = Self {
-            number,
-            namespaces: possible
-                .is_ok()
-                .then(|| Side::ALL.map(|s| Place::named(number, s))),
-        };
+        let lab = Self { number, namespaces: possible.is_ok().then(|| Side::ALL.map(|s| Place::named(number, s))) };
         match possible {
             // The probe succeeded, so a failure here is none to fall back from.
             Ok(()) => lab.build().expect("a lab like the one that was probed"),
@@ -132,9 +127,7 @@ impl Lab {
     }
 
     pub fn counters(&self, side: Side) -> Counters {
-        self.place(side)
-            .run(|| Counters::read(self.counts_are_exact()))
-            .expect("procfs")
+        self.place(side).run(|| Counters::read(self.counts_are_exact())).expect("procfs")
     }
 
     /// The TCP sockets of a side, as the kernel lists them.
@@ -166,11 +159,8 @@ impl Lab {
         };
         let far_sees = self.address(Side::Proxy, side);
         let near_sees = self.address(side, Side::Proxy);
-        far.ip(&format!("neigh {verb} {far_sees} dev {far_device}{what}"))
-            .expect("ip neigh");
-        proxy
-            .ip(&format!("neigh {verb} {near_sees} dev {near_device}{what}"))
-            .expect("ip neigh");
+        far.ip(&format!("neigh {verb} {far_sees} dev {far_device}{what}")).expect("ip neigh");
+        proxy.ip(&format!("neigh {verb} {near_sees} dev {near_device}{what}")).expect("ip neigh");
         true
     }
 
@@ -193,10 +183,9 @@ impl Lab {
         let front = self.address(Side::Proxy, Side::Client);
         let back = self.address(Side::Proxy, Side::Backend);
         let backend_address = self.address(Side::Backend, Side::Proxy);
-        for (place, device, address, gateway) in [
-            (client, "proxy0", client_address, front),
-            (backend, "proxy0", backend_address, back),
-        ] {
+        for (place, device, address, gateway) in
+            [(client, "proxy0", client_address, front), (backend, "proxy0", backend_address, back)]
+        {
             // The route past the proxy is for clients that connect to the backend directly, to compare.
             place.ip(&format!(
                 "link set lo up\n\
@@ -240,13 +229,8 @@ fn probe() -> Result<(), String> {
         return Err("TIDEGATE_LAB=loopback".to_owned());
     }
     sweep();
-    let lab = Lab {
-        number: u32::MAX / 128,
-        namespaces: Some(Side::ALL.map(|side| Place::named(u32::MAX, side))),
-    };
-    let built = lab
-        .build()
-        .map_err(|e| format!("no network namespaces here: {e}"));
+    let lab = Lab { number: u32::MAX / 128, namespaces: Some(Side::ALL.map(|side| Place::named(u32::MAX, side))) };
+    let built = lab.build().map_err(|e| format!("no network namespaces here: {e}"));
     if let Err(why) = &built {
         assert!(wish != "namespaces", "TIDEGATE_LAB=namespaces, but {why}");
     }
@@ -257,9 +241,7 @@ fn probe() -> Result<(), String> {
 fn sweep() {
     for entry in fs::read_dir(NAMESPACES).into_iter().flatten().flatten() {
         let name = entry.file_name().into_string().unwrap_or_default();
-        let pid = name
-            .strip_prefix("tidegate-")
-            .and_then(|rest| rest.split('-').next());
+        let pid = name.strip_prefix("tidegate-").and_then(|rest| rest.split('-').next());
         if pid.is_some_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists()) {
             let _ = ip(&format!("netns del {name}\n"));
         }
@@ -287,9 +269,7 @@ impl Place {
 
     /// The file that keeps the namespace alive; None where there is no namespace.
     pub fn file(&self) -> Option<PathBuf> {
-        self.0
-            .as_ref()
-            .map(|name| PathBuf::from(NAMESPACES).join(name))
+        self.0.as_ref().map(|name| PathBuf::from(NAMESPACES).join(name))
     }
 
     /// Moves the calling thread, which must be one of ours: libtest's threads serve other tests after this one.
@@ -305,34 +285,23 @@ impl Place {
     /// Runs `work` there and waits for it.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let there = || {
-            self.enter()
-                .expect("the namespace is there until the lab is dropped");
+            self.enter().expect("the namespace is there until the lab is dropped");
             work()
         };
-        thread::scope(|scope| scope.spawn(there).join())
-            .unwrap_or_else(|panic| resume_unwind(panic))
+        thread::scope(|scope| scope.spawn(there).join()).unwrap_or_else(|panic| resume_unwind(panic))
     }
 
     /// Runs `work` there meanwhile.
-    pub fn spawn<T: Send + 'static>(
-        &self,
-        name: &str,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> JoinHandle<T> {
+    pub fn spawn<T: Send + 'static>(&self, name: &str, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
         let place = self.clone();
         // Entered before this returns: the lab may be dropped before the thread gets its first turn.
         let (entered, has_entered) = std::sync::mpsc::channel();
         let there = move || {
-            place
-                .enter()
-                .expect("the namespace is there until the lab is dropped");
+            place.enter().expect("the namespace is there until the lab is dropped");
             let _ = entered.send(());
             work()
         };
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(there)
-            .expect("a thread");
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(there).expect("a thread");
         let _ = has_entered.recv();
         thread
     }
@@ -342,12 +311,8 @@ impl Place {
         if let Some(name) = &self.0 {
             command.args(["-n", name]);
         }
-        let mut child = command
-            .args(["-batch", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
+        let mut child =
+            command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().expect("it was asked for");
         stdin.write_all(batch.as_bytes())?;
         drop(stdin);
@@ -355,9 +320,7 @@ impl Place {
         if output.status.success() {
             return Ok(());
         }
-        let message = String::from_utf8_lossy(&output.stderr)
-            .trim()
-            .replace('\n', "; ");
+        let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
         Err(io::Error::other(message))
     }
 }
@@ -408,22 +371,14 @@ impl Counters {
             }
         }
         let value = |name| {
-            let text = all
-                .get(name)
-                .unwrap_or_else(|| panic!("this kernel has no {name}"));
+            let text = all.get(name).unwrap_or_else(|| panic!("this kernel has no {name}"));
             (name, text.parse().expect("counters are numbers"))
         };
-        Ok(Self {
-            exact,
-            values: Self::NAMES.map(value).into(),
-        })
+        Ok(Self { exact, values: Self::NAMES.map(value).into() })
     }
 
     pub fn get(&self, name: &str) -> i64 {
-        *self
-            .values
-            .get(name)
-            .unwrap_or_else(|| panic!("{name} is none of {:?}", Self::NAMES))
+        *self.values.get(name).unwrap_or_else(|| panic!("{name} is none of {:?}", Self::NAMES))
     }
 
     /// Whether this is the count of one lab, or that of the whole host.
@@ -440,13 +395,7 @@ impl Counters {
     /// As [`Counters::assert_no_rst`], where a peer resets on purpose: a RST received counts as an `EstabResets`, too.
     #[track_caller]
     pub fn assert_sent_no_rst(&self) {
-        self.assert_zero(&Self::NAMES.map(|name| {
-            if name == "EstabResets" {
-                "OutRsts"
-            } else {
-                name
-            }
-        }));
+        self.assert_zero(&Self::NAMES.map(|name| if name == "EstabResets" { "OutRsts" } else { name }));
     }
 
     #[track_caller]
@@ -456,19 +405,14 @@ impl Counters {
             return;
         }
         let moved = names.iter().any(|name| self.get(name) != 0);
-        assert!(
-            !moved,
-            "an abortive close or a connection turned away: {self:?}"
-        );
+        assert!(!moved, "an abortive close or a connection turned away: {self:?}");
     }
 }
 
 /// Only what is not zero.
 impl fmt::Debug for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map()
-            .entries(self.values.iter().filter(|(_, value)| **value != 0))
-            .finish()
+        f.debug_map().entries(self.values.iter().filter(|(_, value)| **value != 0)).finish()
     }
 }
 
@@ -476,14 +420,8 @@ impl Sub for &Counters {
     type Output = Counters;
 
     fn sub(self, earlier: Self) -> Counters {
-        let values = self
-            .values
-            .iter()
-            .map(|(name, value)| (*name, value - earlier.get(name)));
-        Counters {
-            exact: self.exact,
-            values: values.collect(),
-        }
+        let values = self.values.iter().map(|(name, value)| (*name, value - earlier.get(name)));
+        Counters { exact: self.exact, values: values.collect() }
     }
 }
 
@@ -506,9 +444,7 @@ impl Socket {
         // Absent where IPv6 is.
         let v6 = fs::read_to_string("/proc/thread-self/net/tcp6").unwrap_or_default();
         let lines = v4.lines().skip(1).chain(v6.lines().skip(1));
-        Ok(lines
-            .map(|line| Self::parse(line).expect("the kernel's format"))
-            .collect())
+        Ok(lines.map(|line| Self::parse(line).expect("the kernel's format")).collect())
     }
 
     fn parse(line: &str) -> Option<Self> {

@@ -3,24 +3,23 @@
 //! - [`Scene`]: what a test sees; it owns all of the following and reports everything when the test fails.
 //! - [`lab`]: the namespaces and their TCP counters.
 //! - [`proxy`]: the `tidegate` process, its log, its metrics.
-//! - [`ws`], [`http`]: a WebSocket and HTTP peer for both roles; it shares no code with tidegate.
+//! - [`peer`]: a WebSocket and HTTP peer for both roles, over [`ws`] and [`http`]; it shares no code with tidegate.
+//! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
 //! - [`report`]: what is printed when a test fails.
 //!
 //! No wait is without a bound, and no bound is an assertion about speed: [`DEADLINE`] and [`LIMIT`] only end a hanging test.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    reason = "a tool box: not every tool is needed by the tests of one day"
-)]
+#![allow(dead_code, unreachable_pub, reason = "a tool box: not every tool is needed by the tests of one day")]
 
 pub mod backend;
 pub mod http;
 pub mod lab;
+pub mod peer;
 pub mod proxy;
 pub mod report;
 pub mod scene;
+pub mod transcript;
 pub mod ws;
 
 use std::{
@@ -32,8 +31,10 @@ use tokio::{sync::watch, time::timeout};
 
 pub use http::Message;
 pub use lab::{Lab, Side};
+pub use peer::Peer;
 pub use scene::{Dial, Scene};
-pub use ws::{End, Frame, NO_CODE, Peer, Seen};
+pub use transcript::{End, Seen};
+pub use ws::{Frame, NO_CODE};
 
 /// The bound of one wait. More than the proxy's own longest default of an ending (`close.linger_max`).
 pub const DEADLINE: Duration = Duration::from_secs(15);
@@ -72,11 +73,7 @@ impl<T> Board<T> {
     }
 
     /// Waits until `test` finds what it looks for; None after `within`.
-    pub async fn until<R>(
-        &self,
-        within: Duration,
-        mut test: impl FnMut(&T) -> Option<R>,
-    ) -> Option<R> {
+    pub async fn until<R>(&self, within: Duration, mut test: impl FnMut(&T) -> Option<R>) -> Option<R> {
         let mut changes = self.0.subscribe();
         let found = async {
             loop {

@@ -79,10 +79,7 @@ impl Proxy {
         let output = Board::new(Output::default());
         let stdout = child.stdout.take().expect("it was asked for");
         let stderr = child.stderr.take().expect("it was asked for");
-        let readers = vec![
-            read(stdout, output.clone(), started),
-            read(stderr, output.clone(), started),
-        ];
+        let readers = vec![read(stdout, output.clone(), started), read(stderr, output.clone(), started)];
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let pid = Pid::from_child(&child);
         // Made before the waiting, so that a panic in it ends the process.
@@ -104,9 +101,7 @@ impl Proxy {
 
     fn address_in(&self, message: &str) -> SocketAddr {
         let line = self.log_where(&format!("'{message}'"), |json| json["message"] == message);
-        let address = line["address"]
-            .as_str()
-            .and_then(|address| address.parse().ok());
+        let address = line["address"].as_str().and_then(|address| address.parse().ok());
         address.unwrap_or_else(|| panic!("no address in {line}"))
     }
 
@@ -120,22 +115,11 @@ impl Proxy {
             .filter_map(|entry| fs::read_link(entry.path()).ok())
             .map(|link| link.to_string_lossy().into_owned())
             .collect();
-        let listening: Vec<_> = sockets
-            .iter()
-            .filter(|s| s.state == "LISTEN" && s.local.port() == port)
-            .collect();
-        assert!(
-            !listening.is_empty(),
-            "nothing listens on {}: {sockets:?}",
-            self.address
-        );
+        let listening: Vec<_> = sockets.iter().filter(|s| s.state == "LISTEN" && s.local.port() == port).collect();
+        assert!(!listening.is_empty(), "nothing listens on {}: {sockets:?}", self.address);
         for socket in listening {
             let ours = ours.contains(&format!("socket:[{}]", socket.inode));
-            assert!(
-                ours,
-                "somebody else listens on {}: {socket:?}",
-                self.address
-            );
+            assert!(ours, "somebody else listens on {}: {socket:?}", self.address);
         }
     }
 
@@ -172,19 +156,14 @@ impl Proxy {
     #[track_caller]
     pub fn wait_exit(&self, within: Duration) -> ExitStatus {
         // Its outputs close when it exits; that is awaited, and only then the status asked for.
-        let closed = self
-            .output
-            .wait(within, |output| (output.ended == 2).then_some(()));
+        let closed = self.output.wait(within, |output| (output.ended == 2).then_some(()));
         assert!(closed.is_some(), "the proxy does not end within {within:?}");
         let begun = Instant::now();
         loop {
             if let Some(status) = self.exit_status() {
                 return status;
             }
-            assert!(
-                begun.elapsed() < DEADLINE,
-                "the proxy closed its outputs and does not end"
-            );
+            assert!(begun.elapsed() < DEADLINE, "the proxy closed its outputs and does not end");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -192,19 +171,12 @@ impl Proxy {
     /// The log's lines up to now, those that are no JSON left out.
     pub fn log(&self) -> Vec<Value> {
         let json = |line: &Line| (!line.json.is_null()).then(|| line.json.clone());
-        self.output
-            .read(|output| output.lines.iter().filter_map(json).collect())
+        self.output.read(|output| output.lines.iter().filter_map(json).collect())
     }
 
     /// Everything it printed, with the offset of each line.
     pub fn printed(&self) -> Vec<(Duration, String)> {
-        self.output.read(|output| {
-            output
-                .lines
-                .iter()
-                .map(|l| (l.at, l.text.clone()))
-                .collect()
-        })
+        self.output.read(|output| output.lines.iter().map(|l| (l.at, l.text.clone())).collect())
     }
 
     /// The first line of the log that `test` accepts, waiting for it. A line's fields are at its top level.
@@ -218,19 +190,10 @@ impl Proxy {
                 None => (output.ended == 2).then_some(None),
             }
         });
-        let printed = || {
-            self.printed()
-                .into_iter()
-                .map(|(_, line)| line)
-                .collect::<Vec<_>>()
-                .join("\n")
-        };
+        let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
         match found {
             Some(Some(line)) => line,
-            Some(None) => panic!(
-                "the proxy has ended and never logged {what}:\n{}",
-                printed()
-            ),
+            Some(None) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
             None => panic!("the proxy never logged {what}:\n{}", printed()),
         }
     }
@@ -253,8 +216,7 @@ impl Proxy {
     }
 
     pub fn get(&self, target: &str) -> Message {
-        self.admin(&Message::get(target))
-            .unwrap_or_else(|e| panic!("GET {target} on the admin listener: {e}"))
+        self.admin(&Message::get(target)).unwrap_or_else(|e| panic!("GET {target} on the admin listener: {e}"))
     }
 
     pub fn metrics(&self) -> Metrics {
@@ -272,10 +234,7 @@ impl Proxy {
             if test(&metrics) {
                 return metrics;
             }
-            assert!(
-                begun.elapsed() < DEADLINE,
-                "the metrics never said {what}: {metrics:#?}"
-            );
+            assert!(begun.elapsed() < DEADLINE, "the metrics never said {what}: {metrics:#?}");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -314,11 +273,7 @@ fn merge(into: &mut Table, from: Table) {
     }
 }
 
-fn read(
-    from: impl Read + Send + 'static,
-    output: Board<Output>,
-    started: Instant,
-) -> JoinHandle<()> {
+fn read(from: impl Read + Send + 'static, output: Board<Output>, started: Instant) -> JoinHandle<()> {
     thread::spawn(move || {
         // Bytes that are no UTF-8 end the reading, which a test that waits for a line then sees.
         for text in BufReader::new(from).lines().map_while(Result::ok) {
@@ -336,23 +291,13 @@ pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
     pub fn parse(text: &str) -> Self {
-        let samples = text
-            .lines()
-            .filter(|line| !line.starts_with('#') && !line.is_empty());
+        let samples = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
         let sample = |line: &str| {
             // A label's value may contain a space, nothing after the labels does but the value and a time.
-            let end_of_name = line
-                .rfind('}')
-                .map_or_else(|| line.find(' '), |brace| Some(brace + 1));
+            let end_of_name = line.rfind('}').map_or_else(|| line.find(' '), |brace| Some(brace + 1));
             let (name, rest) = line.split_at(end_of_name.unwrap_or(line.len()));
-            let value = rest
-                .split_whitespace()
-                .next()
-                .and_then(|value| value.parse().ok());
-            (
-                name.to_owned(),
-                value.unwrap_or_else(|| panic!("a sample without a value: {line}")),
-            )
+            let value = rest.split_whitespace().next().and_then(|value| value.parse().ok());
+            (name.to_owned(), value.unwrap_or_else(|| panic!("a sample without a value: {line}")))
         };
         Self(samples.map(sample).collect())
     }
@@ -364,10 +309,7 @@ impl Metrics {
 
     /// The sum over all labels.
     pub fn sum(&self, name: &str) -> f64 {
-        let of_name = self
-            .0
-            .iter()
-            .filter(|(key, _)| key.split('{').next() == Some(name));
+        let of_name = self.0.iter().filter(|(key, _)| key.split('{').next() == Some(name));
         of_name.map(|(_, value)| value).sum()
     }
 

@@ -1,6 +1,6 @@
 //! What a failing test prints, so that it need not be run a second time to be understood.
 
-use super::{Board, Lab, Side, lab::Counters, proxy::Proxy, ws::Transcript};
+use super::{Board, Lab, Side, lab::Counters, proxy::Proxy, transcript::Transcript};
 use std::fmt::Write;
 
 /// Everything known about a scene. Must not panic: it is written while a panic is under way.
@@ -15,9 +15,7 @@ pub fn write(
     // Writing to a String does not fail.
     let mut line = |text: String| _ = writeln!(out, "{text}");
 
-    line(format!(
-        "---- the scene (TIDEGATE_SEED={seed} repeats its masks)"
-    ));
+    line(format!("---- the scene (TIDEGATE_SEED={seed} repeats its masks)"));
     for transcript in transcripts {
         transcript.read(|t| {
             line(format!("---- {}: {} bytes received", t.label, t.raw.len()));
@@ -33,22 +31,12 @@ pub fn write(
     }
     line("---- kernel, since the scene began".to_owned());
     for (side, before) in Side::ALL.into_iter().zip(baseline) {
-        let exact = if before.is_exact() {
-            ""
-        } else {
-            " (of the whole host)"
-        };
-        line(format!(
-            "{side:?}{exact}: {:?}",
-            &lab.counters(side) - before
-        ));
+        let exact = if before.is_exact() { "" } else { " (of the whole host)" };
+        line(format!("{side:?}{exact}: {:?}", &lab.counters(side) - before));
         for socket in lab.sockets(side) {
             if lab.counts_are_exact() && socket.state != "LISTEN" {
                 let orphan = if socket.inode == 0 { " orphaned" } else { "" };
-                line(format!(
-                    "    {} - {} {}{orphan}",
-                    socket.local, socket.remote, socket.state
-                ));
+                line(format!("    {} - {} {}{orphan}", socket.local, socket.remote, socket.state));
             }
         }
     }
@@ -63,10 +51,7 @@ pub fn write(
                 Ok(response) => {
                     line("---- its metrics that are not zero".to_owned());
                     let text = response.text();
-                    for sample in text
-                        .lines()
-                        .filter(|l| !l.starts_with('#') && !l.ends_with(" 0"))
-                    {
+                    for sample in text.lines().filter(|l| !l.starts_with('#') && !l.ends_with(" 0")) {
                         line(sample.to_owned());
                     }
                 }

@@ -17,9 +17,10 @@ use super::{
     backend::{self, Backend, Connection, Options},
     block,
     lab::{Counters, Place, Running},
+    peer::{Peer, Role},
     proxy::Proxy,
     report,
-    ws::{Peer, Role, Transcript},
+    transcript::Transcript,
 };
 use futures_util::future::join_all;
 use socket2::SockRef;
@@ -45,12 +46,14 @@ pub struct Dial {
     pub to: Option<SocketAddr>,
 }
 
+type StartBackend = dyn FnOnce(&Lab, Options) -> Backend;
+
 /// A scene that has not begun yet.
 pub struct SceneBuilder {
     settings: String,
     middle: Kind,
     options: Options,
-    start_backend: Box<dyn FnOnce(&Lab, Options) -> Backend>,
+    start_backend: Box<StartBackend>,
 }
 
 #[derive(Clone, Copy)]
@@ -62,21 +65,14 @@ enum Kind {
 
 impl std::fmt::Debug for SceneBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SceneBuilder")
-            .field("settings", &self.settings)
-            .finish_non_exhaustive()
+        f.debug_struct("SceneBuilder").field("settings", &self.settings).finish_non_exhaustive()
     }
 }
 
 impl SceneBuilder {
     fn new(settings: &str, middle: Kind) -> Self {
-        let seed = std::env::var("TIDEGATE_SEED")
-            .ok()
-            .and_then(|seed| seed.parse().ok());
-        let options = Options {
-            seed: seed.unwrap_or_else(by_clock),
-            ..Options::default()
-        };
+        let seed = std::env::var("TIDEGATE_SEED").ok().and_then(|seed| seed.parse().ok());
+        let options = Options { seed: seed.unwrap_or_else(by_clock), ..Options::default() };
         Self {
             settings: settings.to_owned(),
             middle,
@@ -112,37 +108,22 @@ impl SceneBuilder {
     pub fn start(self) -> Scene {
         let lab = Lab::new();
         let started = Instant::now();
-        let options = Options {
-            started,
-            ..self.options
-        };
+        let options = Options { started, ..self.options };
         let baseline = Side::ALL.map(|side| lab.counters(side));
         let backend = (self.start_backend)(&lab, options);
         let middle = match self.middle {
-            Kind::Tidegate => {
-                Middle::Tidegate(Proxy::start(&lab, &self.settings, backend.address, started))
-            }
+            Kind::Tidegate => Middle::Tidegate(Proxy::start(&lab, &self.settings, backend.address, started)),
             Kind::Direct => Middle::Direct,
             Kind::Copy => Middle::Copy(CopyRelay::start(&lab, backend.address)),
         };
         let (seed, clients) = (options.seed, Mutex::default());
-        Scene {
-            middle,
-            backend,
-            seed,
-            started,
-            baseline,
-            clients,
-            lab,
-        }
+        Scene { middle, backend, seed, started, baseline, clients, lab }
     }
 }
 
 /// A seed for this run. Nothing depends on its quality.
 fn by_clock() -> u64 {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::from(now.subsec_nanos()) ^ now.as_secs() << 20
 }
 
@@ -170,10 +151,7 @@ pub struct Scene {
 
 impl Scene {
     /// Tidegate with these settings (TOML, over those of `Proxy::start`).
-    #[expect(
-        clippy::new_ret_no_self,
-        reason = "a test begins with it, and says the rest in the same breath"
-    )]
+    #[expect(clippy::new_ret_no_self, reason = "a test begins with it, and says the rest in the same breath")]
     pub fn new(settings: &str) -> SceneBuilder {
         SceneBuilder::new(settings, Kind::Tidegate)
     }
@@ -228,23 +206,13 @@ impl Scene {
         self.client_with(Dial::default(), script)
     }
 
-    pub fn client_with<T: Send>(
-        &self,
-        dial: Dial,
-        script: impl AsyncFnOnce(&mut Peer) -> T + Send,
-    ) -> T {
+    pub fn client_with<T: Send>(&self, dial: Dial, script: impl AsyncFnOnce(&mut Peer) -> T + Send) -> T {
         let entry = self.entry(dial);
-        self.lab
-            .place(Side::Client)
-            .run(|| block(entry.play(script)))
+        self.lab.place(Side::Client).run(|| block(entry.play(script)))
     }
 
     /// `count` clients at once, on one thread; their results in the order of their index.
-    pub fn clients<T: Send>(
-        &self,
-        count: usize,
-        script: impl AsyncFn(&mut Peer) -> T + Send + Sync,
-    ) -> Vec<T> {
+    pub fn clients<T: Send>(&self, count: usize, script: impl AsyncFn(&mut Peer) -> T + Send + Sync) -> Vec<T> {
         let entries: Vec<_> = (0..count).map(|_| self.entry(Dial::default())).collect();
         let script = &script;
         let play = |entry: Entry| entry.play(async move |peer: &mut Peer| script(peer).await);
@@ -258,8 +226,7 @@ impl Scene {
         script: impl AsyncFnOnce(&mut Peer) -> T + Send + 'static,
     ) -> Running<T> {
         let entry = self.entry(Dial::default());
-        self.lab
-            .spawn_in(Side::Client, async move || entry.play(script).await)
+        self.lab.spawn_in(Side::Client, async move || entry.play(script).await)
     }
 
     fn entry(&self, dial: Dial) -> Entry {
@@ -267,13 +234,7 @@ impl Scene {
         let index = clients.len();
         let transcript = Board::new(Transcript::new(format!("client {index}"), self.started));
         clients.push(transcript.clone());
-        Entry {
-            index,
-            dial,
-            to: dial.to.unwrap_or_else(|| self.address()),
-            transcript,
-            seed: self.seed,
-        }
+        Entry { index, dial, to: dial.to.unwrap_or_else(|| self.address()), transcript, seed: self.seed }
     }
 
     /// What happened on a side since the scene began.
@@ -294,10 +255,7 @@ impl Scene {
             if sockets.is_empty() {
                 return;
             }
-            assert!(
-                begun.elapsed() < DEADLINE,
-                "sockets that do not end: {sockets:#?}"
-            );
+            assert!(begun.elapsed() < DEADLINE, "sockets that do not end: {sockets:#?}");
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -308,9 +266,7 @@ impl Scene {
         self.settle();
         let counters = self.counters(Side::Proxy);
         // An EstabResets is also a RST that was received: it proves something where no peer sent any.
-        let peers_reset = [Side::Client, Side::Backend]
-            .into_iter()
-            .any(|side| self.counters(side).get("OutRsts") != 0);
+        let peers_reset = [Side::Client, Side::Backend].into_iter().any(|side| self.counters(side).get("OutRsts") != 0);
         if peers_reset {
             counters.assert_sent_no_rst();
         } else {
@@ -327,11 +283,7 @@ impl Drop for Scene {
                 Middle::Tidegate(proxy) => Some(proxy),
                 Middle::Direct | Middle::Copy(_) => None,
             };
-            let mut transcripts = self
-                .clients
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone();
+            let mut transcripts = self.clients.lock().unwrap_or_else(PoisonError::into_inner).clone();
             transcripts.extend(self.backend.transcripts());
             let report = report::write(&self.lab, &self.baseline, proxy, &transcripts, self.seed);
             eprintln!("{report}");
@@ -356,18 +308,14 @@ impl Entry {
     async fn play<T>(self, script: impl AsyncFnOnce(&mut Peer) -> T) -> T {
         let transcript = self.transcript.clone();
         let play = async move {
-            let stream = timeout(DEADLINE, self.connect())
-                .await
-                .expect("no answer to the SYN");
-            let mut peer = Peer::new(Role::Client, self.index, stream, self.transcript, self.seed)
-                .expect("a connected socket");
+            let stream = timeout(DEADLINE, self.connect()).await.expect("no answer to the SYN");
+            let mut peer =
+                Peer::new(Role::Client, self.index, stream, self.transcript, self.seed).expect("a connected socket");
             let result = script(&mut peer).await;
             peer.conclude().await;
             result
         };
-        let result = timeout(LIMIT, play)
-            .await
-            .expect("the client's script does not end");
+        let result = timeout(LIMIT, play).await.expect("the client's script does not end");
         transcript.change(|t| t.over = Some(Ok(())));
         result
     }
@@ -375,14 +323,9 @@ impl Entry {
     async fn connect(&self) -> TcpStream {
         let socket = TcpSocket::new_v4().expect("a socket");
         if let Some(bytes) = self.dial.recv_buffer {
-            SockRef::from(&socket)
-                .set_recv_buffer_size(bytes)
-                .expect("a socket");
+            SockRef::from(&socket).set_recv_buffer_size(bytes).expect("a socket");
         }
-        socket
-            .connect(self.to)
-            .await
-            .unwrap_or_else(|e| panic!("connect to {}: {e}", self.to))
+        socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to))
     }
 }
 
@@ -420,14 +363,8 @@ impl CopyRelay {
             }
         };
         let thread = Some(place.spawn("copy relay", run));
-        let address = address
-            .wait(DEADLINE, |address| *address)
-            .expect("a listening relay");
-        Self {
-            address,
-            stopped,
-            thread,
-        }
+        let address = address.wait(DEADLINE, |address| *address).expect("a listening relay");
+        Self { address, stopped, thread }
     }
 }
 
