@@ -2,4 +2,5 @@ mod harness;
 
 mod harness_self;
 
-// mod close_table; // to be taken in as soon as `tidegate run` relays
+// To be taken in as soon as `tidegate run` relays:
+// mod close_table;

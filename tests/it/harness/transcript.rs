@@ -135,7 +135,7 @@ impl Seen {
     /// The payloads of all data frames, joined.
     pub fn data(&self) -> Vec<u8> {
         let data = self.frames.iter().filter(|frame| frame.opcode <= BINARY);
-        data.flat_map(|frame| frame.payload.iter().copied()).collect()
+        data.map(|frame| frame.payload.as_slice()).collect::<Vec<_>>().concat()
     }
 
     pub fn of(&self, opcode: u8) -> impl Iterator<Item = &SeenFrame> {
