@@ -1,0 +1,319 @@
+//! The real binary in the proxy's namespace, with its log and its metrics.
+
+use super::{
+    Board, DEADLINE, Lab, Message, Side,
+    lab::{Place, Socket},
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+use tempfile::TempDir;
+use toml::{Table, Value as Toml};
+
+/// What came out of the process.
+#[derive(Debug, Default)]
+struct Output {
+    lines: Vec<Line>,
+    /// Of stdout and stderr, those that are at their end.
+    ended: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Line {
+    at: Duration,
+    text: String,
+    /// `Null` where the line is none, as a panic's message.
+    json: Value,
+}
+
+/// `tidegate run`, killed on drop.
+#[derive(Debug)]
+pub struct Proxy {
+    /// Where clients connect.
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    child: Mutex<Child>,
+    pid: Pid,
+    output: Board<Output>,
+    readers: Vec<JoinHandle<()>>,
+    place: Place,
+    _config: TempDir,
+}
+
+impl Proxy {
+    /// Starts it with the settings that a test needs, over those that every test needs, and waits until it listens.
+    pub fn start(lab: &Lab, settings: &str, backend: SocketAddr, started: Instant) -> Self {
+        let mut config = base(lab, backend);
+        merge(&mut config, settings.parse().expect("the test's TOML"));
+        let folder = tempfile::tempdir().expect("a folder for the configuration");
+        let file = folder.path().join("proxy.toml");
+        fs::write(&file, config.to_string()).expect("room for the configuration");
+
+        let mut command = lab.command_in(Side::Proxy, env!("CARGO_BIN_EXE_tidegate"));
+        command.args(["run", "-c"]).arg(&file);
+        // What decides is the file, not where the test was started.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
+                command.env_remove(name);
+            }
+        }
+        Self::spawn(lab, command, folder, started)
+    }
+
+    fn spawn(lab: &Lab, mut command: Command, config: TempDir, started: Instant) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary that was just built");
+        let output = Board::new(Output::default());
+        let stdout = child.stdout.take().expect("it was asked for");
+        let stderr = child.stderr.take().expect("it was asked for");
+        let readers = vec![read(stdout, output.clone(), started), read(stderr, output.clone(), started)];
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let pid = Pid::from_child(&child);
+        // Made before the waiting, so that a panic in it ends the process.
+        let mut proxy = Self {
+            address: nowhere,
+            admin: nowhere,
+            child: Mutex::new(child),
+            pid,
+            output,
+            readers,
+            place: lab.place(Side::Proxy),
+            _config: config,
+        };
+        proxy.address = proxy.address_in("listening");
+        proxy.admin = proxy.address_in("admin listening");
+        proxy.assert_only_listener();
+        proxy
+    }
+
+    fn address_in(&self, message: &str) -> SocketAddr {
+        let line = self.log_where(&format!("'{message}'"), |json| json["message"] == message);
+        let address = line["address"].as_str().and_then(|address| address.parse().ok());
+        address.unwrap_or_else(|| panic!("no address in {line}"))
+    }
+
+    /// Every listening socket of our port is ours: with `SO_REUSEPORT` a second process could take half of the clients.
+    fn assert_only_listener(&self) {
+        let sockets = self.sockets();
+        let port = self.address.port();
+        let ours: Vec<String> = fs::read_dir(format!("/proc/{}/fd", self.pid))
+            .expect("our own child")
+            .flatten()
+            .filter_map(|entry| fs::read_link(entry.path()).ok())
+            .map(|link| link.to_string_lossy().into_owned())
+            .collect();
+        let listening: Vec<_> = sockets.iter().filter(|s| s.state == "LISTEN" && s.local.port() == port).collect();
+        assert!(!listening.is_empty(), "nothing listens on {}: {sockets:?}", self.address);
+        for socket in listening {
+            let ours = ours.contains(&format!("socket:[{}]", socket.inode));
+            assert!(ours, "somebody else listens on {}: {socket:?}", self.address);
+        }
+    }
+
+    fn sockets(&self) -> Vec<Socket> {
+        self.place.run(Socket::list).expect("procfs")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    pub fn sigterm(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    pub fn sigkill(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    /// Only to a process that is still ours: a pid is given away again once its exit was waited for.
+    pub fn signal(&self, signal: Signal) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        let exited = child.try_wait().expect("our own child");
+        assert_eq!(exited, None, "the proxy has ended before it got {signal:?}");
+        kill_process(self.pid, signal).expect("our own child");
+    }
+
+    pub fn exit_status(&self) -> Option<ExitStatus> {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.try_wait().expect("our own child")
+    }
+
+    /// Waits for its end; panics after `within`.
+    #[track_caller]
+    pub fn wait_exit(&self, within: Duration) -> ExitStatus {
+        // Its outputs close when it exits; that is awaited, and only then the status asked for.
+        let closed = self.output.wait(within, |output| (output.ended == 2).then_some(()));
+        assert!(closed.is_some(), "the proxy does not end within {within:?}");
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.exit_status() {
+                return status;
+            }
+            assert!(begun.elapsed() < DEADLINE, "the proxy closed its outputs and does not end");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The log's lines up to now, those that are no JSON left out.
+    pub fn log(&self) -> Vec<Value> {
+        let json = |line: &Line| (!line.json.is_null()).then(|| line.json.clone());
+        self.output.read(|output| output.lines.iter().filter_map(json).collect())
+    }
+
+    /// Everything it printed, with the offset of each line.
+    pub fn printed(&self) -> Vec<(Duration, String)> {
+        self.output.read(|output| output.lines.iter().map(|l| (l.at, l.text.clone())).collect())
+    }
+
+    /// The first line of the log that `test` accepts, waiting for it. A line's fields are at its top level.
+    #[track_caller]
+    pub fn log_where(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        let found = self.output.wait(DEADLINE, |output| {
+            let mut lines = output.lines.iter();
+            match lines.find(|line| !line.json.is_null() && test(&line.json)) {
+                Some(line) => Some(Some(line.json.clone())),
+                // It will print no more.
+                None => (output.ended == 2).then_some(None),
+            }
+        });
+        let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
+        match found {
+            Some(Some(line)) => line,
+            Some(None) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
+            None => panic!("the proxy never logged {what}:\n{}", printed()),
+        }
+    }
+
+    /// One request to the admin listener, on a connection of its own.
+    pub fn admin(&self, request: &Message) -> io::Result<Message> {
+        let within = DEADLINE;
+        self.place.run(|| {
+            let mut stream = TcpStream::connect_timeout(&self.admin, within)?;
+            stream.set_read_timeout(Some(within))?;
+            stream.write_all(&request.clone().set("Connection", "close").bytes())?;
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes)?;
+            let (mut response, length) = Message::parse_head(&bytes)
+                .ok_or_else(|| io::Error::other(format!("no head in {} bytes", bytes.len())))?;
+            let body = response.framing().body(&bytes[length..], true)?;
+            (response.body, _) = body.ok_or_else(|| io::Error::other("half a body"))?;
+            Ok(response)
+        })
+    }
+
+    pub fn get(&self, target: &str) -> Message {
+        self.admin(&Message::get(target)).unwrap_or_else(|e| panic!("GET {target} on the admin listener: {e}"))
+    }
+
+    pub fn metrics(&self) -> Metrics {
+        let response = self.get("/metrics");
+        assert_eq!(response.code(), 200, "{response:?}");
+        Metrics::parse(&response.text())
+    }
+
+    /// Asks until the metrics are as `test` wants them: what is counted after an event may be a moment late.
+    #[track_caller]
+    pub fn metrics_when(&self, what: &str, test: impl Fn(&Metrics) -> bool) -> Metrics {
+        let begun = Instant::now();
+        loop {
+            let metrics = self.metrics();
+            if test(&metrics) {
+                return metrics;
+            }
+            assert!(begun.elapsed() < DEADLINE, "the metrics never said {what}: {metrics:#?}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = child.kill();
+        let _ = child.wait();
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// The settings of every test.
+fn base(lab: &Lab, backend: SocketAddr) -> Table {
+    let front = SocketAddr::new(lab.address(Side::Proxy, Side::Client), 0);
+    let text = format!(
+        "listen.address = '{front}'\n\
+         upstream.address = '{backend}'\n\
+         admin.address = '127.0.0.1:0'\n\
+         log.format = 'json'\n\
+         log.filter = 'info,tidegate=debug'\n"
+    );
+    text.parse().expect("valid TOML")
+}
+
+fn merge(into: &mut Table, from: Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(Toml::Table(into)), Toml::Table(from)) => merge(into, from),
+            (_, value) => _ = into.insert(key, value),
+        }
+    }
+}
+
+fn read(from: impl Read + Send + 'static, output: Board<Output>, started: Instant) -> JoinHandle<()> {
+    thread::spawn(move || {
+        // Bytes that are no UTF-8 end the reading, which a test that waits for a line then sees.
+        for text in BufReader::new(from).lines().map_while(Result::ok) {
+            let json = serde_json::from_str(&text).unwrap_or(Value::Null);
+            let at = started.elapsed();
+            output.change(|output| output.lines.push(Line { at, text, json }));
+        }
+        output.change(|output| output.ended += 1);
+    })
+}
+
+/// The samples of one `/metrics`, by `name{labels}` as it is written there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metrics(BTreeMap<String, f64>);
+
+impl Metrics {
+    pub fn parse(text: &str) -> Self {
+        let samples = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+        let sample = |line: &str| {
+            // A label's value may contain a space, nothing after the labels does but the value and a time.
+            let end_of_name = line.rfind('}').map_or_else(|| line.find(' '), |brace| Some(brace + 1));
+            let (name, rest) = line.split_at(end_of_name.unwrap_or(line.len()));
+            let value = rest.split_whitespace().next().and_then(|value| value.parse().ok());
+            (name.to_owned(), value.unwrap_or_else(|| panic!("a sample without a value: {line}")))
+        };
+        Self(samples.map(sample).collect())
+    }
+
+    /// A sample; 0 where there is none, because a counter with labels appears with its first event.
+    pub fn get(&self, name: &str) -> f64 {
+        self.0.get(name).copied().unwrap_or(0.0)
+    }
+
+    /// The sum over all labels.
+    pub fn sum(&self, name: &str) -> f64 {
+        let of_name = self.0.iter().filter(|(key, _)| key.split('{').next() == Some(name));
+        of_name.map(|(_, value)| value).sum()
+    }
+
+    pub fn all(&self) -> &BTreeMap<String, f64> {
+        &self.0
+    }
+}

@@ -1,0 +1,376 @@
+//! What a test sees: a lab, a backend with a script, tidegate between it and the clients, and a report when it fails.
+//!
+//! ```ignore
+//! let t = Scene::new("close.delay = '0ms'").backend(backend::echo).start();
+//! let seen = t.client(async |c| {
+//!     c.handshake("/").await;
+//!     c.send_close(1000, "").await;
+//!     c.until_end().await
+//! });
+//! seen.assert_closed_with(1000);
+//! t.connection(0).seen().assert_closed_with(1000);
+//! t.no_rst();
+//! ```
+
+use super::{
+    Board, DEADLINE, LIMIT, Lab, Side,
+    backend::{self, Backend, Connection, Options},
+    block,
+    lab::{Counters, Place, Running},
+    peer::{Peer, Role},
+    proxy::Proxy,
+    report,
+    transcript::Transcript,
+};
+use futures_util::future::join_all;
+use socket2::SockRef;
+use std::{
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpSocket, TcpStream},
+    task::{JoinSet, LocalSet},
+    time::timeout,
+};
+
+/// How clients connect.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Dial {
+    /// `SO_RCVBUF`, set before connecting: a small one makes for a window that is soon zero.
+    pub recv_buffer: Option<usize>,
+    /// None: where the scene's clients connect.
+    pub to: Option<SocketAddr>,
+}
+
+type StartBackend = dyn FnOnce(&Lab, Options) -> Backend;
+
+/// A scene that has not begun yet.
+pub struct SceneBuilder {
+    settings: String,
+    middle: Kind,
+    options: Options,
+    start_backend: Box<StartBackend>,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Tidegate,
+    Direct,
+    Copy,
+}
+
+impl std::fmt::Debug for SceneBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SceneBuilder").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl SceneBuilder {
+    fn new(settings: &str, middle: Kind) -> Self {
+        let seed = std::env::var("TIDEGATE_SEED").ok().and_then(|seed| seed.parse().ok());
+        let options = Options { seed: seed.unwrap_or_else(by_clock), ..Options::default() };
+        Self {
+            settings: settings.to_owned(),
+            middle,
+            options,
+            start_backend: Box::new(|lab, options| Backend::start(lab, options, backend::echo)),
+        }
+    }
+
+    /// The script of the backend's connections. Without it: [`backend::echo`].
+    #[must_use]
+    pub fn backend<F>(mut self, script: F) -> Self
+    where
+        F: AsyncFn(&mut Peer) + Send + Sync + 'static,
+    {
+        self.start_backend = Box::new(|lab, options| Backend::start(lab, options, script));
+        self
+    }
+
+    /// `SO_RCVBUF` of the backend's connections.
+    #[must_use]
+    pub fn backend_recv_buffer(mut self, bytes: usize) -> Self {
+        self.options.recv_buffer = Some(bytes);
+        self
+    }
+
+    /// The backlog of the backend's listener.
+    #[must_use]
+    pub fn backend_backlog(mut self, backlog: i32) -> Self {
+        self.options.backlog = backlog;
+        self
+    }
+
+    pub fn start(self) -> Scene {
+        let lab = Lab::new();
+        let started = Instant::now();
+        let options = Options { started, ..self.options };
+        let baseline = Side::ALL.map(|side| lab.counters(side));
+        let backend = (self.start_backend)(&lab, options);
+        let middle = match self.middle {
+            Kind::Tidegate => Middle::Tidegate(Proxy::start(&lab, &self.settings, backend.address, started)),
+            Kind::Direct => Middle::Direct,
+            Kind::Copy => Middle::Copy(CopyRelay::start(&lab, backend.address)),
+        };
+        let (seed, clients) = (options.seed, Mutex::default());
+        Scene { middle, backend, seed, started, baseline, clients, lab }
+    }
+}
+
+/// A seed for this run. Nothing depends on its quality.
+fn by_clock() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::from(now.subsec_nanos()) ^ now.as_secs() << 20
+}
+
+/// What is between the clients and the backend.
+#[derive(Debug)]
+enum Middle {
+    Tidegate(Proxy),
+    /// Nothing: to prove the harness, or to compare.
+    Direct,
+    /// A relay of bytes that knows nothing.
+    Copy(CopyRelay),
+}
+
+/// All that belongs to one test. Fields are dropped in their order: the proxy, the backend, and the network last.
+#[derive(Debug)]
+pub struct Scene {
+    middle: Middle,
+    backend: Backend,
+    seed: u64,
+    started: Instant,
+    baseline: [Counters; 3],
+    clients: Mutex<Vec<Board<Transcript>>>,
+    lab: Lab,
+}
+
+impl Scene {
+    /// Tidegate with these settings (TOML, over those of `Proxy::start`).
+    #[expect(clippy::new_ret_no_self, reason = "a test begins with it, and says the rest in the same breath")]
+    pub fn new(settings: &str) -> SceneBuilder {
+        SceneBuilder::new(settings, Kind::Tidegate)
+    }
+
+    /// Clients connect to the backend itself.
+    pub fn direct() -> SceneBuilder {
+        SceneBuilder::new("", Kind::Direct)
+    }
+
+    /// Clients connect to a relay that copies bytes.
+    pub fn copying() -> SceneBuilder {
+        SceneBuilder::new("", Kind::Copy)
+    }
+
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    #[track_caller]
+    pub fn proxy(&self) -> &Proxy {
+        match &self.middle {
+            Middle::Tidegate(proxy) => proxy,
+            Middle::Direct | Middle::Copy(_) => panic!("this scene has no tidegate"),
+        }
+    }
+
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// What the backend knows of its nth connection, as soon as it is accepted.
+    #[track_caller]
+    pub fn connection(&self, index: usize) -> Connection {
+        self.backend.connection(index)
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        match &self.middle {
+            Middle::Tidegate(proxy) => proxy.address,
+            Middle::Direct => self.backend.address,
+            Middle::Copy(relay) => relay.address,
+        }
+    }
+
+    /// A connected client that follows `script`; returns what it returns. What it does not end is ended in the orderly way.
+    pub fn client<T: Send>(&self, script: impl AsyncFnOnce(&mut Peer) -> T + Send) -> T {
+        self.client_with(Dial::default(), script)
+    }
+
+    pub fn client_with<T: Send>(&self, dial: Dial, script: impl AsyncFnOnce(&mut Peer) -> T + Send) -> T {
+        let entry = self.entry(dial);
+        self.lab.place(Side::Client).run(|| block(entry.play(script)))
+    }
+
+    /// `count` clients at once, on one thread; their results in the order of their index.
+    pub fn clients<T: Send>(&self, count: usize, script: impl AsyncFn(&mut Peer) -> T + Send + Sync) -> Vec<T> {
+        let entries: Vec<_> = (0..count).map(|_| self.entry(Dial::default())).collect();
+        let script = &script;
+        let play = |entry: Entry| entry.play(async move |peer: &mut Peer| script(peer).await);
+        let all = move || block(join_all(entries.into_iter().map(play)));
+        self.lab.place(Side::Client).run(all)
+    }
+
+    /// A client that follows its script while the test goes on.
+    pub fn start_client<T: Send + 'static>(
+        &self,
+        script: impl AsyncFnOnce(&mut Peer) -> T + Send + 'static,
+    ) -> Running<T> {
+        let entry = self.entry(Dial::default());
+        self.lab.spawn_in(Side::Client, async move || entry.play(script).await)
+    }
+
+    fn entry(&self, dial: Dial) -> Entry {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = clients.len();
+        let transcript = Board::new(Transcript::new(format!("client {index}"), self.started));
+        clients.push(transcript.clone());
+        Entry { index, dial, to: dial.to.unwrap_or_else(|| self.address()), transcript, seed: self.seed }
+    }
+
+    /// What happened on a side since the scene began.
+    pub fn counters(&self, side: Side) -> Counters {
+        &self.lab.counters(side) - &self.baseline[side as usize]
+    }
+
+    /// Waits until the proxy's namespace holds no socket of any session, also none that the kernel finishes alone.
+    #[track_caller]
+    pub fn settle(&self) {
+        if !self.lab.counts_are_exact() {
+            return;
+        }
+        let begun = Instant::now();
+        loop {
+            let mut sockets = self.lab.sockets(Side::Proxy);
+            sockets.retain(|s| s.state != "LISTEN" && s.state != "TIME_WAIT");
+            if sockets.is_empty() {
+                return;
+            }
+            assert!(begun.elapsed() < DEADLINE, "sockets that do not end: {sockets:#?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// From the beginning until all sockets were gone, the proxy's kernel has sent no RST, aborted nothing, turned nobody away.
+    #[track_caller]
+    pub fn no_rst(&self) {
+        self.settle();
+        let counters = self.counters(Side::Proxy);
+        // An EstabResets is also a RST that was received: it proves something where no peer sent any.
+        let peers_reset = [Side::Client, Side::Backend].into_iter().any(|side| self.counters(side).get("OutRsts") != 0);
+        if peers_reset {
+            counters.assert_sent_no_rst();
+        } else {
+            counters.assert_no_rst();
+        }
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let panicked = self.backend.panicked();
+        if thread::panicking() || panicked.is_some() {
+            let proxy = match &self.middle {
+                Middle::Tidegate(proxy) => Some(proxy),
+                Middle::Direct | Middle::Copy(_) => None,
+            };
+            let mut transcripts = self.clients.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            transcripts.extend(self.backend.transcripts());
+            let report = report::write(&self.lab, &self.baseline, proxy, &transcripts, self.seed);
+            eprintln!("{report}");
+        }
+        // A script's assertion is the test's, also where the test did not look at its connection.
+        if let Some(panic) = panicked.filter(|_| !thread::panicking()) {
+            panic!("{panic}");
+        }
+    }
+}
+
+/// A client that has not connected yet.
+struct Entry {
+    index: usize,
+    dial: Dial,
+    to: SocketAddr,
+    transcript: Board<Transcript>,
+    seed: u64,
+}
+
+impl Entry {
+    async fn play<T>(self, script: impl AsyncFnOnce(&mut Peer) -> T) -> T {
+        let transcript = self.transcript.clone();
+        let play = async move {
+            let stream = timeout(DEADLINE, self.connect()).await.expect("no answer to the SYN");
+            let mut peer =
+                Peer::new(Role::Client, self.index, stream, self.transcript, self.seed).expect("a connected socket");
+            let result = script(&mut peer).await;
+            peer.conclude().await;
+            result
+        };
+        let result = timeout(LIMIT, play).await.expect("the client's script does not end");
+        transcript.change(|t| t.over = Some(Ok(())));
+        result
+    }
+
+    async fn connect(&self) -> TcpStream {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        if let Some(bytes) = self.dial.recv_buffer {
+            SockRef::from(&socket).set_recv_buffer_size(bytes).expect("a socket");
+        }
+        socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to))
+    }
+}
+
+/// Copies bytes between each client and the backend: a stand-in for tidegate where the harness itself is tested.
+#[derive(Debug)]
+struct CopyRelay {
+    address: SocketAddr,
+    stopped: Board<bool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl CopyRelay {
+    fn start(lab: &Lab, backend: SocketAddr) -> Self {
+        let place: Place = lab.place(Side::Proxy);
+        let (address, stopped) = (Board::new(None), Board::new(false));
+        let front = SocketAddr::new(lab.address(Side::Proxy, Side::Client), 0);
+        let run = {
+            let (address, stopped) = (address.clone(), stopped.clone());
+            move || {
+                block(LocalSet::new().run_until(async move {
+                    let listener = TcpListener::bind(front).await.expect("port 0 is free");
+                    address.change(|a| *a = listener.local_addr().ok());
+                    let mut tasks = JoinSet::new();
+                    let end = stopped.until(LIMIT, |stopped| stopped.then_some(()));
+                    let accept = async {
+                        while let Ok((mut client, _)) = listener.accept().await {
+                            tasks.spawn_local(async move {
+                                let mut server = TcpStream::connect(backend).await?;
+                                copy_bidirectional(&mut client, &mut server).await
+                            });
+                        }
+                    };
+                    tokio::select! { _ = end => {}, () = accept => {} }
+                }));
+            }
+        };
+        let thread = Some(place.spawn("copy relay", run));
+        let address = address.wait(DEADLINE, |address| *address).expect("a listening relay");
+        Self { address, stopped, thread }
+    }
+}
+
+impl Drop for CopyRelay {
+    fn drop(&mut self) {
+        self.stopped.change(|stopped| *stopped = true);
+        let _ = self.thread.take().map(thread::JoinHandle::join);
+    }
+}
