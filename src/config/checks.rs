@@ -142,7 +142,7 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
             let (what, place) =
                 origins.pair((MAX_FRAME, &frame), "is more than", (MAX_MESSAGE, &message));
             let fix = format!(
-                "such a frame could never pass: leave max_frame out, or write \"{message}\""
+                "such a frame could never pass: set max_message to \"{frame}\" or more, or leave max_frame out"
             );
             findings.push(Finding::error(what, place, fix));
         } else if relay.max_frame < relay.max_message && !origins.written.contains_key(&MAX_FRAME) {
