@@ -43,8 +43,8 @@ enum Command {
         /// Where clients connect, over listen.address: "0.0.0.0:8080"
         #[arg(long, value_name = "ADDR")]
         listen: Option<String>,
-        /// The backend, over upstream.address: "127.0.0.1:9000" or "<unix:/run/app.sock>"
         #[arg(long, value_name = "ADDR")]
+        #[arg(help = "The backend, over upstream.address: \"127.0.0.1:9000\" or \"unix:/run/app.sock\"")]
         upstream: Option<String>,
     },
     /// Run the proxy in front of a built-in backend, to try it out

@@ -101,7 +101,9 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     if origins.judged(&[MAX_FRAME, MAX_MESSAGE]) {
         if relay.max_frame > relay.max_message {
             let (what, place) = origins.pair((MAX_FRAME, &frame), "is more than", (MAX_MESSAGE, &message));
-            let fix = format!("such a frame could never pass: leave max_frame out, or write \"{message}\"");
+            let fix = format!(
+                "such a frame could never pass: set max_message to \"{frame}\" or more, or leave max_frame out"
+            );
             findings.push(Finding::error(what, place, fix));
         } else if relay.max_frame < relay.max_message && !origins.written.contains_key(&MAX_FRAME) {
             let (what, place) = origins.pair((MAX_MESSAGE, &message), "is more than", (MAX_FRAME, &frame));

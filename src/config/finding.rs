@@ -101,7 +101,7 @@ impl fmt::Display for Place {
             Self::File { path } => f.write_str(path),
             Self::Line { path, line, column, .. } => write!(f, "{path}:{line}:{column}"),
             Self::Env { name, .. } => write!(f, "environment variable {name}"),
-            Self::Flag { name, .. } => f.write_str(name),
+            Self::Flag { name, .. } => write!(f, "flag {name}"),
         }
     }
 }

@@ -15,8 +15,8 @@ use tracing_subscriber::EnvFilter;
 use super::{
     Admin, Log, LogFormat, Plain, Settings,
     units::{
-        Refusal, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network, parse_size,
-        refuse,
+        Refusal, either, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network,
+        parse_size, refuse,
     },
     written::Value,
 };
@@ -143,7 +143,7 @@ impl Settings {
                 delay: seconds(5),
                 window: seconds(20),
                 quiet: Duration::from_millis(20),
-                timeout: seconds(15),
+                timeout: seconds(4),
                 close_code: 1001,
                 reason: "server is going away".to_owned(),
             },
@@ -250,7 +250,7 @@ impl Slot<'_> {
         match self {
             Slot::Listen(to) => **to = parse_listen(value.text("an address", "0.0.0.0:8080")?)?,
             Slot::ListenOrOff(to) => {
-                let text = value.text("an address", "127.0.0.1:9090")?;
+                let text = value.text("an address or \"off\"", "127.0.0.1:9090")?;
                 **to = match text {
                     "off" => None,
                     "" => return refuse("is empty", "write \"off\" for none"),
@@ -259,12 +259,10 @@ impl Slot<'_> {
             }
             Slot::Backend(to) => **to = parse_backend(value.text("an address", "127.0.0.1:9000")?)?,
             Slot::Count(to, range) => {
-                let count = value.integer()?;
+                let fix = format!("use a number from {} to {}", range.start(), range.end());
+                let count = value.integer(&fix)?;
                 let Some(count) = u64::try_from(count).ok().filter(|count| range.contains(count)) else {
-                    return refuse(
-                        format!("is out of range: {count}"),
-                        format!("use a number from {} to {}", range.start(), range.end()),
-                    );
+                    return refuse(format!("is out of range: {count}"), fix);
                 };
                 to.set(count);
             }
@@ -280,11 +278,10 @@ impl Slot<'_> {
                         to.set(bytes);
                     }
                     _ => {
-                        let said = bytes.map_or("negative".to_owned(), |bytes| format!("\"{}\"", format_size(bytes)));
                         let (least, most) = (format_size(*range.start()), format_size(*range.end()));
                         let none = if optional { ", or \"0\" for the kernel's autotuning" } else { "" };
                         return refuse(
-                            format!("is out of range: {said}"),
+                            format!("is out of range: {value}"),
                             format!("use a size from \"{least}\" to \"{most}\"{none}"),
                         );
                     }
@@ -313,15 +310,15 @@ impl Slot<'_> {
                         (false, false) => "",
                     };
                     return refuse(
-                        format!("is out of range: \"{}\"", format_duration(duration)),
+                        format!("is out of range: {value}"),
                         format!("use a duration from \"{least}\" to \"{most}\"{none}"),
                     );
                 }
                 // The steps are a millisecond and a second, and nothing finer than a millisecond can be written.
                 if *step == SECOND && duration.subsec_millis() != 0 {
                     return refuse(
-                        format!("is not a whole number of seconds: \"{}\"", format_duration(duration)),
-                        "write whole seconds: \"1s\"",
+                        format!("is not a whole number of seconds: {value}"),
+                        format!("write whole seconds: \"{}s\"", duration.as_secs() + 1),
                     );
                 }
                 match to {
@@ -330,30 +327,32 @@ impl Slot<'_> {
                 }
             }
             Slot::Code(to, allowed) => {
-                let code = value.integer()?;
+                let ranges: Vec<String> = allowed
+                    .iter()
+                    .map(|range| match (range.start(), range.end()) {
+                        (start, end) if start == end => start.to_string(),
+                        (start, end) => format!("{start} to {end}"),
+                    })
+                    .collect();
+                let fix = format!("use {}", either(&ranges));
+                let code = value.integer(&fix)?;
                 let known = u16::try_from(code).ok().filter(|code| allowed.iter().any(|range| range.contains(code)));
                 let Some(known) = known else {
                     let what = match code {
                         1004..=1006 | 1015 => format!("is a code that must never be sent: {code}"),
-                        _ => format!("is not one of its Close codes: {code}"),
+                        _ => format!("is not a Close code for this: {code}"),
                     };
-                    let ranges: Vec<String> = allowed
-                        .iter()
-                        .map(|range| match (range.start(), range.end()) {
-                            (start, end) if start == end => start.to_string(),
-                            (start, end) => format!("{start} to {end}"),
-                        })
-                        .collect();
-                    return refuse(what, format!("use {}", ranges.join(" or ")));
+                    return refuse(what, fix);
                 };
                 **to = known;
             }
             Slot::Networks(to) => {
                 let Value::List(items) = value else {
-                    return refuse(
-                        format!("must be a list, but is {}", value.kind()),
-                        r#"write ["10.0.0.0/8", "192.168.0.0/16"]"#,
-                    );
+                    let fix = match value {
+                        Value::Text(text) => format!("put it in brackets: [{text:?}]"),
+                        _ => r#"write it like ["10.0.0.0/8", "192.168.0.0/16"]"#.to_owned(),
+                    };
+                    return refuse(format!("must be a list, but is {}", value.kind()), fix);
                 };
                 if items.len() > MAX_NETWORKS {
                     return refuse(
@@ -361,9 +360,14 @@ impl Slot<'_> {
                         format!("at most {MAX_NETWORKS} are looked through per request"),
                     );
                 }
-                let networks = items.iter().map(|item| match item {
-                    Value::Text(text) => parse_network(text),
-                    _ => refuse(format!("contains {}", item.kind()), r#"write networks as strings: ["10.0.0.0/8"]"#),
+                let networks = items.iter().enumerate().map(|(index, item)| {
+                    let network = match item {
+                        Value::Text(text) => parse_network(text),
+                        _ => {
+                            refuse(format!("contains {}", item.kind()), r#"write networks as strings: ["10.0.0.0/8"]"#)
+                        }
+                    };
+                    network.map_err(|refusal| Refusal { item: Some(index), ..refusal })
                 });
                 **to = networks.collect::<Result<_, _>>()?;
             }

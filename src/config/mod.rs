@@ -1,6 +1,6 @@
 //! From `proxy.toml`, the environment and flags to settings that hold: checked, resolved, the same for everybody.
 //!
-//! Two stages. [`written`](self) values, of all sources and each with its place; and [`Settings`], what is true: defaults
+//! Two stages. What is written: the values of all sources, each with its place. What is true: [`Settings`], with defaults
 //! filled in, everything within its bounds, sensible together. What is wrong is reported all at once, each with its place and
 //! the fix ([`Findings`]). Nothing outside of this directory knows TOML.
 //!
@@ -175,7 +175,7 @@ impl Sources {
 /// Everything that is wrong, together with the warnings there would have been.
 pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
     let mut findings = Vec::new();
-    let (written, file) = written::read(sources, &mut findings);
+    let written::Everything { written, file, complete } = written::read(sources, &mut findings);
 
     let mut settings = Settings::unresolved();
     let mut origins = HashMap::new();
@@ -194,7 +194,9 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
             Err(refusal) => {
                 refused.push(name);
                 let what = format!("`{}.{}` {}", name.0, name.1, refusal.what);
-                findings.push(Finding::error(what, written.place, refusal.fix));
+                let item = refusal.item.and_then(|item| written.items.get(item).cloned());
+                let place = item.unwrap_or(written.place);
+                findings.push(Finding::error(what, place, refusal.fix));
             }
         }
     }
@@ -205,7 +207,15 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
         settings.relay.max_frame = settings.relay.max_frame.min(settings.relay.max_message);
     }
     settings.resolve();
-    checks::check(&settings, &checks::Origins { written: &origins, refused: &refused }, &mut findings);
+    if complete {
+        let origins = checks::Origins { written: &origins, refused: &refused };
+        checks::check(&settings, &origins, &mut findings);
+    }
+
+    if findings.iter().any(|finding| finding.level == Level::Error) {
+        findings.sort_by(|a, b| (a.level, &a.place).cmp(&(b.level, &b.place)));
+        return Err(Findings(findings));
+    }
 
     if let (FileSource::Search(paths), None) = (&sources.file, &file)
         && (sources.listen.is_none() || sources.upstream.is_none())
@@ -214,7 +224,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
         findings.push(Finding {
             level: Level::Note,
             what: format!(
-                "no configuration file found, running on defaults: {} -> {}",
+                "no configuration file found, so its defaults are used: {} -> {}",
                 settings.listen.address, settings.upstream.address
             ),
             place: Place::Default,
@@ -226,9 +236,6 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
     }
 
     findings.sort_by(|a, b| (a.level, &a.place).cmp(&(b.level, &b.place)));
-    if findings.iter().any(|finding| finding.level == Level::Error) {
-        return Err(Findings(findings));
-    }
     Ok(Loaded { settings, file, findings, origins })
 }
 
@@ -251,7 +258,8 @@ impl Settings {
         self.upstream.header_bytes = self.downstream.header_bytes;
         // TCP_USER_TIMEOUT also ends a live peer that only keeps its window at zero, and it ends it with a reset. So it must
         // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
-        // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals.
+        // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals. At
+        // most this is a bit over three days, which fits the kernel's 32 bits of milliseconds.
         self.socket.user_timeout = self.relay.write_timeout
             + self.relay.close_handshake_timeout
             + self.close.linger_max

@@ -1,11 +1,12 @@
 //! Stage one, what is written: the values of all sources, each with its place, of the types TOML knows. The only file that
-//! knows TOML.
+//! reads TOML.
 //!
 //! Not here: whether a value makes sense. And serde's derive is not used to read: it ends at the first error, while whoever
 //! corrects a file wants to see all of them.
 
 use std::{
     ffi::OsString,
+    fmt,
     fs::File,
     io::{self, Read as _},
     path::PathBuf,
@@ -17,7 +18,7 @@ use super::{
     FileSource, SHIPPED, Sources,
     finding::{Finding, Place},
     keys,
-    units::{Refusal, refuse},
+    units::{Refusal, either, refuse},
 };
 
 /// A file beyond this is no configuration.
@@ -34,6 +35,8 @@ pub(super) struct Written {
     pub key: &'static str,
     pub value: Value,
     pub place: Place,
+    /// The place of each item, of a list in a file.
+    pub items: Vec<Place>,
 }
 
 /// A value, as far as keys have use for it.
@@ -48,27 +51,37 @@ pub(super) enum Value {
     Untyped(String),
 }
 
+impl fmt::Display for Value {
+    /// As in a file, for messages.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) | Self::Untyped(text) => write!(f, "{text:?}"),
+            Self::Integer(integer) => write!(f, "{integer}"),
+            Self::List(_) | Self::Other(_) => f.write_str(self.kind()),
+        }
+    }
+}
+
 impl Value {
-    /// The text in it; else says that `example` with quotes was expected.
+    /// The text in it; else says that something like `example` was expected.
     pub(super) fn text(&self, noun: &str, example: &str) -> Result<&str, Refusal> {
         match self {
             Self::Text(text) => Ok(text),
-            _ => {
-                refuse(format!("must be {noun}, but is {}", self.kind()), format!("write it in quotes: \"{example}\""))
-            }
+            _ => refuse(format!("must be {noun}, but is {}", self.kind()), format!("write it like \"{example}\"")),
         }
     }
 
-    /// The integer in it.
-    pub(super) fn integer(&self) -> Result<i64, Refusal> {
+    /// The integer in it; else says `fix`.
+    pub(super) fn integer(&self, fix: &str) -> Result<i64, Refusal> {
         match self {
             Self::Integer(integer) => Ok(*integer),
+            Self::Text(text) if text.is_empty() => refuse("is empty", fix),
             Self::Text(text) if text.parse::<i64>().is_ok() => refuse(
                 format!("must be a number, but is a string: {text:?}"),
                 format!("write it without quotes: {text}"),
             ),
-            Self::Text(text) => refuse(format!("must be a number, but is {text:?}"), "write digits only"),
-            _ => refuse(format!("must be a number, but is {}", self.kind()), "write digits only, without quotes"),
+            Self::Text(text) => refuse(format!("must be a number, but is {text:?}"), fix),
+            _ => refuse(format!("must be a number, but is {}", self.kind()), fix),
         }
     }
 
@@ -108,7 +121,7 @@ impl Value {
         match value {
             DeValue::String(text) => Self::Text(text.clone().into_owned()),
             DeValue::Integer(integer) => i64::from_str_radix(integer.as_str(), integer.radix())
-                .map_or(Self::Other("an integer of more than 64 bits"), Self::Integer),
+                .map_or(Self::Other("one of more than 64 bits"), Self::Integer),
             DeValue::Array(items) => Self::List(items.iter().map(|item| Self::from_toml(item.get_ref())).collect()),
             DeValue::Float(_) => Self::Other("a fraction"),
             DeValue::Boolean(_) => Self::Other("a boolean"),
@@ -118,30 +131,50 @@ impl Value {
     }
 }
 
-/// Reads all sources, in the order in which later ones win. The name of the file, if there is one, comes second.
-pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> (Vec<Written>, Option<String>) {
-    let mut written = Vec::new();
-    let file = read_source(&sources.file, findings);
-    if let Some((path, text)) = &file {
-        read_file(path, text, &mut written, findings);
-    }
-    read_environment(&sources.env, &mut written, findings);
-    for (name, section, value) in
-        [("--listen", "listen", &sources.listen), ("--upstream", "upstream", &sources.upstream)]
-    {
-        if let Some(value) = value {
-            let place = Place::Flag { name, value: value.clone() };
-            written.push(Written { section, key: "address", value: Value::Untyped(value.clone()), place });
-        }
-    }
-    (written, file.map(|(path, _)| path))
+/// What is in all sources.
+#[derive(Debug)]
+pub(super) struct Everything {
+    /// In the order in which later ones win.
+    pub written: Vec<Written>,
+    /// The name of the file, if there is one.
+    pub file: Option<String>,
+    /// Whether the file could be read. Else what stays at its default says nothing.
+    pub complete: bool,
 }
 
-/// The file's name and text, if there is one and it can be read.
-fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(String, String)> {
+/// Reads all sources.
+pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything {
+    let mut written = Vec::new();
+    let file = read_source(&sources.file, findings);
+    let complete = match &file {
+        Ok(Some((path, text))) => read_file(path, text, &mut written, findings),
+        Ok(None) => true,
+        Err(Unreadable) => false,
+    };
+    read_environment(&sources.env, &mut written, findings);
+    let flags = [("--listen", "listen", &sources.listen), ("--upstream", "upstream", &sources.upstream)];
+    for (name, section, value) in flags {
+        if let Some(value) = value {
+            written.push(Written {
+                section,
+                key: "address",
+                value: Value::Untyped(value.clone()),
+                place: Place::Flag { name, value: value.clone() },
+                items: Vec::new(),
+            });
+        }
+    }
+    Everything { written, file: file.ok().flatten().map(|(path, _)| path), complete }
+}
+
+/// The findings say why.
+struct Unreadable;
+
+/// The file's name and text, if there is one.
+fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Result<Option<(String, String)>, Unreadable> {
     let (paths, by): (Vec<PathBuf>, _) = match source {
         FileSource::Shipped => {
-            return Some(("proxy.toml (built in)".to_owned(), SHIPPED.to_owned()));
+            return Ok(Some(("proxy.toml (built in)".to_owned(), SHIPPED.to_owned())));
         }
         FileSource::Named { path, by } => (vec![path.clone()], Some(*by)),
         FileSource::Search(paths) => (paths.clone(), None),
@@ -163,6 +196,9 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(Stri
                     place,
                 );
             }
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                refuse("the configuration file is a directory".to_owned(), "name the file in it", place);
+            }
             // A file that is there was meant to be read, named or not.
             Err(error) => refuse(
                 format!("cannot read the configuration file: {error}"),
@@ -173,7 +209,7 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(Stri
                 refuse("the configuration file is larger than 1MiB".to_owned(), "name the right file", place);
             }
             Ok(_) => match String::from_utf8(bytes) {
-                Ok(text) => return Some((name, text)),
+                Ok(text) => return Ok(Some((name, text))),
                 Err(error) => {
                     let good = error.utf8_error().valid_up_to();
                     let text = String::from_utf8_lossy(error.as_bytes());
@@ -185,40 +221,18 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Option<(Stri
                 }
             },
         }
-        return None;
+        return Err(Unreadable);
     }
-    None
+    Ok(None)
 }
 
-/// What is in a file. After an error of TOML's own nothing else in it is judged: too much of that would follow from the first.
-fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut Vec<Finding>) {
+/// What is in a file, and whether it is TOML. After an error of TOML's own nothing else in it is judged: too much of that would
+/// follow from the first.
+fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut Vec<Finding>) -> bool {
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        let mut lines = Vec::new();
-        for error in errors {
-            let mut span = error.span().unwrap_or_default();
-            // What is missing at the end of a line is shown there, and not at the start of the next.
-            while span.is_empty()
-                && span.start > 0
-                && matches!(text.as_bytes().get(span.start - 1), Some(b'\n' | b'\r'))
-            {
-                span = span.start - 1..span.start - 1;
-            }
-            let place = Place::in_file(path, text, span);
-            // One mistake makes TOML's parser stumble several times in its line.
-            let Place::Line { line, .. } = place else {
-                continue;
-            };
-            if !lines.contains(&line) {
-                lines.push(line);
-                findings.push(Finding::error(
-                    format!("not TOML: {}", error.message()),
-                    place,
-                    toml_fix(error.message()),
-                ));
-            }
-        }
-        return;
+        report_syntax(path, text, errors, findings);
+        return false;
     }
 
     let names = keys::names();
@@ -229,7 +243,16 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
         let name = section.get_ref().as_ref();
         let known = names.iter().find(|(section, _)| *section == name).map(|(section, _)| *section);
         let DeValue::Table(table) = content.get_ref() else {
-            if known.is_some() {
+            let tables = matches!(content.get_ref(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
+            if let (true, Some(known)) = (tables, known) {
+                refuse(
+                    format!("[{known}] is written as a list"),
+                    format!("write [{known}] in single brackets, once"),
+                    section.span(),
+                );
+            } else if tables {
+                refuse(format!("unknown section [[{name}]]"), suggest_section(name), section.span());
+            } else if known.is_some() {
                 refuse(
                     format!("`{name}` is a section, not a key"),
                     format!("write [{name}] on a line of its own, and its keys below"),
@@ -237,11 +260,8 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
                 );
             } else {
                 let homes = homes_of(name);
-                let fix = if homes.is_empty() {
-                    suggest_section(name)
-                } else {
-                    format!("put it below {}", homes.join(" or "))
-                };
+                let fix =
+                    if homes.is_empty() { suggest_section(name) } else { format!("put it below {}", either(&homes)) };
                 refuse(format!("`{name}` stands outside of every section"), fix, section.span());
             }
             continue;
@@ -253,13 +273,23 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
         for (key, value) in table {
             let key_name = key.get_ref().as_ref();
             if let Some((_, key)) = names.iter().find(|name| **name == (known, key_name)) {
-                let place = Place::in_file(path, text, value.span());
-                written.push(Written { section: known, key, value: Value::from_toml(value.get_ref()), place });
+                let items = match value.get_ref() {
+                    DeValue::Array(items) => items.iter().map(|item| Place::in_file(path, text, item.span())).collect(),
+                    _ => Vec::new(),
+                };
+                written.push(Written {
+                    section: known,
+                    key,
+                    value: Value::from_toml(value.get_ref()),
+                    place: Place::in_file(path, text, value.span()),
+                    items,
+                });
             } else {
                 refuse(format!("unknown key `{key_name}` in [{known}]"), suggest_key(known, key_name), key.span());
             }
         }
     }
+    true
 }
 
 /// What is in the environment, in the order of its names.
@@ -278,7 +308,13 @@ fn read_environment(variables: &[(OsString, OsString)], written: &mut Vec<Writte
         let place = Place::Env { name: name.to_string(), value: value.to_string_lossy().into_owned() };
         if let Some((section, key)) = names.iter().find(|key| variable(**key) == name) {
             match value.to_str() {
-                Some(text) => written.push(Written { section, key, value: Value::Untyped(text.to_owned()), place }),
+                Some(text) => written.push(Written {
+                    section,
+                    key,
+                    value: Value::Untyped(text.to_owned()),
+                    place,
+                    items: Vec::new(),
+                }),
                 None => {
                     findings.push(Finding::error(format!("`{section}.{key}` is not UTF-8"), place, "set it to UTF-8"));
                 }
@@ -293,16 +329,21 @@ fn read_environment(variables: &[(OsString, OsString)], written: &mut Vec<Writte
                     Some(elsewhere) => format!("did you mean {}?", variable(*elsewhere)),
                     None => "`tidegate config --default` shows all sections and keys".to_owned(),
                 },
-                keys => format!(
-                    "did you mean {}?",
-                    keys.iter().map(|key| variable((in_section, key))).collect::<Vec<_>>().join(" or ")
-                ),
+                keys => {
+                    let keys = keys.iter().map(|key| variable((in_section, key)));
+                    format!("did you mean {}?", either(&keys.collect::<Vec<_>>()))
+                }
             };
-            findings.push(Finding::error(format!("unknown key `{section}.{key}`"), place, fix));
+            let what = if names.contains(&(&section, &key)) {
+                format!("`{section}.{key}` is not in upper case")
+            } else {
+                format!("unknown key `{section}.{key}`")
+            };
+            findings.push(Finding::error(what, place, fix));
         } else if let Some(key) =
             names.iter().find(|(section, key)| format!("{section}_{key}").eq_ignore_ascii_case(rest))
         {
-            let what = "has no effect: section and key need two underscores between them".to_owned();
+            let what = "this has no effect: section and key need two underscores between them".to_owned();
             findings.push(Finding::warning(what, place, format!("write {}", variable(*key))));
         }
     }
@@ -333,7 +374,10 @@ fn suggest_section(name: &str) -> String {
     sections.dedup();
     match nearest(sections.iter().copied(), name).as_slice() {
         [] => format!("the sections are [{}]", sections.join("], [")),
-        sections => format!("did you mean [{}]?", sections.join("] or [")),
+        sections => {
+            let sections = sections.iter().map(|section| format!("[{section}]"));
+            format!("did you mean {}?", either(&sections.collect::<Vec<_>>()))
+        }
     }
 }
 
@@ -343,7 +387,8 @@ fn suggest_key(section: &str, name: &str) -> String {
     let own: Vec<&str> = names.iter().filter(|(of, _)| *of == section).map(|(_, key)| *key).collect();
     let near = nearest(own.iter().copied(), name);
     if !near.is_empty() {
-        return format!("did you mean `{}`?", near.join("` or `"));
+        let near: Vec<String> = near.iter().map(|key| format!("`{key}`")).collect();
+        return format!("did you mean {}?", either(&near));
     }
     let homes = homes_of(name);
     if !homes.is_empty() {
@@ -357,8 +402,35 @@ fn suggest_key(section: &str, name: &str) -> String {
     format!("the keys of [{section}] are `{}`", own.join("`, `"))
 }
 
-/// What to do about an error of TOML's parser, told from the beginning of its message.
-fn toml_fix(message: &str) -> String {
+/// Reports the errors of TOML's parser, one per line: one mistake makes it stumble several times.
+fn report_syntax(path: &str, text: &str, errors: Vec<toml::de::Error>, findings: &mut Vec<Finding>) {
+    let mut lines = Vec::new();
+    for error in errors {
+        let mut span = error.span().unwrap_or_default();
+        // What is missing at the end of a line is shown there, and not at the start of the next.
+        while span.is_empty() && span.start > 0 && matches!(text.as_bytes().get(span.start - 1), Some(b'\n' | b'\r')) {
+            span = span.start - 1..span.start - 1;
+        }
+        let (what, fix) = explain(error.message(), text.get(span.clone()).unwrap_or_default());
+        let place = Place::in_file(path, text, span);
+        let Place::Line { line, .. } = place else {
+            continue;
+        };
+        if !lines.contains(&line) {
+            lines.push(line);
+            findings.push(Finding::error(what, place, fix));
+        }
+    }
+}
+
+/// An error of TOML's parser about the text `at`, in our words: what is wrong and what to do.
+fn explain(message: &str, at: &str) -> (String, &'static str) {
+    // The parser takes what is not there for a string without quotes.
+    let message = if message.starts_with("string values must be quoted") && at.trim().is_empty() {
+        "missing value"
+    } else {
+        message
+    };
     let fixes = [
         ("duplicate key", "a section or key may stand only once: join them"),
         ("string values must be quoted", "put the value in double quotes"),
@@ -367,9 +439,14 @@ fn toml_fix(message: &str) -> String {
         ("key with no value", "write `key = value`, or put a # before the line"),
         ("unclosed array", "end the list with ]"),
         ("unclosed table", "end the section's name with ]"),
+        ("invalid unquoted key", "no key has such characters"),
+        ("invalid float", "numbers are whole; put everything else in double quotes"),
+        ("invalid integer", "put what is not a number in double quotes"),
+        ("invalid date", "put the value in double quotes"),
     ];
-    let known = fixes.iter().find(|(start, _)| message.starts_with(start));
-    known
-        .map_or("a line is `[section]`, `key = value` or `# comment`; strings need double quotes", |(_, fix)| fix)
-        .to_owned()
+    let fix = fixes.iter().find(|(start, _)| message.starts_with(start));
+    let fix =
+        fix.map_or("a line is `[section]`, `key = value` or `# comment`; strings need double quotes", |(_, fix)| fix);
+    let message = message.trim_end_matches(", expected nothing").trim_end_matches(", expected literal string");
+    (format!("not TOML: {message}"), fix)
 }

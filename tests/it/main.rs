@@ -3,4 +3,5 @@
 mod harness;
 
 mod close_table;
+mod config;
 mod harness_self;
