@@ -1,6 +1,6 @@
 //! The close table of the design: whatever one side does, the other gets a Close frame and a FIN, and nobody a RST.
 
-use crate::harness::{Gate, NO_CODE, Peer, Scene, backend};
+use crate::harness::{DEADLINE, Gate, NO_CODE, Peer, Scene, backend};
 use std::time::Duration;
 
 /// A client that sends Close and waits gets the backend's answer, and each side sees the other's FIN.
@@ -70,5 +70,49 @@ fn client_reset_becomes_1001_for_the_backend() {
     let backend = t.connection(0).seen();
     backend.assert_closed_with(1001);
     assert!(backend.write_failed.is_empty(), "{backend:?}");
+    t.no_rst();
+}
+
+/// SIGTERM ends sessions with Close 1001 on both sides, and the process with status 0.
+#[test]
+fn drain_closes_with_1001() {
+    let t = Scene::new("drain = { delay = '0s', window = '100ms' }").start();
+    let open = Gate::new("the session is open");
+    let opened = open.clone();
+    let client = t.start_client(async move |c| {
+        c.handshake("/").await;
+        c.send_text("a").await;
+        c.read_text().await;
+        opened.open();
+        c.read_close().await;
+        c.answer_close().await;
+        c.until_end().await
+    });
+    open.pass();
+    t.proxy().metrics_when("an active session", |m| m.sum("tidegate_connections_active") > 0.5);
+    t.proxy().sigterm();
+    client.join().assert_closed_with(1001);
+    t.connection(0).seen().assert_closed_with(1001);
+    assert_eq!(t.proxy().wait_exit(DEADLINE).code(), Some(0));
+    t.no_rst();
+}
+
+/// A client that goes on talking after our Close, and answers it late, is listened to until its FIN: a socket that were closed
+/// at once would answer it with a RST.
+#[test]
+fn a_talkative_client_is_not_reset() {
+    let t = Scene::new("").backend(backend::fin_without_close).start();
+    let seen = t.client(async |c| {
+        c.handshake("/").await;
+        c.read_close().await;
+        for _ in 0..50 {
+            assert!(c.send_text("and another thing").await);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        c.answer_close().await;
+        c.until_end().await
+    });
+    seen.assert_closed_with(1012);
+    assert_eq!(seen.write_failed, []);
     t.no_rst();
 }

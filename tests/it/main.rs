@@ -1,6 +1,4 @@
 mod harness;
 
+mod close_table;
 mod harness_self;
-
-// To be taken in as soon as `tidegate run` relays:
-// mod close_table;
