@@ -288,7 +288,11 @@ impl Place {
             self.enter().expect("the namespace is there until the lab is dropped");
             work()
         };
-        thread::scope(|scope| scope.spawn(there).join()).unwrap_or_else(|panic| resume_unwind(panic))
+        // A panic there is to name the test.
+        let name = thread::current().name().unwrap_or("test").to_owned();
+        let thread = thread::Builder::new().name(name);
+        thread::scope(|scope| thread.spawn_scoped(scope, there).expect("a thread").join())
+            .unwrap_or_else(|panic| resume_unwind(panic))
     }
 
     /// Runs `work` there meanwhile.

@@ -46,6 +46,7 @@ pub struct Peer {
     frames: VecDeque<SeenFrame>,
     upgraded: bool,
     end: Option<End>,
+    fin_sent: bool,
     /// The kernel reports a RST once. If a write was told, the next read says EOF, as after a FIN.
     reset: bool,
     last_close: Option<Vec<u8>>,
@@ -76,6 +77,7 @@ impl Peer {
             frames: VecDeque::new(),
             upgraded: false,
             end: None,
+            fin_sent: false,
             reset: false,
             last_close: None,
             transcript,
@@ -422,8 +424,11 @@ impl Peer {
 
     /// FIN. Reading goes on: this is the half-close.
     pub async fn fin(&mut self) {
-        self.did("FIN");
-        if let Some(stream) = &mut self.stream {
+        if let Some(stream) = &mut self.stream
+            && !self.fin_sent
+        {
+            self.fin_sent = true;
+            self.transcript.change(|t| t.note(Event::Did("FIN")));
             // ENOTCONN if the other side has reset it.
             let _ = stream.shutdown().await;
         }

@@ -51,7 +51,9 @@ pub fn write(
                 Ok(response) => {
                     line("---- its metrics that are not zero".to_owned());
                     let text = response.text();
-                    for sample in text.lines().filter(|l| !l.starts_with('#') && !l.ends_with(" 0")) {
+                    // A histogram's buckets would hide the rest.
+                    let tells = |l: &&str| !l.starts_with('#') && !l.ends_with(" 0") && !l.contains("_bucket{");
+                    for sample in text.lines().filter(tells) {
                         line(sample.to_owned());
                     }
                 }
