@@ -270,6 +270,12 @@ impl Ending {
         }
     }
 
+    /// `side` takes nothing of what waits for it; `cut`: it will miss a part of that.
+    pub(super) fn stalled(&mut self, side: Side, cut: bool, now: Instant) {
+        self.leg_mut(side).cut |= cut;
+        self.heard_gone(side, Gone::Stalled, false, now);
+    }
+
     /// The process drains, and this is the session's moment.
     pub(super) fn drain(&mut self, close: CloseFrame, now: Instant) {
         if !self.has_begun() {
@@ -328,8 +334,7 @@ impl Ending {
             if let Some(since) = waits_since.filter(|_| self.can_write(side)) {
                 let deadline = since.max(view.progress) + config.close_handshake_timeout;
                 if deadline <= now {
-                    self.leg_mut(side).cut |= !view.boundary;
-                    self.heard_gone(side, Gone::Stalled, false, now);
+                    self.stalled(side, !(view.boundary && view.flushed), now);
                 } else {
                     at_latest(deadline);
                 }

@@ -617,7 +617,7 @@ impl Relay {
         for side in Side::BOTH {
             let lane = &mut self.lanes[side as usize];
             if lane.has_pending() && now >= lane.progress + self.config.write_timeout {
-                self.ending.heard_gone(side.other(), Gone::Stalled, false, now);
+                self.ending.stalled(side.other(), true, now);
                 return;
             }
             if lane.held_since.is_some_and(|since| now >= since + self.config.hold_timeout) {
