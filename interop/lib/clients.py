@@ -220,7 +220,7 @@ class PythonClient:
         await socket.wait_closed()
         protocol = socket.protocol
         end = {
-            "code": protocol.close_code,
+            "code": int(protocol.close_code),
             "reason": protocol.close_reason,
             "clean": protocol.close_rcvd is not None and protocol.close_sent is not None and exc is None,
         }

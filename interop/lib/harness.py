@@ -230,11 +230,12 @@ class Report:
     def __init__(self) -> None:
         self.passed = 0
         self.failed = 0
+        # How much of what a witness said has been printed already, so that no log is printed twice.
+        self._printed: dict[int, int] = {}
 
     @contextlib.asynccontextmanager
     async def check(self, name: str, *witnesses: object, seconds: float = CHECK_SECONDS):
-        """One check. Witnesses are processes and clients; at a failure what they said since its start is printed."""
-        marks = [len(witness.lines) for witness in witnesses]
+        """One check. Witnesses are processes and clients; at a failure the news of what they said is printed."""
         start = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
@@ -245,10 +246,13 @@ class Report:
             print(f"FAIL {name}: {shown if str(shown) else repr(error)}")
             if not isinstance(error, (Failed, TimeoutError)):
                 print(f"     ({type(error).__name__})")
-            for witness, mark in zip(witnesses, marks, strict=True):
-                # A process may have said why in its first lines.
-                lines = witness.lines[mark:][-60:] or witness.lines[-20:]
-                for line in lines or ["(nothing)"]:
+            for witness in witnesses:
+                news = witness.lines[self._printed.get(id(witness), 0):]
+                self._printed[id(witness)] = len(witness.lines)
+                # The first lines tell the settings, the last ones the end.
+                if len(news) > 80:
+                    news[20:-60] = [f"({len(news) - 80} lines left out)"]
+                for line in news or ["(nothing new)"]:
                     print(f"     {witness.name}: {line[:400]}")
         else:
             self.passed += 1

@@ -325,10 +325,13 @@ async def demo(report: Report, options: Options) -> None:
 
         async with report.check("demo: the page in Chromium connects and gets its echo", chromium, proxy, seconds=60):
             await chromium.call("page", url=f"http://{proxy.address}/")
-            await chromium.call("text", selector="#status", contains="connected")
+            await chromium.call("text", selector="#status", **{"is": "connected"})
             await chromium.call("fill", selector="#message", value="hello from the page")
             await chromium.call("click", selector="#send")
             await chromium.call("text", selector="#log", contains="hello from the page")
+            # The page may show what it sends, too.
+            while "hello from the page" not in await chromium.call("framesReceived"):
+                await asyncio.sleep(0.1)
             await chromium.call("screenshot", path=str(WORK / "demo.png"))
 
         async with report.check("demo: SIGTERM closes with 1001 and ends with 0", *seen_by):

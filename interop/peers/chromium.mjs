@@ -14,6 +14,9 @@ const context = await chromium.launchPersistentContext(profile, {
     ],
 });
 const page = await context.newPage();
+// What really came over the wire, whatever a page shows of it.
+const frames = [];
+page.on('websocket', (websocket) => websocket.on('framereceived', ({ payload }) => frames.push(String(payload))));
 const script = readFileSync(new URL('./socket.js', import.meta.url), 'utf8');
 
 const operations = {
@@ -22,18 +25,22 @@ const operations = {
         await page.evaluate(`${script}; globalThis.operations = socketOperations(WebSocket); null`);
         return { status: response.status(), title: await page.title() };
     },
-    // Waits until the element contains the text, and returns what it contains.
-    async text({ selector, contains }) {
+    // Waits until the element has or contains a text, and returns what it contains.
+    async text({ selector, contains, is }) {
+        const seen = () => page.evaluate((s) => document.querySelector(s)?.textContent.trim() ?? null, selector);
         await page.waitForFunction(
-            ([selector, contains]) => document.querySelector(selector)?.textContent.includes(contains),
-            [selector, contains],
+            ([selector, contains, is]) => {
+                const text = document.querySelector(selector)?.textContent.trim() ?? '';
+                return is === null ? text.includes(contains) : text === is;
+            },
+            [selector, contains ?? null, is ?? null],
             { timeout: 10000 },
         ).catch(async (error) => {
-            const seen = await page.evaluate((s) => document.querySelector(s)?.textContent ?? null, selector);
-            throw new Error(`${selector} has ${JSON.stringify(seen)}, not ${JSON.stringify(contains)} (${error.name})`);
+            throw new Error(`${selector} has ${JSON.stringify(await seen())}, not "${is ?? contains}" (${error.name})`);
         });
-        return (await page.textContent(selector)).trim();
+        return seen();
     },
+    async framesReceived() { return frames.filter((payload) => payload.length < 1000).slice(-20); },
     async fill({ selector, value }) { await page.fill(selector, value, { timeout: 5000 }); },
     async press({ selector, key }) { await page.press(selector, key, { timeout: 5000 }); },
     async click({ selector }) { await page.click(selector, { timeout: 5000 }); },
