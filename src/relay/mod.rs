@@ -444,10 +444,11 @@ impl Relay {
                     if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
                         lane.opcode = header.opcode;
                     }
-                    lane.inside_frame = header.payload > self.config.hold_frame as u64 && forwards;
+                    lane.streams = header.payload > self.config.hold_frame as u64;
+                    lane.inside_frame = lane.streams && forwards;
                 }
                 Step::End(header) => {
-                    lane.inside_frame = false;
+                    (lane.streams, lane.inside_frame) = (false, false);
                     let end = at;
                     if header.opcode.is_control() {
                         // Held until it is whole, so all of it is here.
@@ -482,8 +483,8 @@ impl Relay {
                 }
             }
         };
-        let inside_frame = self.lanes[index].inside_frame;
-        let run_end = if inside_frame && violation.is_none() { bytes.len() } else { frame_at };
+        let streams = self.lanes[index].streams;
+        let run_end = if streams && violation.is_none() { bytes.len() } else { frame_at };
         if forwards && run_at < run_end {
             self.write(cx, to, &bytes[run_at..run_end], now);
         }
@@ -491,7 +492,7 @@ impl Relay {
         if let Some(violation) = violation {
             lane.hold(&[], false, now);
             self.ending.heard_gone(side, Gone::Broke(violation), false, now);
-        } else if inside_frame || !forwards {
+        } else if streams {
             lane.hold(&[], false, now);
         } else {
             lane.hold(&bytes[frame_at..], frame_at == 0, now);
@@ -632,7 +633,7 @@ impl Relay {
         let lane = &mut self.lanes[side as usize];
         let held = std::mem::take(&mut lane.held);
         if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
-            lane.inside_frame = true;
+            (lane.streams, lane.inside_frame) = (true, true);
             lane.held_since = None;
             self.write(cx, side.other(), &held, now);
         } else {
