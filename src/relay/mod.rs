@@ -409,7 +409,8 @@ impl Relay {
                 Ok(fresh) => {
                     let probe = &mut self.probes[index];
                     probe.heard = now;
-                    probe.deadline = None;
+                    // The timer may stand at the deadline, and the next Ping be due before.
+                    self.timer_is_late |= probe.deadline.take().is_some();
                     lane.counts.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
