@@ -5,6 +5,7 @@ peers/socket.js). `lines` is the transcript for a report.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -29,16 +30,14 @@ class ProcessClient(Process):
 
     async def __aenter__(self):
         await self.start(*self.command())
-        await self.wait_for_line(json_line(value="ready"), '"ready"', 60)
+        await self.ready(json_line(value="ready"), '"ready"', 60)
         return self
 
     async def __aexit__(self, *_) -> None:
         # The end of stdin lets it close what it opened; a signal would leave Chromium's children behind.
         self._child.stdin.close()
-        try:
+        with contextlib.suppress(Failed):
             await self.ended()
-        except Failed:
-            pass
         await self.stop()
 
     def command(self) -> list:

@@ -8,12 +8,11 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 INTEROP = Path(__file__).resolve().parent.parent
@@ -32,6 +31,20 @@ class Failed(Exception):
 def expect(what: str, seen: object, wanted: object) -> None:
     if seen != wanted:
         raise Failed(f"{what}: {seen!r}, not {wanted!r}")
+
+
+def run(main: Coroutine[object, object, int]) -> int:
+    """asyncio.run, with SIGTERM treated as Ctrl-C is: whatever was started is ended on the way out."""
+
+    async def cancellable() -> int:
+        task = asyncio.ensure_future(main)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(cancellable())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
 
 
 class Process:
@@ -58,9 +71,7 @@ class Process:
             start_new_session=True,
         )
         self._open_pipes = 2
-        self._readers = [
-            asyncio.create_task(self._read(stream)) for stream in (self._child.stdout, self._child.stderr)
-        ]
+        self._readers = [asyncio.create_task(self._read(stream)) for stream in (self._child.stdout, self._child.stderr)]
 
     async def _read(self, stream: asyncio.StreamReader) -> None:
         while line := await stream.readline():
@@ -89,6 +100,17 @@ class Process:
                     await self._news.wait()
         except TimeoutError:
             raise Failed(f"{self.name}: no {what} within {seconds} s") from None
+
+    async def ready(self, matches: Callable[[str], object], what: str, seconds: float = START_SECONDS):
+        """As wait_for_line, right after the start: what does not get ready is not left running, and its log is told."""
+        try:
+            return await self.wait_for_line(matches, what, seconds)
+        except Failed as error:
+            await self.stop()
+            raise Failed("\n     ".join([str(error), *self.lines[-40:]])) from None
+        except BaseException:
+            await self.stop()
+            raise
 
     def write(self, line: str) -> None:
         self._child.stdin.write(line.encode() + b"\n")
@@ -149,7 +171,7 @@ class Backend(Process):
 
     async def __aenter__(self):
         await self.start(sys.executable, INTEROP / "peers" / "echo.py")
-        self.address = (await self.wait_for_line(json_line(event="listening"), "its address"))["address"]
+        self.address = (await self.ready(json_line(event="listening"), "its address"))["address"]
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -166,26 +188,21 @@ class Tomcat(Process):
     def __init__(self) -> None:
         super().__init__("tomcat")
         self.address = ""
-        self._base = ""
 
     async def __aenter__(self):
-        self._base = tempfile.mkdtemp(prefix="tomcat-", dir=WORK)
-        await self.start(INTEROP / "tomcat" / "start", self._base)
+        self._base = tempfile.TemporaryDirectory(prefix="tomcat-", dir=WORK, ignore_cleanup_errors=True)
+        await self.start(INTEROP / "tomcat" / "start", self._base.name)
 
         def port(line: str) -> str | None:
             found = re.search(r'Starting ProtocolHandler \["http-nio-127\.0\.0\.1-auto-\d+-(\d+)"\]', line)
             return found and found.group(1)
 
-        try:
-            self.address = "127.0.0.1:" + await self.wait_for_line(port, "its port", 90)
-        except Failed:
-            await self.__aexit__()
-            raise
+        self.address = "127.0.0.1:" + await self.ready(port, "its port", 90)
         return self
 
     async def __aexit__(self, *_) -> None:
         await self.stop()
-        shutil.rmtree(self._base, ignore_errors=True)
+        self._base.cleanup()
 
 
 class Proxy(Process):
@@ -217,7 +234,7 @@ class Proxy(Process):
         WORK.mkdir(exist_ok=True)
         # Started where no proxy.toml lies about.
         await self.start(binary.resolve(), *command, env=env, cwd=WORK)
-        self.address = (await self.wait_for_line(json_line(message="listening"), '"listening"'))["address"]
+        self.address = (await self.ready(json_line(message="listening"), '"listening"'))["address"]
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -247,7 +264,7 @@ class Report:
             if not isinstance(error, (Failed, TimeoutError)):
                 print(f"     ({type(error).__name__})")
             for witness in witnesses:
-                news = witness.lines[self._printed.get(id(witness), 0):]
+                news = witness.lines[self._printed.get(id(witness), 0) :]
                 self._printed[id(witness)] = len(witness.lines)
                 # The first lines tell the settings, the last ones the end.
                 if len(news) > 80:

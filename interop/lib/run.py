@@ -23,6 +23,7 @@ from harness import (
     Report,
     Tomcat,
     expect,
+    run,
 )
 
 MIB = 1024 * 1024
@@ -58,8 +59,11 @@ async def clients_and_echo(report: Report, options: Options, flavour: str) -> No
         async with report.check(f"{flavour}: text, empty text, binary", *seen_by):
             for message in ({"text": "grüße, 世界"}, {"text": ""}, {"bytes": 70_000}, {"bytes": 0}):
                 echo = await client.echo("main", **message)
-                expect(f"echo of {message}", (echo["kind"], echo["same"]), (
-                    "text" if "text" in message else "binary", True))
+                expect(
+                    f"echo of {message}",
+                    (echo["kind"], echo["same"]),
+                    ("text" if "text" in message else "binary", True),
+                )
 
         async with report.check(f"{flavour}: 1 MiB that compresses, 1 MiB that does not", *seen_by):
             for message in ({"text": "tidegate" * 16, "repeat": MIB // 128}, {"bytes": MIB}):
@@ -371,10 +375,10 @@ async def main() -> int:
             await GROUPS[name](report, options)
         except Exception as error:
             report.failed += 1
-            print(f"FAIL {name}: {type(error).__name__}: {error}")
+            print(f"FAIL {name}: {error if isinstance(error, Failed) else repr(error)}")
         print(f"     {name}: {report.passed + report.failed - before} checks, {time.monotonic() - start:.1f} s")
     return report.summary()
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(run(main()))

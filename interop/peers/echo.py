@@ -107,7 +107,8 @@ async def main() -> None:
         max_size=64 * 1024 * 1024,
         ping_interval=None,
     ) as server:
-        report("listening", address="127.0.0.1:%d" % server.sockets[0].getsockname()[1])
+        host, port = server.sockets[0].getsockname()
+        report("listening", address=f"{host}:{port}")
         await stop.wait()
 
 
