@@ -1,0 +1,1 @@
+//! What peers cost that take nothing, or give only half.
