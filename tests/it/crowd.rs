@@ -103,7 +103,8 @@ fn a_drain_answers_all_that_it_has_forwarded() {
     const COUNT: usize = 1000;
     let stage = Stage::new();
     let backend = stage.backend(crowd::echo);
-    let settings = "drain = { delay = '0s', window = '1s' }";
+    // A backend on a slow machine is waited for, so that only what tidegate does can be at fault.
+    let settings = "drain = { delay = '0s', window = '1s' }\nclose.handshake_timeout = '10s'";
     let t = stage.tidegate(settings, backend.address);
     let begun = Board::new(0);
     let (took, talks) = stage.clients(async || {
@@ -327,7 +328,7 @@ fn nothing_is_left_of_1000_sessions() {
             }
         }
     });
-    let settings = "close = { delay = '50ms', handshake_timeout = '300ms', linger = '300ms' }";
+    let settings = "close = { delay = '50ms', handshake_timeout = '500ms' }";
     let t = stage.tidegate(settings, backend.address);
     let ways = stage.clients(async || {
         let clients = connect(t.address, COUNT).await;
@@ -337,7 +338,7 @@ fn nothing_is_left_of_1000_sessions() {
             let (way, backends) = (CLIENT[index % CLIENT.len()], BACKEND[index / CLIENT.len() % BACKEND.len()]);
             // What comes of it is up to who is first.
             let _ = client.send(&Frame::text(backends)).await;
-            if index % 2 == 0 {
+            if index.is_multiple_of(2) {
                 let _ = client.frame().await;
             }
             match way {

@@ -29,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncWriteExt, Interest},
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     time::timeout,
@@ -443,6 +443,28 @@ impl Member {
         self.stream.write(bytes).await
     }
 
+    /// Sends for as long as the other side says nothing; tells `sent` how much the kernel has taken each time. Returns the
+    /// frame or the end that came before all was sent.
+    pub async fn send_until_heard(&mut self, mut bytes: &[u8], sent: impl Fn(usize)) -> Option<Result<SeenFrame, End>> {
+        while !bytes.is_empty() {
+            let ready = self.stream.ready(Interest::READABLE | Interest::WRITABLE).await.expect("a registered socket");
+            let read = if ready.is_readable() { self.try_fill() } else { Err(io::ErrorKind::WouldBlock.into()) };
+            if !matches!(&read, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+                // A whole frame, or an end, which reading again finds again.
+                return Some(self.frame().await);
+            }
+            match self.stream.try_write(bytes) {
+                Ok(count) => {
+                    sent(count);
+                    bytes = &bytes[count..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Some(Err(End::Error(error.kind()))),
+            }
+        }
+        None
+    }
+
     /// The next frame, or the end. Dropping the future loses nothing.
     pub async fn frame(&mut self) -> Result<SeenFrame, End> {
         loop {
@@ -475,7 +497,7 @@ impl Member {
 
     /// Apart, so that a member that waits does not hold the memory for what it waits for.
     fn try_fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; 32 * 1024];
+        let mut chunk = [0; 16 * 1024];
         let count = self.stream.try_read(&mut chunk)?;
         self.buffer.extend_from_slice(&chunk[..count]);
         Ok(count)
