@@ -513,7 +513,7 @@ impl Relay {
         self.traffic.message(side, header.opcode);
         match header.opcode {
             Opcode::Close => {
-                let close = CloseFrame::read(payload, header.mask).ok_or(Violation::Close)?;
+                let close = CloseFrame::read(payload, header.mask)?;
                 // Passed on by `ending`, at its time.
                 self.closes[side as usize] = Some(whole.into());
                 self.ending.heard_close(side, close.code(), now);
