@@ -347,6 +347,8 @@ pub async fn connect(address: SocketAddr, count: usize) -> Vec<Member> {
 pub struct Member {
     stream: TcpStream,
     is_client: bool,
+    /// It has sent its one Close.
+    has_closed: bool,
     /// Received, and not yet part of anything.
     buffer: Vec<u8>,
     /// Of `buffer`, what was taken already.
@@ -381,7 +383,7 @@ impl Member {
     fn new(stream: TcpStream, is_client: bool) -> Self {
         // ENOTCONN is seen with the first read.
         let _ = stream.set_nodelay(true);
-        Self { stream, is_client, buffer: Vec::new(), taken: 0 }
+        Self { stream, is_client, has_closed: false, buffer: Vec::new(), taken: 0 }
     }
 
     /// A client that has said nothing yet.
@@ -431,6 +433,7 @@ impl Member {
     }
 
     pub async fn send(&mut self, frame: &Frame) -> io::Result<()> {
+        self.has_closed |= frame.opcode == CLOSE;
         self.send_bytes(&self.bytes_of(frame)).await
     }
 
@@ -503,14 +506,14 @@ impl Member {
         Ok(count)
     }
 
-    /// Reads until the end, at most [`DEADLINE`] from one frame to the next; answers the first Close as a polite peer does.
+    /// Reads until the end, at most [`DEADLINE`] from one frame to the next; answers a Close unless it has sent its own.
     pub async fn rest(&mut self) -> Rest {
         let (mut messages, mut bytes, mut closes, mut closed_at, mut is_ragged) = (0, 0, Vec::new(), None, false);
         let end = loop {
             match timeout(DEADLINE, self.frame()).await.unwrap_or(Err(End::Timeout)) {
                 Ok(frame) if frame.opcode == CLOSE => {
                     closed_at = Some(Instant::now());
-                    if closes.is_empty() {
+                    if !self.has_closed {
                         // What came of it is seen with the end.
                         let _ = self.send(&Frame::new(CLOSE, &frame.payload[..frame.payload.len().min(2)])).await;
                     }
