@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Running --SIGTERM--> delay: goes on accepting --> window: listeners closed, sessions end one by one
-//!         --second signal, at any time--> everything ends now, still with Close frames
-//!         --all ended, or out of time--> exit 0
+//!         --second signal, at any time--> every session ends now, still with Close frames
+//!         --all ended, or `drain.timeout` after the window--> exit 0
 //! ```
 
 use std::{
@@ -42,7 +42,7 @@ pub struct Server {
     abort: CancellationToken,
     /// Closed when the last worker has ended.
     workers: mpsc::Receiver<()>,
-    /// The longest that a session takes to end once it has been told.
+    /// The longest that a session takes to end once it was told, with peers that answer nothing.
     ending: Duration,
 }
 
@@ -121,17 +121,19 @@ impl Server {
         let late = async {
             if !hurried {
                 tokio::select! {
-                    () = sleep(config.window + config.timeout) => warn!("out of time: ending what is left"),
-                    () = &mut hurry => info!("second signal: ending everything now"),
+                    // By the end of the window every session was told.
+                    () = sleep(config.window + config.timeout) => return,
+                    () = &mut hurry => {}
                 }
             }
+            info!("second signal: ending everything now");
             self.drain.hurry();
             sleep(self.ending).await;
         };
         tokio::select! {
             _ = self.workers.recv() => info!("drained"),
             () = late => {
-                warn!("sessions are left that did not end in time");
+                warn!("out of time: what is left is cut");
                 self.abort.cancel();
                 self.workers.recv().await;
             }

@@ -18,6 +18,8 @@ pub(super) struct Lane {
     /// buffer and a control frame, since nothing is read while there are any.
     pending: Vec<u8>,
     taken: usize,
+    /// The frame that is under way is not held: its bytes go on, or are discarded, as they come.
+    pub(super) streams: bool,
     /// The other side has the beginning of a frame and not its end.
     pub(super) inside_frame: bool,
     /// When the other side last took bytes, or they first had to wait.
@@ -47,6 +49,7 @@ impl Lane {
             held_since: None,
             pending: Vec::new(),
             taken: 0,
+            streams: false,
             inside_frame: false,
             progress: now,
             opcode: Opcode::Binary,

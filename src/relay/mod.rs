@@ -409,7 +409,8 @@ impl Relay {
                 Ok(fresh) => {
                     let probe = &mut self.probes[index];
                     probe.heard = now;
-                    probe.deadline = None;
+                    // The timer may stand at the deadline, and the next Ping be due before.
+                    self.timer_is_late |= probe.deadline.take().is_some();
                     lane.counts.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
@@ -444,10 +445,11 @@ impl Relay {
                     if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
                         lane.opcode = header.opcode;
                     }
-                    lane.inside_frame = header.payload > self.config.hold_frame as u64 && forwards;
+                    lane.streams = header.payload > self.config.hold_frame as u64;
+                    lane.inside_frame = lane.streams && forwards;
                 }
                 Step::End(header) => {
-                    lane.inside_frame = false;
+                    (lane.streams, lane.inside_frame) = (false, false);
                     let end = at;
                     if header.opcode.is_control() {
                         // Held until it is whole, so all of it is here.
@@ -482,8 +484,8 @@ impl Relay {
                 }
             }
         };
-        let inside_frame = self.lanes[index].inside_frame;
-        let run_end = if inside_frame && violation.is_none() { bytes.len() } else { frame_at };
+        let streams = self.lanes[index].streams;
+        let run_end = if streams && violation.is_none() { bytes.len() } else { frame_at };
         if forwards && run_at < run_end {
             self.write(cx, to, &bytes[run_at..run_end], now);
         }
@@ -491,7 +493,7 @@ impl Relay {
         if let Some(violation) = violation {
             lane.hold(&[], false, now);
             self.ending.heard_gone(side, Gone::Broke(violation), false, now);
-        } else if inside_frame || !forwards {
+        } else if streams {
             lane.hold(&[], false, now);
         } else {
             lane.hold(&bytes[frame_at..], frame_at == 0, now);
@@ -511,7 +513,7 @@ impl Relay {
         self.traffic.message(side, header.opcode);
         match header.opcode {
             Opcode::Close => {
-                let close = CloseFrame::read(payload, header.mask).ok_or(Violation::Close)?;
+                let close = CloseFrame::read(payload, header.mask)?;
                 // Passed on by `ending`, at its time.
                 self.closes[side as usize] = Some(whole.into());
                 self.ending.heard_close(side, close.code(), now);
@@ -632,7 +634,7 @@ impl Relay {
         let lane = &mut self.lanes[side as usize];
         let held = std::mem::take(&mut lane.held);
         if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
-            lane.inside_frame = true;
+            (lane.streams, lane.inside_frame) = (true, true);
             lane.held_since = None;
             self.write(cx, side.other(), &held, now);
         } else {

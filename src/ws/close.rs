@@ -1,6 +1,9 @@
 //! Close codes and the payload of a Close frame (RFC 6455 5.5.1 and 7.4).
 
-use super::frame::{ControlFrame, MAX_CONTROL, Opcode, apply_mask};
+use super::{
+    Violation,
+    frame::{ControlFrame, MAX_CONTROL, Opcode, apply_mask},
+};
 
 /// A close code that may stand on the wire. 1005, 1006 and 1015 never do: they report the lack of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,6 +16,8 @@ impl Code {
     pub const GOING_AWAY: Self = Self(1001);
     /// The peer broke the protocol.
     pub const PROTOCOL: Self = Self(1002);
+    /// Data that is not what it says it is, such as text that is no UTF-8.
+    pub const INVALID: Self = Self(1007);
     /// A message broke a policy, when no other code fits.
     pub const POLICY: Self = Self(1008);
     /// A message too big to be processed.
@@ -65,23 +70,23 @@ impl CloseFrame {
 
     /// Reads the payload of a Close frame, which `mask` hides when it came from a client.
     ///
-    /// `None` when it breaks the protocol: a single byte, a code that must not be sent, a reason that is no UTF-8.
-    pub fn read(payload: &[u8], mask: Option<[u8; 4]>) -> Option<Self> {
+    /// It breaks the protocol with a single byte, a code that must not be sent, or a reason that is no UTF-8.
+    pub fn read(payload: &[u8], mask: Option<[u8; 4]>) -> Result<Self, Violation> {
         let mut own = [0; MAX_CONTROL];
-        let own_payload = own.get_mut(..payload.len())?;
+        let own_payload = own.get_mut(..payload.len()).ok_or(Violation::Control)?;
         own_payload.copy_from_slice(payload);
         if let Some(key) = mask {
             apply_mask(own_payload, key);
         }
         match own_payload {
             [] => {}
-            [_] => return None,
+            [_] => return Err(Violation::Close),
             [high, low, reason @ ..] => {
-                Code::new(u16::from_be_bytes([*high, *low]))?;
-                std::str::from_utf8(reason).ok()?;
+                Code::new(u16::from_be_bytes([*high, *low])).ok_or(Violation::Close)?;
+                std::str::from_utf8(reason).map_err(|_| Violation::CloseReason)?;
             }
         }
-        Some(Self { payload: own, len: u8::try_from(payload.len()).ok()? })
+        Ok(Self { payload: own, len: u8::try_from(payload.len()).expect("at most 125, since it fits") })
     }
 
     /// The payload in the clear.

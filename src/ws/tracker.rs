@@ -64,6 +64,9 @@ pub enum Violation {
     /// A Close with a payload that must not be.
     #[error("invalid Close payload")]
     Close,
+    /// A Close whose reason is no UTF-8.
+    #[error("Close reason is not UTF-8")]
+    CloseReason,
     /// A frame over the limit.
     #[error("frame too big")]
     FrameTooBig,
@@ -77,6 +80,7 @@ impl Violation {
     pub const fn code(self) -> Code {
         match self {
             Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
+            Self::CloseReason => Code::INVALID,
             _ => Code::PROTOCOL,
         }
     }

@@ -183,7 +183,7 @@ fn an_unanswered_client_gets_an_echo() {
         backend.assert_closed_with(code);
     }
     let metrics = t.proxy().metrics_when("all ends", |m| m.sum("tidegate_closes_total") > 2.5);
-    assert_eq!(metrics.get("tidegate_abnormal_closes_total{cause=\"backend_no_answer\"}") as u32, 3);
+    assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"backend_no_answer\"}"), 3);
     t.no_rst();
 }
 
@@ -288,7 +288,7 @@ fn a_client_that_closes_its_socket_is_normal() {
     backend.assert_closed_with(1000);
     assert!(backend.write_failed.is_empty(), "{backend:?}");
     let metrics = t.proxy().metrics_when("the end", |m| m.sum("tidegate_closes_total") > 0.5);
-    assert_eq!(metrics.sum("tidegate_abnormal_closes_total") as u32, 0, "{metrics:?}");
+    assert!(metrics.sum("tidegate_abnormal_closes_total") < 0.5, "{metrics:?}");
     t.no_rst();
 }
 
@@ -428,7 +428,7 @@ fn a_silent_side_is_found() {
     let backend = t.connection(0).seen();
     backend.assert_closed_with(1001);
     let metrics = t.proxy().metrics_when("the end", |m| m.sum("tidegate_closes_total") > 0.5);
-    assert_eq!(metrics.get("tidegate_abnormal_closes_total{cause=\"client_silent\"}") as u32, 1);
+    assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"client_silent\"}"), 1);
     t.no_rst();
     // The other way round.
     let t = Scene::new(settings).backend(backend::never_answers_close).start();
@@ -541,6 +541,28 @@ fn a_drain_goes_upstream_first() {
     t.no_rst();
 }
 
+/// After our Close a peer's frames are discarded but still followed, in whatever pieces they come: its own Close is found behind
+/// a large frame, and byte by byte.
+#[test]
+fn a_close_in_pieces_is_found() {
+    let t = Scene::new("close.handshake_timeout = '60s'").backend(backend::fin_without_close).start();
+    let seen = t.client(async |c| {
+        c.handshake("/").await;
+        c.read_close().await;
+        let mut bytes = c.frame_bytes(&Frame::binary(vec![7; 40_000]));
+        bytes.extend(c.frame_bytes(&Frame::text("discarded")));
+        let (large, rest) = bytes.split_at(30_000);
+        c.send_bytes(large).await;
+        c.sent_is_acked().await;
+        c.send_bytes(rest).await;
+        let close = c.frame_bytes(&Frame::close(1012, ""));
+        c.drip(&close, 1, Duration::from_millis(2)).await;
+        c.until_end().await
+    });
+    seen.assert_closed_with(1012);
+    t.no_rst();
+}
+
 /// A second signal does not wait for the window; it is still polite.
 #[test]
 fn a_second_signal_hurries() {
@@ -608,14 +630,16 @@ fn a_client_that_breaks_a_rule() {
 #[test]
 fn an_invalid_close_is_not_passed_on() {
     let t = Scene::new("").start();
-    let payloads: [&[u8]; 5] = [b"\x03", b"\x03\xed", b"\x03\xee", b"\x00\x00", b"\x03\xe8\xff\xff"];
-    for (index, payload) in payloads.into_iter().enumerate() {
+    // One byte; 1005, 1006 and 0, which never stand on the wire; a reason that is no UTF-8.
+    let payloads: [(&[u8], u16); 5] =
+        [(b"\x03", 1002), (b"\x03\xed", 1002), (b"\x03\xee", 1002), (b"\x00\x00", 1002), (b"\x03\xe8\xff\xff", 1007)];
+    for (index, (payload, code)) in payloads.into_iter().enumerate() {
         let seen = t.client(async |c| {
             c.handshake("/").await;
             c.send(&Frame::new(ws::CLOSE, payload)).await;
             c.until_end().await
         });
-        seen.assert_closed_with(1002);
+        seen.assert_closed_with(code);
         t.connection(index).seen().assert_closed_with(1001);
     }
     t.no_rst();
@@ -662,7 +686,7 @@ fn a_backend_that_dies_inside_a_frame() {
             assert_eq!((seen.closes(), seen.end), (vec![], End::Fin), "{seen:?}");
             assert!(!seen.leftover.is_empty());
             let metrics = t.proxy().metrics_when("the end", |m| m.sum("tidegate_closes_total") > 0.5);
-            assert_eq!(metrics.get("tidegate_abnormal_closes_total{cause=\"cut_inside_frame\"}") as u32, 1);
+            assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"cut_inside_frame\"}"), 1);
         } else {
             seen.assert_closed_with(1012);
         }

@@ -4,4 +4,6 @@ mod harness;
 
 mod close_table;
 mod config;
+mod crowd;
 mod harness_self;
+mod memory;
