@@ -184,7 +184,8 @@ async fn compare(options: &Options) -> anyhow::Result<()> {
         options.sessions
     );
     let peers = peers(options)?;
-    let folder = tempfile::tempdir().context("a folder for configurations and logs")?;
+    let folder = tempfile::Builder::new().prefix("tidegate-compare-").tempdir();
+    let folder = folder.context("a folder for configurations and logs")?;
     let mut report = Report::new(options, &peers)?;
 
     for round in 0..options.rounds {

@@ -267,9 +267,7 @@ impl Report {
                     }
                 }
                 match row.next_to_nginx_percent {
-                    Some(Spread { median, min, max }) => {
-                        writeln!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?;
-                    }
+                    Some(Spread { median, min, max }) => writeln!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
                     None => writeln!(text, " – |")?,
                 }
             }
