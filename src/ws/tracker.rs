@@ -3,6 +3,9 @@
 //! It is fed bytes in any portions and says the same whatever the portions are. It keeps at most one header
 //! ([`MAX_HEADER`] bytes) and never a payload.
 
+#[cfg(test)]
+mod tests;
+
 use super::{
     Code,
     frame::{Header, MAX_CONTROL, MAX_HEADER, Opcode},

@@ -2,6 +2,7 @@
 
 mod harness;
 
+mod architecture;
 mod close_table;
 mod config;
 mod crowd;
