@@ -14,7 +14,7 @@ use std::{
     io,
     time::{Duration, Instant},
 };
-use tokio::time::{interval, sleep};
+use tokio::time::{interval, sleep, timeout};
 
 /// One message, and its echo: from then on the session is known to be relayed.
 async fn exchange(member: &mut Member, text: &str) {
@@ -241,63 +241,73 @@ fn close_audit_without_a_proxy() {
 }
 
 /// Upload and download stand, both full to the brim; then the backend ends with Close and FIN, and never reads a byte. A client
-/// that only now begins to read gets all of the 2 MiB, the Close and a FIN.
+/// that only now begins to read gets all of the 2 MiB, the Close and a FIN; also one that answers the Close only behind the rest
+/// of its upload, long after that FIN.
 #[test]
 fn a_full_download_arrives_while_the_upload_stands() {
     const DOWNLOAD: usize = 2 << 20;
     const UPLOAD: usize = 8 << 20;
-    let (stage, stands, has_read) = (Stage::new(), Board::new(false), Board::new(false));
-    let backend = {
-        let (stands, has_read) = (stands.clone(), has_read.clone());
-        stage.backend(async move |mut member: Member| {
-            member.handshake().await;
-            stands.until(DEADLINE, |stands| stands.then_some(())).await.expect("an upload that stands");
-            let frame = member.bytes_of(&Frame::binary(vec![b'x'; DOWNLOAD / 32]));
-            let sent = async {
-                for _ in 0..32 {
-                    member.send_bytes(&frame).await?;
-                }
-                member.send(&Frame::close(1000, "that was all")).await
-            };
-            let sent = sent.await.map_err(|error| error.kind());
-            member.fin().await;
-            // Held, and not read.
-            has_read.until(DEADLINE, |has_read| has_read.then_some(())).await.expect("a client that reads");
-            sent
-        })
-    };
-    let t = stage.tidegate("", backend.address);
-    let (uploaded, downloaded, code, end) = stage.clients(async || {
-        let mut client = connect(t.address, 1).await.pop().expect("there is one");
-        let frame = client.bytes_of(&Frame::binary(vec![b'y'; 16 << 10]));
-        let upload = frame.repeat(UPLOAD / (16 << 10));
-        let mut uploaded = 0;
-        while let Ok(taken) =
-            tokio::time::timeout(Duration::from_millis(500), client.send_some(&upload[uploaded..])).await
-        {
-            uploaded += taken.expect("an open session");
-        }
-        stands.change(|stands| *stands = true);
-        let mut downloaded = 0;
-        let close = loop {
-            match client.frame().await.expect("a download and a Close") {
-                frame if frame.opcode == CLOSE => break frame,
-                frame => downloaded += frame.payload.len(),
-            }
+    for is_late in [false, true] {
+        let (stage, stands, has_read) = (Stage::new(), Board::new(false), Board::new(false));
+        let backend = {
+            let (stands, has_read) = (stands.clone(), has_read.clone());
+            stage.backend(async move |mut member: Member| {
+                member.handshake().await;
+                stands.until(DEADLINE, |stands| stands.then_some(())).await.expect("an upload that stands");
+                let frame = member.bytes_of(&Frame::binary(vec![b'x'; DOWNLOAD / 32]));
+                let sent = async {
+                    for _ in 0..32 {
+                        member.send_bytes(&frame).await?;
+                    }
+                    member.send(&Frame::close(1000, "that was all")).await
+                };
+                let sent = sent.await.map_err(|error| error.kind());
+                member.fin().await;
+                // Held, and not read.
+                has_read.until(DEADLINE, |has_read| has_read.then_some(())).await.expect("a client that reads");
+                sent
+            })
         };
-        // The rest of its upload comes first: it is inside a frame.
-        client.send_bytes(&upload[uploaded..]).await.expect("somebody who takes it");
-        client.send(&Frame::new(CLOSE, &close.payload)).await.expect("somebody who takes it");
-        let rest = client.rest().await;
-        has_read.change(|has_read| *has_read = true);
-        (uploaded, downloaded, close.code(), rest.summary())
-    });
-    println!("{uploaded} bytes of upload stood; {downloaded} bytes of download arrived, then Close {code}, {end}");
-    assert!(uploaded < UPLOAD, "all of the upload went somewhere");
-    assert_eq!((downloaded, code, end.as_str()), (DOWNLOAD, 1000, "Fin"));
-    assert_eq!(backend.results(1), [Ok(())]);
-    t.assert_nothing_left();
-    t.assert_sent_no_rst();
+        // For an answer that a late client does not give in time.
+        let t = stage.tidegate("close.handshake_timeout = '500ms'", backend.address);
+        let (uploaded, downloaded, code, end) = stage.clients(async || {
+            let mut client = connect(t.address, 1).await.pop().expect("there is one");
+            let upload = client.bytes_of(&Frame::binary(vec![b'y'; 16 << 10])).repeat(UPLOAD / (16 << 10));
+            let mut uploaded = 0;
+            while uploaded < upload.len()
+                && let Ok(taken) = timeout(Duration::from_millis(500), client.send_some(&upload[uploaded..])).await
+            {
+                uploaded += taken.expect("an open session");
+            }
+            stands.change(|stands| *stands = true);
+            let mut downloaded = 0;
+            let close = loop {
+                match client.frame().await.expect("a download and a Close") {
+                    frame if frame.opcode == CLOSE => break frame,
+                    frame => downloaded += frame.payload.len(),
+                }
+            };
+            if is_late {
+                let fin = timeout(DEADLINE, client.frame()).await;
+                assert!(matches!(fin, Ok(Err(End::Fin))), "{fin:?} instead of a FIN");
+            }
+            // The rest of its upload comes first: it is inside a frame.
+            client.send_bytes(&upload[uploaded..]).await.expect("somebody who takes it");
+            client.send(&Frame::new(CLOSE, &close.payload)).await.expect("somebody who takes it");
+            let rest = client.fin_and_rest().await;
+            has_read.change(|has_read| *has_read = true);
+            (uploaded, downloaded, close.code(), rest.summary())
+        });
+        let answered = if is_late { "after the FIN" } else { "before the FIN" };
+        println!(
+            "{uploaded} bytes of upload stood; {downloaded} of download arrived, then Close {code}, answered {answered}: {end}"
+        );
+        assert!(uploaded < UPLOAD, "all of the upload went somewhere");
+        assert_eq!((downloaded, code, end.as_str()), (DOWNLOAD, 1000, "Fin"));
+        assert_eq!(backend.results(1), [Ok(())]);
+        t.assert_nothing_left();
+        t.assert_sent_no_rst();
+    }
 }
 
 /// 1,000 sessions that end in every way there is leave nothing behind: no gauge, no descriptor.
