@@ -75,6 +75,8 @@ pub(super) struct View {
     pub flushed: bool,
     /// When bytes were last taken, or first had to wait.
     pub progress: Instant,
+    /// When what had waited was last gone: before that the other side was not read.
+    pub unblocked: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,9 +185,9 @@ impl Ending {
         self.leg(side).close.and_then(|close| close.0)
     }
 
-    /// It got a Close.
+    /// It got a Close: its kernel or ours has all of it.
     pub(super) const fn told_close(&self, side: Side) -> bool {
-        self.leg(side).said.is_some()
+        self.leg(side).flushed_at.is_some()
     }
 
     /// It was cut inside a frame.
@@ -291,11 +293,13 @@ impl Ending {
         leg.said = Some(Coded(code));
     }
 
-    /// The FIN that [`Ending::next`] asked for was left to the linger.
-    pub(super) fn let_go(&mut self, side: Side, now: Instant) {
+    /// The FIN that [`Ending::next`] asked for was left to the linger. `inside_frame`: as in [`Ending::heard_gone`].
+    pub(super) fn let_go(&mut self, side: Side, inside_frame: bool, now: Instant) {
         let leg = self.leg_mut(side);
         leg.told = Told::Fin;
         leg.let_go_at = Some(now);
+        let other = self.leg_mut(side.other());
+        other.cut |= inside_frame && other.told == Told::Nothing;
     }
 
     /// What to do next, or when to ask again at the latest. To be asked after everything that was told.
@@ -315,7 +319,7 @@ impl Ending {
         }
         for side in Side::BOTH {
             let view = views[side as usize];
-            let close = self.close_due(side, config);
+            let close = self.close_due(side, config, views);
             if let Some((at, what)) = close {
                 if at > now {
                     at_latest(at);
@@ -332,14 +336,18 @@ impl Ending {
                 _ => None,
             };
             if let Some(since) = waits_since.filter(|_| self.can_write(side)) {
-                let deadline = since.max(view.progress) + config.close_handshake_timeout;
-                if deadline <= now {
-                    self.stalled(side, !(view.boundary && view.flushed), now);
-                } else {
+                // A frame that does not end is its source's fault, bytes that are not taken this side's.
+                let patience = if view.flushed { config.close_handshake_timeout } else { config.write_timeout };
+                let deadline = since.max(view.progress) + patience;
+                if deadline > now {
                     at_latest(deadline);
+                } else if view.flushed {
+                    self.leg_mut(side).cut = true;
+                } else {
+                    self.stalled(side, true, now);
                 }
             }
-            match self.fin_due(side, config, view, now) {
+            match self.fin_due(side, config, views, now) {
                 Some(at) if at <= now => return Ok(Act::Fin(side)),
                 Some(at) => at_latest(at),
                 None => {}
@@ -350,7 +358,7 @@ impl Ending {
 
     /// Which Close this side is owed, and when; `None`: none, or not before something else happens.
     #[allow(clippy::match_same_arms, reason = "one arm per row of the close table")]
-    fn close_due(&self, side: Side, config: &Config) -> Option<(Instant, What)> {
+    fn close_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<(Instant, What)> {
         let leg = self.leg(side);
         if leg.told != Told::Nothing || !self.can_write(side) {
             return None;
@@ -358,12 +366,9 @@ impl Ending {
         let other = self.leg(side.other());
         let own = |code: Code| What::Own(CloseFrame::new(code, ""));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
-        let echo_of = |close: Coded| match close.0.and_then(Code::new) {
-            Some(code) => own(code),
-            None => What::Own(CloseFrame::EMPTY),
-        };
+        let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
         // Whatever is still awaited from the other side is given up then.
-        let unanswered = other.flushed_at.map(|at| at + config.close_handshake_timeout);
+        let unanswered = self.answer_due(side.other(), config, views);
         let other_unanswered = match (unanswered, other.let_go_at) {
             (Some(unanswered), Some(let_go)) => Some(unanswered.min(let_go)),
             (unanswered, let_go) => unanswered.or(let_go),
@@ -435,9 +440,20 @@ impl Ending {
         }
     }
 
+    /// When the answer to the Close that this side got is no longer waited for.
+    fn answer_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<Instant> {
+        let flushed_at = self.leg(side).flushed_at?;
+        // While the other one did not take what this one had sent, this one was not read, and its answer may lie there.
+        let toward_other = views[side.other() as usize];
+        let read_since = if toward_other.flushed { toward_other.unblocked } else { toward_other.progress };
+        let due = flushed_at.max(read_since) + config.close_handshake_timeout;
+        Some(due.min(flushed_at + config.close_handshake_timeout + config.write_timeout))
+    }
+
     /// When this side's leg is to be ended; `None`: not before something else happens.
-    fn fin_due(&self, side: Side, config: &Config, view: View, now: Instant) -> Option<Instant> {
+    fn fin_due(&self, side: Side, config: &Config, views: [View; 2], now: Instant) -> Option<Instant> {
         let leg = self.leg(side);
+        let view = views[side as usize];
         match (leg.told, leg.gone) {
             (Told::Fin, _) => None,
             (_, Some(Gone::Reset | Gone::Stalled)) => Some(now),
@@ -450,7 +466,9 @@ impl Ending {
             // "the server MUST close the connection immediately" after both Closes (RFC 6455 7.1.1).
             (Told::Flushed, None) if side == Side::Client && leg.close.is_some() => Some(now),
             // Without the peer's Close; or with the backend's, where we are the client and wait for its FIN.
-            (Told::Flushed, None) => leg.flushed_at.max(leg.since).map(|at| at + config.close_handshake_timeout),
+            (Told::Flushed, None) => {
+                self.answer_due(side, config, views).max(leg.since.map(|at| at + config.close_handshake_timeout))
+            }
         }
     }
 }

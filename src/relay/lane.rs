@@ -24,6 +24,8 @@ pub(super) struct Lane {
     pub(super) inside_frame: bool,
     /// When the other side last took bytes, or they first had to wait.
     pub(super) progress: Instant,
+    /// When what had waited was last gone.
+    pub(super) unblocked: Instant,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,
     pub(super) counts: Counts,
@@ -41,10 +43,11 @@ pub struct Counts {
 }
 
 impl Lane {
-    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: Bytes, now: Instant) -> Self {
+    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Instant) -> Self {
         Self {
             tracker: Tracker::new(sender, rsv, limits),
-            early,
+            // Without anything in it, it would still hold the whole buffer that hyper read into.
+            early: if early.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(&early) },
             held: Vec::new(),
             held_since: None,
             pending: Vec::new(),
@@ -52,6 +55,7 @@ impl Lane {
             streams: false,
             inside_frame: false,
             progress: now,
+            unblocked: now,
             opcode: Opcode::Binary,
             counts: Counts::default(),
         }
@@ -81,6 +85,7 @@ impl Lane {
         self.taken += count;
         self.progress = now;
         if !self.has_pending() {
+            self.unblocked = now;
             self.drop_pending();
         }
     }

@@ -108,13 +108,10 @@ impl CloseFrame {
         std::str::from_utf8(reason).unwrap_or_default()
     }
 
-    /// What an endpoint answers: "it typically echos the status code it received" (RFC 6455 5.5.1); nothing to nothing.
-    #[must_use]
-    pub fn echo(&self) -> Self {
-        match self.code().and_then(Code::new) {
-            Some(code) => Self::new(code, ""),
-            None => Self::EMPTY,
-        }
+    /// What an endpoint answers to a Close with this code: "it typically echos the status code it received" (RFC 6455
+    /// 5.5.1); nothing to nothing, nor to a code that must not be sent.
+    pub fn answer(code: Option<u16>) -> Self {
+        code.and_then(Code::new).map_or(Self::EMPTY, |code| Self::new(code, ""))
     }
 
     /// The frame for the wire; `mask` as in [`ControlFrame::new`].
@@ -172,7 +169,7 @@ mod tests {
             let payload = &frame.as_bytes()[usize::try_from(cursor.position()).unwrap()..];
             prop_assert_eq!(payload.len() as u64, length);
             prop_assert!(payload.len() <= MAX_CONTROL);
-            prop_assert_eq!(CloseFrame::read(payload, key), Some(close));
+            prop_assert_eq!(CloseFrame::read(payload, key), Ok(close));
             prop_assert_eq!(close.code(), Some(code.get()));
             prop_assert!(reason.starts_with(close.reason()));
             // Cut only where it must be, and by less than one character.
@@ -196,8 +193,8 @@ mod tests {
                     && payload.len() <= MAX_CONTROL
                     && Code::new(number).is_some()
                     && String::from_utf8(payload[2..].to_vec()).is_ok());
-            prop_assert_eq!(close.is_some(), is_valid);
-            if let Some(close) = close {
+            prop_assert_eq!(close.is_ok(), is_valid);
+            if let Ok(close) = close {
                 prop_assert_eq!(close.payload(), payload.as_slice());
                 prop_assert_eq!(close.code(), (!payload.is_empty()).then_some(number));
                 prop_assert_eq!(close.reason().as_bytes(), payload.get(2..).unwrap_or_default());
@@ -207,11 +204,11 @@ mod tests {
         /// An echo has the same code and no reason; to a Close without a code it is one without a code.
         #[test]
         fn an_echo_repeats_the_code(code in code(), reason in "\\PC{0,60}", key in key()) {
-            let echo = CloseFrame::new(code, &reason).echo();
+            let echo = CloseFrame::answer(CloseFrame::new(code, &reason).code());
             prop_assert_eq!((echo.code(), echo.reason()), (Some(code.get()), ""));
             prop_assert_eq!(echo.payload().len(), 2);
-            prop_assert_eq!(echo.echo(), echo);
-            prop_assert_eq!(CloseFrame::EMPTY.echo(), CloseFrame::EMPTY);
+            prop_assert_eq!(CloseFrame::answer(echo.code()), echo);
+            prop_assert_eq!(CloseFrame::answer(None), CloseFrame::EMPTY);
             prop_assert_eq!(CloseFrame::EMPTY.to_frame(key).as_bytes().len(), if key.is_some() { 6 } else { 2 });
         }
     }

@@ -450,13 +450,14 @@ fn every_violation_by_its_bytes() {
         broken.extend(expected.map(|violation| format!("{violation:?}")));
     }
     // The relay finds this one, in the payload.
-    for payload in [&[3_u8][..], &[3, 0xED], &[3, 0xE8, 0xFF]] {
-        assert_eq!(CloseFrame::read(payload, None), None);
-        broken.insert(format!("{:?}", V::Close));
+    for (payload, violation) in [(&[3_u8][..], V::Close), (&[3, 0xED], V::Close), (&[3, 0xE8, 0xFF], V::CloseReason)] {
+        assert_eq!(CloseFrame::read(payload, None), Err(violation));
+        broken.insert(format!("{violation:?}"));
     }
     // A new variant does not get through here without a row above.
     let of = |violation| match violation {
         V::Opcode | V::Rsv | V::Unmasked | V::Masked | V::Length | V::Control | V::Fragments | V::Close => 1002,
+        V::CloseReason => 1007,
         V::FrameTooBig | V::MessageTooBig => 1009,
     };
     let all = [
@@ -468,6 +469,7 @@ fn every_violation_by_its_bytes() {
         V::Control,
         V::Fragments,
         V::Close,
+        V::CloseReason,
         V::FrameTooBig,
         V::MessageTooBig,
     ];
