@@ -4,4 +4,5 @@ mod harness;
 
 mod close_table;
 mod config;
+mod handshake;
 mod harness_self;
