@@ -211,7 +211,7 @@ impl Context {
         client: SocketAddr,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         let mut path = request.uri().path().to_owned();
-        path.truncate(256);
+        path.truncate(path.floor_char_boundary(256));
         let about = About { client, path, request_id: downstream::request_id(request.headers()) };
         let trusted = &self.downstream.trusted_proxies;
         downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true);
