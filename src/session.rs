@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode,
-    header::{CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION},
+    header::{CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
@@ -114,9 +114,10 @@ impl Context {
             let this = Arc::clone(&self);
             hyper::service::service_fn(move |request: Request<Incoming>| {
                 let (stack, this) = (stack.clone(), Arc::clone(&this));
+                let upgrade = request.headers().contains_key(UPGRADE);
                 Box::pin(async move {
                     // The stack itself fails only when it sheds.
-                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed());
+                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed(upgrade));
                     Ok::<_, std::convert::Infallible>(response)
                 })
             })
@@ -178,8 +179,16 @@ impl Context {
                 let (result, response, tunnel) = self.websocket(request, client).await;
                 outcome.result = result;
                 drop(outcome);
-                *lock(next) = tunnel.map_or(Next::Plain, |tunnel| Next::Tunnel(Box::new(tunnel)));
-                response
+                match tunnel {
+                    Some(tunnel) => {
+                        *lock(next) = Next::Tunnel(Box::new(tunnel));
+                        response
+                    }
+                    None => {
+                        *lock(next) = Next::Plain;
+                        last(response)
+                    }
+                }
             }
             Err(refusal) => {
                 self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
@@ -190,18 +199,17 @@ impl Context {
                     // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2).
                     headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
                 }
-                // What follows on this connection may not be what it seems.
-                headers.insert(CONNECTION, HeaderValue::from_static("close"));
-                response
+                last(response)
             }
         }
     }
 
-    /// A request too many.
-    fn shed(&self) -> Response<Body> {
+    /// A request too many; `upgrade`: it asked for one.
+    fn shed(&self, upgrade: bool) -> Response<Body> {
         self.metrics.handshake(Handshake::Shed, Duration::ZERO);
         let reason = "too many requests are waiting for the backend";
-        answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after)
+        let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after);
+        if upgrade { last(response) } else { response }
     }
 
     /// The handshake with the backend, and what the client is told of it.
@@ -437,6 +445,13 @@ impl Orphan for Answer {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // Nothing under these locks can panic half-way.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes it the last response of its connection: behind a handshake that failed, what the client has sent already may be
+/// the frames of the tunnel that it hoped for, and must not be read as requests.
+fn last(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 fn empty() -> Body {

@@ -359,7 +359,8 @@ fn nothing_is_tunnelled_before_the_101() {
 /// them RSV1.
 #[test]
 fn extensions_and_subprotocols_pass() {
-    const OFFER: &str = "permessage-deflate; client_max_window_bits; server_max_window_bits=10, permessage-deflate, x-odd";
+    const OFFER: &str =
+        "permessage-deflate; client_max_window_bits; server_max_window_bits=10, permessage-deflate, x-odd";
     const CHOICE: &str = "permessage-deflate; server_no_context_takeover; client_max_window_bits=\"12\"";
     let t = Scene::new("")
         .backend(async |c| {
@@ -732,7 +733,9 @@ fn what_the_backend_is_told() {
             assert_eq!(got.line, request.line);
             assert_eq!(got.all("Host"), ["app.test:8080"]);
             let expected = match (trusted, tricked) {
-                (false, _) => [Some(client.clone()), Some("http".to_owned()), Some("app.test:8080".to_owned()), None, None],
+                (false, _) => {
+                    [Some(client.clone()), Some("http".to_owned()), Some("app.test:8080".to_owned()), None, None]
+                }
                 (true, tricked) => [
                     // What Connection lists is gone before anything is added.
                     Some(if tricked { client.clone() } else { format!("203.0.113.7, 10.0.0.1, 10.0.0.2, {client}") }),
