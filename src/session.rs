@@ -284,7 +284,8 @@ impl Context {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
-                this.linger(Side::Backend, stream, true).await;
+                // Its answer may have been cut short by a client that left: then it goes on writing.
+                this.linger(Side::Backend, stream, false).await;
             }
         });
         downstream::forward_response(&mut response, false);
