@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode,
-    header::{CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION, UPGRADE},
+    header::{ALLOW, CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
@@ -195,9 +195,18 @@ impl Context {
                 debug!(%client, reason = refusal.reason, "request refused");
                 let mut response = answer(refusal.status, refusal.reason);
                 let headers = response.headers_mut();
-                if refusal.status == StatusCode::UPGRADE_REQUIRED {
-                    // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2).
-                    headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                match refusal.status {
+                    StatusCode::UPGRADE_REQUIRED => {
+                        // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2), and "MUST send
+                        // an Upgrade header field in a 426 response" (RFC 9110 15.5.22), which Connection must name.
+                        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+                        headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
+                    }
+                    StatusCode::METHOD_NOT_ALLOWED => {
+                        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+                    }
+                    _ => {}
                 }
                 last(response)
             }
@@ -451,7 +460,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Makes it the last response of its connection: behind a handshake that failed, what the client has sent already may be
 /// the frames of the tunnel that it hoped for, and must not be read as requests.
 fn last(mut response: Response<Body>) -> Response<Body> {
-    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response.headers_mut().entry(CONNECTION).or_insert(HeaderValue::from_static("close"));
     response
 }
 
