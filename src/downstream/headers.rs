@@ -14,7 +14,8 @@ use ipnet::IpNet;
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+/// What else backends read a client's address from, or its scheme.
+const CLAIMS: [HeaderName; 2] = [HeaderName::from_static("forwarded"), HeaderName::from_static("x-real-ip")];
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The comma-separated elements of a list header, over all its lines.
@@ -54,8 +55,8 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// Makes a client's request one for the backend: one-hop headers go, the target becomes a path, `X-Forwarded-*` and
 /// `X-Request-Id` come.
 ///
-/// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*`, `Forwarded`) is
-/// replaced; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
+/// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*` of any kind, `X-Real-IP`,
+/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
 pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[IpNet], id: &str, upgrade: bool) {
     let client = client.to_canonical();
     // An absolute target's authority replaces Host (RFC 9112 3.2.2).
@@ -69,7 +70,9 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
         headers.insert(HOST, authority);
     }
     if !trusted.iter().any(|network| network.contains(&client)) {
-        for name in [FOR, PROTO, FORWARDED_HOST, FORWARDED] {
+        let claims = |name: &&HeaderName| name.as_str().starts_with("x-forwarded-") || CLAIMS.contains(name);
+        let claims: Vec<HeaderName> = headers.keys().filter(claims).cloned().collect();
+        for name in claims {
             headers.remove(name);
         }
     }
