@@ -69,6 +69,9 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     if let Some(authority) = authority {
         headers.insert(HOST, authority);
     }
+    // HTTP/1.0 may lack it, HTTP/1.1 must not: "If the authority component is missing or undefined for the target URI, then
+    // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
+    headers.entry(HOST).or_insert(HeaderValue::from_static(""));
     if !trusted.iter().any(|network| network.contains(&client)) {
         let claims = |name: &&HeaderName| name.as_str().starts_with("x-forwarded-") || CLAIMS.contains(name);
         let claims: Vec<HeaderName> = headers.keys().filter(claims).cloned().collect();
@@ -83,7 +86,7 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
         headers.insert(FOR, chain);
     }
     headers.entry(PROTO).or_insert(HeaderValue::from_static("http"));
-    if let Some(host) = headers.get(HOST).cloned() {
+    if let Some(host) = headers.get(HOST).filter(|host| !host.is_empty()).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }
     if let Ok(id) = HeaderValue::from_str(id) {
@@ -91,11 +94,14 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     }
     if upgrade {
         headers.remove(CONTENT_LENGTH);
+        headers.remove(TE);
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     } else {
-        // One request per connection: its end is ours to make orderly.
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        // One request per connection: its end is ours to make orderly. "A sender of TE MUST also send a 'TE' connection
+        // option" (RFC 9110 10.1.4).
+        let options = if headers.contains_key(TE) { "close, TE" } else { "close" };
+        headers.insert(CONNECTION, HeaderValue::from_static(options));
     }
 }
 
