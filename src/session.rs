@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode,
-    header::{CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION},
+    header::{ALLOW, CONNECTION, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
@@ -114,9 +114,10 @@ impl Context {
             let this = Arc::clone(&self);
             hyper::service::service_fn(move |request: Request<Incoming>| {
                 let (stack, this) = (stack.clone(), Arc::clone(&this));
+                let upgrade = request.headers().contains_key(UPGRADE);
                 Box::pin(async move {
                     // The stack itself fails only when it sheds.
-                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed());
+                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed(upgrade));
                     Ok::<_, std::convert::Infallible>(response)
                 })
             })
@@ -178,30 +179,46 @@ impl Context {
                 let (result, response, tunnel) = self.websocket(request, client).await;
                 outcome.result = result;
                 drop(outcome);
-                *lock(next) = tunnel.map_or(Next::Plain, |tunnel| Next::Tunnel(Box::new(tunnel)));
-                response
+                match tunnel {
+                    Some(tunnel) => {
+                        *lock(next) = Next::Tunnel(Box::new(tunnel));
+                        response
+                    }
+                    None => {
+                        *lock(next) = Next::Plain;
+                        last(response)
+                    }
+                }
             }
             Err(refusal) => {
                 self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
                 debug!(%client, reason = refusal.reason, "request refused");
                 let mut response = answer(refusal.status, refusal.reason);
                 let headers = response.headers_mut();
-                if refusal.status == StatusCode::UPGRADE_REQUIRED {
-                    // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2).
-                    headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                match refusal.status {
+                    StatusCode::UPGRADE_REQUIRED => {
+                        // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2), and "MUST send
+                        // an Upgrade header field in a 426 response" (RFC 9110 15.5.22), which Connection must name.
+                        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+                        headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
+                    }
+                    StatusCode::METHOD_NOT_ALLOWED => {
+                        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+                    }
+                    _ => {}
                 }
-                // What follows on this connection may not be what it seems.
-                headers.insert(CONNECTION, HeaderValue::from_static("close"));
-                response
+                last(response)
             }
         }
     }
 
-    /// A request too many.
-    fn shed(&self) -> Response<Body> {
+    /// A request too many; `upgrade`: it asked for one.
+    fn shed(&self, upgrade: bool) -> Response<Body> {
         self.metrics.handshake(Handshake::Shed, Duration::ZERO);
         let reason = "too many requests are waiting for the backend";
-        answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after)
+        let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after);
+        if upgrade { last(response) } else { response }
     }
 
     /// The handshake with the backend, and what the client is told of it.
@@ -211,7 +228,7 @@ impl Context {
         client: SocketAddr,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         let mut path = request.uri().path().to_owned();
-        path.truncate(256);
+        path.truncate(path.floor_char_boundary(256));
         let about = About { client, path, request_id: downstream::request_id(request.headers()) };
         let trusted = &self.downstream.trusted_proxies;
         downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true);
@@ -276,7 +293,8 @@ impl Context {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
-                this.linger(Side::Backend, stream, true).await;
+                // Its answer may have been cut short by a client that left: then it goes on writing.
+                this.linger(Side::Backend, stream, false).await;
             }
         });
         downstream::forward_response(&mut response, false);
@@ -437,6 +455,13 @@ impl Orphan for Answer {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // Nothing under these locks can panic half-way.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes it the last response of its connection: behind a handshake that failed, what the client has sent already may be
+/// the frames of the tunnel that it hoped for, and must not be read as requests.
+fn last(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().entry(CONNECTION).or_insert(HeaderValue::from_static("close"));
+    response
 }
 
 fn empty() -> Body {

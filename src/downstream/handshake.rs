@@ -42,6 +42,16 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if request.method() == Method::CONNECT {
         return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not supported"));
     }
+    // Authority form is for CONNECT, asterisk form for OPTIONS alone (RFC 9112 3.2), and credentials in a target are to be
+    // "treated as an error" (RFC 9110 4.2.4): Host would have to be made of it.
+    let target = request.uri();
+    let authority = target.authority();
+    if (authority.is_some() && target.scheme().is_none())
+        || (target.path() == "*" && request.method() != Method::OPTIONS)
+        || authority.is_some_and(|authority| authority.as_str().contains('@'))
+    {
+        return Err(refuse(StatusCode::BAD_REQUEST, "the target has no valid form"));
+    }
     // "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host
     // header field and to any request message that contains more than one" (RFC 9112 3.2).
     let hosts = headers.get_all(HOST).iter().count();

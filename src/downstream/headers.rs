@@ -14,7 +14,8 @@ use ipnet::IpNet;
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
+/// What else backends read a client's address from, or its scheme.
+const CLAIMS: [HeaderName; 2] = [HeaderName::from_static("forwarded"), HeaderName::from_static("x-real-ip")];
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The comma-separated elements of a list header, over all its lines.
@@ -54,8 +55,8 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// Makes a client's request one for the backend: one-hop headers go, the target becomes a path, `X-Forwarded-*` and
 /// `X-Request-Id` come.
 ///
-/// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*`, `Forwarded`) is
-/// replaced; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
+/// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*` of any kind, `X-Real-IP`,
+/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
 pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[IpNet], id: &str, upgrade: bool) {
     let client = client.to_canonical();
     // An absolute target's authority replaces Host (RFC 9112 3.2.2).
@@ -68,8 +69,13 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     if let Some(authority) = authority {
         headers.insert(HOST, authority);
     }
+    // HTTP/1.0 may lack it, HTTP/1.1 must not: "If the authority component is missing or undefined for the target URI, then
+    // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
+    headers.entry(HOST).or_insert(HeaderValue::from_static(""));
     if !trusted.iter().any(|network| network.contains(&client)) {
-        for name in [FOR, PROTO, FORWARDED_HOST, FORWARDED] {
+        let claims = |name: &&HeaderName| name.as_str().starts_with("x-forwarded-") || CLAIMS.contains(name);
+        let claims: Vec<HeaderName> = headers.keys().filter(claims).cloned().collect();
+        for name in claims {
             headers.remove(name);
         }
     }
@@ -80,7 +86,7 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
         headers.insert(FOR, chain);
     }
     headers.entry(PROTO).or_insert(HeaderValue::from_static("http"));
-    if let Some(host) = headers.get(HOST).cloned() {
+    if let Some(host) = headers.get(HOST).filter(|host| !host.is_empty()).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }
     if let Ok(id) = HeaderValue::from_str(id) {
@@ -88,11 +94,14 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     }
     if upgrade {
         headers.remove(CONTENT_LENGTH);
+        headers.remove(TE);
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     } else {
-        // One request per connection: its end is ours to make orderly.
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        // One request per connection: its end is ours to make orderly. "A sender of TE MUST also send a 'TE' connection
+        // option" (RFC 9110 10.1.4).
+        let options = if headers.contains_key(TE) { "close, TE" } else { "close" };
+        headers.insert(CONNECTION, HeaderValue::from_static(options));
     }
 }
 

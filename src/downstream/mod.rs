@@ -51,8 +51,7 @@ pub fn server(config: &Config) -> http1::Builder {
         .max_headers(config.header_count)
         .max_header_size(config.header_bytes)
         // hyper wants at least 8 KiB; room for one header and some body.
-        .max_buf_size(config.header_bytes.max(8 * 1024))
-        .pipeline_flush(true);
+        .max_buf_size(config.header_bytes.max(8 * 1024));
     server
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, Request, Response, StatusCode,
+    HeaderMap, Request, Response, StatusCode, Version,
     header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, UPGRADE},
 };
 use http_body::Body;
@@ -114,7 +114,7 @@ pub(super) async fn websocket(
     }
     poll_fn(|cx| driven.poll(cx)).await;
     let parts = driven.into_parts();
-    if let Err(reason) = check_accept(response.headers(), &key) {
+    if let Err(reason) = check_accept(response.version(), response.headers(), &key) {
         return Err(Failure { error: Error::BadAccept(reason), stream: parts.map(|(stream, _)| stream) });
     }
     let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;
@@ -122,7 +122,12 @@ pub(super) async fn websocket(
 }
 
 /// The client's part of RFC 6455 4.1, done on the client's behalf.
-fn check_accept(headers: &HeaderMap, key: &[u8]) -> Result<(), &'static str> {
+fn check_accept(version: Version, headers: &HeaderMap, key: &[u8]) -> Result<(), &'static str> {
+    // "A server MUST ignore an Upgrade header field that is received in an HTTP/1.0 request" (RFC 9110 7.8), and the version
+    // of a response is the highest that its sender conforms to.
+    if version != Version::HTTP_11 {
+        return Err("101 in HTTP/1.0");
+    }
     let list_has = |name, wanted: &str| {
         let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(wanted))

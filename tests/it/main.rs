@@ -6,5 +6,6 @@ mod architecture;
 mod close_table;
 mod config;
 mod crowd;
+mod handshake;
 mod harness_self;
 mod memory;
