@@ -25,7 +25,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{net::Side, ws::Opcode};
+use crate::{side::Side, ws::Opcode};
 
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];

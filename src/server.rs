@@ -54,11 +54,20 @@ impl Server {
         let listeners = net::listeners(listen.address, listen.backlog, listen.workers, &settings.socket)
             .with_context(|| format!("listen.address: cannot listen on {}", listen.address))?;
         let address = listeners.first().context("listen.workers is at least 1")?.local_addr()?;
+        // Bound before the first client is accepted: an address in use must not cost anybody a session.
+        let admin = settings
+            .admin
+            .address
+            .map(|wanted| admin_listener(wanted).with_context(|| format!("admin.address: cannot listen on {wanted}")));
+        let admin = admin.transpose()?;
         let metrics = Arc::new(Metrics::new());
         let drain = Drain::new(settings.drain.clone());
         let abort = CancellationToken::new();
         let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone());
-        let handshakes = Arc::new(Semaphore::new(settings.downstream.max_handshakes));
+        let slots = |count| Arc::new(Semaphore::new(count));
+        let (handshakes, requests) =
+            (slots(settings.downstream.max_handshakes), slots(settings.downstream.max_handshakes));
+        let orphans = slots(settings.upstream.max_pending);
         let relay = Arc::new(settings.relay.clone());
         let (alive, workers) = mpsc::channel(1);
         for (index, listener) in listeners.into_iter().enumerate() {
@@ -72,6 +81,8 @@ impl Server {
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
                 handshakes: Arc::clone(&handshakes),
+                requests: Arc::clone(&requests),
+                orphans: Arc::clone(&orphans),
             };
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let (abort, alive) = (abort.clone(), alive.clone());
@@ -82,19 +93,18 @@ impl Server {
                         () = abort.cancelled() => {}
                     }
                 });
-                drop(runtime);
+                // Not waiting for a name that is still being looked up.
+                runtime.shutdown_background();
                 drop(alive);
             })?;
         }
-        let admin = match settings.admin.address {
-            Some(wanted) => {
-                let listener =
-                    admin_listener(wanted).with_context(|| format!("admin.address: cannot listen on {wanted}"))?;
+        let admin = match admin {
+            Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(metrics, upstream, drain.clone(), settings.close);
-                // The admin listener outlives the drain, and goes with its runtime.
+                // It outlives the drain, and goes with its runtime.
                 let tracker = TaskTracker::new();
-                tracker.clone().spawn(admin.serve(TcpListener::from_std(listener)?, tracker));
+                let admin = admin::Admin::new(metrics, upstream, drain.clone(), settings.close, tracker.clone());
+                tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
             None => None,

@@ -18,13 +18,22 @@ use super::BoxError;
 pub struct TimedBody<B> {
     inner: B,
     patience: Duration,
+    /// Trailers end with it: one hop further they could pass for headers that were checked.
+    drops_trailers: bool,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> TimedBody<B> {
     /// Of a body that has `patience` for each of its frames.
     pub const fn new(inner: B, patience: Duration) -> Self {
-        Self { inner, patience, timer: None }
+        Self { inner, patience, drops_trailers: false, timer: None }
+    }
+
+    /// The same without its trailers.
+    #[must_use]
+    pub fn without_trailers(mut self) -> Self {
+        self.drops_trailers = true;
+        self
     }
 }
 
@@ -45,6 +54,9 @@ where
         let this = self.get_mut();
         if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
             this.timer = None;
+            if this.drops_trailers && matches!(&frame, Some(Ok(frame)) if frame.is_trailers()) {
+                return Poll::Ready(None);
+            }
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
         let timer = this.timer.get_or_insert_with(|| Box::pin(sleep(this.patience)));

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::Config;
 use crate::{
-    net::Side,
+    side::Side,
     ws::{CloseFrame, Code, Violation},
 };
 

@@ -33,7 +33,8 @@ pub use self::{
 use crate::{
     drain::{Drain, Moments},
     metrics::Traffic,
-    net::{Side, Stream, with_scratch},
+    net::{Stream, with_scratch},
+    side::Side,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
 
