@@ -6,3 +6,4 @@ mod close_table;
 mod config;
 mod handshake;
 mod harness_self;
+mod http;
