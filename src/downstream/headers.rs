@@ -33,6 +33,8 @@ pub(super) fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) ->
 ///
 /// `Host` and the framing stay whatever `Connection` says: naming them there is an attack on the next hop.
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
+    let trailers = has_token(headers, &TE, "trailers");
     let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
         .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
         .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
@@ -40,7 +42,6 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
     for name in listed {
         headers.remove(name);
     }
-    let trailers = has_token(headers, &TE, "trailers");
     for name in [CONNECTION, UPGRADE, TE, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION] {
         headers.remove(name);
     }
