@@ -179,16 +179,9 @@ impl Context {
                 let (result, response, tunnel) = self.websocket(request, client).await;
                 outcome.result = result;
                 drop(outcome);
-                match tunnel {
-                    Some(tunnel) => {
-                        *lock(next) = Next::Tunnel(Box::new(tunnel));
-                        response
-                    }
-                    None => {
-                        *lock(next) = Next::Plain;
-                        last(response)
-                    }
-                }
+                let response = if tunnel.is_some() { response } else { last(response) };
+                *lock(next) = tunnel.map_or(Next::Plain, |tunnel| Next::Tunnel(Box::new(tunnel)));
+                response
             }
             Err(refusal) => {
                 self.metrics.handshake(Handshake::Invalid, Duration::ZERO);

@@ -33,7 +33,7 @@ fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 52] {
     let also = |name: &str, value: &str| good().header(name, value).bytes();
     let without = |name: &str| good().without(name).bytes();
     let edit = |from: &str, to: &str| {
-        let text = String::from_utf8(good().bytes()).unwrap();
+        let text = String::from_utf8(good().bytes()).expect("ASCII");
         assert!(text.contains(from), "{from:?} is not in {text:?}");
         text.replacen(from, to, 1).into_bytes()
     };

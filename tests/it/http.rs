@@ -1,33 +1,24 @@
 //! Plain HTTP through tidegate, and its admin listener.
 
 use crate::harness::{
-    DEADLINE, End, Gate, Message, Peer, Scene, Seen, Side,
+    DEADLINE, Dial, End, Gate, Message, Peer, Scene, Seen, Side,
     http::Framing,
     proxy::{Metrics, Proxy},
 };
 use std::time::{Duration, Instant};
 
-/// Reads the next request with its body, which is counted or chunked without trailers.
+/// Reads the only request of a connection with its body, which is counted or chunked without trailers.
 async fn read_request(c: &mut Peer) -> Message {
     let mut request = c.read_head().await;
-    let framing = request.framing();
-    let begun = Instant::now();
     loop {
-        let (body, length) = {
-            let raw = c.seen().raw;
-            let (_, head) = Message::parse_head(&raw).unwrap();
-            match framing.body(&raw[head..], false).unwrap() {
-                Some((body, length)) => (body, head + length),
-                None => {
-                    assert!(begun.elapsed() < DEADLINE, "half a body: {request:?}");
-                    c.read_bytes(raw.len() + 1).await;
-                    continue;
-                }
-            }
-        };
-        assert_eq!(c.seen().raw.len(), length, "bytes behind the request");
-        request.body = body;
-        return request;
+        let raw = c.seen().raw;
+        let (_, head) = Message::parse_head(&raw).expect("it was just read");
+        if let Some((body, length)) = request.framing().body(&raw[head..], false).expect("a valid body") {
+            assert_eq!(raw.len(), head + length, "bytes behind the request");
+            request.body = body;
+            return request;
+        }
+        c.read_bytes(raw.len() + 1).await;
     }
 }
 
@@ -306,7 +297,7 @@ fn large_bodies_wait_for_their_readers() {
             c.until_end().await;
         };
         let t = Scene::new("").backend_recv_buffer(64 << 10).backend(script).start();
-        let dial = crate::harness::Dial { recv_buffer: Some(64 << 10), to: None };
+        let dial = Dial { recv_buffer: Some(64 << 10), to: None };
         let response = t.client_with(dial, async |c| {
             let mut request = Message::get("/");
             "POST / HTTP/1.1".clone_into(&mut request.line);
@@ -331,25 +322,31 @@ fn large_bodies_wait_for_their_readers() {
     }
 }
 
-/// A backend that answers before it has read the request, and will not read the rest: its whole answer reaches the client.
+/// A backend that answers before it has read the request, and will not read the rest: its whole answer reaches the client,
+/// also when that is slow to read.
 #[test]
 fn an_answer_before_the_end_of_the_request() {
     const LENGTH: usize = 2 << 20;
-    let t = Scene::new("")
-        .backend(async |c| {
-            c.read_head().await;
-            c.pump(&Message::status(413, "Too Much", &"x".repeat(LENGTH)).bytes()).await;
-            c.fin().await;
-            c.until_end().await;
-        })
-        .start();
-    let seen = t.client(async |c| {
+    let stalled = Gate::new("the answer fits into no buffer");
+    let has_stalled = stalled.clone();
+    let script = async move |c: &mut Peer| {
+        c.read_head().await;
+        let answer = Message::status(413, "Too Much", &"x".repeat(LENGTH)).bytes();
+        let mut write = Box::pin(c.pump(&answer));
+        let stalls = tokio::time::timeout(Duration::from_millis(100), &mut write).await.is_err();
+        assert!(stalls, "2 MiB fit into a buffer");
+        has_stalled.open();
+        assert!(write.await);
+        c.fin().await;
+        c.until_end().await;
+    };
+    let t = Scene::new("").backend(script).start();
+    let dial = Dial { recv_buffer: Some(32 << 10), to: None };
+    let seen = t.client_with(dial, async |c| {
         let mut request = Message::get("/").header("Content-Length", "100000000");
         "POST / HTTP/1.1".clone_into(&mut request.line);
         c.send_bytes(&request.then(noise(100_000)).bytes()).await;
-        // The answer is there, and more of it than fits in between.
-        c.read_bytes(1000).await;
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        stalled.passed().await;
         let response = c.read_response().await;
         assert_eq!((response.code(), response.body.len()), (413, LENGTH));
         c.until_end().await
@@ -474,17 +471,20 @@ fn a_client_leaves_a_plain_request() {
 #[test]
 fn a_client_leaves_inside_its_body() {
     for resets in [false, true] {
-        let t = Scene::new("")
-            .backend(async |c| {
-                c.read_head().await;
-                c.until_end().await;
-            })
-            .start();
+        let half = Gate::new("half of the body has arrived");
+        let arrived = half.clone();
+        let script = async move |c: &mut Peer| {
+            c.read_head().await;
+            read_until(c, "half of it").await;
+            arrived.open();
+            c.until_end().await;
+        };
+        let t = Scene::new("").backend(script).start();
         t.client(async |c| {
             let mut request = Message::get("/").header("Content-Length", "1000").then("half of it");
             "POST / HTTP/1.1".clone_into(&mut request.line);
             c.send_bytes(&request.bytes()).await;
-            t.connection(0).seen_when("half a body", |seen| has(seen, "half of it"));
+            half.passed().await;
             if resets { c.rst() } else { c.fin().await }
         });
         let seen = t.connection(0).seen();
@@ -571,7 +571,7 @@ fn an_exchange_survives_sigterm() {
 /// The admin listener's pages, and what it says to everything else.
 #[test]
 fn admin_pages() {
-    let t = Scene::new("").start();
+    let t = Scene::new("").backend(async |c| _ = c.until_end().await).start();
     let request = |method: &str, target: &str| {
         let mut request = Message::get(target);
         request.line = format!("{method} {target} HTTP/1.1");
@@ -633,7 +633,7 @@ fn readiness_dials_the_backend_seldom() {
     t.no_rst();
 }
 
-/// `/metrics` is OpenMetrics: each sample belongs to a described family, no sample twice, `# EOF` at the end; and a request
+/// `/metrics` is in the format that it promises: each sample belongs to a described family, no sample twice, `# EOF` at the end; and a request
 /// is counted, whatever its path, without a series of its own.
 #[test]
 fn metrics_are_openmetrics() {
