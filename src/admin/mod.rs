@@ -149,9 +149,10 @@ impl Admin {
     /// Connects to the backend and leaves again by FIN.
     async fn dial(&self) -> Result<(), String> {
         let stream = self.upstream.connect().await.map_err(|error| error.to_string())?;
-        // A backend may wait for a request before it closes: its side of the end is not waited for long.
+        // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
+        // end is waited for, but not for long.
         let patience = close::Config { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
-        close::linger(stream, true, &patience).await;
+        close::linger(stream, false, &patience).await;
         Ok(())
     }
 }

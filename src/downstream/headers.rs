@@ -22,6 +22,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 ///
 /// `Host` and the framing stay whatever `Connection` says: naming them there is an attack on the next hop.
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
+    let trailers = has_token(headers, &TE, "trailers");
     let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
         .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
         .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
@@ -29,7 +31,6 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
     for name in listed {
         headers.remove(name);
     }
-    let trailers = has_token(headers, &TE, "trailers");
     for name in [CONNECTION, UPGRADE, TE, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION] {
         headers.remove(name);
     }

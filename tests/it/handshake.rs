@@ -165,7 +165,7 @@ fn no_bad_handshake_becomes_a_tunnel() {
         };
         let response = first_response(seen);
         assert_eq!(response.code(), expected, "{name} at a backend that answers {status}: {response:?}");
-        assert!(!contains(&seen.raw, b" 101 "), "{name} at a backend that answers {status}: {seen:?}");
+        assert!(!contains(&seen.raw, b"HTTP/1.1 101"), "{name} at a backend that answers {status}: {seen:?}");
         assert_eq!(seen.end, End::Fin, "{name} at a backend that answers {status}");
         match expected {
             // RFC 9110, 15.5.22 and RFC 6455, 4.2.2; RFC 9110, 15.5.6.
@@ -811,7 +811,8 @@ fn odd_but_valid_handshakes() {
     let seen = t.connection(t.backend().count() - 1).seen();
     let (head, _) = Message::parse_head(&seen.raw).unwrap();
     assert_eq!((head.target(), head.field("Cookie")), ("/lf", Some("a=b")));
-    assert!(!contains(seen.raw.strip_suffix(b"").unwrap(), b"b\nU"), "a bare LF went on");
+    let bare = seen.raw.windows(2).any(|two| two[1] == b'\n' && two[0] != b'\r');
+    assert!(!bare, "a bare LF went on");
     t.no_rst();
 }
 
