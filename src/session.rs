@@ -29,7 +29,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
 use tokio_util::task::TaskTracker;
 use tower::{BoxError, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::{
     close::{self, Lingered},
@@ -158,7 +158,7 @@ impl Context {
                 Pin::new(&mut connection).graceful_shutdown();
                 result = Pin::new(&mut connection).poll(cx);
             }
-            if result.is_pending() && !matches!(*lock(&next), Next::Upgrading) && hurried.as_mut().poll(cx).is_ready() {
+            if result.is_pending() && hurried.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(None);
             }
             result.map(Some)
@@ -288,11 +288,15 @@ impl Context {
                     Tunnel { backend: Leg { stream: Some(stream), early }, rsv: rsv(response.headers()), about };
                 (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
             }
-            Ok(Answer::Refusal(reply)) => (Handshake::Refused, self.pass_on(reply), None),
+            Ok(Answer::Refusal(reply)) => {
+                let status = reply.response.status().as_u16();
+                info!(%client, path = about.path, request_id = about.request_id, status, "the backend refused a handshake");
+                (Handshake::Refused, self.pass_on(reply), None)
+            }
             Err(error) => {
-                info!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
+                warn!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
                 let result = match error {
-                    Error::Unreachable(_) => Handshake::Unreachable,
+                    Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Timeout(_) => Handshake::Timeout,
                     Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
                 };
@@ -309,12 +313,12 @@ impl Context {
         let (body_timeout, response_timeout) = (config.body_timeout, config.response_timeout);
         // A request's body must come as its header must: whoever waits for it holds a place.
         let patience = body_timeout.min(self.downstream.header_timeout);
-        let body = |body| TimedBody::new(body, patience).without_trailers();
+        let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
         let exchange = self.upstream.plain(request.map(body));
         match self.within(response_timeout, exchange).await {
             Ok(reply) => self.pass_on(reply),
             Err(error) => {
-                info!(%client, request_id = id, %error, "request failed");
+                warn!(%client, request_id = id, %error, "request failed");
                 self.blame(&error)
             }
         }
@@ -355,7 +359,7 @@ impl Context {
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
     fn blame(&self, error: &Error) -> Response<Body> {
         let (status, reason) = match error {
-            Error::Unreachable(_) => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
+            Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
             Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
             Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
@@ -366,10 +370,7 @@ impl Context {
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, counted: Counted) {
         let Tunnel { backend, rsv, about } = tunnel;
-        let session = Counted::new(&self.metrics.sessions);
-        let About { client: peer, path, request_id } = &about;
-        info!(client = %peer, path, request_id, "open");
-        let begun = Instant::now();
+        let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
         let first = relay.next_ended().await;
@@ -378,9 +379,9 @@ impl Context {
             let rest = async {
                 let second = relay.next_ended().await;
                 let report = relay.report();
-                drop(session);
                 self.count(&report);
-                log_close(&about, &report, begun.elapsed());
+                open.close(&report);
+                drop(open);
                 self.let_go(second).await;
             };
             tokio::join!(self.let_go(first), rest);
@@ -599,31 +600,79 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
     sides.chain((report.cut != [false; 2]).then_some("cut_inside_frame"))
 }
 
-fn log_close(about: &About, report: &Report, duration: Duration) {
-    let [from_client, from_backend] = report.counts;
-    let causes = abnormal(report).collect::<Vec<_>>().join(",");
-    let why = match report.cause {
-        Cause::Gone(_, Gone::Broke(violation)) => violation.to_string(),
-        Cause::Drain => "drain".to_owned(),
-        _ => String::new(),
-    };
-    info!(
-        client = %about.client,
-        path = about.path,
-        request_id = about.request_id,
-        initiator = initiator(report.initiator),
-        code = report.code,
-        reason = %report.reason.escape_debug(),
-        clean = causes.is_empty(),
-        abnormal = causes,
-        why,
-        duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-        ending_ms = u64::try_from(report.ending.as_millis()).unwrap_or(u64::MAX),
-        messages_from_client = from_client.messages,
-        messages_from_backend = from_backend.messages,
-        bytes_from_client = from_client.bytes,
-        bytes_from_backend = from_backend.bytes,
-        crossed = from_client.crossed,
-        "close"
-    );
+/// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
+struct Open<'a> {
+    about: About,
+    begun: Instant,
+    metrics: &'a Metrics,
+    is_closed: bool,
+    _counted: Counted,
+}
+
+impl<'a> Open<'a> {
+    fn new(metrics: &'a Metrics, about: About) -> Self {
+        let About { client, path, request_id } = &about;
+        info!(%client, path, request_id, "open");
+        let counted = Counted::new(&metrics.sessions);
+        Self { about, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+    }
+
+    fn close(&mut self, report: &Report) {
+        self.is_closed = true;
+        let [from_client, from_backend] = report.counts;
+        let [client_sent, backend_sent] = report.sent;
+        let [client_got, backend_got] = report.got;
+        let causes = abnormal(report).collect::<Vec<_>>().join(",");
+        let why = match report.cause {
+            Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()),
+            Cause::Drain => "drain".to_owned(),
+            _ => String::new(),
+        };
+        info!(
+            client = %self.about.client,
+            path = self.about.path,
+            request_id = self.about.request_id,
+            initiator = initiator(report.initiator),
+            code = report.code,
+            reason = %report.reason.escape_debug(),
+            client_sent,
+            client_got,
+            backend_sent,
+            backend_got,
+            clean = causes.is_empty(),
+            abnormal = causes,
+            why,
+            duration_ms = millis(self.begun.elapsed()),
+            ending_ms = millis(report.ending),
+            messages_from_client = from_client.messages,
+            messages_from_backend = from_backend.messages,
+            bytes_from_client = from_client.bytes,
+            bytes_from_backend = from_backend.bytes,
+            crossed = from_client.crossed,
+            "close"
+        );
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if self.is_closed {
+            return;
+        }
+        let (cause, why) = if std::thread::panicking() {
+            ("panic", "a bug in tidegate: please report it")
+        } else {
+            ("drain_cut", "drain.timeout was over")
+        };
+        self.metrics.close("tidegate", None, false, Duration::ZERO);
+        self.metrics.abnormal(cause);
+        let About { client, path, request_id } = &self.about;
+        let duration_ms = millis(self.begun.elapsed());
+        warn!(%client, path, request_id, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+    }
+}
+
+/// A number for the log.
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use crate::{
     close,
@@ -134,6 +134,13 @@ impl Admin {
                 Some((at, result)) if at.elapsed() < READINESS_AGE => result.clone(),
                 _ => {
                     let result = this.dial().await;
+                    let was = readiness.as_ref().is_none_or(|(_, result)| result.is_ok());
+                    match &result {
+                        Err(error) if was => warn!(error, "not ready"),
+                        Ok(()) if !was => info!("ready again"),
+                        _ => {}
+                    }
+                    this.metrics.backend_up.set(result.is_ok().into());
                     *readiness = Some((Instant::now(), result.clone()));
                     result
                 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
@@ -18,21 +19,21 @@ use super::BoxError;
 pub struct TimedBody<B> {
     inner: B,
     patience: Duration,
-    /// Trailers end with it: one hop further they could pass for headers that were checked.
-    drops_trailers: bool,
+    /// What its trailers must not say: one hop further they could pass for headers.
+    cleans_trailers: Option<fn(&mut HeaderMap)>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> TimedBody<B> {
     /// Of a body that has `patience` for each of its frames.
     pub const fn new(inner: B, patience: Duration) -> Self {
-        Self { inner, patience, drops_trailers: false, timer: None }
+        Self { inner, patience, cleans_trailers: None, timer: None }
     }
 
-    /// The same without its trailers.
+    /// The same with `clean` applied to its trailers.
     #[must_use]
-    pub fn without_trailers(mut self) -> Self {
-        self.drops_trailers = true;
+    pub fn cleaning_trailers(mut self, clean: fn(&mut HeaderMap)) -> Self {
+        self.cleans_trailers = Some(clean);
         self
     }
 }
@@ -52,10 +53,12 @@ where
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
+        if let Poll::Ready(mut frame) = Pin::new(&mut this.inner).poll_frame(cx) {
             this.timer = None;
-            if this.drops_trailers && matches!(&frame, Some(Ok(frame)) if frame.is_trailers()) {
-                return Poll::Ready(None);
+            if let (Some(clean), Some(Ok(frame))) = (this.cleans_trailers, &mut frame)
+                && let Some(trailers) = frame.trailers_mut()
+            {
+                clean(trailers);
             }
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }

@@ -63,10 +63,7 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
     headers.entry(HOST).or_insert(HeaderValue::from_static(""));
     if !trusted.iter().any(|network| network.contains(&client)) {
-        let claims: Vec<HeaderName> = headers.keys().filter(|name| speaks_for_others(name.as_str())).cloned().collect();
-        for name in claims {
-            headers.remove(name);
-        }
+        drop_claims(headers);
     }
     let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
     let client = client.to_string();
@@ -91,6 +88,14 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
         // option" (RFC 9110 10.1.4).
         let options = if headers.contains_key(TE) { "close, TE" } else { "close" };
         headers.insert(CONNECTION, HeaderValue::from_static(options));
+    }
+}
+
+/// Removes what says who the client is, also from trailers.
+pub fn drop_claims(headers: &mut HeaderMap) {
+    let claims: Vec<HeaderName> = headers.keys().filter(|name| speaks_for_others(name.as_str())).cloned().collect();
+    for name in claims {
+        headers.remove(name);
     }
 }
 

@@ -52,8 +52,13 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No connection.
-    #[error("backend is not reachable: {0}")]
-    Unreachable(#[source] io::Error),
+    #[error("cannot connect to {address} (upstream.address): {source}")]
+    Unreachable {
+        /// The backend.
+        address: Address,
+        /// What the system says.
+        source: io::Error,
+    },
     /// A deadline passed.
     #[error("{0}")]
     Timeout(&'static str),
@@ -219,7 +224,7 @@ impl Upstream {
         let dial = net::dial(&self.config.address, &self.socket);
         match tokio::time::timeout(self.config.connect_timeout, dial).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(Error::Unreachable(error)),
+            Ok(Err(source)) => Err(Error::Unreachable { address: self.config.address.clone(), source }),
             Err(_) => Err(Error::Timeout("backend did not take the connection in time")),
         }
     }
