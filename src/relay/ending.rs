@@ -417,7 +417,7 @@ impl Ending {
                     // The backend's last frames go first: up to its Close or end.
                     return match other.since {
                         Some(at) => Some((at, ours)),
-                        None if other.cut => Some((leg.since?, ours)),
+                        None if other.cut => Some((leg.since.or(other_unanswered)?, ours)),
                         None => Some((other_unanswered?, ours)),
                     };
                 }
