@@ -3,6 +3,9 @@
 //! No I/O and no clock: time is an argument. The rules stand in [`Ending::close_due`] and [`Ending::fin_due`], one arm
 //! per row of the table in `ARCHITECTURE.md`; everything else is bookkeeping.
 
+#[cfg(test)]
+mod tests;
+
 use tokio::time::Instant;
 
 use super::Config;
