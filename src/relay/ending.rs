@@ -3,6 +3,9 @@
 //! No I/O and no clock: time is an argument. The rules stand in [`Ending::close_due`] and [`Ending::fin_due`], one arm
 //! per row of the table in `ARCHITECTURE.md`; everything else is bookkeeping.
 
+#[cfg(test)]
+mod tests;
+
 use tokio::time::Instant;
 
 use super::Config;
@@ -75,7 +78,8 @@ pub(super) struct View {
     pub flushed: bool,
     /// When bytes were last taken, or first had to wait.
     pub progress: Instant,
-    /// When what had waited was last gone: before that the other side was not read.
+    /// When what had waited was last gone, or a frame that was not held ended: before that the other side was not read,
+    /// or could not answer.
     pub unblocked: Instant,
 }
 
@@ -343,8 +347,12 @@ impl Ending {
             };
             if let Some(since) = waits_since.filter(|_| self.can_write(side)) {
                 // A frame that does not end is its source's fault, bytes that are not taken this side's.
-                let patience = if view.flushed { config.close_handshake_timeout } else { config.write_timeout };
-                let deadline = since.max(view.progress) + patience;
+                let deadline = if view.flushed {
+                    let goes_on = since.max(view.progress) + config.close_handshake_timeout;
+                    goes_on.min(since + config.close_handshake_timeout + config.write_timeout)
+                } else {
+                    since.max(view.progress) + config.write_timeout
+                };
                 if deadline > now {
                     at_latest(deadline);
                 } else if view.flushed {
@@ -426,7 +434,7 @@ impl Ending {
                     // The backend's last frames go first: up to its Close or end.
                     return match other.since {
                         Some(at) => Some((at, ours)),
-                        None if other.cut => Some((leg.since?, ours)),
+                        None if other.cut => Some((leg.since.or(other_unanswered)?, ours)),
                         None => Some((other_unanswered?, ours)),
                     };
                 }
@@ -452,9 +460,11 @@ impl Ending {
     /// When the answer to the Close that this side got is no longer waited for.
     fn answer_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<Instant> {
         let flushed_at = self.leg(side).flushed_at?;
-        // While the other one did not take what this one had sent, this one was not read, and its answer may lie there.
+        // While the other one did not take what this one had sent, this one was not read, and its answer may lie there;
+        // and inside a frame that goes on it can't answer.
         let toward_other = views[side.other() as usize];
-        let read_since = if toward_other.flushed { toward_other.unblocked } else { toward_other.progress };
+        let is_between = toward_other.flushed && toward_other.boundary;
+        let read_since = if is_between { toward_other.unblocked } else { toward_other.progress };
         let due = flushed_at.max(read_since) + config.close_handshake_timeout;
         Some(due.min(flushed_at + config.close_handshake_timeout + config.write_timeout))
     }

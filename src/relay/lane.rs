@@ -24,7 +24,7 @@ pub(super) struct Lane {
     pub(super) inside_frame: bool,
     /// When the other side last took bytes, or they first had to wait.
     pub(super) progress: Instant,
-    /// When what had waited was last gone.
+    /// When what had waited was last gone, or a frame that was not held ended.
     pub(super) unblocked: Instant,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,

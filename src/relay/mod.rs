@@ -476,7 +476,10 @@ impl Relay {
                     lane.inside_frame = lane.streams && forwards;
                 }
                 Step::End(header) => {
-                    (lane.streams, lane.inside_frame) = (false, false);
+                    if std::mem::take(&mut lane.inside_frame) {
+                        lane.unblocked = now;
+                    }
+                    lane.streams = false;
                     let end = at;
                     if header.opcode.is_control() {
                         // Held until it is whole, so all of it is here.
