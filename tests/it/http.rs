@@ -326,7 +326,7 @@ fn large_bodies_wait_for_their_readers() {
 /// also when that is slow to read.
 #[test]
 fn an_answer_before_the_end_of_the_request() {
-    const LENGTH: usize = 2 << 20;
+    const LENGTH: usize = 8 << 20;
     let stalled = Gate::new("the answer fits into no buffer");
     let has_stalled = stalled.clone();
     let script = async move |c: &mut Peer| {
@@ -334,7 +334,7 @@ fn an_answer_before_the_end_of_the_request() {
         let answer = Message::status(413, "Too Much", &"x".repeat(LENGTH)).bytes();
         let mut write = Box::pin(c.pump(&answer));
         let stalls = tokio::time::timeout(Duration::from_millis(100), &mut write).await.is_err();
-        assert!(stalls, "2 MiB fit into a buffer");
+        assert!(stalls, "8 MiB fit into some buffers");
         has_stalled.open();
         assert!(write.await);
         c.fin().await;
