@@ -83,6 +83,8 @@ where
     };
     let error = match answer {
         Ok(Ok(response)) => return Ok((response, driven)),
+        // Of what the user gives to hyper here, only the body can fail.
+        Ok(Err(error)) if error.is_user() => Error::Body(error),
         Ok(Err(error)) => Error::NoAnswer(error),
         Err(_) => Error::Timeout("backend did not answer in time"),
     };
