@@ -32,7 +32,7 @@ use tracing::{debug, info};
 
 use crate::{
     close::{self, Lingered},
-    downstream::{self, Body, Intent, TimedBody, answer, answer_later},
+    downstream::{self, Body, Intent, NoFin, TimedBody, answer, answer_later},
     drain::Drain,
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Side, Stream},
@@ -122,7 +122,7 @@ impl Context {
                 })
             })
         };
-        let io = TokioIo::new(Stream::Tcp(stream));
+        let io = TokioIo::new(NoFin(Stream::Tcp(stream)));
         let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
         let mut drain = std::pin::pin!(self.drain.begun());
         let (mut draining, mut told) = (false, false);
@@ -133,11 +133,11 @@ impl Context {
                 told = true;
                 Pin::new(&mut connection).graceful_shutdown();
             }
-            connection.poll_without_shutdown(cx)
+            Pin::new(&mut connection).poll(cx)
         })
         .await;
         let parts = connection.into_parts();
-        let stream = parts.io.into_inner();
+        let NoFin(stream) = parts.io.into_inner();
         let next = std::mem::replace(&mut *lock(&next), Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {

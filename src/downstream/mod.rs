@@ -3,6 +3,7 @@
 mod body;
 mod handshake;
 mod headers;
+mod io;
 
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, intent},
     headers::{forward_request, forward_response, request_id},
+    io::NoFin,
 };
 
 /// What the client's leg needs to know.
