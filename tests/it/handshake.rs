@@ -17,7 +17,7 @@ const STATUSES: [u16; 8] = [101, 200, 204, 301, 400, 403, 426, 500];
 const PLAIN: u16 = 0;
 
 /// Handshakes that must not become a tunnel, with the status that tidegate itself answers.
-fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 52] {
+fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 54] {
     let good = || Message::websocket(target);
     let method = |name: &str| {
         let mut request = good();
@@ -76,6 +76,16 @@ fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 52] {
                 .bytes(),
             PLAIN,
         ),
+        (
+            "h2c that Connection does not name",
+            good()
+                .set("Upgrade", "h2c")
+                .without("Connection")
+                .header("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA")
+                .bytes(),
+            PLAIN,
+        ),
+        ("h2c, kept alive", good().set("Upgrade", "h2c").set("Connection", "keep-alive").bytes(), PLAIN),
         ("Upgrade: websocket, h2c", set("Upgrade", "websocket, h2c"), 400),
         ("Upgrade: h2c, websocket", set("Upgrade", "h2c, websocket"), 400),
         ("Upgrade in two lines", also("Upgrade", "h2c"), 400),
