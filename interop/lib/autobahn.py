@@ -115,25 +115,36 @@ async def compare(options: argparse.Namespace) -> int:
     direct: Outcomes = defaultdict(dict)
     through: Outcomes = defaultdict(dict)
     took: dict[str, list[float]] = {"direct": [], "tidegate": []}
-    async with Backend() as backend, Proxy(backend.address, options.direct) as proxy:
+    async with (
+        Backend() as backend,
+        # One each: a Python backend has one core's strength.
+        Backend() as backend_behind,
+        Proxy(backend_behind.address, options.direct) as proxy,
+    ):
         sides = [("direct", backend.address, direct)]
         if not options.direct:
             sides.append(("tidegate", proxy.address, through))
         try:
 
-            async def one_side(side: str, address: str, outcomes: Outcomes, wanted: list[str]) -> None:
-                found, seconds = await run_cases(address, wanted, options.parallel, options.seconds)
-                merge(outcomes, found)
+            async def one_side(side: str, address: str, outcomes: Outcomes, wanted: list[str], parallel: int) -> None:
+                found, seconds = await run_cases(address, wanted, parallel, options.seconds)
                 took[side].append(seconds)
                 print(f"{side:8} {len(found)} cases in {seconds:.1f} s", flush=True)
+                late = [case for case, (_, explanation) in found.items() if "did not finish" in explanation]
+                if late and wanted == LONG_CHAPTERS:
+                    # The fuzzer gives each of these 60 s, which a busy machine may exceed: once more, said aloud.
+                    print(f"{side:8} again, for want of time: {' '.join(late)}", flush=True)
+                    found |= (await run_cases(address, late, 1, options.seconds))[0]
+                merge(outcomes, found)
 
-            for wanted in [cases] * options.runs:
+            for _ in range(options.runs):
                 # In turns, so that both meet the same load of the machine.
                 for side in sides:
-                    await one_side(*side, wanted)
+                    await one_side(*side, cases, options.parallel)
             if options.all:
-                # The fuzzer keeps one core busy; these cases do not mind company.
-                await asyncio.gather(*(one_side(*side, LONG_CHAPTERS) for side in sides))
+                # One case at a time, since they are measured against the clock; both sides at once, since each of them
+                # keeps one core busy.
+                await asyncio.gather(*(one_side(*side, LONG_CHAPTERS, 1) for side in sides))
 
             def differing() -> list[str]:
                 if options.direct:
