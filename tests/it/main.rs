@@ -8,4 +8,5 @@ mod config;
 mod crowd;
 mod handshake;
 mod harness_self;
+mod injection;
 mod memory;
