@@ -16,7 +16,7 @@ use ipnet::IpNet;
 pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, intent},
-    headers::{forward_request, forward_response, request_id},
+    headers::{drop_claims, forward_request, forward_response, request_id},
 };
 
 /// What the client's leg needs to know.

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Config;
 use crate::{
-    net::Side,
+    side::Side,
     ws::{CloseFrame, Code, Violation},
 };
 
@@ -164,13 +164,13 @@ impl Ending {
         self.first
     }
 
-    /// The code that the session ended with: the initiator's, or what we told the client; `None`: no code.
+    /// The code that the session ended with: the initiator's, or what the client got of us; `None`: no code.
     pub(super) fn code(&self) -> Option<u16> {
         let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
         match self.first {
             Some((Initiator::Client, Cause::Close, _)) => client.close.and_then(|close| close.0),
             Some((Initiator::Backend, Cause::Close, _)) => backend.close.and_then(|close| close.0),
-            _ => client.said.or(backend.said).and_then(|close| close.0),
+            _ => self.got(Side::Client),
         }
     }
 
@@ -187,6 +187,12 @@ impl Ending {
     /// The code of its Close, if it carried one.
     pub(super) fn close_code_of(&self, side: Side) -> Option<u16> {
         self.leg(side).close.and_then(|close| close.0)
+    }
+
+    /// The code of the Close that it got, if it carried one.
+    pub(super) fn got(&self, side: Side) -> Option<u16> {
+        let leg = self.leg(side);
+        leg.flushed_at.and(leg.said).and_then(|close| close.0)
     }
 
     /// It got a Close: its kernel or ours has all of it.
@@ -373,6 +379,7 @@ impl Ending {
         }
         let other = self.leg(side.other());
         let own = |code: Code| What::Own(CloseFrame::new(code, ""));
+        let blame = |violation: Violation| What::Own(CloseFrame::new(violation.code(), violation.as_str()));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
         let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
         // Whatever is still awaited from the other side is given up then.
@@ -385,11 +392,13 @@ impl Ending {
         match side {
             Side::Backend => {
                 if let (Some(how), Some(since)) = (leg.gone, leg.gone_at) {
-                    let code = match how {
-                        Gone::Broke(violation) => violation.code(),
-                        _ => Code::GOING_AWAY,
-                    };
-                    return Some((since, own(code)));
+                    return Some((
+                        since,
+                        match how {
+                            Gone::Broke(violation) => blame(violation),
+                            _ => own(Code::GOING_AWAY),
+                        },
+                    ));
                 }
                 if let Some((at, _)) = self.drain {
                     return Some((at, own(Code::GOING_AWAY)));
@@ -417,7 +426,7 @@ impl Ending {
                     return Some((leg.gone_at?, own(Code::GOING_AWAY)));
                 }
                 let ours = match (self.drain, leg.gone) {
-                    (_, Some(Gone::Broke(violation))) => Some(own(violation.code())),
+                    (_, Some(Gone::Broke(violation))) => Some(blame(violation)),
                     (Some((_, close)), _) => Some(What::Own(close)),
                     _ => None,
                 };

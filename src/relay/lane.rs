@@ -47,7 +47,7 @@ impl Lane {
         Self {
             tracker: Tracker::new(sender, rsv, limits),
             // Without anything in it, it would still hold the whole buffer that hyper read into.
-            early: if early.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(&early) },
+            early: if early.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(early) },
             held: Vec::new(),
             held_since: None,
             pending: Vec::new(),

@@ -33,7 +33,8 @@ pub use self::{
 use crate::{
     drain::{Drain, Moments},
     metrics::Traffic,
-    net::{Side, Stream, with_scratch},
+    net::{Stream, with_scratch},
+    side::Side,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
 
@@ -109,6 +110,10 @@ pub struct Report {
     pub heard: [bool; 2],
     /// A Close was sent to the client, to the backend.
     pub told: [bool; 2],
+    /// The codes of the Closes that the client, the backend sent; `None` also for a Close without one.
+    pub sent: [Option<u16>; 2],
+    /// The codes of the Closes that the client, the backend got.
+    pub got: [Option<u16>; 2],
     /// How the client, the backend went, other than by a Close handshake.
     pub gone: [Option<Gone>; 2],
     /// The client, the backend has the beginning of a frame and not its end.
@@ -236,6 +241,8 @@ impl Relay {
             ending: now - since,
             heard: both(&|side| self.ending.heard_close_of(side)),
             told: both(&|side| self.ending.told_close(side)),
+            sent: Side::BOTH.map(|side| self.ending.close_code_of(side)),
+            got: Side::BOTH.map(|side| self.ending.got(side)),
             gone: Side::BOTH.map(|side| self.ending.gone(side)),
             cut: both(&|side| self.ending.was_cut(side)),
             counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),

@@ -17,8 +17,9 @@ use tidegate::{
     close::{self, linger},
     drain::{self, Drain},
     metrics::Metrics,
-    net::{Side, Stream},
+    net::Stream,
     relay::{Config, Leg, Relay, Report},
+    side::Side,
     ws::Rsv,
 };
 use tokio::{net::UnixStream, task::JoinSet, time::timeout};

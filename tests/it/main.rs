@@ -8,5 +8,6 @@ mod config;
 mod crowd;
 mod handshake;
 mod harness_self;
+mod http;
 mod injection;
 mod memory;

@@ -103,6 +103,16 @@ impl Peer {
         self.transcript.read(Transcript::seen)
     }
 
+    /// How many bytes were received, in all.
+    pub fn received_bytes(&self) -> usize {
+        self.transcript.read(|t| t.raw.len())
+    }
+
+    /// Whether the bytes received up to here end so.
+    pub fn received_ends_with(&self, end: &[u8]) -> bool {
+        self.transcript.read(|t| t.raw.ends_with(end))
+    }
+
     // Handshakes and HTTP.
 
     /// A client's handshake, which must succeed; returns the response's head.
