@@ -299,6 +299,7 @@ impl Context {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Timeout(_) => Handshake::Timeout,
                     Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
+                    Error::Body(_) => Handshake::Invalid,
                 };
                 (result, self.blame(&error), None)
             }
@@ -359,6 +360,8 @@ impl Context {
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
     fn blame(&self, error: &Error) -> Response<Body> {
         let (status, reason) = match error {
+            // Not its fault.
+            Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
             Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),

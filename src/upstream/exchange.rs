@@ -90,6 +90,8 @@ where
     };
     let error = match answer {
         Some(Ok(Ok(response))) => return Ok((response, driven)),
+        // Of what the user gives to hyper here, only the body can fail.
+        Some(Ok(Err(error))) if error.is_user() => Error::Body(error),
         Some(Ok(Err(error))) => Error::NoAnswer(error),
         Some(Err(_)) | None => Error::Timeout("backend did not answer in time"),
     };

@@ -62,6 +62,9 @@ pub enum Error {
     /// A deadline passed.
     #[error("{0}")]
     Timeout(&'static str),
+    /// The request's own body came to no end.
+    #[error("request body did not arrive in full: {0}")]
+    Body(#[source] hyper::Error),
     /// It answered, but not in HTTP, or closed the connection without an answer.
     #[error("backend gave no valid HTTP answer: {0}")]
     NoAnswer(#[source] hyper::Error),

@@ -17,7 +17,7 @@ const STATUSES: [u16; 8] = [101, 200, 204, 301, 400, 403, 426, 500];
 const PLAIN: u16 = 0;
 
 /// Handshakes that must not become a tunnel, with the status that tidegate itself answers.
-fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 52] {
+fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 54] {
     let good = || Message::websocket(target);
     let method = |name: &str| {
         let mut request = good();
@@ -76,6 +76,16 @@ fn bad_handshakes(target: &str) -> [(&'static str, Vec<u8>, u16); 52] {
                 .bytes(),
             PLAIN,
         ),
+        (
+            "h2c that Connection does not name",
+            good()
+                .set("Upgrade", "h2c")
+                .without("Connection")
+                .header("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA")
+                .bytes(),
+            PLAIN,
+        ),
+        ("h2c, kept alive", good().set("Upgrade", "h2c").set("Connection", "keep-alive").bytes(), PLAIN),
         ("Upgrade: websocket, h2c", set("Upgrade", "websocket, h2c"), 400),
         ("Upgrade: h2c, websocket", set("Upgrade", "h2c, websocket"), 400),
         ("Upgrade in two lines", also("Upgrade", "h2c"), 400),
@@ -921,19 +931,52 @@ fn handshakes_take_turns() {
     t.no_rst();
 }
 
-/// A WebSocket handshake that waits for its turn has no longer than `upstream.handshake_timeout`, and a client that leaves
-/// the queue is no handshake for the backend.
+/// A WebSocket handshake that waits for its turn has no longer than `upstream.handshake_timeout`.
 #[test]
 fn a_turn_may_come_too_late() {
     let t = Scene::new("upstream = { max_pending = 1, handshake_timeout = '400ms' }").backend(backend::silent).start();
-    let responses = t.clients(3, async |c| c.request(Message::websocket("/")).await);
-    for response in &responses {
+    let begun = Instant::now();
+    let responses = t.clients(20, async |c| (c.request(Message::websocket("/")).await, begun.elapsed()));
+    for (response, elapsed) in &responses {
         assert_eq!((response.code(), response.field("Retry-After")), (504, Some("1")), "{response:?}");
+        // One after the other they would take twenty times as long.
+        assert!((400..6000).contains(&elapsed.as_millis()), "{elapsed:?}");
     }
-    assert!(t.backend().count() < 3, "nobody took turns");
     for index in 0..t.backend().count() {
         assert_eq!(t.connection(index).seen().end, End::Fin);
     }
+    t.no_rst();
+}
+
+/// A client that leaves while it waits for its turn is no handshake for the backend, and keeps nobody else's turn.
+#[test]
+fn a_client_leaves_the_queue() {
+    let go = Gate::new("answer");
+    let answer = go.clone();
+    let script = async move |c: &mut Peer| {
+        let request = c.read_head().await;
+        answer.passed().await;
+        c.reply(Message::switching(&request)).await;
+        backend::echo_on(c).await;
+    };
+    let t = Scene::new("upstream.max_pending = 1").backend(script).start();
+    let first = t.start_client(async |c| _ = c.handshake("/first").await);
+    t.connection(0);
+    for resets in [false, true] {
+        t.client(async |c| {
+            c.send_bytes(&Message::websocket("/left").bytes()).await;
+            c.sent_is_acked().await;
+            if resets { c.rst() } else { c.fin().await }
+        });
+    }
+    t.proxy().metrics_when("two clients that left", |m| m.sum("tidegate_client_connections") < 1.5);
+    let last = t.start_client(async |c| _ = c.handshake("/last").await);
+    go.open();
+    first.join();
+    last.join();
+    let targets: Vec<_> =
+        (0..t.backend().count()).map(|n| t.connection(n).seen().head.unwrap().target().to_owned()).collect();
+    assert_eq!(targets, ["/first", "/last"]);
     t.no_rst();
 }
 

@@ -149,6 +149,7 @@ impl Peer {
                 response.body = body;
                 return response;
             }
+            assert!(self.end.is_none(), "half a body, and the end: {:?}", self.seen());
             self.fill_or_panic("the response's body").await;
         }
     }
