@@ -9,4 +9,5 @@ mod crowd;
 mod handshake;
 mod harness_self;
 mod http;
+mod injection;
 mod memory;
