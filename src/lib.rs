@@ -5,12 +5,13 @@
 //! A module uses only modules on floors below its own (`ARCHITECTURE.md` has the invariants):
 //!
 //! ```text
-//! 5  main.rs  cli/  demo/                              process, subcommands, exit codes
-//! 4  server.rs  admin/  config/                        assembly, signals, phases, TOML
+//! 6  main.rs  cli/                                     process, subcommands, exit codes
+//! 5  server.rs                                         assembly, signals, phases
+//! 4  admin/  config/  demo/                            probes and metrics, TOML, the demo's backend
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
 //! 1  drain.rs  metrics.rs  net.rs                      mechanisms that everybody shares
-//! 0  ws/                                               RFC 6455 on bytes: no tokio, no clock, no log
+//! 0  ws/  side.rs  fields.rs                           RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
 pub mod admin;
@@ -20,11 +21,13 @@ pub mod config;
 pub mod demo;
 pub mod downstream;
 pub mod drain;
+pub mod fields;
 pub mod listen;
 pub mod metrics;
 pub mod net;
 pub mod relay;
 pub mod server;
 pub mod session;
+pub mod side;
 pub mod upstream;
 pub mod ws;

@@ -25,7 +25,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{net::Side, ws::Opcode};
+use crate::{side::Side, ws::Opcode};
 
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
@@ -52,6 +52,17 @@ pub enum Handshake {
 }
 
 impl Handshake {
+    const ALL: [Self; 8] = [
+        Self::Accepted,
+        Self::Refused,
+        Self::Invalid,
+        Self::BadBackend,
+        Self::Unreachable,
+        Self::Timeout,
+        Self::Shed,
+        Self::Abandoned,
+    ];
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
@@ -76,6 +87,10 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Sockets in their last wait.
     pub lingering: Gauge,
+    /// 0: running; 1: draining, still accepting; 2: draining, listeners closed.
+    pub drain_state: Gauge,
+    /// What the last look of `/readyz` at the backend found: 1 or 0.
+    pub backend_up: Gauge,
     /// Data messages that came from a client after its session's end had begun; they were not forwarded.
     pub crossed_messages: Counter,
     handshakes: Family<Labels<1>, Counter>,
@@ -115,6 +130,8 @@ impl Metrics {
             sessions: Gauge::default(),
             connections: Gauge::default(),
             lingering: Gauge::default(),
+            drain_state: Gauge::default(),
+            backend_up: Gauge::default(),
             crossed_messages: Counter::default(),
             handshakes: Family::default(),
             handshake_duration,
@@ -133,9 +150,13 @@ impl Metrics {
             connections.clone(),
         );
         registry.register("lingering_sockets", "Sockets after our FIN, waiting for the peer's", lingering.clone());
+        let help = "0: running; 1: draining, still accepting; 2: draining, listeners closed";
+        registry.register("drain_state", help, metrics.drain_state.clone());
+        let help = "1: the backend took a connection when /readyz last looked; 0: it did not, or nobody asked yet";
+        registry.register("backend_up", help, metrics.backend_up.clone());
         registry.register(
             "crossed_messages",
-            "Client messages that crossed a Close of tidegate on the wire and were not forwarded",
+            "Client messages that came after the end of their session had begun and were not forwarded",
             crossed_messages.clone(),
         );
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
@@ -162,6 +183,17 @@ impl Metrics {
         registry.register("accept_errors", "Failed accepts by error", metrics.accept_errors.clone());
         registry.register("build", "What runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         // A series that alerts are built on must be there before it counts.
+        for result in Handshake::ALL {
+            let _ = metrics.handshakes.get_or_create(&[("result", result.as_str())]);
+        }
+        for side in Side::BOTH {
+            for how in ["fin", "acked", "reset", "expired"] {
+                let _ = metrics.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]);
+            }
+        }
+        for class in STATUS_CLASSES {
+            let _ = metrics.requests.get_or_create(&[("status", class)]);
+        }
         for cause in ABNORMAL {
             let _ = metrics.abnormal.get_or_create(&[("cause", cause)]);
         }
@@ -186,13 +218,7 @@ impl Metrics {
 
     /// A plain request was answered.
     pub fn request(&self, status: u16) {
-        let class = match status {
-            100..=199 => "1xx",
-            200..=299 => "2xx",
-            300..=399 => "3xx",
-            400..=499 => "4xx",
-            _ => "5xx",
-        };
+        let class = STATUS_CLASSES[usize::from(status / 100).clamp(1, 5) - 1];
         self.requests.get_or_create(&[("status", class)]).inc();
     }
 
@@ -246,8 +272,10 @@ impl Drop for Counted {
     }
 }
 
+const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
 /// The causes of [`Metrics::abnormal`].
-pub const ABNORMAL: [&str; 13] = [
+pub const ABNORMAL: [&str; 15] = [
     "client_fin",
     "client_reset",
     "client_silent",
@@ -261,6 +289,8 @@ pub const ABNORMAL: [&str; 13] = [
     "backend_violation",
     "backend_no_answer",
     "cut_inside_frame",
+    "drain_cut",
+    "panic",
 ];
 
 /// Codes by name as far as RFC 6455 and IANA name them; the rest by range, so that the set stays fixed.
@@ -294,30 +324,35 @@ pub struct Traffic {
     messages: [[AtomicU64; OPCODES.len()]; 2],
 }
 
-const OPCODES: [(Opcode, &str); 5] = [
-    (Opcode::Text, "text"),
-    (Opcode::Binary, "binary"),
-    (Opcode::Close, "close"),
-    (Opcode::Ping, "ping"),
-    (Opcode::Pong, "pong"),
-];
+const OPCODES: [&str; 5] = ["text", "binary", "close", "ping", "pong"];
 
 impl Traffic {
     /// A client connection was accepted.
     pub fn accept(&self) {
-        self.accepted.fetch_add(1, Ordering::Relaxed);
+        add(&self.accepted, 1);
     }
 
     /// Bytes were read from `side`.
     pub fn read(&self, side: Side, bytes: u64) {
-        self.bytes[side as usize].fetch_add(bytes, Ordering::Relaxed);
+        add(&self.bytes[side as usize], bytes);
     }
 
     /// A message of `side` was complete; `opcode` is that of its first frame.
     pub fn message(&self, side: Side, opcode: Opcode) {
-        let index = OPCODES.iter().position(|(known, _)| *known == opcode).unwrap_or(1);
-        self.messages[side as usize][index].fetch_add(1, Ordering::Relaxed);
+        let index = match opcode {
+            Opcode::Text => 0,
+            Opcode::Binary | Opcode::Continuation => 1,
+            Opcode::Close => 2,
+            Opcode::Ping => 3,
+            Opcode::Pong => 4,
+        };
+        add(&self.messages[side as usize][index], 1);
     }
+}
+
+/// Without a locked instruction: there is one writer.
+fn add(counter: &AtomicU64, count: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
 }
 
 #[derive(Debug)]
@@ -340,9 +375,9 @@ impl Collector for TrafficCollector {
         let help = "Messages and control frames that were read, by the opcode of their first frame";
         let mut messages = encoder.encode_descriptor("messages", help, None, MetricType::Counter)?;
         for (side, direction) in directions {
-            for (index, (_, opcode)) in OPCODES.iter().enumerate() {
+            for (index, opcode) in OPCODES.into_iter().enumerate() {
                 let value = sum(&|worker| &worker.messages[side as usize][index]);
-                value.encode(messages.encode_family(&[("direction", direction), ("opcode", *opcode)])?)?;
+                value.encode(messages.encode_family(&[("direction", direction), ("opcode", opcode)])?)?;
             }
         }
         let help = "Client connections that were accepted";

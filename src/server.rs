@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! Running --SIGTERM--> delay: goes on accepting --> window: listeners closed, sessions end one by one
-//!         --second signal, at any time--> everything ends now, still with Close frames
-//!         --all ended, or out of time--> exit 0
+//!         --second signal, at any time--> every session ends now, still with Close frames
+//!         --all ended, or `drain.timeout` after the window--> exit 0
 //! ```
 
 use std::{
@@ -21,7 +21,7 @@ use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::{Semaphore, mpsc},
-    time::sleep,
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -38,11 +38,12 @@ pub struct Server {
     /// Where the admin listener is.
     pub admin: Option<SocketAddr>,
     drain: Drain,
+    metrics: Arc<Metrics>,
     /// Ends what is left without waiting any longer.
     abort: CancellationToken,
     /// Closed when the last worker has ended.
     workers: mpsc::Receiver<()>,
-    /// The longest that a session takes to end once it has been told.
+    /// The longest that a session takes to end once it was told, with peers that answer nothing.
     ending: Duration,
 }
 
@@ -51,14 +52,26 @@ impl Server {
     pub fn start(settings: &Settings) -> anyhow::Result<Self> {
         raise_descriptor_limit();
         let listen = &settings.listen;
-        let listeners = net::listeners(listen.address, listen.backlog, listen.workers, &settings.socket)
-            .with_context(|| format!("listen.address: cannot listen on {}", listen.address))?;
+        let listeners =
+            net::listeners(listen.address, listen.backlog, listen.workers, &settings.socket).with_context(|| {
+                format!("cannot listen on {}: set listen.address (--listen) to another", listen.address)
+            })?;
         let address = listeners.first().context("listen.workers is at least 1")?.local_addr()?;
+        // Bound before the first client is accepted: an address in use must not cost anybody a session.
+        let admin = settings.admin.address.map(|wanted| {
+            admin_listener(wanted).with_context(|| {
+                format!("cannot listen on {wanted}: set admin.address (TIDEGATE_ADMIN__ADDRESS) to another, or \"off\"")
+            })
+        });
+        let admin = admin.transpose()?;
         let metrics = Arc::new(Metrics::new());
         let drain = Drain::new(settings.drain.clone());
         let abort = CancellationToken::new();
         let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone());
-        let handshakes = Arc::new(Semaphore::new(settings.downstream.max_handshakes));
+        let slots = |count| Arc::new(Semaphore::new(count));
+        let (handshakes, requests) =
+            (slots(settings.downstream.max_handshakes), slots(settings.downstream.max_handshakes));
+        let orphans = slots(settings.upstream.max_pending);
         let relay = Arc::new(settings.relay.clone());
         let (alive, workers) = mpsc::channel(1);
         for (index, listener) in listeners.into_iter().enumerate() {
@@ -72,6 +85,8 @@ impl Server {
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
                 handshakes: Arc::clone(&handshakes),
+                requests: Arc::clone(&requests),
+                orphans: Arc::clone(&orphans),
             };
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let (abort, alive) = (abort.clone(), alive.clone());
@@ -82,19 +97,19 @@ impl Server {
                         () = abort.cancelled() => {}
                     }
                 });
-                drop(runtime);
+                // Not waiting for a name that is still being looked up.
+                runtime.shutdown_background();
                 drop(alive);
             })?;
         }
-        let admin = match settings.admin.address {
-            Some(wanted) => {
-                let listener =
-                    admin_listener(wanted).with_context(|| format!("admin.address: cannot listen on {wanted}"))?;
+        let admin = match admin {
+            Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(metrics, upstream, drain.clone(), settings.close);
-                // The admin listener outlives the drain, and goes with its runtime.
+                // It outlives the drain, and goes with its runtime.
                 let tracker = TaskTracker::new();
-                tracker.clone().spawn(admin.serve(TcpListener::from_std(listener)?, tracker));
+                let admin =
+                    admin::Admin::new(Arc::clone(&metrics), upstream, drain.clone(), settings.close, tracker.clone());
+                tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
             None => None,
@@ -103,39 +118,65 @@ impl Server {
             + settings.relay.close_handshake_timeout * 3
             + settings.close.linger_max
             + Duration::from_secs(1);
-        Ok(Self { address, admin, drain, abort, workers, ending })
+        Ok(Self { address, admin, drain, metrics, abort, workers, ending })
     }
 
-    /// Ends everything: the delay, the window, what is left after it. `hurry` resolves when there is no time left for
-    /// any of it. Returns when all sessions have ended, or their time has.
-    pub async fn drain(&mut self, hurry: impl Future<Output = ()>) {
+    /// Ends everything: the delay, the window, what is left after it. Each further item of `signals` leaves less time: the
+    /// second one ends every session now, the third does not wait for that. Returns when all sessions have ended, or their
+    /// time has.
+    pub async fn drain(&mut self, signals: &mut Signals) {
         let config = self.drain.config().clone();
-        let mut hurry = std::pin::pin!(hurry);
-        info!(delay_ms = config.delay.as_millis(), window_ms = config.window.as_millis(), "draining");
+        let begun = Instant::now();
+        let total = config.delay + config.window + config.timeout;
+        let sessions = self.metrics.sessions.get();
+        info!(
+            delay_ms = millis(config.delay),
+            window_ms = millis(config.window),
+            latest_exit_ms = millis(total),
+            sessions,
+            hint = "the same signal again ends everything now",
+            "draining"
+        );
+        self.metrics.drain_state.set(1);
         let hurried = tokio::select! {
             () = sleep(config.delay) => false,
-            () = &mut hurry => true,
+            () = signals.next() => true,
         };
+        self.metrics.drain_state.set(2);
         self.drain.begin();
-        info!("listeners close, sessions end");
+        info!(sessions = self.metrics.sessions.get(), "listeners close, sessions end");
+        let last = Instant::now() + config.window + config.timeout;
+        let (drain, ending) = (&self.drain, self.ending);
         let late = async {
             if !hurried {
                 tokio::select! {
-                    () = sleep(config.window + config.timeout) => warn!("out of time: ending what is left"),
-                    () = &mut hurry => info!("second signal: ending everything now"),
+                    // By the end of the window every session was told.
+                    () = sleep_until(last) => return,
+                    () = signals.next() => {}
                 }
             }
-            self.drain.hurry();
-            sleep(self.ending).await;
-        };
-        tokio::select! {
-            _ = self.workers.recv() => info!("drained"),
-            () = late => {
-                warn!("sessions are left that did not end in time");
-                self.abort.cancel();
-                self.workers.recv().await;
+            info!("second signal: ending everything now");
+            drain.hurry();
+            tokio::select! {
+                () = sleep_until(last.min(Instant::now() + ending)) => {}
+                () = signals.next() => {}
             }
+        };
+        let is_late = tokio::select! {
+            _ = self.workers.recv() => false,
+            () = late => true,
+        };
+        if is_late {
+            warn!(
+                sessions = self.metrics.sessions.get(),
+                lingering = self.metrics.lingering.get(),
+                connections = self.metrics.connections.get(),
+                "out of time (drain.timeout): what is left is cut"
+            );
+            self.abort.cancel();
+            self.workers.recv().await;
         }
+        info!(took_ms = millis(begun.elapsed()), sessions, "drained");
     }
 
     /// Resolves when no worker is left, which before a drain means that they failed.
@@ -159,12 +200,14 @@ pub fn run(settings: &Settings, started: impl FnOnce(&Server)) -> anyhow::Result
             () = signals.next() => {}
             () = server.failed() => anyhow::bail!("the workers ended by themselves"),
         }
-        server.drain(signals.next()).await;
+        server.drain(&mut signals).await;
         Ok(())
     })
 }
 
-struct Signals {
+/// SIGTERM and SIGINT, which mean the same.
+#[derive(Debug)]
+pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
@@ -196,6 +239,10 @@ async fn worker(listener: StdListener, context: Context) {
     listen::accept_loop(listener, context.drain.begun(), &context.metrics, accept).await;
     context.tracker.close();
     context.tracker.wait().await;
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn admin_listener(address: SocketAddr) -> io::Result<StdListener> {

@@ -9,9 +9,10 @@
 //! is turned away lingers, and so does a backend whose client left before its answer.
 
 use std::{
+    convert::Infallible,
     future::{Future, poll_fn},
     net::{IpAddr, SocketAddr},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
     task::{Context as TaskContext, Poll},
     time::Duration,
@@ -28,18 +29,23 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
 use tokio_util::task::TaskTracker;
 use tower::{BoxError, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::{
     close::{self, Lingered},
-    downstream::{self, Body, Intent, NoFin, TimedBody, answer, answer_later},
+    downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
+    fields::tokens,
     metrics::{Counted, Handshake, Metrics, Traffic},
-    net::{Side, Stream},
+    net::{Kept, Stream},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
+    side::Side,
     upstream::{Answer, Error, Exchange, Failure, Reply, Upstream},
     ws::Rsv,
 };
+
+/// The longest last wait for a client that got as far as no request.
+const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
 /// What the sessions of one worker share.
 #[derive(Debug)]
@@ -60,8 +66,12 @@ pub struct Context {
     pub drain: Drain,
     /// Every task of the worker.
     pub tracker: TaskTracker,
-    /// `http.max_handshakes`, for all workers together.
+    /// `http.max_handshakes` for WebSocket handshakes, for all workers together.
     pub handshakes: Arc<Semaphore>,
+    /// The same for plain requests: neither kind can use up the other's.
+    pub requests: Arc<Semaphore>,
+    /// Handshakes that are carried on although their client has left.
+    pub orphans: Arc<Semaphore>,
 }
 
 /// Who a session belongs to, for its log lines.
@@ -105,54 +115,79 @@ impl Context {
         let next = Arc::new(Mutex::new(Next::Plain));
         let service = {
             let (this, next) = (Arc::clone(&self), Arc::clone(&next));
-            let handle = tower::service_fn(move |request| {
+            let handle = tower::service_fn(move |(request, intent)| {
                 let (this, next) = (Arc::clone(&this), Arc::clone(&next));
-                async move { Ok::<_, std::convert::Infallible>(this.handle(request, client, &next).await) }
+                async move { Ok::<_, Infallible>(this.handle(request, intent, client, &next).await) }
             });
-            let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(&self.handshakes));
-            let stack = ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle);
+            let limited = |slots: &Arc<Semaphore>| {
+                let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(slots));
+                ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle.clone())
+            };
+            let (handshakes, requests) = (limited(&self.handshakes), limited(&self.requests));
             let this = Arc::clone(&self);
             hyper::service::service_fn(move |request: Request<Incoming>| {
-                let (stack, this) = (stack.clone(), Arc::clone(&this));
-                let upgrade = request.headers().contains_key(UPGRADE);
+                let (this, intent) = (Arc::clone(&this), downstream::intent(&request));
+                let stack = intent.map(|intent| match intent {
+                    Intent::WebSocket => (intent, handshakes.clone()),
+                    Intent::Plain => (intent, requests.clone()),
+                });
                 Box::pin(async move {
-                    // The stack itself fails only when it sheds.
-                    let response = stack.oneshot(request).await.unwrap_or_else(|_| this.shed(upgrade));
-                    Ok::<_, std::convert::Infallible>(response)
+                    let response = match stack {
+                        // The stack itself fails only when it sheds.
+                        Ok((intent, stack)) => {
+                            stack.oneshot((request, intent)).await.unwrap_or_else(|_| this.shed(intent))
+                        }
+                        Err(refusal) => this.refuse(client, &request, refusal),
+                    };
+                    Ok::<_, Infallible>(response)
                 })
             })
         };
-        let io = TokioIo::new(NoFin(Stream::Tcp(stream)));
+        let io = TokioIo::new(Kept::new(Stream::Tcp(stream), self.relay.write_timeout));
         let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
-        let mut drain = std::pin::pin!(self.drain.begun());
+        let (mut begun, mut hurried) = (pin!(self.drain.begun()), pin!(self.drain.hurried()));
         let (mut draining, mut told) = (false, false);
+        // `None`: a second signal came, and nobody waits for an answer any more.
         let served = poll_fn(|cx| {
-            draining = draining || drain.as_mut().poll(cx).is_ready();
-            // A handshake under way is finished: its session is then ended with a Close like the others.
-            if draining && !told && !matches!(*lock(&next), Next::Upgrading) {
+            let mut result = Pin::new(&mut connection).poll(cx);
+            draining = draining || begun.as_mut().poll(cx).is_ready();
+            // A handshake under way is finished: its session is then ended with a Close like the others. Looked at after the
+            // connection, which may just have read a request, or answered one.
+            if draining && !told && result.is_pending() && !matches!(*lock(&next), Next::Upgrading) {
                 told = true;
                 Pin::new(&mut connection).graceful_shutdown();
+                result = Pin::new(&mut connection).poll(cx);
             }
-            Pin::new(&mut connection).poll(cx)
+            if result.is_pending() && hurried.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            result.map(Some)
         })
         .await;
         let parts = connection.into_parts();
-        let NoFin(stream) = parts.io.into_inner();
+        let stream = parts.io.into_inner().into_inner();
         let next = std::mem::replace(&mut *lock(&next), Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
-                let stream = served.is_ok().then_some(stream);
+                let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: parts.read_buf };
                 self.tracker.spawn(Arc::clone(&self).relay(client, *tunnel, counted));
             }
             Next::Plain | Next::Upgrading => {
-                if let Err(error) = served {
+                // Who sends no request, or a broken one, gets our answer and little of our time.
+                let patience = if let Some(Ok(())) = served {
+                    self.close
+                } else {
+                    let short = |time: Duration| time.min(REFUSED_LINGER);
+                    close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
+                };
+                if let Some(Err(error)) = served {
                     debug!(%client, %error, "client connection ended");
                 }
                 let this = Arc::clone(&self);
                 self.tracker.spawn(async move {
-                    this.linger(Side::Client, stream, false).await;
+                    this.linger_for(Side::Client, stream, false, &patience).await;
                     drop(counted);
                 });
             }
@@ -163,55 +198,74 @@ impl Context {
     async fn handle(
         self: &Arc<Self>,
         request: Request<Incoming>,
+        intent: Intent,
         client: SocketAddr,
         next: &Mutex<Next>,
     ) -> Response<Body> {
-        match downstream::intent(&request) {
-            Ok(Intent::Plain) => {
+        match intent {
+            Intent::Plain => {
                 let response = self.plain(request, client.ip()).await;
                 self.metrics.request(response.status().as_u16());
                 response
             }
-            Ok(Intent::WebSocket(_)) => {
+            Intent::WebSocket => {
                 *lock(next) = Next::Upgrading;
                 let mut outcome =
                     Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
                 let (result, response, tunnel) = self.websocket(request, client).await;
                 outcome.result = result;
                 drop(outcome);
-                let response = if tunnel.is_some() { response } else { last(response) };
-                *lock(next) = tunnel.map_or(Next::Plain, |tunnel| Next::Tunnel(Box::new(tunnel)));
-                response
-            }
-            Err(refusal) => {
-                self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
-                debug!(%client, reason = refusal.reason, "request refused");
-                let mut response = answer(refusal.status, refusal.reason);
-                let headers = response.headers_mut();
-                match refusal.status {
-                    StatusCode::UPGRADE_REQUIRED => {
-                        // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2), and "MUST send
-                        // an Upgrade header field in a 426 response" (RFC 9110 15.5.22), which Connection must name.
-                        headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-                        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-                        headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
-                    }
-                    StatusCode::METHOD_NOT_ALLOWED => {
-                        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
-                    }
-                    _ => {}
+                if let Some(tunnel) = tunnel {
+                    *lock(next) = Next::Tunnel(Box::new(tunnel));
+                    response
+                } else {
+                    *lock(next) = Next::Plain;
+                    last(response)
                 }
-                last(response)
             }
         }
     }
 
-    /// A request too many; `upgrade`: it asked for one.
-    fn shed(&self, upgrade: bool) -> Response<Body> {
-        self.metrics.handshake(Handshake::Shed, Duration::ZERO);
+    /// A request that the backend never sees.
+    fn refuse<B>(&self, client: SocketAddr, request: &Request<B>, refusal: Refusal) -> Response<Body> {
+        if request.headers().contains_key(UPGRADE) {
+            self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
+        } else {
+            self.metrics.request(refusal.status.as_u16());
+        }
+        debug!(%client, reason = refusal.reason, "request refused");
+        let mut response = answer(refusal.status, refusal.reason);
+        let headers = response.headers_mut();
+        match refusal.status {
+            StatusCode::UPGRADE_REQUIRED => {
+                // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2), and "MUST send
+                // an Upgrade header field in a 426 response" (RFC 9110 15.5.22), which Connection must name.
+                headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+                headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {
+                headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+            }
+            _ => {}
+        }
+        last(response)
+    }
+
+    /// A request too many.
+    fn shed(&self, intent: Intent) -> Response<Body> {
         let reason = "too many requests are waiting for the backend";
         let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after);
-        if upgrade { last(response) } else { response }
+        match intent {
+            Intent::WebSocket => {
+                self.metrics.handshake(Handshake::Shed, Duration::ZERO);
+                last(response)
+            }
+            Intent::Plain => {
+                self.metrics.request(response.status().as_u16());
+                response
+            }
+        }
     }
 
     /// The handshake with the backend, and what the client is told of it.
@@ -234,11 +288,15 @@ impl Context {
                     Tunnel { backend: Leg { stream: Some(stream), early }, rsv: rsv(response.headers()), about };
                 (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
             }
-            Ok(Answer::Refusal(reply)) => (Handshake::Refused, self.pass_on(reply), None),
+            Ok(Answer::Refusal(reply)) => {
+                let status = reply.response.status().as_u16();
+                info!(%client, path = about.path, request_id = about.request_id, status, "the backend refused a handshake");
+                (Handshake::Refused, self.pass_on(reply), None)
+            }
             Err(error) => {
-                info!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
+                warn!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
                 let result = match error {
-                    Error::Unreachable(_) => Handshake::Unreachable,
+                    Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Timeout(_) => Handshake::Timeout,
                     Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
                     Error::Body(_) => Handshake::Invalid,
@@ -254,11 +312,14 @@ impl Context {
         downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false);
         let config = self.upstream.config();
         let (body_timeout, response_timeout) = (config.body_timeout, config.response_timeout);
-        let exchange = self.upstream.plain(request.map(|body| TimedBody::new(body, body_timeout)));
+        // A request's body must come as its header must: whoever waits for it holds a place.
+        let patience = body_timeout.min(self.downstream.header_timeout);
+        let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
+        let exchange = self.upstream.plain(request.map(body));
         match self.within(response_timeout, exchange).await {
             Ok(reply) => self.pass_on(reply),
             Err(error) => {
-                info!(%client, request_id = id, %error, "request failed");
+                warn!(%client, request_id = id, %error, "request failed");
                 self.blame(&error)
             }
         }
@@ -301,7 +362,7 @@ impl Context {
         let (status, reason) = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
-            Error::Unreachable(_) => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
+            Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
             Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
             Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
@@ -312,10 +373,7 @@ impl Context {
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, counted: Counted) {
         let Tunnel { backend, rsv, about } = tunnel;
-        let session = Counted::new(&self.metrics.sessions);
-        let About { client: peer, path, request_id } = &about;
-        info!(client = %peer, path, request_id, "open");
-        let begun = Instant::now();
+        let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
         let first = relay.next_ended().await;
@@ -324,9 +382,9 @@ impl Context {
             let rest = async {
                 let second = relay.next_ended().await;
                 let report = relay.report();
-                drop(session);
                 self.count(&report);
-                log_close(&about, &report, begun.elapsed());
+                open.close(&report);
+                drop(open);
                 self.let_go(second).await;
             };
             tokio::join!(self.let_go(first), rest);
@@ -342,8 +400,12 @@ impl Context {
     }
 
     async fn linger(&self, side: Side, stream: Stream, peer_is_done: bool) {
+        self.linger_for(side, stream, peer_is_done, &self.close).await;
+    }
+
+    async fn linger_for(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &close::Config) {
         let counted = Counted::new(&self.metrics.lingering);
-        let how = match close::linger(stream, peer_is_done, &self.close).await {
+        let how = match close::linger(stream, peer_is_done, patience).await {
             Lingered::Fin => "fin",
             Lingered::Acked => "acked",
             Lingered::Reset => "reset",
@@ -358,7 +420,7 @@ impl Context {
     }
 
     fn count(&self, report: &Report) {
-        let clean = report.heard == [true; 2] && report.told == [true; 2] && report.cut == [false; 2];
+        let clean = abnormal(report).next().is_none();
         self.metrics.close(initiator(report.initiator), report.code, clean, report.ending);
         for cause in abnormal(report) {
             self.metrics.abnormal(cause);
@@ -401,23 +463,35 @@ impl<T: Orphan> Drop for Guarded<T> {
     fn drop(&mut self) {
         let Some(exchange) = self.exchange.take().filter(Exchange::has_begun) else { return };
         let context = Arc::clone(&self.context);
+        // Others may have its turn. How many are carried on is bounded apart; the rest gets its FIN at once.
+        exchange.end_turn();
+        let slot = if T::IS_WORTH_WAITING { Arc::clone(&context.orphans).try_acquire_owned().ok() } else { None };
+        if slot.is_none() {
+            exchange.give_up();
+        }
         self.context.tracker.spawn(async move {
             match exchange.await {
                 Ok(orphan) => orphan.end(context).await,
                 Err(Failure { stream: Some(stream), .. }) => context.linger(Side::Backend, stream, false).await,
                 Err(Failure { stream: None, .. }) => {}
             }
+            drop(slot);
         });
     }
 }
 
 /// What a backend gave to a client that is gone.
 trait Orphan: Send + 'static {
+    /// The backend's answer obliges us to something: a 101 to a Close.
+    const IS_WORTH_WAITING: bool;
+
     /// Ends it in order.
     fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 impl Orphan for Reply {
+    const IS_WORTH_WAITING: bool = false;
+
     fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
             drop(self.response);
@@ -429,6 +503,8 @@ impl Orphan for Reply {
 }
 
 impl Orphan for Answer {
+    const IS_WORTH_WAITING: bool = true;
+
     fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         match self {
             Self::Refusal(reply) => reply.end(context),
@@ -466,9 +542,8 @@ fn empty() -> Body {
 
 /// Which reserved bits the extensions of a 101 allow.
 fn rsv(headers: &HeaderMap) -> Rsv {
-    let values = headers.get_all(SEC_WEBSOCKET_EXTENSIONS).iter().filter_map(|value| value.to_str().ok());
     let mut rsv = Rsv::None;
-    for extension in values.flat_map(|value| value.split(',')) {
+    for extension in tokens(headers, &SEC_WEBSOCKET_EXTENSIONS) {
         let name = extension.split(';').next().unwrap_or_default().trim();
         match name {
             "" => {}
@@ -491,7 +566,6 @@ const fn initiator(initiator: Initiator) -> &'static str {
 fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
     let sides = Side::BOTH.into_iter().filter_map(|side| {
         let index = side as usize;
-        let first = matches!(report.cause, Cause::Gone(gone, _) if gone == side);
         let unanswered = report.told[index] && !report.heard[index];
         let [fin, reset, silent, stalled, violation, no_answer] = match side {
             Side::Client => [
@@ -511,13 +585,17 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
                 "backend_no_answer",
             ],
         };
-        match report.gone[index] {
+        // How it left is told by its first sign: a RST for our data after its Close and FIN is normal.
+        let first = match report.cause {
+            Cause::Gone(gone, how) if gone == side => Some(how),
+            _ => None,
+        };
+        match first.or(report.gone[index]) {
             Some(Gone::Silent) => Some(silent),
             Some(Gone::Stalled) => Some(stalled),
             Some(Gone::Broke(_)) => Some(violation),
-            // How it left is told by its first sign; a RST for our data after its Close and FIN is normal.
-            Some(_) if first && matches!(report.cause, Cause::Gone(_, Gone::Reset)) => Some(reset),
-            Some(_) if first => Some(fin),
+            Some(Gone::Reset) if first.is_some() => Some(reset),
+            Some(Gone::Fin) if first.is_some() => Some(fin),
             _ if unanswered => Some(no_answer),
             _ => None,
         }
@@ -525,31 +603,79 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
     sides.chain((report.cut != [false; 2]).then_some("cut_inside_frame"))
 }
 
-fn log_close(about: &About, report: &Report, duration: Duration) {
-    let [from_client, from_backend] = report.counts;
-    let causes = abnormal(report).collect::<Vec<_>>().join(",");
-    let why = match report.cause {
-        Cause::Gone(_, Gone::Broke(violation)) => violation.to_string(),
-        Cause::Drain => "drain".to_owned(),
-        _ => String::new(),
-    };
-    info!(
-        client = %about.client,
-        path = about.path,
-        request_id = about.request_id,
-        initiator = initiator(report.initiator),
-        code = report.code,
-        reason = %report.reason.escape_debug(),
-        clean = causes.is_empty(),
-        abnormal = causes,
-        why,
-        duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-        ending_ms = u64::try_from(report.ending.as_millis()).unwrap_or(u64::MAX),
-        messages_from_client = from_client.messages,
-        messages_from_backend = from_backend.messages,
-        bytes_from_client = from_client.bytes,
-        bytes_from_backend = from_backend.bytes,
-        crossed = from_client.crossed,
-        "close"
-    );
+/// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
+struct Open<'a> {
+    about: About,
+    begun: Instant,
+    metrics: &'a Metrics,
+    is_closed: bool,
+    _counted: Counted,
+}
+
+impl<'a> Open<'a> {
+    fn new(metrics: &'a Metrics, about: About) -> Self {
+        let About { client, path, request_id } = &about;
+        info!(%client, path, request_id, "open");
+        let counted = Counted::new(&metrics.sessions);
+        Self { about, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+    }
+
+    fn close(&mut self, report: &Report) {
+        self.is_closed = true;
+        let [from_client, from_backend] = report.counts;
+        let [client_sent, backend_sent] = report.sent;
+        let [client_got, backend_got] = report.got;
+        let causes = abnormal(report).collect::<Vec<_>>().join(",");
+        let why = match report.cause {
+            Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()),
+            Cause::Drain => "drain".to_owned(),
+            _ => String::new(),
+        };
+        info!(
+            client = %self.about.client,
+            path = self.about.path,
+            request_id = self.about.request_id,
+            initiator = initiator(report.initiator),
+            code = report.code,
+            reason = %report.reason.escape_debug(),
+            client_sent,
+            client_got,
+            backend_sent,
+            backend_got,
+            clean = causes.is_empty(),
+            abnormal = causes,
+            why,
+            duration_ms = millis(self.begun.elapsed()),
+            ending_ms = millis(report.ending),
+            messages_from_client = from_client.messages,
+            messages_from_backend = from_backend.messages,
+            bytes_from_client = from_client.bytes,
+            bytes_from_backend = from_backend.bytes,
+            crossed = from_client.crossed,
+            "close"
+        );
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if self.is_closed {
+            return;
+        }
+        let (cause, why) = if std::thread::panicking() {
+            ("panic", "a bug in tidegate: please report it")
+        } else {
+            ("drain_cut", "drain.timeout was over")
+        };
+        self.metrics.close("tidegate", None, false, Duration::ZERO);
+        self.metrics.abnormal(cause);
+        let About { client, path, request_id } = &self.about;
+        let duration_ms = millis(self.begun.elapsed());
+        warn!(%client, path, request_id, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+    }
+}
+
+/// A number for the log.
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -11,20 +11,26 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Mutex, Semaphore},
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
-use crate::{close, drain::Drain, metrics::Metrics, net::Stream, upstream::Upstream};
+use crate::{
+    close,
+    drain::Drain,
+    metrics::Metrics,
+    net::{Kept, Stream},
+    upstream::Upstream,
+};
 
-/// Connections at once; a further one waits in the accept queue.
-const MAX_CONNECTIONS: usize = 64;
+/// Connections at once; a further one waits in the accept queue. They are short: one request each.
+const MAX_CONNECTIONS: usize = 256;
 
-/// For a request's header, and for a connection as a whole.
+/// For a request's header, and for a connection as a whole: a dial of the backend may be part of it.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-const CONNECTION_TIMEOUT: Duration = Duration::from_mins(1);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The backend is dialled at most this often, however many ask.
 const READINESS_AGE: Duration = Duration::from_secs(5);
@@ -38,27 +44,31 @@ pub struct Admin {
     close: close::Config,
     /// When the backend was last dialled, and what came of it.
     readiness: Mutex<Option<(Instant, Result<(), String>)>>,
+    tracker: TaskTracker,
 }
 
 impl Admin {
     /// Of a process with these parts.
-    pub fn new(metrics: Arc<Metrics>, upstream: Upstream, drain: Drain, close: close::Config) -> Self {
-        Self { metrics, upstream, drain, close, readiness: Mutex::new(None) }
+    pub fn new(
+        metrics: Arc<Metrics>,
+        upstream: Upstream,
+        drain: Drain,
+        close: close::Config,
+        tracker: TaskTracker,
+    ) -> Self {
+        Self { metrics, upstream, drain, close, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends.
-    pub async fn serve(self, listener: TcpListener, tracker: TaskTracker) {
+    pub async fn serve(self, listener: TcpListener) {
         let this = Arc::new(self);
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let this = Arc::clone(&this);
-                    tracker.spawn(async move {
-                        this.connection(stream).await;
-                        drop(slot);
-                    });
+                    let connection = Arc::clone(&this).connection(stream, slot);
+                    this.tracker.spawn(connection);
                 }
                 Err(error) => {
                     debug!(%error, "admin: accept failed");
@@ -68,7 +78,7 @@ impl Admin {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, slot: OwnedSemaphorePermit) {
         let service = {
             let this = Arc::clone(&self);
             service_fn(move |request| {
@@ -78,17 +88,19 @@ impl Admin {
         };
         let mut connection = http1::Builder::new()
             .timer(TokioTimer::new())
+            // One that stayed would keep others out.
+            .keep_alive(false)
             .header_read_timeout(HEADER_TIMEOUT)
             .max_header_size(16 * 1024)
-            .serve_connection(TokioIo::new(Stream::Tcp(stream)), service);
-        let served = std::future::poll_fn(|cx| connection.poll_without_shutdown(cx));
-        if let Ok(Err(error)) = timeout(CONNECTION_TIMEOUT, served).await {
+            .serve_connection(TokioIo::new(Kept::new(Stream::Tcp(stream), CONNECTION_TIMEOUT)), service);
+        if let Ok(Err(error)) = timeout(CONNECTION_TIMEOUT, &mut connection).await {
             debug!(%error, "admin connection ended");
         }
-        close::linger(connection.into_parts().io.into_inner(), false, &self.close).await;
+        drop(slot);
+        close::linger(connection.into_parts().io.into_inner().into_inner(), false, &self.close).await;
     }
 
-    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -109,21 +121,32 @@ impl Admin {
     }
 
     /// 200 when a new client would be served: not draining (after the delay), and the backend takes connections.
-    async fn readyz(&self) -> Response<Full<Bytes>> {
+    async fn readyz(self: &Arc<Self>) -> Response<Full<Bytes>> {
         if self.drain.has_begun() {
             return plain(StatusCode::SERVICE_UNAVAILABLE, "draining\n");
         }
-        // Held during the dial, so that those who ask at once share one.
-        let mut readiness = self.readiness.lock().await;
-        let result = match &*readiness {
-            Some((at, result)) if at.elapsed() < READINESS_AGE => result.clone(),
-            _ => {
-                let result = self.dial().await;
-                *readiness = Some((Instant::now(), result.clone()));
-                result
+        // In a task of its own: a prober that does not wait must not make the next one dial again.
+        let this = Arc::clone(self);
+        let asked = self.tracker.spawn(async move {
+            // Held during the dial, so that those who ask at once share one.
+            let mut readiness = this.readiness.lock().await;
+            match &*readiness {
+                Some((at, result)) if at.elapsed() < READINESS_AGE => result.clone(),
+                _ => {
+                    let result = this.dial().await;
+                    let was = readiness.as_ref().is_none_or(|(_, result)| result.is_ok());
+                    match &result {
+                        Err(error) if was => warn!(error, "not ready"),
+                        Ok(()) if !was => info!("ready again"),
+                        _ => {}
+                    }
+                    this.metrics.backend_up.set(result.is_ok().into());
+                    *readiness = Some((Instant::now(), result.clone()));
+                    result
+                }
             }
-        };
-        drop(readiness);
+        });
+        let result = asked.await.unwrap_or_else(|error| Err(error.to_string()));
         match result {
             Ok(()) => plain(StatusCode::OK, "ok\n"),
             Err(error) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),

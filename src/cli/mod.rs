@@ -125,11 +125,11 @@ pub fn main() -> ExitCode {
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("error: {error:#}");
+            complain(&format!("error: {error:#}"));
             ExitCode::from(RUNTIME)
         }
         Err(findings) => {
-            eprintln!("{findings}");
+            complain(&findings);
             ExitCode::from(CONFIGURATION)
         }
     }
@@ -156,6 +156,10 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
             runtime.block_on(async { demo::serve(tokio::net::TcpListener::from_std(listener)?, shutdown).await })
         })?
     };
+    // A backend that echoes for everybody has no place on all addresses unless somebody asks for it.
+    if settings.listen.address == Settings::default().listen.address {
+        settings.listen.address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
+    }
     // People try a demo with Ctrl-C: it need not wait for endpoints to propagate.
     settings.drain.delay = std::time::Duration::ZERO;
     settings.drain.window = settings.drain.window.min(std::time::Duration::from_secs(1));
@@ -175,7 +179,7 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
 fn load(sources: &Sources) -> Result<Loaded, Findings> {
     let loaded = config::load(sources)?;
     if !loaded.findings.is_empty() {
-        eprintln!("{}", Findings(loaded.findings.clone()));
+        complain(&Findings(loaded.findings.clone()));
     }
     Ok(loaded)
 }
@@ -193,7 +197,7 @@ fn check(sources: &Sources) -> Result<anyhow::Result<()>, Findings> {
     };
     loaded.findings.retain(|finding| finding.level < Level::Note);
     if !loaded.findings.is_empty() {
-        eprintln!("{}", Findings(loaded.findings));
+        complain(&Findings(loaded.findings));
     }
     Ok(print(&format!("ok: {file}\n")))
 }
@@ -212,4 +216,9 @@ fn print(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// Writes to stderr. Nobody may be listening there, which must not change what the process does, or its exit code.
+fn complain(text: &impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{text}");
 }

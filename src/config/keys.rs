@@ -123,6 +123,7 @@ impl Settings {
                 body_timeout: seconds(120),
                 max_pending: 64,
                 header_bytes: 32 << 10,
+                write_timeout: seconds(30),
             },
             relay: relay::Config {
                 max_message: 16 << 20,
@@ -173,7 +174,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, socket, log } = settings;
     let listen::Config { address, backlog, workers } = listen;
     let downstream::Config { header_timeout, header_bytes, header_count, max_handshakes, retry_after, trusted_proxies } = downstream;
-    let upstream::Config { address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout, max_pending, header_bytes: _ } = upstream;
+    let upstream::Config { address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout, max_pending, header_bytes: _, write_timeout: _ } = upstream;
     let relay::Config {
         max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
         close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,

@@ -40,7 +40,7 @@ pub struct Settings {
     pub listen: listen::Config,
     /// `[http]`.
     pub downstream: downstream::Config,
-    /// `[upstream]`, and `http.header_bytes`.
+    /// `[upstream]`, `http.header_bytes` and `websocket.write_timeout`.
     pub upstream: upstream::Config,
     /// `[websocket]` without the buffers, and the delay, the handshake and the codes of `[close]`.
     pub relay: relay::Config,
@@ -256,6 +256,7 @@ impl Settings {
             self.listen.workers = cores.clamp(2, 4);
         }
         self.upstream.header_bytes = self.downstream.header_bytes;
+        self.upstream.write_timeout = self.relay.write_timeout;
         // TCP_USER_TIMEOUT also ends a live peer that only keeps its window at zero, and it ends it with a reset. So it must
         // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
         // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals. At

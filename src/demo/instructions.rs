@@ -24,11 +24,11 @@ In a browser, open
 
 or in another terminal try one of
   websocat ws://{at}/echo
-  python3 -c 'from websockets.sync.client import connect; w = connect(\"ws://{at}/echo\"); w.send(\"hello\"); print(w.recv()); w.close()'
+  python3 -m websockets ws://{at}/echo
   node -e 'const w = new WebSocket(\"ws://{at}/echo\"); w.onopen = () => w.send(\"hello\"); w.onmessage = (m) => {{ console.log(m.data); w.close(); }}'
   curl http://{at}/healthz
 
-(Python needs the package \"websockets\", Node version 22 or newer. At /broadcast instead of /echo all hear what one says.)
+(Python needs the package \"websockets\" and Node version 22. With /broadcast for /echo, all hear what one says.)
 {counts}
 Leave a client connected and press Ctrl-C: it is told 1001, in an orderly way. A second Ctrl-C ends it at once.
 "

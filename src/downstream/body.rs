@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
@@ -18,13 +19,22 @@ use super::BoxError;
 pub struct TimedBody<B> {
     inner: B,
     patience: Duration,
+    /// What its trailers must not say: one hop further they could pass for headers.
+    cleans_trailers: Option<fn(&mut HeaderMap)>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> TimedBody<B> {
     /// Of a body that has `patience` for each of its frames.
     pub const fn new(inner: B, patience: Duration) -> Self {
-        Self { inner, patience, timer: None }
+        Self { inner, patience, cleans_trailers: None, timer: None }
+    }
+
+    /// The same with `clean` applied to its trailers.
+    #[must_use]
+    pub fn cleaning_trailers(mut self, clean: fn(&mut HeaderMap)) -> Self {
+        self.cleans_trailers = Some(clean);
+        self
     }
 }
 
@@ -43,8 +53,13 @@ where
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
+        if let Poll::Ready(mut frame) = Pin::new(&mut this.inner).poll_frame(cx) {
             this.timer = None;
+            if let (Some(clean), Some(Ok(frame))) = (this.cleans_trailers, &mut frame)
+                && let Some(trailers) = frame.trailers_mut()
+            {
+                clean(trailers);
+            }
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
         let timer = this.timer.get_or_insert_with(|| Box::pin(sleep(this.patience)));

@@ -7,13 +7,16 @@ use http::{
     header::{CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE},
 };
 
-use super::headers::{has_token, tokens};
+use crate::fields::{has_token, tokens};
+
+/// Elements that a `Connection` header may have: each costs a look at all headers.
+const MAX_CONNECTION_OPTIONS: usize = 32;
 
 /// See [`intent`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Intent {
-    /// A valid WebSocket handshake, with its `Sec-WebSocket-Key`.
-    WebSocket(HeaderValue),
+    /// A valid WebSocket handshake.
+    WebSocket,
     /// A request to be passed on without any upgrade.
     Plain,
 }
@@ -58,8 +61,16 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
         return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
     }
-    if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length beside Transfer-Encoding"));
+    // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
+    // unread, and what that makes of it is a guess.
+    let codings = headers.get_all(TRANSFER_ENCODING).iter().collect::<Vec<_>>();
+    if !matches!(codings[..], [] | [_])
+        || codings.iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+    {
+        return Err(refuse(StatusCode::BAD_REQUEST, "Transfer-Encoding must be chunked, once"));
+    }
+    if tokens(headers, &CONNECTION).take(MAX_CONNECTION_OPTIONS + 1).count() > MAX_CONNECTION_OPTIONS {
+        return Err(refuse(StatusCode::BAD_REQUEST, "Connection lists too much"));
     }
     if !has_token(headers, &UPGRADE, "websocket") {
         return Ok(Intent::Plain);
@@ -88,7 +99,7 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
         return Err(refuse(StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
     }
     match only(headers, &SEC_WEBSOCKET_KEY) {
-        Some(key) if is_key(key.as_bytes()) => Ok(Intent::WebSocket(key.clone())),
+        Some(key) if is_key(key.as_bytes()) => Ok(Intent::WebSocket),
         _ => Err(refuse(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64")),
     }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
     header::{
         CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
     },
@@ -11,23 +11,12 @@ use http::{
 };
 use ipnet::IpNet;
 
+use crate::fields::{has_token, tokens};
+
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-/// What else backends read a client's address from, or its scheme.
-const CLAIMS: [HeaderName; 2] = [HeaderName::from_static("forwarded"), HeaderName::from_static("x-real-ip")];
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The comma-separated elements of a list header, over all its lines.
-pub(super) fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
-    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
-}
-
-/// A list header has this element, whatever its case.
-pub(super) fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
-    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
-}
 
 /// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names.
 ///
@@ -74,11 +63,7 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
     headers.entry(HOST).or_insert(HeaderValue::from_static(""));
     if !trusted.iter().any(|network| network.contains(&client)) {
-        let claims = |name: &&HeaderName| name.as_str().starts_with("x-forwarded-") || CLAIMS.contains(name);
-        let claims: Vec<HeaderName> = headers.keys().filter(claims).cloned().collect();
-        for name in claims {
-            headers.remove(name);
-        }
+        drop_claims(headers);
     }
     let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
     let client = client.to_string();
@@ -106,11 +91,32 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     }
 }
 
+/// Removes what says who the client is, also from trailers.
+pub fn drop_claims(headers: &mut HeaderMap) {
+    let claims: Vec<HeaderName> = headers.keys().filter(|name| speaks_for_others(name.as_str())).cloned().collect();
+    for name in claims {
+        headers.remove(name);
+    }
+}
+
+/// A header that says who the client is. Some servers take `_` for `-` (CGI and its heirs).
+fn speaks_for_others(name: &str) -> bool {
+    let name = name.replace('_', "-");
+    name.starts_with("x-forwarded-") || name == "forwarded" || name == "x-real-ip"
+}
+
 /// Makes a backend's response one for the client; `upgrade`: it is the 101 of a WebSocket.
 pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
     *response.version_mut() = Version::HTTP_11;
+    let needs_upgrade =
+        response.status() == StatusCode::UPGRADE_REQUIRED && has_token(response.headers(), &UPGRADE, "websocket");
     let headers = response.headers_mut();
     strip_hop_by_hop(headers);
+    if needs_upgrade {
+        // "A server that sends a 426 response MUST send an Upgrade header field" (RFC 9110 15.5.22).
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
+    }
     if upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));

@@ -3,7 +3,6 @@
 mod body;
 mod handshake;
 mod headers;
-mod io;
 
 use std::time::Duration;
 
@@ -17,8 +16,7 @@ use ipnet::IpNet;
 pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, intent},
-    headers::{forward_request, forward_response, request_id},
-    io::NoFin,
+    headers::{drop_claims, forward_request, forward_response, request_id},
 };
 
 /// What the client's leg needs to know.

@@ -64,7 +64,7 @@ pub async fn accept_loop(
                     continue;
                 };
                 metrics.accept_error(name);
-                warn!(%error, name, wait_ms = backoff.as_millis(), "cannot accept: out of a resource; clients wait in the accept queue");
+                warn!(%error, name, wait_ms = u64::try_from(backoff.as_millis()).unwrap_or(u64::MAX), "cannot accept: out of a resource; clients wait in the accept queue");
                 tokio::select! {
                     () = sleep(backoff) => {}
                     () = &mut stop => break,

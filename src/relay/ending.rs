@@ -3,11 +3,14 @@
 //! No I/O and no clock: time is an argument. The rules stand in [`Ending::close_due`] and [`Ending::fin_due`], one arm
 //! per row of the table in `ARCHITECTURE.md`; everything else is bookkeeping.
 
+#[cfg(test)]
+mod tests;
+
 use tokio::time::Instant;
 
 use super::Config;
 use crate::{
-    net::Side,
+    side::Side,
     ws::{CloseFrame, Code, Violation},
 };
 
@@ -75,6 +78,9 @@ pub(super) struct View {
     pub flushed: bool,
     /// When bytes were last taken, or first had to wait.
     pub progress: Instant,
+    /// When what had waited was last gone, or a frame that was not held ended: before that the other side was not read,
+    /// or could not answer.
+    pub unblocked: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,13 +164,13 @@ impl Ending {
         self.first
     }
 
-    /// The code that the session ended with: the initiator's, or what we told the client; `None`: no code.
+    /// The code that the session ended with: the initiator's, or what the client got of us; `None`: no code.
     pub(super) fn code(&self) -> Option<u16> {
         let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
         match self.first {
             Some((Initiator::Client, Cause::Close, _)) => client.close.and_then(|close| close.0),
             Some((Initiator::Backend, Cause::Close, _)) => backend.close.and_then(|close| close.0),
-            _ => client.said.or(backend.said).and_then(|close| close.0),
+            _ => self.got(Side::Client),
         }
     }
 
@@ -183,9 +189,15 @@ impl Ending {
         self.leg(side).close.and_then(|close| close.0)
     }
 
-    /// It got a Close.
+    /// The code of the Close that it got, if it carried one.
+    pub(super) fn got(&self, side: Side) -> Option<u16> {
+        let leg = self.leg(side);
+        leg.flushed_at.and(leg.said).and_then(|close| close.0)
+    }
+
+    /// It got a Close: its kernel or ours has all of it.
     pub(super) const fn told_close(&self, side: Side) -> bool {
-        self.leg(side).said.is_some()
+        self.leg(side).flushed_at.is_some()
     }
 
     /// It was cut inside a frame.
@@ -270,6 +282,12 @@ impl Ending {
         }
     }
 
+    /// `side` takes nothing of what waits for it; `cut`: it will miss a part of that.
+    pub(super) fn stalled(&mut self, side: Side, cut: bool, now: Instant) {
+        self.leg_mut(side).cut |= cut;
+        self.heard_gone(side, Gone::Stalled, false, now);
+    }
+
     /// The process drains, and this is the session's moment.
     pub(super) fn drain(&mut self, close: CloseFrame, now: Instant) {
         if !self.has_begun() {
@@ -285,11 +303,13 @@ impl Ending {
         leg.said = Some(Coded(code));
     }
 
-    /// The FIN that [`Ending::next`] asked for was left to the linger.
-    pub(super) fn let_go(&mut self, side: Side, now: Instant) {
+    /// The FIN that [`Ending::next`] asked for was left to the linger. `inside_frame`: as in [`Ending::heard_gone`].
+    pub(super) fn let_go(&mut self, side: Side, inside_frame: bool, now: Instant) {
         let leg = self.leg_mut(side);
         leg.told = Told::Fin;
         leg.let_go_at = Some(now);
+        let other = self.leg_mut(side.other());
+        other.cut |= inside_frame && other.told == Told::Nothing;
     }
 
     /// What to do next, or when to ask again at the latest. To be asked after everything that was told.
@@ -309,7 +329,7 @@ impl Ending {
         }
         for side in Side::BOTH {
             let view = views[side as usize];
-            let close = self.close_due(side, config);
+            let close = self.close_due(side, config, views);
             if let Some((at, what)) = close {
                 if at > now {
                     at_latest(at);
@@ -326,15 +346,22 @@ impl Ending {
                 _ => None,
             };
             if let Some(since) = waits_since.filter(|_| self.can_write(side)) {
-                let deadline = since.max(view.progress) + config.close_handshake_timeout;
-                if deadline <= now {
-                    self.leg_mut(side).cut |= !view.boundary;
-                    self.heard_gone(side, Gone::Stalled, false, now);
+                // A frame that does not end is its source's fault, bytes that are not taken this side's.
+                let deadline = if view.flushed {
+                    let goes_on = since.max(view.progress) + config.close_handshake_timeout;
+                    goes_on.min(since + config.close_handshake_timeout + config.write_timeout)
                 } else {
+                    since.max(view.progress) + config.write_timeout
+                };
+                if deadline > now {
                     at_latest(deadline);
+                } else if view.flushed {
+                    self.leg_mut(side).cut = true;
+                } else {
+                    self.stalled(side, true, now);
                 }
             }
-            match self.fin_due(side, config, view, now) {
+            match self.fin_due(side, config, views, now) {
                 Some(at) if at <= now => return Ok(Act::Fin(side)),
                 Some(at) => at_latest(at),
                 None => {}
@@ -345,20 +372,18 @@ impl Ending {
 
     /// Which Close this side is owed, and when; `None`: none, or not before something else happens.
     #[allow(clippy::match_same_arms, reason = "one arm per row of the close table")]
-    fn close_due(&self, side: Side, config: &Config) -> Option<(Instant, What)> {
+    fn close_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<(Instant, What)> {
         let leg = self.leg(side);
         if leg.told != Told::Nothing || !self.can_write(side) {
             return None;
         }
         let other = self.leg(side.other());
         let own = |code: Code| What::Own(CloseFrame::new(code, ""));
+        let blame = |violation: Violation| What::Own(CloseFrame::new(violation.code(), violation.as_str()));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
-        let echo_of = |close: Coded| match close.0.and_then(Code::new) {
-            Some(code) => own(code),
-            None => What::Own(CloseFrame::EMPTY),
-        };
+        let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
         // Whatever is still awaited from the other side is given up then.
-        let unanswered = other.flushed_at.map(|at| at + config.close_handshake_timeout);
+        let unanswered = self.answer_due(side.other(), config, views);
         let other_unanswered = match (unanswered, other.let_go_at) {
             (Some(unanswered), Some(let_go)) => Some(unanswered.min(let_go)),
             (unanswered, let_go) => unanswered.or(let_go),
@@ -367,11 +392,13 @@ impl Ending {
         match side {
             Side::Backend => {
                 if let (Some(how), Some(since)) = (leg.gone, leg.gone_at) {
-                    let code = match how {
-                        Gone::Broke(violation) => violation.code(),
-                        _ => Code::GOING_AWAY,
-                    };
-                    return Some((since, own(code)));
+                    return Some((
+                        since,
+                        match how {
+                            Gone::Broke(violation) => blame(violation),
+                            _ => own(Code::GOING_AWAY),
+                        },
+                    ));
                 }
                 if let Some((at, _)) = self.drain {
                     return Some((at, own(Code::GOING_AWAY)));
@@ -399,7 +426,7 @@ impl Ending {
                     return Some((leg.gone_at?, own(Code::GOING_AWAY)));
                 }
                 let ours = match (self.drain, leg.gone) {
-                    (_, Some(Gone::Broke(violation))) => Some(own(violation.code())),
+                    (_, Some(Gone::Broke(violation))) => Some(blame(violation)),
                     (Some((_, close)), _) => Some(What::Own(close)),
                     _ => None,
                 };
@@ -407,7 +434,7 @@ impl Ending {
                     // The backend's last frames go first: up to its Close or end.
                     return match other.since {
                         Some(at) => Some((at, ours)),
-                        None if other.cut => Some((leg.since?, ours)),
+                        None if other.cut => Some((leg.since.or(other_unanswered)?, ours)),
                         None => Some((other_unanswered?, ours)),
                     };
                 }
@@ -430,9 +457,22 @@ impl Ending {
         }
     }
 
+    /// When the answer to the Close that this side got is no longer waited for.
+    fn answer_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<Instant> {
+        let flushed_at = self.leg(side).flushed_at?;
+        // While the other one did not take what this one had sent, this one was not read, and its answer may lie there;
+        // and inside a frame that goes on it can't answer.
+        let toward_other = views[side.other() as usize];
+        let is_between = toward_other.flushed && toward_other.boundary;
+        let read_since = if is_between { toward_other.unblocked } else { toward_other.progress };
+        let due = flushed_at.max(read_since) + config.close_handshake_timeout;
+        Some(due.min(flushed_at + config.close_handshake_timeout + config.write_timeout))
+    }
+
     /// When this side's leg is to be ended; `None`: not before something else happens.
-    fn fin_due(&self, side: Side, config: &Config, view: View, now: Instant) -> Option<Instant> {
+    fn fin_due(&self, side: Side, config: &Config, views: [View; 2], now: Instant) -> Option<Instant> {
         let leg = self.leg(side);
+        let view = views[side as usize];
         match (leg.told, leg.gone) {
             (Told::Fin, _) => None,
             (_, Some(Gone::Reset | Gone::Stalled)) => Some(now),
@@ -445,7 +485,9 @@ impl Ending {
             // "the server MUST close the connection immediately" after both Closes (RFC 6455 7.1.1).
             (Told::Flushed, None) if side == Side::Client && leg.close.is_some() => Some(now),
             // Without the peer's Close; or with the backend's, where we are the client and wait for its FIN.
-            (Told::Flushed, None) => leg.flushed_at.max(leg.since).map(|at| at + config.close_handshake_timeout),
+            (Told::Flushed, None) => {
+                self.answer_due(side, config, views).max(leg.since.map(|at| at + config.close_handshake_timeout))
+            }
         }
     }
 }

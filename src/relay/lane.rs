@@ -18,10 +18,14 @@ pub(super) struct Lane {
     /// buffer and a control frame, since nothing is read while there are any.
     pending: Vec<u8>,
     taken: usize,
+    /// The frame that is under way is not held: its bytes go on, or are discarded, as they come.
+    pub(super) streams: bool,
     /// The other side has the beginning of a frame and not its end.
     pub(super) inside_frame: bool,
     /// When the other side last took bytes, or they first had to wait.
     pub(super) progress: Instant,
+    /// When what had waited was last gone, or a frame that was not held ended.
+    pub(super) unblocked: Instant,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,
     pub(super) counts: Counts,
@@ -39,16 +43,19 @@ pub struct Counts {
 }
 
 impl Lane {
-    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: Bytes, now: Instant) -> Self {
+    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Instant) -> Self {
         Self {
             tracker: Tracker::new(sender, rsv, limits),
-            early,
+            // Without anything in it, it would still hold the whole buffer that hyper read into.
+            early: if early.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(early) },
             held: Vec::new(),
             held_since: None,
             pending: Vec::new(),
             taken: 0,
+            streams: false,
             inside_frame: false,
             progress: now,
+            unblocked: now,
             opcode: Opcode::Binary,
             counts: Counts::default(),
         }
@@ -78,6 +85,7 @@ impl Lane {
         self.taken += count;
         self.progress = now;
         if !self.has_pending() {
+            self.unblocked = now;
             self.drop_pending();
         }
     }

@@ -12,7 +12,7 @@ mod lane;
 
 use std::{
     future::{Future, poll_fn},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -33,7 +33,8 @@ pub use self::{
 use crate::{
     drain::{Drain, Moments},
     metrics::Traffic,
-    net::{Side, Stream, with_scratch},
+    net::{Stream, with_scratch},
+    side::Side,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
 
@@ -109,6 +110,10 @@ pub struct Report {
     pub heard: [bool; 2],
     /// A Close was sent to the client, to the backend.
     pub told: [bool; 2],
+    /// The codes of the Closes that the client, the backend sent; `None` also for a Close without one.
+    pub sent: [Option<u16>; 2],
+    /// The codes of the Closes that the client, the backend got.
+    pub got: [Option<u16>; 2],
     /// How the client, the backend went, other than by a Close handshake.
     pub gone: [Option<Gone>; 2],
     /// The client, the backend has the beginning of a frame and not its end.
@@ -150,19 +155,11 @@ pub struct Relay {
     closes: [Option<Box<[u8]>>; 2],
     last_data: (Side, Instant),
     order: Order,
-    settling: Option<Settling>,
+    /// The client's Close was heard, and its socket is looked at once more in the next turn.
+    settling: bool,
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
-}
-
-/// One turn of the runtime.
-struct Settling(Pin<Box<dyn Future<Output = ()> + Send>>);
-
-impl std::fmt::Debug for Settling {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Settling")
-    }
 }
 
 enum Order {
@@ -200,8 +197,8 @@ impl Relay {
         Self {
             order: Order::None(Box::pin(drain.begun())),
             lanes: [
-                Lane::new(Sender::Client, rsv, limits, client.early, now),
-                Lane::new(Sender::Server, rsv, limits, backend.early, now),
+                Lane::new(Sender::Client, rsv, limits, &client.early, now),
+                Lane::new(Sender::Server, rsv, limits, &backend.early, now),
             ],
             streams: [client.stream, backend.stream],
             probes: [probe(), probe()],
@@ -209,7 +206,7 @@ impl Relay {
             broken: [false; 2],
             closes: [None, None],
             last_data: (Side::Backend, now),
-            settling: None,
+            settling: false,
             timer: Box::pin(tokio::time::sleep_until(now)),
             timer_is_late: true,
             ending,
@@ -244,6 +241,8 @@ impl Relay {
             ending: now - since,
             heard: both(&|side| self.ending.heard_close_of(side)),
             told: both(&|side| self.ending.told_close(side)),
+            sent: Side::BOTH.map(|side| self.ending.close_code_of(side)),
+            got: Side::BOTH.map(|side| self.ending.got(side)),
             gone: Side::BOTH.map(|side| self.ending.gone(side)),
             cut: both(&|side| self.ending.was_cut(side)),
             counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),
@@ -261,32 +260,29 @@ impl Relay {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let now = Instant::now();
-        self.hear_order(cx, now);
-        let mut timer_fired = self.timer.deadline() <= now;
+        self.hear_order(cx);
+        let mut due = Due { timer: self.timer.deadline() <= now, drain: true };
+        // Only in a later turn than the one that set it, and only after everything that had come was read.
+        let settling = self.settling;
         let mut wake = None;
+        // A side that has nothing to be read in this turn is asked once: that registers the task.
+        let mut dry = [false; 2];
         loop {
             let mut progress = false;
             for side in Side::BOTH {
                 progress |= self.flush(cx, side, now);
             }
             for side in Side::BOTH {
-                progress |= self.read(cx, side, now);
+                progress |= self.read(cx, side, &mut dry[side as usize], now);
             }
             if self.ending.has_begun() {
-                progress |= self.settle(cx);
+                progress |= !progress && self.settle(cx, settling);
                 match self.ending.next(&self.config, self.views(), now) {
                     Ok(Act::Close(side, what)) => {
                         self.send_close(cx, side, what, now);
                         progress = true;
                     }
-                    Ok(Act::Fin(side)) => {
-                        self.ending.let_go(side, now);
-                        self.lanes[side.other() as usize].drop_pending();
-                        self.lanes[side as usize].hold(&[], false, now);
-                        let is_reset = self.ending.gone(side) == Some(Gone::Reset);
-                        let stream = self.streams[side as usize].take().filter(|_| !is_reset);
-                        return Poll::Ready(Ended { side, stream, is_done: self.ending.heard_close_of(side) });
-                    }
+                    Ok(Act::Fin(side)) => return Poll::Ready(self.let_go(side, now)),
                     Err(at) => {
                         wake = at;
                         self.timer_is_late = true;
@@ -296,14 +292,17 @@ impl Relay {
             if progress {
                 continue;
             }
-            if !timer_fired {
+            // Only now, when everything that had come was read: a late turn of ours is nobody's silence, and what is
+            // here already is forwarded before a drain.
+            if std::mem::take(&mut due.timer) {
+                self.timer_is_late = true;
+                self.check_due(cx, now);
+            } else if !(std::mem::take(&mut due.drain) && self.drain_now(now)) {
                 break;
             }
-            // Only now, when everything that had come was read: a late turn of ours is nobody's silence.
-            timer_fired = false;
-            self.timer_is_late = true;
-            self.check_due(cx, now);
         }
+        // A drain waits for quiet: its moment moves with every byte.
+        self.timer_is_late |= matches!(self.order, Order::Drain { .. });
         if self.timer_is_late {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
@@ -318,10 +317,27 @@ impl Relay {
         Poll::Pending
     }
 
+    /// Hands a leg over to its linger.
+    fn let_go(&mut self, side: Side, now: Instant) -> Ended {
+        let lane = &mut self.lanes[side as usize];
+        lane.hold(&[], false, now);
+        let inside_frame = std::mem::take(&mut lane.inside_frame);
+        self.ending.let_go(side, inside_frame, now);
+        self.lanes[side.other() as usize].drop_pending();
+        let is_reset = self.ending.gone(side) == Some(Gone::Reset);
+        let stream = self.streams[side as usize].take().filter(|_| !is_reset);
+        Ended { side, stream, is_done: self.ending.heard_close_of(side) }
+    }
+
     fn views(&self) -> [View; 2] {
         Side::BOTH.map(|side| {
             let lane = &self.lanes[side.other() as usize];
-            View { boundary: !lane.inside_frame, flushed: !lane.has_pending(), progress: lane.progress }
+            View {
+                boundary: !lane.inside_frame,
+                flushed: !lane.has_pending(),
+                progress: lane.progress,
+                unblocked: lane.unblocked,
+            }
         })
     }
 
@@ -362,7 +378,10 @@ impl Relay {
                 return;
             }
             match poll_write(&mut self.streams[side as usize], cx, bytes) {
-                Poll::Ready(Ok(count)) => bytes = &bytes[count..],
+                Poll::Ready(Ok(count)) => {
+                    lane.progress = now;
+                    bytes = &bytes[count..];
+                }
                 Poll::Ready(Err(_)) => {
                     self.broken[side as usize] = true;
                     return;
@@ -377,9 +396,14 @@ impl Relay {
     }
 
     /// Reads once from `side` and passes on what may be; true: something came.
-    fn read(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) -> bool {
+    fn read(&mut self, cx: &mut Context<'_>, side: Side, dry: &mut bool, now: Instant) -> bool {
         let index = side as usize;
-        if self.read_done[index] || (self.lanes[index].has_pending() && self.ending.forwards(side)) {
+        let is_broken = self.broken[index];
+        if self.read_done[index] || (*dry && !is_broken) {
+            return false;
+        }
+        // Back-pressure; but of a side that is gone the last word is heard.
+        if self.lanes[index].has_pending() && self.ending.forwards(side) && !is_broken {
             return false;
         }
         with_scratch(|scratch| {
@@ -389,8 +413,11 @@ impl Relay {
             scratch[..held].copy_from_slice(&lane.held);
             let fresh = if lane.early.is_empty() {
                 match stream.poll_read_slice(cx, &mut scratch[held..held + READ]) {
-                    Poll::Pending if self.broken[index] => Ok(0),
-                    Poll::Pending => return false,
+                    Poll::Pending if is_broken => Ok(0),
+                    Poll::Pending => {
+                        *dry = true;
+                        return false;
+                    }
                     Poll::Ready(read) => read,
                 }
             } else {
@@ -402,14 +429,15 @@ impl Relay {
                 Ok(0) | Err(_) => {
                     self.read_done[index] = true;
                     // After a failed write the kernel has reported the reset already and reads give a plain EOF.
-                    let how = if fresh.is_err() || self.broken[index] { Gone::Reset } else { Gone::Fin };
+                    let how = if fresh.is_err() || is_broken { Gone::Reset } else { Gone::Fin };
                     let inside_frame = lane.inside_frame;
                     self.ending.heard_gone(side, how, inside_frame, now);
                 }
                 Ok(fresh) => {
                     let probe = &mut self.probes[index];
                     probe.heard = now;
-                    probe.deadline = None;
+                    // The timer may stand at the deadline, and the next Ping be due before.
+                    self.timer_is_late |= probe.deadline.take().is_some();
                     lane.counts.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
@@ -444,10 +472,14 @@ impl Relay {
                     if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
                         lane.opcode = header.opcode;
                     }
-                    lane.inside_frame = header.payload > self.config.hold_frame as u64 && forwards;
+                    lane.streams = header.payload > self.config.hold_frame as u64;
+                    lane.inside_frame = lane.streams && forwards;
                 }
                 Step::End(header) => {
-                    lane.inside_frame = false;
+                    if std::mem::take(&mut lane.inside_frame) {
+                        lane.unblocked = now;
+                    }
+                    lane.streams = false;
                     let end = at;
                     if header.opcode.is_control() {
                         // Held until it is whole, so all of it is here.
@@ -482,8 +514,8 @@ impl Relay {
                 }
             }
         };
-        let inside_frame = self.lanes[index].inside_frame;
-        let run_end = if inside_frame && violation.is_none() { bytes.len() } else { frame_at };
+        let streams = self.lanes[index].streams;
+        let run_end = if streams && violation.is_none() { bytes.len() } else { frame_at };
         if forwards && run_at < run_end {
             self.write(cx, to, &bytes[run_at..run_end], now);
         }
@@ -491,7 +523,7 @@ impl Relay {
         if let Some(violation) = violation {
             lane.hold(&[], false, now);
             self.ending.heard_gone(side, Gone::Broke(violation), false, now);
-        } else if inside_frame || !forwards {
+        } else if streams {
             lane.hold(&[], false, now);
         } else {
             lane.hold(&bytes[frame_at..], frame_at == 0, now);
@@ -511,7 +543,7 @@ impl Relay {
         self.traffic.message(side, header.opcode);
         match header.opcode {
             Opcode::Close => {
-                let close = CloseFrame::read(payload, header.mask).ok_or(Violation::Close)?;
+                let close = CloseFrame::read(payload, header.mask)?;
                 // Passed on by `ending`, at its time.
                 self.closes[side as usize] = Some(whole.into());
                 self.ending.heard_close(side, close.code(), now);
@@ -555,44 +587,44 @@ impl Relay {
     }
 
     /// "A client that leaves without waiting": its FIN may be right behind its Close, so its socket is looked at once
-    /// more after a turn of the runtime. True: it waits.
-    fn settle(&mut self, cx: &mut Context<'_>) -> bool {
+    /// more after a turn of the runtime, in which the kernel is asked for news. `settling` was set in an earlier turn.
+    fn settle(&mut self, cx: &mut Context<'_>, settling: bool) -> bool {
         if !self.ending.is_unsettled() {
             return false;
         }
-        let settling = self.settling.get_or_insert_with(|| Settling(Box::pin(tokio::task::yield_now())));
-        if settling.0.as_mut().poll(cx).is_pending() {
-            return false;
+        if settling {
+            self.settling = false;
+            self.ending.settle();
+        } else if !self.settling {
+            self.settling = true;
+            // Wakes the task after the next look at the kernel; only its waker is needed.
+            let _ = pin!(tokio::task::yield_now()).poll(cx);
         }
-        self.settling = None;
-        self.ending.settle();
-        true
+        settling
     }
 
-    /// Looks whether the drain reached this session.
-    fn hear_order(&mut self, cx: &mut Context<'_>, now: Instant) {
-        // The futures only register the task's waker; polled once each, since asking them takes a lock of the process.
-        match &mut self.order {
-            Order::None(begun) => {
-                if self.drain.has_begun() || (self.timer_is_late && begun.as_mut().poll(cx).is_ready()) {
-                    let moments = self.drain.moments(rand::random());
-                    let mut hurried = Box::pin(self.drain.hurried());
-                    let _ = hurried.as_mut().poll(cx);
-                    self.order = Order::Drain { moments, _hurried: hurried };
-                    self.timer_is_late = true;
-                    self.hear_order(cx, now);
-                }
-            }
-            Order::Drain { .. } => {
-                if self.drain.is_hurried() || self.drain_due(now).is_some_and(|at| at <= now) {
-                    let config = self.drain.config();
-                    let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
-                    self.ending.drain(CloseFrame::new(code, &config.reason), now);
-                    self.order = Order::Done;
-                }
-            }
-            Order::Done => {}
+    /// Looks whether a drain has begun. The futures only hold the task's waker: they are polled once each, since asking
+    /// them takes a lock of the process.
+    fn hear_order(&mut self, cx: &mut Context<'_>) {
+        let Order::None(begun) = &mut self.order else { return };
+        if self.drain.has_begun() || (self.timer_is_late && begun.as_mut().poll(cx).is_ready()) {
+            let moments = self.drain.moments(rand::random());
+            let mut hurried = Box::pin(self.drain.hurried());
+            let _ = hurried.as_mut().poll(cx);
+            self.order = Order::Drain { moments, _hurried: hurried };
         }
+    }
+
+    /// Ends the session when a drain says so; true: it did.
+    fn drain_now(&mut self, now: Instant) -> bool {
+        if !self.drain_due(now).is_some_and(|at| at <= now || self.drain.is_hurried()) {
+            return false;
+        }
+        let config = self.drain.config();
+        let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
+        self.ending.drain(CloseFrame::new(code, &config.reason), now);
+        self.order = Order::Done;
+        true
     }
 
     /// When the drain may close this session: at a quiet point from its moment on, or at its own deadline.
@@ -617,7 +649,7 @@ impl Relay {
         for side in Side::BOTH {
             let lane = &mut self.lanes[side as usize];
             if lane.has_pending() && now >= lane.progress + self.config.write_timeout {
-                self.ending.heard_gone(side.other(), Gone::Stalled, false, now);
+                self.ending.stalled(side.other(), true, now);
                 return;
             }
             if lane.held_since.is_some_and(|since| now >= since + self.config.hold_timeout) {
@@ -632,7 +664,7 @@ impl Relay {
         let lane = &mut self.lanes[side as usize];
         let held = std::mem::take(&mut lane.held);
         if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
-            lane.inside_frame = true;
+            (lane.streams, lane.inside_frame) = (true, true);
             lane.held_since = None;
             self.write(cx, side.other(), &held, now);
         } else {
@@ -676,7 +708,7 @@ impl Relay {
         }
     }
 
-    /// When [`Self::check_due`] or [`Self::hear_order`] has something to do.
+    /// When [`Self::check_due`] or [`Self::drain_now`] has something to do.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         if self.ending.has_begun() {
             return None;
@@ -694,6 +726,12 @@ impl Relay {
         });
         lanes.chain(probes).chain([self.drain_due(now)]).flatten().map(|at| at.max(now + TICK)).min()
     }
+}
+
+/// What is still to be looked at in one poll, once each.
+struct Due {
+    timer: bool,
+    drain: bool,
 }
 
 /// What stands for no deadline.

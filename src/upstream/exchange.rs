@@ -2,7 +2,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    pin::{Pin, pin},
     task::Poll,
     time::Duration,
 };
@@ -21,14 +21,17 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::{Answer, Config, Connection, Error, Failure, Reply};
-use crate::net::Stream;
+use super::{Answer, Config, Connection, Control, Error, Failure, Reply};
+use crate::{
+    fields::has_token,
+    net::{Kept, Stream},
+};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A hyper connection that is polled until it is done, and gives its socket back.
 struct Driven<B: Body + 'static> {
-    driver: Option<Driver<TokioIo<Stream>, B>>,
+    driver: Option<Driver<TokioIo<Kept>, B>>,
     is_done: bool,
 }
 
@@ -43,14 +46,14 @@ where
             && let Some(driver) = &mut self.driver
         {
             // An error here reaches the response or its body too.
-            self.is_done = driver.poll_without_shutdown(cx).is_ready();
+            self.is_done = Pin::new(driver).poll(cx).is_ready();
         }
         if self.is_done { Poll::Ready(()) } else { Poll::Pending }
     }
 
     fn into_parts(mut self) -> Option<(Stream, Bytes)> {
         let parts = self.driver.take()?.into_parts();
-        Some((parts.io.into_inner(), parts.read_buf))
+        Some((parts.io.into_inner().into_inner(), parts.read_buf))
     }
 }
 
@@ -58,18 +61,19 @@ where
 async fn send<B>(
     stream: Stream,
     request: Request<B>,
-    header_bytes: usize,
+    config: &Config,
     patience: Duration,
+    control: &Control,
 ) -> Result<(Response<Incoming>, Driven<B>), Failure>
 where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
     let (mut sender, connection) = http1::Builder::new()
-        .max_header_size(header_bytes)
+        .max_header_size(config.header_bytes)
         // hyper wants at least 8 KiB.
-        .max_buf_size(header_bytes.max(8 * 1024))
-        .handshake(TokioIo::new(stream))
+        .max_buf_size(config.header_bytes.max(8 * 1024))
+        .handshake(TokioIo::new(Kept::new(stream, config.write_timeout)))
         .await
         .map_err(Error::NoAnswer)?;
     let mut driven = Driven { driver: Some(connection), is_done: false };
@@ -79,14 +83,17 @@ where
             let _ = driven.poll(cx);
             response.as_mut().poll(cx)
         });
-        tokio::time::timeout(patience, waited).await
+        tokio::select! {
+            answer = tokio::time::timeout(patience, waited) => Some(answer),
+            () = control.given_up() => None,
+        }
     };
     let error = match answer {
-        Ok(Ok(response)) => return Ok((response, driven)),
+        Some(Ok(Ok(response))) => return Ok((response, driven)),
         // Of what the user gives to hyper here, only the body can fail.
-        Ok(Err(error)) if error.is_user() => Error::Body(error),
-        Ok(Err(error)) => Error::NoAnswer(error),
-        Err(_) => Error::Timeout("backend did not answer in time"),
+        Some(Ok(Err(error))) if error.is_user() => Error::Body(error),
+        Some(Ok(Err(error))) => Error::NoAnswer(error),
+        Some(Err(_)) | None => Error::Timeout("backend did not answer in time"),
     };
     Err(Failure { error, stream: driven.into_parts().map(|(stream, _)| stream) })
 }
@@ -108,9 +115,10 @@ pub(super) async fn websocket(
     stream: Stream,
     request: Request<Empty<Bytes>>,
     config: &Config,
+    control: &Control,
 ) -> Result<Answer, Failure> {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
-    let (response, mut driven) = send(stream, request, config.header_bytes, config.handshake_timeout).await?;
+    let (response, mut driven) = send(stream, request, config, config.handshake_timeout, control).await?;
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         return Ok(Reply { response, connection: carry_on(driven) }.into());
     }
@@ -130,14 +138,10 @@ fn check_accept(version: Version, headers: &HeaderMap, key: &[u8]) -> Result<(),
     if version != Version::HTTP_11 {
         return Err("101 in HTTP/1.0");
     }
-    let list_has = |name, wanted: &str| {
-        let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|token| token.trim().eq_ignore_ascii_case(wanted))
-    };
-    if !list_has(UPGRADE, "websocket") {
+    if !has_token(headers, &UPGRADE, "websocket") {
         return Err("101 without Upgrade: websocket");
     }
-    if !list_has(CONNECTION, "upgrade") {
+    if !has_token(headers, &CONNECTION, "upgrade") {
         return Err("101 without Connection: Upgrade");
     }
     let mut accepts = headers.get_all(SEC_WEBSOCKET_ACCEPT).iter();
@@ -150,15 +154,23 @@ fn check_accept(version: Version, headers: &HeaderMap, key: &[u8]) -> Result<(),
 }
 
 /// See [`super::Upstream::plain`].
-pub(super) async fn plain<B>(stream: Stream, request: Request<B>, config: &Config) -> Result<Reply, Failure>
+pub(super) async fn plain<B>(
+    stream: Stream,
+    request: Request<B>,
+    config: &Config,
+    control: &Control,
+) -> Result<Reply, Failure>
 where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    let (response, driven) = send(stream, request, config.header_bytes, config.response_timeout).await?;
+    let (response, driven) = send(stream, request, config, config.response_timeout, control).await?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let stream = driven.into_parts().map(|(stream, _)| stream);
-        return Err(Failure { error: Error::BadAccept("101 to a request that asked for no upgrade"), stream });
+        return Err(Failure {
+            error: Error::BadAccept("the backend upgraded a request that asked for no upgrade"),
+            stream,
+        });
     }
     Ok(Reply { response, connection: carry_on(driven) })
 }

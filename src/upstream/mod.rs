@@ -11,7 +11,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -23,8 +23,7 @@ use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Empty;
 use hyper::body::Incoming;
-use tokio::sync::Semaphore;
-use tower::{Layer, ServiceExt, limit::GlobalConcurrencyLimitLayer, service_fn};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::net::{self, Address, SocketConfig, Stream};
 
@@ -41,18 +40,25 @@ pub struct Config {
     pub response_timeout: Duration,
     /// For a plain body to move on.
     pub body_timeout: Duration,
-    /// Dials and WebSocket handshakes under way at once.
+    /// WebSocket handshakes under way at once, and dials for plain requests.
     pub max_pending: usize,
     /// The largest response header, in bytes.
     pub header_bytes: usize,
+    /// How long the backend may take nothing of a plain request.
+    pub write_timeout: Duration,
 }
 
 /// Why the backend gave no answer that could be passed on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No connection.
-    #[error("backend is not reachable: {0}")]
-    Unreachable(#[source] io::Error),
+    #[error("cannot connect to {address} (upstream.address): {source}")]
+    Unreachable {
+        /// The backend.
+        address: Address,
+        /// What the system says.
+        source: io::Error,
+    },
     /// A deadline passed.
     #[error("{0}")]
     Timeout(&'static str),
@@ -134,14 +140,48 @@ impl fmt::Debug for Answer {
 #[must_use]
 pub struct Exchange<T> {
     future: Pin<Box<dyn Future<Output = Result<T, Failure>> + Send>>,
-    begun: Arc<AtomicBool>,
+    control: Arc<Control>,
+}
+
+/// What an exchange and its holder tell each other.
+#[derive(Default)]
+struct Control {
+    begun: AtomicBool,
+    turn: Mutex<Option<OwnedSemaphorePermit>>,
+    given_up: Notify,
+}
+
+impl Control {
+    async fn given_up(&self) {
+        self.given_up.notified().await;
+    }
+
+    /// Waits for a turn, first come first served, and keeps it.
+    async fn wait_for_turn(&self, turns: &Arc<Semaphore>) {
+        let turn = Arc::clone(turns).acquire_owned().await.ok();
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    }
+
+    fn end_turn(&self) {
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 impl<T> Exchange<T> {
     /// The backend may have seen something of it, so it must be carried on to an orderly end. Before that, dropping it
     /// does no harm.
     pub fn has_begun(&self) -> bool {
-        self.begun.load(Ordering::Relaxed)
+        self.control.begun.load(Ordering::Relaxed)
+    }
+
+    /// Nobody waits for it any more: others may have its turn.
+    pub fn end_turn(&self) {
+        self.control.end_turn();
+    }
+
+    /// It fails as soon as it is polled, and gives its socket back.
+    pub fn give_up(&self) {
+        self.control.given_up.notify_one();
     }
 }
 
@@ -155,7 +195,7 @@ impl<T> Future for Exchange<T> {
 
 impl<T> fmt::Debug for Exchange<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Exchange").field("begun", &self.begun).finish_non_exhaustive()
+        f.debug_struct("Exchange").field("begun", &self.has_begun()).finish_non_exhaustive()
     }
 }
 
@@ -164,14 +204,17 @@ impl<T> fmt::Debug for Exchange<T> {
 pub struct Upstream {
     config: Arc<Config>,
     socket: Arc<SocketConfig>,
-    pending: Arc<Semaphore>,
+    /// Turns of WebSocket handshakes, and of plain requests' dials: neither can use up the other's.
+    handshakes: Arc<Semaphore>,
+    dials: Arc<Semaphore>,
 }
 
 impl Upstream {
     /// Nothing is connected yet.
     pub fn new(config: Config, socket: SocketConfig) -> Self {
-        let pending = Arc::new(Semaphore::new(config.max_pending));
-        Self { config: Arc::new(config), socket: Arc::new(socket), pending }
+        let turns = || Arc::new(Semaphore::new(config.max_pending));
+        let (handshakes, dials) = (turns(), turns());
+        Self { config: Arc::new(config), socket: Arc::new(socket), handshakes, dials }
     }
 
     /// What was configured.
@@ -184,26 +227,25 @@ impl Upstream {
         let dial = net::dial(&self.config.address, &self.socket);
         match tokio::time::timeout(self.config.connect_timeout, dial).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(Error::Unreachable(error)),
+            Ok(Err(source)) => Err(Error::Unreachable { address: self.config.address.clone(), source }),
             Err(_) => Err(Error::Timeout("backend did not take the connection in time")),
         }
     }
 
-    /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked in full (RFC 6455 4.1) before it counts.
+    /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
     pub fn websocket(&self, request: Request<Empty<Bytes>>) -> Exchange<Answer> {
-        let begun = Arc::new(AtomicBool::new(false));
-        let (this, flag) = (self.clone(), Arc::clone(&begun));
-        let handshake = service_fn(move |request| {
-            let (this, flag) = (this.clone(), Arc::clone(&flag));
-            async move {
-                let stream = this.connect().await?;
-                flag.store(true, Ordering::Relaxed);
-                exchange::websocket(stream, request, &this.config).await
-            }
+        let (this, control) = (self.clone(), Arc::new(Control::default()));
+        let shared = Arc::clone(&control);
+        let future = Box::pin(async move {
+            // A turn lasts until the backend's answer: that is what paces a spike.
+            control.wait_for_turn(&this.handshakes).await;
+            let stream = this.connect().await?;
+            control.begun.store(true, Ordering::Relaxed);
+            let answer = exchange::websocket(stream, request, &this.config, &control).await;
+            control.end_turn();
+            answer
         });
-        // First come, first served: a turn lasts until the backend's answer.
-        let in_turn = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(&self.pending)).layer(handshake);
-        Exchange { future: Box::pin(in_turn.oneshot(request)), begun }
+        Exchange { future, control: shared }
     }
 
     /// Passes a plain request on and gives the response when its header is there.
@@ -212,17 +254,16 @@ impl Upstream {
         B: Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let begun = Arc::new(AtomicBool::new(false));
-        let (this, flag) = (self.clone(), Arc::clone(&begun));
+        let (this, control) = (self.clone(), Arc::new(Control::default()));
+        let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let stream = {
-                // Only the dial has a turn: an answer may be long in coming (long polling).
-                let _turn = this.pending.acquire().await;
-                this.connect().await?
-            };
-            flag.store(true, Ordering::Relaxed);
-            exchange::plain(stream, request, &this.config).await
+            // Only the dial has a turn: an answer may be long in coming (long polling).
+            control.wait_for_turn(&this.dials).await;
+            let stream = this.connect().await?;
+            control.end_turn();
+            control.begun.store(true, Ordering::Relaxed);
+            exchange::plain(stream, request, &this.config, &control).await
         });
-        Exchange { future, begun }
+        Exchange { future, control: shared }
     }
 }

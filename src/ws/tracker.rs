@@ -3,6 +3,9 @@
 //! It is fed bytes in any portions and says the same whatever the portions are. It keeps at most one header
 //! ([`MAX_HEADER`] bytes) and never a payload.
 
+#[cfg(test)]
+mod tests;
+
 use super::{
     Code,
     frame::{Header, MAX_CONTROL, MAX_HEADER, Opcode},
@@ -38,45 +41,63 @@ pub struct Limits {
 }
 
 /// How a header breaks the protocol or a limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Violation {
     /// A reserved opcode.
-    #[error("reserved opcode")]
     Opcode,
     /// A reserved bit that no extension allows.
-    #[error("reserved bit without an extension")]
     Rsv,
     /// A client's frame without a mask.
-    #[error("unmasked frame from the client")]
     Unmasked,
     /// A server's frame with a mask.
-    #[error("masked frame from the backend")]
     Masked,
     /// A length in more bytes than needed, or with the highest bit set.
-    #[error("frame length not in its minimal form")]
     Length,
     /// A fragmented or overlong control frame.
-    #[error("fragmented or overlong control frame")]
     Control,
     /// A continuation without a beginning, or a beginning inside a message.
-    #[error("fragments out of order")]
     Fragments,
     /// A Close with a payload that must not be.
-    #[error("invalid Close payload")]
     Close,
+    /// A Close whose reason is no UTF-8.
+    CloseReason,
     /// A frame over the limit.
-    #[error("frame too big")]
     FrameTooBig,
     /// A message over the limit.
-    #[error("message too big")]
     MessageTooBig,
 }
 
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::error::Error for Violation {}
+
 impl Violation {
+    /// What it is, short enough for a Close.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Opcode => "reserved opcode",
+            Self::Rsv => "reserved bit without an extension",
+            Self::Unmasked => "frame without a mask",
+            Self::Masked => "frame with a mask",
+            Self::Length => "frame length not in its minimal form",
+            Self::Control => "fragmented or overlong control frame",
+            Self::Fragments => "fragments out of order",
+            Self::Close => "invalid Close payload",
+            Self::CloseReason => "Close reason is not UTF-8",
+            Self::FrameTooBig => "frame over the limit (websocket.max_frame)",
+            Self::MessageTooBig => "message over the limit (websocket.max_message)",
+        }
+    }
+
     /// What its sender is told.
     pub const fn code(self) -> Code {
         match self {
             Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
+            Self::CloseReason => Code::INVALID,
             _ => Code::PROTOCOL,
         }
     }

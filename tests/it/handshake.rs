@@ -829,42 +829,59 @@ fn odd_but_valid_handshakes() {
     t.no_rst();
 }
 
-/// With `http.max_handshakes` requests waiting for the backend, one more gets 503 with Retry-After and FIN, and the waiting
-/// ones get their answers. What that client sent behind its handshake is nobody's.
+/// With `http.max_handshakes` handshakes waiting for the backend, one more gets 503 with Retry-After and FIN, and the waiting
+/// ones get their answers. What that client sent behind its handshake is nobody's. Plain requests are counted apart, so that
+/// neither kind can keep the other out.
 #[test]
 fn one_handshake_too_many() {
-    let (arrived, go) = (Gate::new("both have arrived"), Gate::new("answer"));
-    let (have_arrived, answer) = (arrived.clone(), go.clone());
-    let script = async move |c: &mut Peer| {
-        let request = c.read_head().await;
-        if c.index() == 1 {
-            have_arrived.open();
-        }
-        answer.passed().await;
-        c.reply(Message::switching(&request)).await;
-        backend::echo_on(c).await;
-    };
-    let t = Scene::new("http = { max_handshakes = 2, retry_after = '7s' }").backend(script).start();
-    let waiting: Vec<_> = (0..2).map(|_| t.start_client(async |c| _ = c.handshake("/").await)).collect();
-    arrived.pass();
-    for request in [Message::websocket("/"), Message::get("/")] {
-        let is_upgrade = request.field("Upgrade").is_some();
+    for is_upgrade in [true, false] {
+        let (arrived, go) = (Gate::new("both have arrived"), Gate::new("answer"));
+        let (have_arrived, answer) = (arrived.clone(), go.clone());
+        let script = async move |c: &mut Peer| {
+            let request = c.read_head().await;
+            if request.target() != "/wait" {
+                c.reply(Message::status(200, "OK", "not counted with them")).await;
+                c.until_end().await;
+                return;
+            }
+            if c.index() == 1 {
+                have_arrived.open();
+            }
+            answer.passed().await;
+            if is_upgrade {
+                c.reply(Message::switching(&request)).await;
+                backend::echo_on(c).await;
+            } else {
+                c.reply(Message::status(200, "OK", "at last")).await;
+                c.until_end().await;
+            }
+        };
+        let t = Scene::new("http = { max_handshakes = 2, retry_after = '7s' }").backend(script).start();
+        let of_kind = |path: &str, is_upgrade| if is_upgrade { Message::websocket(path) } else { Message::get(path) };
+        let expected = if is_upgrade { 101 } else { 200 };
+        let wait = async move |c: &mut Peer| {
+            let response = c.request(of_kind("/wait", is_upgrade)).await;
+            assert_eq!(response.code(), expected);
+        };
+        let waiting: Vec<_> = (0..2).map(|_| t.start_client(wait)).collect();
+        arrived.pass();
         let (response, seen) = t.client(async |c| {
             let canary = if is_upgrade { canary(c, 0) } else { vec![] };
-            let response = c.request(request.then(canary)).await;
+            let response = c.request(of_kind("/wait", is_upgrade).then(canary)).await;
             c.fin().await;
             (response, c.until_end().await)
         });
         assert_eq!((response.code(), response.field("Retry-After")), (503, Some("7")), "{response:?}");
         assert_eq!((seen.end, seen.leftover), (End::Fin, vec![]), "{response:?}");
+        assert_eq!(t.backend().count(), 2);
+        let other = t.client(async |c| c.request(of_kind("/now", !is_upgrade)).await);
+        assert_eq!(other.code(), 200, "{other:?}");
+        go.open();
+        for client in waiting {
+            client.join();
+        }
+        t.no_rst();
     }
-    assert_eq!(t.backend().count(), 2);
-    go.open();
-    for client in waiting {
-        client.join();
-    }
-    t.client(async |c| _ = c.handshake("/").await);
-    t.no_rst();
 }
 
 /// With `upstream.max_pending` = 2 the backend never has more than two handshakes to answer, and those who wait get their

@@ -2,8 +2,11 @@
 
 mod harness;
 
+mod architecture;
 mod close_table;
 mod config;
+mod crowd;
 mod handshake;
 mod harness_self;
 mod http;
+mod memory;

@@ -6,6 +6,7 @@
 //! - [`peer`]: a WebSocket and HTTP peer for both roles, over [`ws`] and [`http`]; it shares no code with tidegate.
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
+//! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`report`]: what is printed when a test fails.
 //!
 //! No wait is without a bound, and no bound is an assertion about speed: [`DEADLINE`] and [`LIMIT`] only end a hanging test.
@@ -13,6 +14,7 @@
 #![allow(dead_code, unreachable_pub, reason = "a tool box: not every tool is needed by the tests of one day")]
 
 pub mod backend;
+pub mod crowd;
 pub mod http;
 pub mod lab;
 pub mod peer;

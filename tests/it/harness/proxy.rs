@@ -313,6 +313,12 @@ impl Metrics {
         of_name.map(|(_, value)| value).sum()
     }
 
+    /// A whole number, as of a counter.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counters of a test are small")]
+    pub fn count(&self, name: &str) -> u64 {
+        self.get(name).round() as u64
+    }
+
     pub fn all(&self) -> &BTreeMap<String, f64> {
         &self.0
     }

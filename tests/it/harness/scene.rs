@@ -264,6 +264,12 @@ impl Scene {
     #[track_caller]
     pub fn no_rst(&self) {
         self.settle();
+        if let Middle::Tidegate(proxy) = &self.middle {
+            // A panic ends its session's sockets, which from outside may look like an end in order.
+            let printed = proxy.printed();
+            let panic = printed.iter().find(|(_, line)| line.contains("panicked at"));
+            assert_eq!(panic, None, "tidegate panicked");
+        }
         let counters = self.counters(Side::Proxy);
         // An EstabResets is also a RST that was received: it proves something where no peer sent any.
         let peers_reset = [Side::Client, Side::Backend].into_iter().any(|side| self.counters(side).get("OutRsts") != 0);

@@ -1,0 +1,206 @@
+//! The load generator: one thread, one order, one line of JSON with the outcome.
+//!
+//! It reads the proxy's CPU time itself, in the same instant as its own count, so that no other process has to be
+//! scheduled between the two.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    procfs::{Cpu, Memory},
+    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
+};
+
+/// The bound of one session's steps: what takes longer is a failure.
+const STEP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Between the last connection and the look at the memory.
+const SETTLE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Order {
+    pub address: SocketAddr,
+    /// The processes whose CPU time and memory are asked for.
+    pub proxy: Vec<u32>,
+    pub backend: u32,
+    /// Sessions at once, or for `Idle` connecting at once.
+    pub connections: usize,
+    /// Payload of a message.
+    pub bytes: usize,
+    pub work: Work,
+}
+
+/// Times are in seconds.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub enum Work {
+    Echo { warmup: f64, seconds: f64 },
+    Idle { sessions: usize },
+    Churn { warmup: f64, seconds: f64 },
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Messages or sessions, within `seconds`.
+    pub count: u64,
+    pub seconds: f64,
+    pub failures: u64,
+    pub first_error: Option<String>,
+    pub proxy: Cpu,
+    /// Of load and backend.
+    pub others: Cpu,
+    /// Before the first and after the last session connected; `Idle` only.
+    pub memory: Option<[Memory; 2]>,
+}
+
+/// What all tasks count.
+#[derive(Debug, Default)]
+struct Counts {
+    done: AtomicU64,
+    failures: AtomicU64,
+    first_error: Mutex<Option<String>>,
+}
+
+impl Counts {
+    fn count(&self, result: io::Result<()>) {
+        match result {
+            Ok(()) => _ = self.done.fetch_add(1, Ordering::Relaxed),
+            Err(error) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                let mut first = self.first_error.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert_with(|| error.to_string());
+            }
+        }
+    }
+}
+
+pub fn main(order: &str) -> anyhow::Result<()> {
+    let order: Order = serde_json::from_str(order)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let counts = Arc::new(Counts::default());
+    let mut outcome = runtime.block_on(async {
+        match order.work {
+            Work::Echo { warmup, seconds } => echo(&order, &counts, warmup, seconds).await,
+            Work::Idle { sessions } => idle(&order, &counts, sessions).await,
+            Work::Churn { warmup, seconds } => churn(&order, &counts, warmup, seconds).await,
+        }
+    })?;
+    outcome.failures = counts.failures.load(Ordering::Relaxed);
+    outcome.first_error = counts.first_error.lock().unwrap_or_else(PoisonError::into_inner).take();
+    println!("{}", serde_json::to_string(&outcome)?);
+    Ok(())
+}
+
+/// Every connection sends a message when the one before has come back.
+async fn echo(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
+    let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
+    let mut tasks = JoinSet::new();
+    for _ in 0..order.connections {
+        let mut connection = limited(Connection::open(order.address)).await?;
+        let (message, counts, bytes) = (Arc::clone(&message), Arc::clone(counts), order.bytes);
+        tasks.spawn(async move {
+            loop {
+                let result = connection.echo(&message, bytes).await;
+                let failed = result.is_err();
+                counts.count(result);
+                if failed {
+                    break;
+                }
+            }
+        });
+    }
+    window(order, counts, warmup, seconds).await
+}
+
+/// Sessions from their connect to their end, one after the other, `order.connections` of them at once.
+async fn churn(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
+    let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
+    let close: Arc<[u8]> = frame(Role::Client, CLOSE, &CLOSE_NORMAL).into();
+    let mut tasks = JoinSet::new();
+    for _ in 0..order.connections {
+        let (message, close, counts) = (Arc::clone(&message), Arc::clone(&close), Arc::clone(counts));
+        let (address, bytes) = (order.address, order.bytes);
+        tasks.spawn(async move {
+            loop {
+                let session = async {
+                    let mut connection = Connection::open(address).await?;
+                    connection.echo(&message, bytes).await?;
+                    connection.close(&close).await
+                };
+                counts.count(limited(session).await);
+            }
+        });
+    }
+    window(order, counts, warmup, seconds).await
+}
+
+/// What is done and what it costs within `seconds`, while tasks go on.
+async fn window(order: &Order, counts: &Counts, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
+    let others = [order.backend, std::process::id()];
+    sleep(Duration::from_secs_f64(warmup)).await;
+    let (cpu_before, others_before) = (Cpu::of(&order.proxy)?, Cpu::of(&others)?);
+    let (begun, done_before) = (Instant::now(), counts.done.load(Ordering::Relaxed));
+    sleep(Duration::from_secs_f64(seconds)).await;
+    let (seconds, done) = (begun.elapsed().as_secs_f64(), counts.done.load(Ordering::Relaxed));
+    let (cpu, others) = (Cpu::of(&order.proxy)?, Cpu::of(&others)?);
+    anyhow::ensure!(done > done_before, "nothing was done in {seconds} s: {:?}", counts.first_error);
+    Ok(Outcome {
+        count: done - done_before,
+        seconds,
+        proxy: cpu - cpu_before,
+        others: others - others_before,
+        ..Outcome::default()
+    })
+}
+
+/// Opens sessions, each with one echo, and looks at the memory when all of them are silent.
+async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::Result<Outcome> {
+    let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
+    let before = Memory::of(&order.proxy)?;
+    let begun = Instant::now();
+    let mut tasks = JoinSet::new();
+    for nth in 0..order.connections {
+        let share = (sessions + nth) / order.connections;
+        let (address, bytes, message, counts) = (order.address, order.bytes, Arc::clone(&message), Arc::clone(counts));
+        tasks.spawn(async move {
+            let mut open = Vec::with_capacity(share);
+            for _ in 0..share {
+                let session = async {
+                    let mut connection = Connection::open(address).await?;
+                    connection.echo(&message, bytes).await?;
+                    open.push(connection);
+                    Ok(())
+                };
+                counts.count(limited(session).await);
+            }
+            open
+        });
+    }
+    let mut open = tasks.join_all().await.into_iter().flatten().collect::<Vec<_>>();
+    let seconds = begun.elapsed().as_secs_f64();
+    sleep(SETTLE).await;
+    let after = Memory::of(&order.proxy)?;
+    // A session that was lost takes no memory: all of them must still be there.
+    for connection in &mut open {
+        if let Err(error) = limited(connection.echo(&message, order.bytes)).await {
+            counts.count(Err(error));
+        }
+    }
+    Ok(Outcome { count: open.len() as u64, seconds, memory: Some([before, after]), ..Outcome::default() })
+}
+
+async fn limited<T>(step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    timeout(STEP_LIMIT, step).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}

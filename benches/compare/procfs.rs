@@ -1,0 +1,110 @@
+//! What the kernel says about processes: CPU time, memory, children, and who listens on a port.
+
+use std::{fs, ops::Sub};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Ticks per second of the times in `/proc/PID/stat`: 100 in every Linux of today, whatever the kernel's own HZ.
+const USER_HZ: u64 = 100;
+
+/// CPU time of processes, all their threads included, those that have ended too. Resolution: 10 ms each.
+///
+/// The sum is exact. How it is split between user and system is sampled by most kernels, at each timer tick.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Cpu {
+    pub user_us: u64,
+    pub system_us: u64,
+}
+
+impl Cpu {
+    pub fn of(pids: &[u32]) -> anyhow::Result<Self> {
+        let mut sum = Self::default();
+        for pid in pids {
+            let file = format!("/proc/{pid}/stat");
+            let stat = fs::read_to_string(&file).context(file)?;
+            // The second field is the program's name in parentheses, which may hold anything.
+            let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+            let mut fields = fields.split_ascii_whitespace();
+            // utime and stime are fields 14 and 15 of proc_pid_stat(5); this starts with the third.
+            let user: u64 = fields.nth(11).context("no utime")?.parse()?;
+            let system: u64 = fields.next().context("no stime")?.parse()?;
+            sum.user_us += user * 1_000_000 / USER_HZ;
+            sum.system_us += system * 1_000_000 / USER_HZ;
+        }
+        Ok(sum)
+    }
+
+    pub fn us(self) -> u64 {
+        self.user_us + self.system_us
+    }
+}
+
+impl Sub for Cpu {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            // Sampled, so that one part may go back by a tick.
+            user_us: self.user_us.saturating_sub(before.user_us),
+            system_us: self.system_us.saturating_sub(before.system_us),
+        }
+    }
+}
+
+/// Memory of processes in KiB. What several of them share counts once each in `rss`, and in parts in `pss`.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Memory {
+    pub rss_kib: u64,
+    pub pss_kib: u64,
+}
+
+impl Memory {
+    pub fn of(pids: &[u32]) -> anyhow::Result<Self> {
+        let mut sum = Self::default();
+        for pid in pids {
+            // Walks the page tables; VmRSS is kept per CPU and off by some pages.
+            let file = format!("/proc/{pid}/smaps_rollup");
+            let rollup = fs::read_to_string(&file).context(file)?;
+            let value = |name: &str| -> anyhow::Result<u64> {
+                let line = rollup.lines().find_map(|line| line.strip_prefix(name)).with_context(|| name.to_owned())?;
+                Ok(line.trim().trim_end_matches(" kB").parse()?)
+            };
+            sum.rss_kib += value("Rss:")?;
+            sum.pss_kib += value("Pss:")?;
+        }
+        Ok(sum)
+    }
+}
+
+/// The processes that `pid`'s main thread has started and that live.
+pub fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// That every listening socket of a TCP port belongs to one of `pids`, and that there is one: with `SO_REUSEPORT` a
+/// process that was forgotten takes half of the connections, and the figures are those of two programs.
+pub fn only_listener(port: u16, pids: &[u32]) -> anyhow::Result<()> {
+    let ours: Vec<String> = pids
+        .iter()
+        .filter_map(|pid| fs::read_dir(format!("/proc/{pid}/fd")).ok())
+        .flat_map(|fds| fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()))
+        .map(|link| link.to_string_lossy().into_owned())
+        .filter(|link| link.starts_with("socket:"))
+        .collect();
+    let mut listeners = 0;
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let Ok(table) = fs::read_to_string(table) else { continue };
+        for line in table.lines().skip(1) {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let &[_, local, _, "0A", _, _, _, _, _, inode, ..] = fields.as_slice() else { continue };
+            if local.rsplit_once(':').and_then(|(_, hex)| u16::from_str_radix(hex, 16).ok()) == Some(port) {
+                ensure!(ours.contains(&format!("socket:[{inode}]")), "another process listens on port {port}");
+                listeners += 1;
+            }
+        }
+    }
+    ensure!(listeners > 0, "none of the processes {pids:?} listens on port {port}");
+    Ok(())
+}
