@@ -1,8 +1,9 @@
 //! The WebSocket handshake: what becomes a tunnel, what does not, and what everybody is told.
 
 use crate::harness::{
-    DEADLINE, End, Frame, Gate, LIMIT, Message, Peer, Scene, Seen, backend,
+    DEADLINE, End, Frame, Gate, LIMIT, Message, Peer, Scene, Seen, Side, backend,
     http::KEY,
+    proxy::Metrics,
     ws::{CLOSE, TEXT},
 };
 use std::{
@@ -521,9 +522,9 @@ fn an_unreachable_backend() {
             assert!(!response.text().contains("198.18."), "an inner address: {response:?}");
         }
     };
-    if t.lab().cut(crate::harness::Side::Backend) {
+    if t.lab().cut(Side::Backend) {
         ask(504, "in time");
-        t.lab().mend(crate::harness::Side::Backend);
+        t.lab().mend(Side::Backend);
     }
     t.backend().stop_listening();
     ask(502, "not reachable");
@@ -577,14 +578,14 @@ fn headers_have_limits() {
 #[test]
 fn a_client_leaves_during_the_dial() {
     let t = Scene::new("").start();
-    if !t.lab().cut(crate::harness::Side::Backend) {
+    if !t.lab().cut(Side::Backend) {
         return;
     }
     for resets in [false, true] {
         t.client(async |c| {
             c.send_bytes(&Message::websocket("/").bytes()).await;
             // The SYN is out: it was read, and the dial has begun.
-            let dialling = || t.lab().sockets(crate::harness::Side::Proxy).iter().any(|s| s.state == "SYN_SENT");
+            let dialling = || t.lab().sockets(Side::Proxy).iter().any(|s| s.state == "SYN_SENT");
             let begun = Instant::now();
             while !dialling() {
                 assert!(begun.elapsed() < DEADLINE, "nobody dials");
@@ -594,14 +595,14 @@ fn a_client_leaves_during_the_dial() {
         });
         t.settle();
     }
-    t.lab().mend(crate::harness::Side::Backend);
+    t.lab().mend(Side::Backend);
     t.proxy().metrics_when("two abandoned handshakes", |m| abandoned(m) == 2);
     assert_eq!(t.backend().count(), 0);
     t.no_rst();
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a counter")]
-fn abandoned(metrics: &crate::harness::proxy::Metrics) -> usize {
+fn abandoned(metrics: &Metrics) -> usize {
     metrics.get("tidegate_handshakes_total{result=\"abandoned\"}").round() as usize
 }
 
@@ -728,7 +729,6 @@ fn what_the_backend_is_told() {
     for trusted in [false, true] {
         let networks = if trusted { "['198.18.0.0/15', '127.0.0.0/8']" } else { "['203.0.113.0/24']" };
         let t = Scene::new(&format!("http.trusted_proxies = {networks}")).backend(script).start();
-        let client = t.lab().address(crate::harness::Side::Client, crate::harness::Side::Proxy).to_string();
         let requests = [
             tricky(Message::websocket("/a?b=c%20d"), "X-Forwarded-For, Upgrade, x-forwarded-host, X-Hop"),
             tricky(Message::websocket("/a?b=c%20d"), "keep-alive, Upgrade, X-Hop"),
@@ -737,7 +737,10 @@ fn what_the_backend_is_told() {
             tricky(Message::get("/"), "close, X-Hop").without("X-Request-Id"),
         ];
         for (index, request) in requests.into_iter().enumerate() {
-            t.client(async |c| _ = c.request(request.clone()).await);
+            let client = t.client(async |c| {
+                c.request(request.clone()).await;
+                c.local().ip().to_string()
+            });
             let got = t.connection(index).seen().head.unwrap();
             let (tricked, upgrade) = (index % 2 == 0 && index != 4, index < 2);
             assert_eq!(got.line, request.line);
