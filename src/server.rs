@@ -72,6 +72,7 @@ impl Server {
         let (handshakes, requests) =
             (slots(settings.downstream.max_handshakes), slots(settings.downstream.max_handshakes));
         let orphans = slots(settings.upstream.max_pending);
+        let has_doubted = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, workers) = mpsc::channel(1);
         for (index, listener) in listeners.into_iter().enumerate() {
@@ -87,6 +88,7 @@ impl Server {
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
                 orphans: Arc::clone(&orphans),
+                has_doubted: Arc::clone(&has_doubted),
             };
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             let (abort, alive) = (abort.clone(), alive.clone());

@@ -13,7 +13,10 @@ use std::{
     future::{Future, poll_fn},
     net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context as TaskContext, Poll},
     time::Duration,
 };
@@ -70,6 +73,8 @@ pub struct Context {
     pub handshakes: Arc<Semaphore>,
     /// The same for plain requests: neither kind can use up the other's.
     pub requests: Arc<Semaphore>,
+    /// See [`Context::doubt`].
+    pub has_doubted: Arc<AtomicBool>,
     /// Handshakes that are carried on although their client has left.
     pub orphans: Arc<Semaphore>,
 }
@@ -226,6 +231,13 @@ impl Context {
         }
     }
 
+    /// Says once in a process that somebody's `X-Forwarded-For` is not believed: it may be the user's own ingress.
+    fn doubt(&self, client: IpAddr) {
+        if !self.has_doubted.swap(true, Ordering::Relaxed) {
+            warn!(%client, "X-Forwarded-* of a client that is not in http.trusted_proxies is replaced; said once");
+        }
+    }
+
     /// A request that the backend never sees.
     fn refuse<B>(&self, client: SocketAddr, request: &Request<B>, refusal: Refusal) -> Response<Body> {
         if request.headers().contains_key(UPGRADE) {
@@ -278,7 +290,9 @@ impl Context {
         path.truncate(path.floor_char_boundary(256));
         let about = About { client, path, request_id: downstream::request_id(request.headers()) };
         let trusted = &self.downstream.trusted_proxies;
-        downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true);
+        if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
+            self.doubt(client.ip());
+        }
         let exchange = self.upstream.websocket(request.map(|_| Empty::<Bytes>::new()));
         let patience = self.upstream.config().handshake_timeout;
         match self.within(patience, exchange).await {
@@ -309,7 +323,9 @@ impl Context {
     /// A request that is no upgrade, streamed both ways.
     async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: IpAddr) -> Response<Body> {
         let id = downstream::request_id(request.headers());
-        downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false);
+        if downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false) {
+            self.doubt(client);
+        }
         let config = self.upstream.config();
         let (body_timeout, response_timeout) = (config.body_timeout, config.response_timeout);
         // A request's body must come as its header must: whoever waits for it holds a place.

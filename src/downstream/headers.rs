@@ -46,8 +46,14 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// `X-Request-Id` come.
 ///
 /// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*` of any kind, `X-Real-IP`,
-/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake.
-pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[IpNet], id: &str, upgrade: bool) {
+/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake. True: an `X-Forwarded-For` was not believed.
+pub fn forward_request<B>(
+    request: &mut Request<B>,
+    client: IpAddr,
+    trusted: &[IpNet],
+    id: &str,
+    upgrade: bool,
+) -> bool {
     let client = client.to_canonical();
     // An absolute target's authority replaces Host (RFC 9112 3.2.2).
     let authority = request.uri().authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok());
@@ -62,7 +68,9 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
     // HTTP/1.0 may lack it, HTTP/1.1 must not: "If the authority component is missing or undefined for the target URI, then
     // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
     headers.entry(HOST).or_insert(HeaderValue::from_static(""));
-    if !trusted.iter().any(|network| network.contains(&client)) {
+    let is_trusted = trusted.iter().any(|network| network.contains(&client));
+    let was_replaced = !is_trusted && headers.contains_key(FOR);
+    if !is_trusted {
         drop_claims(headers);
     }
     let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
@@ -89,6 +97,7 @@ pub fn forward_request<B>(request: &mut Request<B>, client: IpAddr, trusted: &[I
         let options = if headers.contains_key(TE) { "close, TE" } else { "close" };
         headers.insert(CONNECTION, HeaderValue::from_static(options));
     }
+    was_replaced
 }
 
 /// Removes what says who the client is, also from trailers.

@@ -332,13 +332,10 @@ fn large_bodies_wait_for_their_readers() {
             c.read_head().await;
             may_read.passed().await;
             let mut last = 0;
-            while last < LENGTH {
+            // A chunked body is longer than its content, by what only its end tells.
+            while if chunked { !c.received_ends_with(b"\r\n0\r\n\r\n") } else { last < LENGTH } {
                 c.read_bytes(last + 1).await;
                 last = c.received_bytes();
-                // A chunked body is longer than its content.
-                if chunked && c.received_ends_with(b"\r\n0\r\n\r\n") {
-                    break;
-                }
             }
             let raw = c.seen().raw;
             let (head, length) = Message::parse_head(&raw).unwrap();
