@@ -10,24 +10,18 @@ use super::{
 pub struct Code(u16);
 
 impl Code {
-    /// The purpose of the connection was fulfilled.
-    pub const NORMAL: Self = Self(1000);
     /// An endpoint goes away: a server that shuts down, a browser that leaves the page.
     pub const GOING_AWAY: Self = Self(1001);
     /// The peer broke the protocol.
     pub const PROTOCOL: Self = Self(1002);
     /// Data that is not what it says it is, such as text that is no UTF-8.
     pub const INVALID: Self = Self(1007);
-    /// A message broke a policy, when no other code fits.
-    pub const POLICY: Self = Self(1008);
     /// A message too big to be processed.
     pub const TOO_BIG: Self = Self(1009);
     /// The server met an unexpected condition.
     pub const INTERNAL: Self = Self(1011);
     /// The service restarts; clients may come back after a random delay of 5 to 30 s (IANA registry).
     pub const RESTART: Self = Self(1012);
-    /// A gateway got an invalid answer from its upstream (IANA registry).
-    pub const BAD_GATEWAY: Self = Self(1014);
 
     /// `None` for a code that an endpoint must not send (RFC 6455 7.4.1, 7.4.2).
     pub const fn new(code: u16) -> Option<Self> {
