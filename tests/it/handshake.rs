@@ -952,8 +952,10 @@ fn a_turn_may_come_too_late() {
     }
     assert_eq!(t.backend().count(), 1);
     assert_eq!(t.connection(0).seen().end, End::Fin);
-    t.proxy()
-        .metrics_when("19 refused", |m| (m.sum("tidegate_refused_total{reason=\"queue_timeout\"}") - 19.0).abs() < 0.5);
+    t.proxy().metrics_when("19 refused", |m| {
+        let refused = m.sum_with("tidegate_refused_total", "reason=\"queue_timeout\"");
+        (refused - 19.0).abs() < 0.5
+    });
     t.no_rst();
 }
 
