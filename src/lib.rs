@@ -7,7 +7,7 @@
 //! ```text
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
 //! 5  server.rs                                         assembly, signals, phases
-//! 4  admin/  config/  demo/                            probes and metrics, TOML, the demo's backend
+//! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
 //! 1  admission.rs  budget.rs  drain.rs  gate.rs
@@ -22,6 +22,7 @@ pub mod cli;
 pub mod close;
 pub mod config;
 pub mod demo;
+pub mod doctor;
 pub mod downstream;
 pub mod drain;
 pub mod fields;

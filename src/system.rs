@@ -16,6 +16,7 @@ use rustix::{
     param::page_size,
     process::{Resource, Rlimit, getrlimit},
 };
+use serde::Serialize;
 
 pub use self::cgroup::{Bound, Cpu, Memory, MemoryWatch};
 
@@ -33,7 +34,7 @@ impl Default for System {
 }
 
 /// Soft and hard limit of a resource; `None` is unlimited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Limit {
     /// What is in force. The process may raise it up to the hard one.
     pub soft: Option<u64>,
@@ -48,7 +49,8 @@ impl From<Rlimit> for Limit {
 }
 
 /// Where a process may find itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Surroundings {
     /// A container of a Kubernetes pod.
     Pod,
@@ -68,7 +70,7 @@ pub struct ProcessMemory {
 }
 
 /// Memory of the whole host, in bytes, whatever part of it this process may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct HostMemory {
     /// All of it, without what the kernel took for itself.
     pub total: u64,
@@ -76,8 +78,17 @@ pub struct HostMemory {
     pub available: u64,
 }
 
+/// Open files of the whole host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct HostFiles {
+    /// That are open.
+    pub open: u64,
+    /// That may be. Beyond: `ENFILE`.
+    pub max: u64,
+}
+
 /// The host's connection tracking table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Conntrack {
     /// Connections of this network namespace in it.
     pub count: u64,
@@ -162,6 +173,11 @@ impl System {
         ranges.collect()
     }
 
+    /// Ports of the range that are not reserved: connections from one address to one address and port.
+    pub fn ephemeral_ports(&self) -> Option<u64> {
+        Some(usable_ports(&self.ip_local_port_range()?, &self.ip_local_reserved_ports().unwrap_or_default()))
+    }
+
     /// The connection tracking table, where it exists and is shown (`net/netfilter/nf_conntrack_standalone.c`).
     pub fn conntrack(&self) -> Option<Conntrack> {
         Some(Conntrack {
@@ -175,12 +191,12 @@ impl System {
         self.sysctl("fs.nr_open")?.parse().ok()
     }
 
-    /// Open files of the whole host, and how many there may be (`proc_nr_files` in `fs/file_table.c`). Beyond: `ENFILE`.
-    pub fn host_files(&self) -> Option<(u64, u64)> {
+    /// `fs.file-nr` (`proc_nr_files` in `fs/file_table.c`), the last number of which is `fs.file-max`.
+    pub fn host_files(&self) -> Option<HostFiles> {
         let text = self.sysctl("fs.file-nr")?;
         let mut numbers = text.split_ascii_whitespace();
         let open = numbers.next()?.parse().ok()?;
-        Some((open, numbers.nth(1)?.parse().ok()?))
+        Some(HostFiles { open, max: numbers.nth(1)?.parse().ok()? })
     }
 
     /// Descriptors that this process has open now.
@@ -270,6 +286,12 @@ impl System {
     }
 }
 
+/// How many ports of `range` are in none of `reserved`, which may overlap.
+pub fn usable_ports(range: &RangeInclusive<u16>, reserved: &[RangeInclusive<u16>]) -> u64 {
+    let usable = range.clone().filter(|port| !reserved.iter().any(|reserved| reserved.contains(port)));
+    u64::try_from(usable.count()).unwrap_or(u64::MAX)
+}
+
 /// `RLIMIT_NOFILE` of this process: one more than the highest descriptor.
 pub fn descriptor_limit() -> Limit {
     getrlimit(Resource::Nofile).into()
@@ -345,9 +367,11 @@ mod tests {
         assert_eq!(system.tcp_syncookies(), Some(2));
         assert_eq!(system.ip_local_port_range(), Some(32_768..=60_999));
         assert_eq!(system.ip_local_reserved_ports(), Some(vec![8080..=8080, 9000..=9010]));
+        assert_eq!(system.ephemeral_ports(), Some(28_232));
+        assert_eq!(usable_ports(&(9000..=9020), &[8080..=8080, 8999..=9001, 9001..=9002, 9020..=9030]), 21 - 3 - 1);
         assert_eq!(system.conntrack(), Some(Conntrack { count: 7, max: 65_536 }));
         assert_eq!(system.nr_open(), Some(1_048_576));
-        assert_eq!(system.host_files(), Some((448, i64::MAX.unsigned_abs())));
+        assert_eq!(system.host_files(), Some(HostFiles { open: 448, max: i64::MAX.unsigned_abs() }));
     }
 
     /// What is not there, or not what it should be, is `None`, and no reserved port is an empty list.

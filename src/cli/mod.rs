@@ -17,8 +17,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
     demo,
+    doctor::{Facts, Report, diagnose},
     net::Address,
     server,
+    system::System,
 };
 
 const RUNTIME: u8 = 1;
@@ -61,6 +63,24 @@ enum Command {
         #[command(flatten)]
         file: File,
     },
+    /// Say what this host, container or pod will do to the proxy, and how to fix it
+    #[command(
+        after_help = "It reads and changes nothing. Run it where the proxy runs: it sees its own limits and namespaces.\n\
+                            Exit codes: 0 nothing will bite, 1 something will, 78 configuration"
+    )]
+    Doctor {
+        #[command(flatten)]
+        file: File,
+        /// Where clients connect, over listen.address: "0.0.0.0:8080"
+        #[arg(long, value_name = "ADDR")]
+        listen: Option<String>,
+        #[arg(long, value_name = "ADDR")]
+        #[arg(help = "The backend, over upstream.address: \"127.0.0.1:9000\" or \"unix:/run/app.sock\"")]
+        upstream: Option<String>,
+        /// In which format
+        #[arg(long, value_enum, default_value_t = Form::Text)]
+        format: Form,
+    },
     /// Print settings
     Config {
         #[command(flatten)]
@@ -92,6 +112,14 @@ enum Format {
     Json,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Form {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
 /// Runs the command line of this process to its end.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -111,6 +139,13 @@ pub fn main() -> ExitCode {
             load(&Sources { file, ..Sources::from_process(None, listen, None) }).map(|loaded| demo(loaded.settings))
         }
         Command::Check { file } => check(&Sources::from_process(file.config, None, None)),
+        Command::Doctor { file, listen, upstream, format } => {
+            match doctor(&Sources::from_process(file.config, listen, upstream), format) {
+                // Said already, and no error of this program.
+                Ok(Ok(true)) => return ExitCode::from(RUNTIME),
+                other => other.map(|printed| printed.map(drop)),
+            }
+        }
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),
@@ -202,9 +237,26 @@ fn check(sources: &Sources) -> Result<anyhow::Result<()>, Findings> {
     Ok(print(&format!("ok: {file}\n")))
 }
 
-fn json(settings: &Settings) -> String {
+/// Whether something will bite. Without a file, the defaults are compared with, as `run` would use them.
+fn doctor(sources: &Sources, format: Form) -> Result<anyhow::Result<bool>, Findings> {
+    let mut loaded = config::load(sources)?;
+    loaded.findings.retain(|finding| finding.level < Level::Note);
+    if !loaded.findings.is_empty() {
+        complain(&Findings(loaded.findings));
+    }
+    let facts = Facts::gather(&System::default());
+    let findings = diagnose(&facts, &loaded.settings);
+    let report = Report::new(facts, findings, loaded.file);
+    let printed = print(&match format {
+        Form::Text => report.to_string(),
+        Form::Json => json(&report),
+    });
+    Ok(printed.map(|()| report.bites()))
+}
+
+fn json(data: &impl serde::Serialize) -> String {
     let mut text =
-        serde_json::to_string_pretty(settings).expect("strings, numbers and lists in maps with string keys are JSON");
+        serde_json::to_string_pretty(data).expect("strings, numbers and lists in maps with string keys are JSON");
     text.push('\n');
     text
 }

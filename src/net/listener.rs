@@ -26,6 +26,16 @@ pub struct Wish {
     pub most: usize,
 }
 
+impl Wish {
+    /// How many queues are opened when each is granted `limit`.
+    pub fn sockets(self, limit: u32) -> usize {
+        let needed = usize::try_from(self.backlog.div_ceil(limit.max(1))).unwrap_or(usize::MAX);
+        // Whole rows: as many for each of the least number of queues, so that none of their owners gets more clients.
+        let rows = needed.div_ceil(self.queues).min(self.most / self.queues).max(1);
+        rows * self.queues
+    }
+}
+
 /// A listening socket with its accept queue.
 #[derive(Debug)]
 pub struct Listener {
@@ -65,11 +75,7 @@ pub fn listen(address: SocketAddr, wish: Wish, config: &SocketConfig) -> io::Res
         }
         let listener = Listener { socket: socket.into(), is_inherited: false };
         if listeners.is_empty() {
-            let limit = listener.queue()?.limit;
-            let needed = usize::try_from(wish.backlog.div_ceil(limit.max(1))).unwrap_or(usize::MAX);
-            // Whole rows: as many for each of the least number of queues, so that none of their owners gets more clients.
-            let rows = needed.div_ceil(wish.queues).min(wish.most / wish.queues).max(1);
-            wanted = rows * wish.queues;
+            wanted = wish.sockets(listener.queue()?.limit);
         }
         listeners.push(listener);
     }

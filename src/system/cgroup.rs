@@ -12,11 +12,13 @@ use std::{
 };
 
 use rustix::io::Errno;
+use serde::Serialize;
 
 use super::{ProcessMemory, System, address_space_limit, statm};
 
 /// What bounds a [`Memory`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Bound {
     /// `memory.max`, or `memory.limit_in_bytes` of version 1: beyond it the OOM killer comes.
     CgroupMax,
@@ -27,7 +29,7 @@ pub enum Bound {
 }
 
 /// A bound, and what is used of it, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// How much there may be.
     pub limit: u64,
@@ -46,7 +48,7 @@ impl Memory {
 }
 
 /// The CPU time that a cgroup may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Cpu {
     /// Thousandths of a core.
     pub millicores: u64,
@@ -237,13 +239,8 @@ fn folders(system: &System, controller: &str) -> Vec<(Version, PathBuf)> {
             continue;
         };
         let top = system.root.join(mount.point.strip_prefix("/").unwrap_or(&mount.point));
-        let own = Path::new(path)
-            .strip_prefix(&mount.shown)
-            .map(|below| top.join(below))
-            .ok()
-            .filter(|own| own.is_dir())
-            // Its own cgroup, or one above it: either way one whose limits hold.
-            .unwrap_or_else(|| top.clone());
+        // A path that is not to be seen there leads up to one that is, whose limits hold as well.
+        let own = Path::new(path).strip_prefix(&mount.shown).map_or_else(|_| top.clone(), |below| top.join(below));
         let up = own.ancestors().take_while(|folder| folder.starts_with(&top));
         folders.extend(up.map(|folder| (version, folder.to_owned())));
     }

@@ -12,7 +12,7 @@ const FLOORS: [&[&str]; 7] = [
     &["admission", "budget", "drain", "gate", "metrics", "net", "system"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
-    &["admin", "config", "demo"],
+    &["admin", "config", "demo", "doctor"],
     &["server"],
     &["main", "cli"],
 ];

@@ -328,7 +328,7 @@ fn ends(output: &Output) -> (Option<i32>, String, String) {
 #[test]
 fn help() {
     let directory = tempfile::tempdir().unwrap();
-    for command in ["", "run", "demo", "check", "config"] {
+    for command in ["", "run", "demo", "check", "doctor", "config"] {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|argument| !argument.is_empty()).collect();
         let (code, stdout, stderr) = ends(&tidegate(directory.path(), &[], &arguments));
         assert_eq!((code, stderr.as_str()), (Some(0), ""));

@@ -6,6 +6,7 @@ mod architecture;
 mod close_table;
 mod config;
 mod crowd;
+mod doctor;
 mod handshake;
 mod harness_self;
 mod http;

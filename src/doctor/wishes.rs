@@ -1,0 +1,130 @@
+//! What the settings want of the host, and what tidegate will make of what is there, by the same functions that it starts with.
+
+use std::net::SocketAddr;
+
+use super::Facts;
+use crate::{
+    admission::Memory,
+    budget::{Budget, Host, LimitedBy, most_queues},
+    config::Settings,
+    net::{Address, Wish},
+    system::{self, Memory as Bounded},
+};
+
+/// What the settings want of the host.
+#[derive(Debug, Clone)]
+pub(super) struct Wishes {
+    pub listen: SocketAddr,
+    pub admin: Option<SocketAddr>,
+    pub backend: Address,
+    pub backlog: u32,
+    /// Accept queues at most.
+    pub max_sockets: usize,
+    /// Accept queues at least.
+    pub accept_loops: usize,
+    pub workers: usize,
+    /// `None`: as many as the host allows.
+    pub max_connections: Option<usize>,
+    /// At least 1: where none is set, the kernel chooses one.
+    pub source_addresses: u64,
+    pub memory: Memory,
+}
+
+impl From<&Settings> for Wishes {
+    fn from(settings: &Settings) -> Self {
+        let Settings { listen, limits, upstream, admin, .. } = settings;
+        Self {
+            listen: listen.address,
+            admin: admin.address,
+            backend: upstream.address.clone(),
+            backlog: listen.backlog,
+            max_sockets: listen.max_sockets,
+            accept_loops: listen.accept_loops,
+            workers: listen.workers,
+            max_connections: limits.max_connections,
+            source_addresses: wide(upstream.source_addresses.len()).max(1),
+            memory: limits.memory,
+        }
+    }
+}
+
+/// What tidegate will do here.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    /// The limit that it raises its own to.
+    pub descriptors: u64,
+    /// Accept queues.
+    pub sockets: u64,
+    /// What the kernel grants each; `None`: it does not say.
+    pub granted: Option<u64>,
+    /// Sessions that each resource allows, as if it was the only one that is short. `None`: any number.
+    pub by_descriptors: u64,
+    pub by_ports: Option<u64>,
+    /// Bytes for connections; `None`: no limit.
+    pub memory: Option<u64>,
+    /// All of them together, and the shortest; `limits.max_connections` is one.
+    pub connections: u64,
+    pub limited_by: LimitedBy,
+}
+
+/// Descriptors that are open before the first client, besides the accept queues and the admin listener: the standard ones, those
+/// of the main thread's runtime and signals, and those of each worker's.
+const OPEN: u64 = 11;
+const OPEN_PER_WORKER: u64 = 4;
+
+/// What the process takes before the first client, in bytes. What is used now would be that of whoever runs here already.
+pub(super) const PROCESS_BYTES: u64 = 8 << 20;
+
+/// So many that they are never what is short.
+const ANY: u64 = u64::MAX / 4;
+
+impl Plan {
+    pub(super) fn new(facts: &Facts, wishes: &Wishes) -> Self {
+        let descriptors = facts.descriptors.hard.or(facts.nr_open).unwrap_or(ANY);
+        let most = most_queues(descriptors, wishes.max_sockets);
+        let workers = wishes.workers.min(most);
+        let wish = Wish { backlog: wishes.backlog, queues: wishes.accept_loops.clamp(workers, most), most };
+        let granted = facts.somaxconn.map(|somaxconn| somaxconn.min(u64::from(wishes.backlog)));
+        let limit = granted.map_or(wishes.backlog, |granted| u32::try_from(granted).unwrap_or(u32::MAX));
+        let sockets = wide(wish.sockets(limit));
+
+        let open = sockets + OPEN + OPEN_PER_WORKER * wide(workers) + u64::from(wishes.admin.is_some());
+        let memory = match wishes.memory {
+            Memory::Auto => facts.memory.first().map(|Bounded { limit, .. }| *limit),
+            Memory::Limit(bytes) => Some(bytes),
+            Memory::Off => None,
+        };
+        let ports = match (&wishes.backend, &facts.port_range) {
+            (Address::Tcp { .. }, Some(range)) => {
+                Some(system::usable_ports(range, &facts.reserved_ports).saturating_mul(wishes.source_addresses))
+            }
+            _ => None,
+        };
+        let whole = Host { descriptors, open, memory: memory.map(|limit| (limit, PROCESS_BYTES)), ports };
+        let of = |host: Host, wanted| Budget::new(&host, wanted).ok();
+        let count = |budget: &Budget| wide(budget.capacity.connections);
+        let all = of(whole, wishes.max_connections);
+        let by_descriptors = of(Host { memory: None, ports: None, ..whole }, None);
+        // Asked apart, since without descriptors there is no budget at all.
+        let by_memory = of(Host { descriptors: ANY, ..whole }, None);
+        Self {
+            descriptors,
+            sockets,
+            granted,
+            by_descriptors: by_descriptors.as_ref().map_or(0, count),
+            by_ports: ports,
+            memory: by_memory.and_then(|budget| budget.capacity.memory),
+            connections: all.as_ref().map_or(0, count),
+            limited_by: all.map_or(LimitedBy::Descriptors, |budget| budget.limited_by),
+        }
+    }
+
+    /// Connections that may wait to be accepted, in all queues together.
+    pub(super) fn effective(&self) -> Option<u64> {
+        self.granted.map(|granted| granted.saturating_mul(self.sockets))
+    }
+}
+
+pub(super) fn wide(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}
