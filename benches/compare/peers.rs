@@ -308,7 +308,7 @@ defaults
     timeout http-request 1m
     timeout queue 1h
 frontend front
-    bind {address}
+    bind {address} shards by-thread
     default_backend back
 backend back
     server one {backend}

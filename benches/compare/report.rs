@@ -203,6 +203,7 @@ const TABLES: [Table; 7] = [
             ("ListenDrops", "back_drops"),
             ("OutRsts", "front_rsts"),
             ("proxy CPU us per client", "cpu_us"),
+            ("CPU of other programs, %", "strangers_percent"),
         ],
     },
     Table {
@@ -222,6 +223,7 @@ const TABLES: [Table; 7] = [
             ("ListenDrops", "back_drops"),
             ("OutRsts", "front_rsts"),
             ("proxy CPU us per client", "cpu_us"),
+            ("CPU of other programs, %", "strangers_percent"),
         ],
     },
     Table {
@@ -241,6 +243,7 @@ const TABLES: [Table; 7] = [
             ("of the backend: ListenOverflows", "back_overflows"),
             ("ListenDrops", "back_drops"),
             ("OutRsts", "front_rsts"),
+            ("CPU of other programs, %", "strangers_percent"),
         ],
     },
     Table {
@@ -258,6 +261,7 @@ const TABLES: [Table; 7] = [
             ("clients", "count"),
             ("failures", "failures"),
             ("OutRsts", "front_rsts"),
+            ("CPU of other programs, %", "strangers_percent"),
         ],
     },
 ];
@@ -379,6 +383,17 @@ impl Report {
                 match row.difference_percent {
                     Some(Spread { median, min, max }) => writeln!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
                     None => writeln!(text, " – |")?,
+                }
+            }
+            for row in &rows {
+                let dropped = row.values.get("packets_dropped").map_or(0.0, |dropped| dropped.max);
+                if dropped > 0.0 {
+                    writeln!(
+                        text,
+                        "\nIn a round of {} through {} the host dropped up to {dropped} packets: a core's queue of received \
+                         ones (netdev_max_backlog) was full.",
+                        row.case, row.peer
+                    )?;
                 }
             }
             for row in rows.iter().filter(|row| !row.errors.is_empty()) {

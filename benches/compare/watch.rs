@@ -2,13 +2,16 @@
 
 #![expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::time::sleep;
 
 use crate::{
     load::{Order, Outcome},
-    procfs::{Counters, Cpu, packets_dropped},
+    procfs::{Counters, Cpu, cpu_of_all, packets_dropped},
 };
 
 /// Between the last end that a client sees and the look at the counters: the proxy has its other leg to end.
@@ -18,6 +21,7 @@ const SETTLE: Duration = Duration::from_millis(200);
 pub struct Watch {
     cpu: Cpu,
     others: Cpu,
+    all_us: u64,
     front: Counters,
     back: Option<Counters>,
     packets_dropped: u64,
@@ -29,6 +33,7 @@ impl Watch {
         Ok(Self {
             cpu: Cpu::of(&order.proxy)?,
             others: Cpu::of(&[order.backend, std::process::id()])?,
+            all_us: cpu_of_all()?,
             front: Counters::of(front(order))?,
             back: back(order).map(Counters::of).transpose()?,
             packets_dropped: packets_dropped()?,
@@ -46,6 +51,12 @@ impl Watch {
             others: Cpu::of(&[order.backend, std::process::id()])? - self.others,
             ..Outcome::default()
         };
+        let ours = outcome.proxy.us() + outcome.others.us();
+        let strangers = (cpu_of_all()? - self.all_us).saturating_sub(ours) as f64;
+        let cores = thread::available_parallelism()?.get() as f64;
+        let percent = strangers / (self.begun.elapsed().as_secs_f64() * 1e6 * cores) * 100.0;
+        // Ticks are coarse: a few per cent are none.
+        outcome.insert("strangers_percent", percent.round());
         let front = Counters::of(front(order))? - self.front;
         outcome.insert("front_overflows", front.listen_overflows as f64);
         outcome.insert("front_drops", front.listen_drops as f64);
