@@ -2,7 +2,7 @@
 
 use crate::harness::{
     DEADLINE, Frame, LIMIT,
-    crowd::{self, Front, Member, Stage, connect, together},
+    crowd::{self, Accepting, Front, Member, Stage, connect, together},
     ws::BINARY,
 };
 use std::{
@@ -79,7 +79,7 @@ fn a_reader_that_stops_costs_a_bounded_amount() {
     let taken = Arc::new(AtomicU64::new(0));
     let offered = Arc::clone(&taken);
     // Buffers like tidegate's: what is measured is not how much the backend's own kernel would hold.
-    let backend = stage.backend_with(Some(128 << 10), async move |mut member: Member| {
+    let backend = stage.backend_with(Accepting { buffers: Some(128 << 10), ..Accepting::default() }, async move |mut member: Member| {
         member.handshake().await;
         match member.frame().await {
             Ok(frame) if frame.text() == "10 MB, please" => {

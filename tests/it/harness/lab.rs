@@ -126,6 +126,42 @@ impl Lab {
         }
     }
 
+    /// As [`Lab::command_in`], and all but the network is as it is here: also what is mounted on /sys.
+    pub fn bare_command_in(&self, side: Side, program: impl AsRef<OsStr>) -> Command {
+        match self.place(side).file() {
+            Some(file) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", file.display())).arg("--").arg(program);
+                command
+            }
+            None => Command::new(program),
+        }
+    }
+
+    /// Sets a sysctl of a side's own network, as "core/somaxconn"; false where that would be the host's.
+    #[must_use]
+    pub fn set(&self, side: Side, name: &str, value: &str) -> bool {
+        if self.namespaces.is_none() {
+            left_out(name, "no namespaces");
+            return false;
+        }
+        let set = self.place(side).run(|| fs::write(format!("/proc/sys/net/{name}"), value));
+        set.unwrap_or_else(|e| panic!("{name} = {value}: {e}"));
+        true
+    }
+
+    /// One more address of the proxy, which the backend can answer to; None where there are no namespaces.
+    pub fn second_address(&self) -> Option<IpAddr> {
+        let Some([_, proxy, _]) = &self.namespaces else {
+            left_out("a second address", "no namespaces");
+            return None;
+        };
+        // TEST-NET-1: of no lab's network, so that the backend answers by its default route.
+        let address = Ipv4Addr::new(192, 0, 2, 1);
+        proxy.ip(&format!("address add {address}/32 dev backend0")).expect("ip address");
+        Some(address.into())
+    }
+
     pub fn counters(&self, side: Side) -> Counters {
         self.place(side).run(|| Counters::read(self.counts_are_exact())).expect("procfs")
     }
