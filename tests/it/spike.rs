@@ -3,22 +3,16 @@
 //! Each test prints its figures. The full sizes are for `TIDEGATE_STRICT=1`, on a release build with the machine to itself.
 
 use crate::harness::{
-    DEADLINE, Side,
+    Side,
     crowd::{self, Accepting, Front, Stage, is_strict},
     lab::Counters,
     left_out,
-    visit::{self, Errand, Outcome, Spread, Visit, arrive, assert_served, leave, visit},
+    visit::{self, Errand, Outcome, Spread, Visit, assert_served, leave, visit},
 };
 use futures_util::future::join_all;
 use serde_json::Value;
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
-use tokio::{
-    sync::Semaphore,
-    time::{sleep_until, timeout},
-};
+use std::{net::SocketAddr, time::Duration};
+use tokio::{sync::Semaphore, time::sleep_until};
 
 /// Clients that all connect before the first of them is answered.
 async fn at_once(address: SocketAddr, count: usize, errand: Errand) -> Vec<Visit> {
@@ -73,7 +67,11 @@ fn queues_of_128_take_a_spike() {
         let t = stage.tidegate("", backend.address);
         let sockets = assert_queues(&stage, &t, 65_535, 128);
         let visits = stage.clients(async || at_once(t.address, count, Errand::Echo).await);
-        println!("{count} at once, somaxconn 128, {sockets} accept queues: 101 after {}; {:?}", spread(&visits), t.counters());
+        println!(
+            "{count} at once, somaxconn 128, {sockets} accept queues: 101 after {}; {:?}",
+            spread(&visits),
+            t.counters()
+        );
         assert_no_overflow("in front", &t.counters());
         assert_served(&visits, count);
         t.assert_nothing_left();

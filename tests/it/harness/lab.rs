@@ -485,6 +485,8 @@ pub struct Socket {
     pub state: &'static str,
     /// Bytes written and not yet acked.
     pub unacked: u64,
+    /// Bytes received and not yet read; of a listening socket, connections that wait to be accepted.
+    pub unread: u64,
     /// 0: no process holds it any more.
     pub inode: u64,
 }
@@ -516,11 +518,13 @@ impl Socket {
         ];
         let fields: Vec<&str> = line.split_whitespace().collect();
         let state = usize::from_str_radix(fields.get(3)?, 16).ok()?;
+        let (unacked, unread) = fields.get(4)?.split_once(':')?;
         Some(Self {
             local: address(fields.get(1)?)?,
             remote: address(fields.get(2)?)?,
             state: STATES.get(state.checked_sub(1)?)?,
-            unacked: u64::from_str_radix(fields.get(4)?.split(':').next()?, 16).ok()?,
+            unacked: u64::from_str_radix(unacked, 16).ok()?,
+            unread: u64::from_str_radix(unread, 16).ok()?,
             inode: fields.get(9)?.parse().ok()?,
         })
     }

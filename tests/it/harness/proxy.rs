@@ -29,6 +29,17 @@ struct Output {
     ended: usize,
 }
 
+impl Output {
+    /// The first line that `test` accepts; `Some(None)` if there is none and no more will come.
+    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Option<Value>> {
+        let mut lines = self.lines.iter();
+        match lines.find(|line| !line.json.is_null() && test(&line.json)) {
+            Some(line) => Some(Some(line.json.clone())),
+            None => (self.ended == 2).then_some(None),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Line {
     at: Duration,
@@ -129,11 +140,8 @@ impl Proxy {
     }
 
     fn spawn(lab: &Lab, mut command: Command, config: TempDir, started: Instant) -> Self {
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary that was just built");
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary that was just built");
         let output = Board::new(Output::default());
         let stdout = child.stdout.take().expect("it was asked for");
         let stderr = child.stderr.take().expect("it was asked for");
@@ -260,14 +268,18 @@ impl Proxy {
     /// The first line of the log that `test` accepts, waiting for it. A line's fields are at its top level.
     #[track_caller]
     pub fn log_where(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
-        let found = self.output.wait(DEADLINE, |output| {
-            let mut lines = output.lines.iter();
-            match lines.find(|line| !line.json.is_null() && test(&line.json)) {
-                Some(line) => Some(Some(line.json.clone())),
-                // It will print no more.
-                None => (output.ended == 2).then_some(None),
-            }
-        });
+        let found = self.output.wait(DEADLINE, |output| output.find(&test));
+        self.logged(what, found)
+    }
+
+    /// As [`Proxy::log_where`], for async code.
+    pub async fn has_logged(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        let found = self.output.until(DEADLINE, |output| output.find(&test)).await;
+        self.logged(what, found)
+    }
+
+    #[track_caller]
+    fn logged(&self, what: &str, found: Option<Option<Value>>) -> Value {
         let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
         match found {
             Some(Some(line)) => line,
@@ -388,6 +400,12 @@ impl Metrics {
     /// The sum over all labels.
     pub fn sum(&self, name: &str) -> f64 {
         let of_name = self.0.iter().filter(|(key, _)| key.split('{').next() == Some(name));
+        of_name.map(|(_, value)| value).sum()
+    }
+
+    /// The sum over all samples of `name` with that label, as `reason="rate"`.
+    pub fn sum_with(&self, name: &str, label: &str) -> f64 {
+        let of_name = self.0.iter().filter(|(key, _)| key.split('{').next() == Some(name) && key.contains(label));
         of_name.map(|(_, value)| value).sum()
     }
 

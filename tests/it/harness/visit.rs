@@ -89,11 +89,7 @@ pub async fn arrive(address: SocketAddr, patience: Duration) -> Arrival {
     Arrival { result, took: begun.elapsed() }
 }
 
-async fn ask(
-    address: SocketAddr,
-    request: &Message,
-    patience: Duration,
-) -> Result<(Member, Message), Outcome> {
+async fn ask(address: SocketAddr, request: &Message, patience: Duration) -> Result<(Member, Message), Outcome> {
     let mut member = Member::try_connect(address, patience).await.map_err(Outcome::Unconnected)?;
     // Who is turned away may be told so, and its connection be ended, before it has asked.
     let sent = member.send_bytes(&request.bytes()).await.map_err(|error| error.kind());
