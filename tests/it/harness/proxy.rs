@@ -403,10 +403,13 @@ impl Metrics {
         of_name.map(|(_, value)| value).sum()
     }
 
-    /// The sum over all samples of `name` with that label, as `reason="rate"`.
+    /// The sum over all that have this label: `reason="memory"`.
     pub fn sum_with(&self, name: &str, label: &str) -> f64 {
-        let of_name = self.0.iter().filter(|(key, _)| key.split('{').next() == Some(name) && key.contains(label));
-        of_name.map(|(_, value)| value).sum()
+        let is_meant = |key: &str| {
+            let (of, labels) = key.trim_end_matches('}').split_once('{').unwrap_or((key, ""));
+            of == name && labels.split(',').any(|found| found == label)
+        };
+        self.0.iter().filter(|(key, _)| is_meant(key)).map(|(_, value)| value).sum()
     }
 
     /// A whole number, as of a counter.
