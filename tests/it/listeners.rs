@@ -172,7 +172,8 @@ fn a_listener_that_is_handed_on_loses_nobody() {
     println!("a listener handed on {generations} times under {} connects: {outcomes:?}", connected(&outcomes));
     let others: BTreeMap<_, _> = outcomes.iter().filter(|(outcome, _)| !is_orderly(outcome)).collect();
     assert_eq!(others, BTreeMap::new());
-    t.assert_nothing_left();
+    // Descriptors were first counted with clients there.
+    t.metrics_when("that nothing is left", |metrics| metrics.get("tidegate_client_connections") < 0.5);
     let refused = ["ListenOverflows", "ListenDrops", "TCPAbortOnClose"].map(|name| t.counters().get(name));
     if t.counters().is_exact() {
         assert_eq!(refused, [0; 3], "{:?}", t.counters());

@@ -146,7 +146,9 @@ fn few_descriptors_serve_few_at_a_time() {
         may_go.change(|may_go| *may_go = true);
         let begun = Instant::now();
         let next = if first + refused == COUNT {
-            until_served(t.address).await.1
+            let (member, took) = until_served(t.address).await;
+            leave_all(vec![member]).await;
+            took
         } else {
             served
                 .until(DEADLINE, |served| (*served > first).then_some(()))

@@ -265,6 +265,10 @@ impl Drop for Front<'_> {
             return;
         }
         eprintln!("---- kernel, in the proxy's namespace: {:?}", self.counters());
+        for side in [Side::Client, Side::Backend] {
+            // Since the lab was made, which for these two is the same as since the test began.
+            eprintln!("---- kernel, {side:?}: {:?}", self.lab.counters(side));
+        }
         let printed = self.printed();
         let hidden = printed.len().saturating_sub(40);
         eprintln!("---- the proxy's output, without its first {hidden} lines");
