@@ -108,6 +108,8 @@ fn few_descriptors_serve_few_at_a_time() {
     const COUNT: usize = 200;
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
+    // Many queues would be needed.
+    let _ = stage.lab().set(Side::Proxy, "core/somaxconn", "128");
     let surroundings = Surroundings { descriptors: Some(64), ..Surroundings::default() };
     let t = stage.tidegate_in(surroundings, "", backend.address);
     let queues = stage.lab().sockets(Side::Proxy);
