@@ -94,11 +94,11 @@ async fn cpu_share(t: &Front<'_>) -> f64 {
     (t.cpu_time() - before).as_secs_f64() / begun.elapsed().as_secs_f64() * 100.0
 }
 
+/// Whoever has nothing to do takes nothing, however slow the machine is; a debug build may take a little.
 #[track_caller]
 fn assert_is_idle(share: f64) {
-    if is_strict() {
-        assert!(share < 5.0, "tidegate takes {share:.1} % of a processor while nothing happens");
-    }
+    let bound = if is_strict() { 5.0 } else { 20.0 };
+    assert!(share < bound, "tidegate takes {share:.1} % of a processor while nothing happens");
 }
 
 /// 64 descriptors for 200 clients: at most an eighth of them are accept queues. Each client is served, is told to come again, or
@@ -248,17 +248,17 @@ fn memory_is_not_overrun(stage: &Stage, t: &Front<'_>, count: usize) -> usize {
     held
 }
 
-/// A cgroup of 64 MiB and more clients than it can hold.
+/// A cgroup of 64 MiB, and more clients than it can hold.
 #[test]
 fn a_small_cgroup_turns_clients_away_before_the_oom_killer_comes() {
-    let count = if is_strict() { 10_000 } else { 1500 };
+    let (mib, count) = if is_strict() { (64, 10_000) } else { (32, 1500) };
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
-    let Some(group) = MemoryGroup::new(64 << 20) else { return };
+    let Some(group) = MemoryGroup::new(mib << 20) else { return };
     let surroundings = Surroundings { memory: Some(&group), ..Surroundings::default() };
     let t = stage.tidegate_in(surroundings, "", backend.address);
     memory_is_not_overrun(&stage, &t, count);
-    println!("    in a cgroup of 64 MiB, of which at most {} KiB were used", group.peak() / 1024);
+    println!("    in a cgroup of {mib} MiB, of which at most {} KiB were used", group.peak() / 1024);
     assert_eq!(group.oom_kills(), 0);
     drop(t);
 }
@@ -266,13 +266,13 @@ fn a_small_cgroup_turns_clients_away_before_the_oom_killer_comes() {
 /// `limits.memory` does the same without any cgroup.
 #[test]
 fn a_memory_limit_of_its_own() {
-    let count = if is_strict() { 10_000 } else { 1500 };
+    let (mib, count) = if is_strict() { (48, 10_000) } else { (28, 1500) };
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
-    let t = stage.tidegate("limits.memory = '48MiB'", backend.address);
+    let t = stage.tidegate(&format!("limits.memory = '{mib}MiB'"), backend.address);
     memory_is_not_overrun(&stage, &t, count);
-    println!("    with limits.memory = 48 MiB; {} KiB are resident after it", t.resident() / 1024);
-    assert!(t.resident() < 48 << 20, "{} bytes are resident", t.resident());
+    println!("    with limits.memory = {mib} MiB; {} KiB are resident after it", t.resident() / 1024);
+    assert!(t.resident() < mib << 20, "{} bytes are resident", t.resident());
 }
 
 /// 30 clients where there is room for 10: ten sessions, and for the others a 503 with Retry-After and a FIN; who says nothing at
