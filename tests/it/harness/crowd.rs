@@ -109,7 +109,7 @@ impl Stage {
                 let serving = async {
                     let listener = listen(ip, accepting);
                     address.change(|a| *a = listener.local_addr().ok());
-                    serve(listener, accepting.at_once, script, |result| results.change(|all| all.push(result))).await;
+                    serve(listener, accepting.stalls, script, |result| results.change(|all| all.push(result))).await;
                 };
                 block(async {
                     tokio::select! { () = until_stopped => {}, () = serving => {} }
@@ -145,13 +145,13 @@ pub struct Accepting {
     /// `SO_RCVBUF` and `SO_SNDBUF` of its connections.
     pub buffers: Option<usize>,
     pub backlog: i32,
-    /// So many in a row; then it has something else to do for a millisecond or two.
-    pub at_once: Option<usize>,
+    /// After its first connection, and then after each so many, it takes none for so long, as in a collection of garbage.
+    pub stalls: Option<(usize, Duration)>,
 }
 
 impl Default for Accepting {
     fn default() -> Self {
-        Self { buffers: None, backlog: 65_535, at_once: None }
+        Self { buffers: None, backlog: 65_535, stalls: None }
     }
 }
 
@@ -333,27 +333,30 @@ fn listen(ip: IpAddr, accepting: Accepting) -> TcpListener {
 
 async fn serve<T: 'static>(
     listener: TcpListener,
-    at_once: Option<usize>,
+    stalls: Option<(usize, Duration)>,
     script: impl AsyncFn(Member) -> T,
     mut ended: impl FnMut(T),
 ) {
     let script = &script;
     let mut sessions = FuturesUnordered::new();
-    let mut in_a_row = 0;
-    let mut pause = pin!(sleep(Duration::ZERO));
+    let mut count = 0;
+    let mut stall = pin!(sleep(Duration::ZERO));
+    let mut is_stalled = false;
     loop {
-        let is_busy = at_once == Some(in_a_row);
         tokio::select! {
-            accepted = listener.accept(), if !is_busy => {
+            accepted = listener.accept(), if !is_stalled => {
                 let (stream, _) = accepted.expect("descriptors enough for a test");
                 let member = Member::new(stream, false);
                 sessions.push(async move { script(member).await });
-                in_a_row += 1;
-                if at_once == Some(in_a_row) {
-                    pause.as_mut().reset(tokio::time::Instant::now() + Duration::from_millis(1));
+                if let Some((each, pause)) = stalls
+                    && count % each == 0
+                {
+                    stall.as_mut().reset(tokio::time::Instant::now() + pause);
+                    is_stalled = true;
                 }
+                count += 1;
             }
-            () = &mut pause, if is_busy => in_a_row = 0,
+            () = &mut stall, if is_stalled => is_stalled = false,
             Some(result) = sessions.next() => ended(result),
         }
     }
