@@ -26,6 +26,11 @@ async fn at_once(address: SocketAddr, count: usize, errands: &[Errand]) -> Vec<V
     join_all(errands.iter().cycle().take(count).map(|errand| visit(address, *errand))).await
 }
 
+/// The default configuration, whose patience counts on machines that are as fast as a user's.
+fn settings() -> &'static str {
+    if is_strict() { "" } else { "upstream.queue_timeout = '60s'" }
+}
+
 /// For a line of figures.
 fn spread(visits: &[Visit]) -> Spread {
     Spread::of(visits.iter().map(|visit| visit.took))
@@ -71,7 +76,7 @@ fn queues_of_128_take_a_spike() {
             return;
         }
         let backend = stage.backend(crowd::anything);
-        let t = stage.tidegate("", backend.address);
+        let t = stage.tidegate(settings(), backend.address);
         let sockets = assert_queues(&stage, &t, 65_535, 128);
         t.signal(Signal::STOP);
         let (visits, waiting) = stage.clients(async || {
@@ -125,7 +130,7 @@ fn a_spike_is_not_handed_on() {
         }
         let backend = stage.backend_with(SLOW, crowd::anything);
         let before = stage.lab().counters(Side::Backend);
-        let t = stage.tidegate("", backend.address);
+        let t = stage.tidegate(settings(), backend.address);
         let visits = stage.clients(async || at_once(t.address, count, errands).await);
         let behind = &stage.lab().counters(Side::Backend) - &before;
         println!(
@@ -168,7 +173,7 @@ fn waves_of_clients_are_served() {
     // A client's port is free for the next one, but not at once.
     let _ = stage.lab().set(Side::Client, "ipv4/ip_local_port_range", "1025 65000");
     let backend = stage.backend(crowd::anything);
-    let t = stage.tidegate("", backend.address);
+    let t = stage.tidegate(settings(), backend.address);
     let (took, visits) = stage.clients(async || {
         let begun = tokio::time::Instant::now();
         let places = Semaphore::new(AT_MOST);
@@ -194,7 +199,7 @@ fn a_spike_upon_held_sessions() {
     let (held, spike) = if is_strict() { (7500, 1900) } else { (500, 300) };
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
-    let t = stage.tidegate("", backend.address);
+    let t = stage.tidegate(settings(), backend.address);
     let (visits, echoes, ends) = stage.clients(async || {
         let members = crowd::connect(t.address, held).await;
         let visits = at_once(t.address, spike, &[Errand::Echo]).await;
