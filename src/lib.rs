@@ -10,11 +10,14 @@
 //! 4  admin/  config/  demo/                            probes and metrics, TOML, the demo's backend
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
-//! 1  drain.rs  metrics.rs  net.rs                      mechanisms that everybody shares
+//! 1  admission.rs  budget.rs  drain.rs  metrics.rs
+//!    net/  system.rs                                   mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs                           RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
 pub mod admin;
+pub mod admission;
+pub mod budget;
 pub mod cli;
 pub mod close;
 pub mod config;
@@ -29,5 +32,6 @@ pub mod relay;
 pub mod server;
 pub mod session;
 pub mod side;
+pub mod system;
 pub mod upstream;
 pub mod ws;

@@ -5,7 +5,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -18,14 +18,14 @@ use prometheus_client::{
         MetricType,
         counter::{ConstCounter, Counter},
         family::Family,
-        gauge::Gauge,
+        gauge::{ConstGauge, Gauge},
         histogram::{Histogram, exponential_buckets},
         info::Info,
     },
     registry::{Registry, Unit},
 };
 
-use crate::{side::Side, ws::Opcode};
+use crate::{admission::Reason, side::Side, ws::Opcode};
 
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
@@ -81,6 +81,13 @@ impl Handshake {
 pub struct Metrics {
     registry: Registry,
     workers: Arc<Mutex<Vec<Arc<Traffic>>>>,
+    queues: Arc<OnceLock<Box<LookAtQueues>>>,
+    /// TCP connections to the backend, each with a port of this host, until they are closed.
+    pub upstream_ports: Gauge,
+    /// How many there may be; 0: no limit is known.
+    pub upstream_ports_limit: Gauge,
+    /// Client connections at most.
+    pub max_connections: Gauge,
     /// Sessions that are being relayed.
     pub sessions: Gauge,
     /// Client connections, those in their handshake included.
@@ -121,12 +128,18 @@ impl Metrics {
         let mut registry = Registry::with_prefix("tidegate");
         let workers = Arc::new(Mutex::new(Vec::new()));
         registry.register_collector(Box::new(TrafficCollector(Arc::clone(&workers))));
+        let queues = Arc::new(OnceLock::new());
+        registry.register_collector(Box::new(QueueCollector(Arc::clone(&queues))));
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
         let (handshake_duration, close_duration) = (latency(), latency());
         let metrics = Self {
             registry: Registry::default(),
             workers,
+            queues,
+            upstream_ports: Gauge::default(),
+            upstream_ports_limit: Gauge::default(),
+            max_connections: Gauge::default(),
             sessions: Gauge::default(),
             connections: Gauge::default(),
             lingering: Gauge::default(),
@@ -149,6 +162,12 @@ impl Metrics {
             "Client connections, also those in their handshake",
             connections.clone(),
         );
+        let help = "Client connections at most: limits.max_connections, or what was derived for it";
+        registry.register("max_connections", help, metrics.max_connections.clone());
+        let help = "TCP connections to the backend, each with a port of this host";
+        registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
+        let help = "Ports for connections to the backend; 0: no limit is known";
+        registry.register("upstream_ports_limit", help, metrics.upstream_ports_limit.clone());
         registry.register("lingering_sockets", "Sockets after our FIN, waiting for the peer's", lingering.clone());
         let help = "0: running; 1: draining, still accepting; 2: draining, listeners closed";
         registry.register("drain_state", help, metrics.drain_state.clone());
@@ -206,6 +225,11 @@ impl Metrics {
         let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         workers.push(Arc::clone(&traffic));
         traffic
+    }
+
+    /// How the accept queues are looked at whenever somebody asks; to be said once.
+    pub fn look_at_queues(&self, look: impl Fn() -> Vec<Queue> + Send + Sync + 'static) {
+        let _ = self.queues.set(Box::new(look));
     }
 
     /// A WebSocket handshake ended.
@@ -320,6 +344,8 @@ const fn code_class(code: Option<u16>) -> &'static str {
 #[repr(align(128))]
 pub struct Traffic {
     accepted: AtomicU64,
+    handed_off: AtomicU64,
+    refused: [AtomicU64; Reason::ALL.len()],
     bytes: [AtomicU64; 2],
     messages: [[AtomicU64; OPCODES.len()]; 2],
 }
@@ -330,6 +356,16 @@ impl Traffic {
     /// A client connection was accepted.
     pub fn accept(&self) {
         add(&self.accepted, 1);
+    }
+
+    /// Another worker serves it.
+    pub fn hand_off(&self) {
+        add(&self.handed_off, 1);
+    }
+
+    /// A client was turned away with a 503.
+    pub fn refuse(&self, reason: Reason) {
+        add(&self.refused[reason as usize], 1);
     }
 
     /// Bytes were read from `side`.
@@ -385,6 +421,57 @@ impl Collector for TrafficCollector {
         for (index, worker) in workers.iter().enumerate() {
             let value = ConstCounter::new(worker.accepted.load(Ordering::Relaxed));
             value.encode(accepted.encode_family(&[("worker", index.to_string())])?)?;
+        }
+        let help = "Of them, those that the worker gave to a less busy one";
+        let mut handed_off = encoder.encode_descriptor("handed_off", help, None, MetricType::Counter)?;
+        for (index, worker) in workers.iter().enumerate() {
+            let value = ConstCounter::new(worker.handed_off.load(Ordering::Relaxed));
+            value.encode(handed_off.encode_family(&[("worker", index.to_string())])?)?;
+        }
+        let help = "Clients that were turned away with a 503, by reason";
+        let mut refused = encoder.encode_descriptor("refused", help, None, MetricType::Counter)?;
+        for (index, worker) in workers.iter().enumerate() {
+            for reason in Reason::ALL {
+                let value = ConstCounter::new(worker.refused[reason as usize].load(Ordering::Relaxed));
+                let labels = [("worker", index.to_string()), ("reason", reason.as_str().to_owned())];
+                value.encode(refused.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An accept queue at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// Connections that wait in it.
+    pub length: u32,
+    /// As many as may.
+    pub limit: u32,
+}
+
+type LookAtQueues = dyn Fn() -> Vec<Queue> + Send + Sync;
+
+struct QueueCollector(Arc<OnceLock<Box<LookAtQueues>>>);
+
+impl fmt::Debug for QueueCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QueueCollector").finish_non_exhaustive()
+    }
+}
+
+impl Collector for QueueCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let queues = self.0.get().map(|look| look()).unwrap_or_default();
+        let help = "Connections that wait to be accepted, by accept queue";
+        let mut length = encoder.encode_descriptor("accept_queue_length", help, None, MetricType::Gauge)?;
+        for (index, queue) in queues.iter().enumerate() {
+            ConstGauge::new(i64::from(queue.length)).encode(length.encode_family(&[("queue", index.to_string())])?)?;
+        }
+        let help = "Connections that may wait, by accept queue, as the kernel granted it";
+        let mut limit = encoder.encode_descriptor("accept_queue_limit", help, None, MetricType::Gauge)?;
+        for (index, queue) in queues.iter().enumerate() {
+            ConstGauge::new(i64::from(queue.limit)).encode(limit.encode_family(&[("queue", index.to_string())])?)?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener as StdListener},
-    sync::Arc,
+    sync::{Arc, Weak},
     thread,
     time::Duration,
 };
@@ -27,7 +27,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    admin, config::Settings, drain::Drain, listen, metrics::Metrics, net, session::Context, upstream::Upstream,
+    admin,
+    admission::{self, Admission, Memory},
+    budget::{self, Budget, Host},
+    config::Settings,
+    drain::Drain,
+    listen::{self, Crew, Door, Guest},
+    metrics::Metrics,
+    net::{self, Listener, Wish},
+    session::Context,
+    system::{self, MemoryWatch, System},
+    upstream::Upstream,
 };
 
 /// What runs.
@@ -50,13 +60,10 @@ pub struct Server {
 impl Server {
     /// Binds, and starts the worker threads. To be called inside the runtime that is to serve the admin listener.
     pub fn start(settings: &Settings) -> anyhow::Result<Self> {
-        raise_descriptor_limit();
-        let listen = &settings.listen;
-        let listeners =
-            net::listeners(listen.address, listen.backlog, listen.workers, &settings.socket).with_context(|| {
-                format!("cannot listen on {}: set listen.address (--listen) to another", listen.address)
-            })?;
-        let address = listeners.first().context("listen.workers is at least 1")?.local_addr()?;
+        let system = System::default();
+        let descriptors = raise_descriptor_limit();
+        let (workers, listeners) = open_listeners(&settings.listen, &settings.socket, descriptors, &system)?;
+        let address = listeners.first().context("there is always one")?.local_addr()?;
         // Bound before the first client is accepted: an address in use must not cost anybody a session.
         let admin = settings.admin.address.map(|wanted| {
             admin_listener(wanted).with_context(|| {
@@ -65,17 +72,40 @@ impl Server {
         });
         let admin = admin.transpose()?;
         let metrics = Arc::new(Metrics::new());
+        look_at_queues(&metrics, &listeners);
+        let ports = system.ip_local_port_range().map(|range| u64::try_from(range.count()).unwrap_or(u64::MAX));
+        let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), ports);
+        let runtimes = (0..workers).map(|_| runtime::Builder::new_current_thread().enable_all().build());
+        let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
+        let mut memory = memory_watch(&settings.limits, &system)?;
+        let host = Host {
+            descriptors,
+            // Whatever is open by now stays open.
+            open: system.open_descriptors().unwrap_or(64),
+            memory: memory.as_mut().and_then(MemoryLimit::now),
+            ports: upstream.ports(),
+        };
+        let budget = Budget::new(&host, settings.limits.max_connections)?;
+        say(&budget, &host);
+        metrics.max_connections.set(i64::try_from(budget.capacity.connections).unwrap_or(i64::MAX));
+        let admission = Admission::new(budget.capacity, &settings.limits);
+
         let drain = Drain::new(settings.drain.clone());
         let abort = CancellationToken::new();
-        let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone());
         let slots = |count| Arc::new(Semaphore::new(count));
-        let (handshakes, requests) =
-            (slots(settings.downstream.max_handshakes), slots(settings.downstream.max_handshakes));
-        let orphans = slots(settings.upstream.max_pending);
+        let (handshakes, requests) = (slots(settings.upstream.max_waiting), slots(settings.upstream.max_waiting));
+        let orphans = slots(settings.upstream.max_pending.min(budget.spare / 2));
         let has_doubted = Arc::default();
         let relay = Arc::new(settings.relay.clone());
-        let (alive, workers) = mpsc::channel(1);
+        let (alive, all_ended) = mpsc::channel(1);
+        let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.iter().map(|_| mpsc::unbounded_channel()).unzip();
+        let handles = runtimes.iter().map(|runtime| runtime.handle().clone());
+        let crew = Crew::new(handles.zip(inboxes), settings.listen.hand_off);
+        let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         for (index, listener) in listeners.into_iter().enumerate() {
+            queues[index % workers].push(listener);
+        }
+        for (index, ((runtime, guests), listeners)) in runtimes.into_iter().zip(guests).zip(queues).enumerate() {
             let context = Context {
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
@@ -85,17 +115,18 @@ impl Server {
                 traffic: metrics.traffic(),
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
+                admission: admission.clone(),
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
                 orphans: Arc::clone(&orphans),
                 has_doubted: Arc::clone(&has_doubted),
             };
-            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let worker = Worker { index, context: Arc::new(context), crew: crew.clone(), listeners, guests };
             let (abort, alive) = (abort.clone(), alive.clone());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
                     tokio::select! {
-                        () = worker(listener, context) => {}
+                        () = worker.run() => {}
                         () = abort.cancelled() => {}
                     }
                 });
@@ -104,11 +135,21 @@ impl Server {
                 drop(alive);
             })?;
         }
+        // What is on the main thread's runtime outlives the drain, and goes with it.
+        let tracker = TaskTracker::new();
+        if let Some(mut memory) = memory {
+            tracker.spawn(async move {
+                loop {
+                    sleep(MEMORY_LOOK).await;
+                    if let Some((limit, used)) = memory.now() {
+                        admission.observe_memory(used, limit);
+                    }
+                }
+            });
+        }
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                // It outlives the drain, and goes with its runtime.
-                let tracker = TaskTracker::new();
                 let admin =
                     admin::Admin::new(Arc::clone(&metrics), upstream, drain.clone(), settings.close, tracker.clone());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
@@ -120,7 +161,7 @@ impl Server {
             + settings.relay.close_handshake_timeout * 3
             + settings.close.linger_max
             + Duration::from_secs(1);
-        Ok(Self { address, admin, drain, metrics, abort, workers, ending })
+        Ok(Self { address, admin, drain, metrics, abort, workers: all_ended, ending })
     }
 
     /// Ends everything: the delay, the window, what is left after it. Each further item of `signals` leaves less time: the
@@ -227,20 +268,163 @@ impl Signals {
     }
 }
 
-/// One thread: its accept loop until the drain, then its sessions until the last.
-async fn worker(listener: StdListener, context: Context) {
-    let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%error, "a worker cannot use its listener");
-            return;
+/// One thread: its accept loops until the drain, then its sessions until the last.
+struct Worker {
+    index: usize,
+    context: Arc<Context>,
+    crew: Crew,
+    listeners: Vec<Arc<Listener>>,
+    /// Those that other workers have accepted for it.
+    guests: mpsc::UnboundedReceiver<Guest>,
+}
+
+impl Worker {
+    async fn run(self) {
+        let Self { index, context, crew, listeners, mut guests } = self;
+        let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
+        // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
+        let loops = TaskTracker::new();
+        for listener in listeners {
+            let (context, crew, door) = (Arc::clone(&context), crew.clone(), door.clone());
+            loops.spawn(async move {
+                let serve = |stream, peer, place| {
+                    context.traffic.accept();
+                    match crew.seat(index, stream, peer, place) {
+                        Some(guest) => context.accept(guest),
+                        None => context.traffic.hand_off(),
+                    }
+                };
+                if let Err(error) = listen::accept_loop(listener, context.drain.begun(), &door, serve).await {
+                    tracing::error!(%error, "a worker cannot use a listener");
+                }
+            });
         }
-    };
-    let context = Arc::new(context);
-    let accept = |stream, peer| context.accept(stream, peer);
-    listen::accept_loop(listener, context.drain.begun(), &context.metrics, accept).await;
-    context.tracker.close();
-    context.tracker.wait().await;
+        loops.close();
+        let accepting = loops.wait();
+        tokio::pin!(accepting);
+        loop {
+            tokio::select! {
+                Some(guest) = guests.recv() => context.accept(guest),
+                () = &mut accepting => break,
+            }
+        }
+        // The loops of other workers may still have a client for this one: theirs end at the same time.
+        drop(crew);
+        while let Some(guest) = guests.recv().await {
+            context.accept(guest);
+        }
+        context.tracker.close();
+        context.tracker.wait().await;
+    }
+}
+
+/// How often the use of memory is looked at, where it is limited.
+const MEMORY_LOOK: Duration = Duration::from_millis(100);
+
+/// What is used of the memory that may be.
+enum MemoryLimit {
+    /// The host's limit.
+    Host(MemoryWatch),
+    /// The user's, in bytes: for what this process has in memory.
+    Own(System, u64),
+}
+
+impl MemoryLimit {
+    /// The limit, and what is used.
+    fn now(&mut self) -> Option<(u64, u64)> {
+        match self {
+            Self::Host(watch) => watch.now().map(|memory| (memory.limit, memory.used)),
+            Self::Own(system, limit) => system.process_memory().map(|memory| (*limit, memory.resident)),
+        }
+    }
+}
+
+fn memory_watch(limits: &admission::Config, system: &System) -> io::Result<Option<MemoryLimit>> {
+    Ok(match limits.memory {
+        Memory::Off => None,
+        Memory::Limit(bytes) => Some(MemoryLimit::Own(system.clone(), bytes)),
+        Memory::Auto => {
+            let mut watch = MemoryWatch::new(system.clone())?;
+            watch.now().is_some().then_some(MemoryLimit::Host(watch))
+        }
+    })
+}
+
+/// Those that were passed to this process, else new ones; each worker has one at least. Also the number of workers, which
+/// is lower than was asked for when there are not enough descriptors.
+fn open_listeners(
+    listen: &listen::Config,
+    socket: &net::SocketConfig,
+    descriptors: u64,
+    system: &System,
+) -> anyhow::Result<(usize, Vec<Arc<Listener>>)> {
+    let most = budget::most_queues(descriptors, listen.max_sockets);
+    let workers = listen.workers.min(most);
+    if workers < listen.workers {
+        warn!(
+            workers,
+            wanted = listen.workers,
+            descriptors,
+            max_sockets = listen.max_sockets,
+            "fewer workers: each has an accept queue, and these may be listen.max_sockets and an eighth of the descriptors"
+        );
+    }
+    let mut listeners = net::inherit(listen.backlog, socket).context("the sockets passed by LISTEN_FDS")?;
+    let passed = listeners.len();
+    if passed == 0 {
+        let queues = listen.accept_loops.clamp(workers, most);
+        let wish = Wish { backlog: listen.backlog, queues, most };
+        listeners = net::listen(listen.address, wish, socket).with_context(|| {
+            format!("cannot listen on {}: set listen.address (--listen) to another", listen.address)
+        })?;
+    }
+    let sockets = listeners.len();
+    let queues = listeners.iter().map(Listener::queue).collect::<io::Result<Vec<_>>>()?;
+    let effective: u64 = queues.iter().map(|queue| u64::from(queue.limit)).sum();
+    let (wanted, somaxconn) = (listen.backlog, system.somaxconn());
+    info!(wanted, somaxconn, sockets, effective, passed, "accept queues");
+    if effective < u64::from(wanted) {
+        let fix = if passed > 0 {
+            "raise net.core.somaxconn, or let the one who passes the sockets pass more of them (ReusePort=)"
+        } else {
+            "raise net.core.somaxconn, or listen.max_sockets; `tidegate doctor` says how"
+        };
+        warn!(wanted, effective, sockets, somaxconn, fix, "the kernel grants less than listen.backlog");
+    }
+    // A socket that was passed is shared by workers that would have none.
+    for index in sockets..workers {
+        listeners.push(listeners[index % sockets].share()?);
+    }
+    Ok((workers, listeners.into_iter().map(Arc::new).collect()))
+}
+
+/// For metrics; a listener is closed all the same when its loop lets go of it.
+fn look_at_queues(metrics: &Metrics, listeners: &[Arc<Listener>]) {
+    let listeners: Vec<Weak<Listener>> = listeners.iter().map(Arc::downgrade).collect();
+    metrics.look_at_queues(move || {
+        let queues = listeners.iter().filter_map(|listener| listener.upgrade()?.queue().ok());
+        queues.collect()
+    });
+}
+
+fn say(budget: &Budget, host: &Host) {
+    let Host { descriptors, open, memory, ports } = host;
+    let Budget { capacity, limited_by, .. } = budget;
+    let mib = |bytes: u64| bytes >> 20;
+    info!(
+        max_connections = capacity.connections,
+        %limited_by,
+        descriptors,
+        open,
+        turned_away = capacity.turned_away,
+        memory_limit_mib = memory.map(|(limit, _)| mib(limit)),
+        memory_used_mib = memory.map(|(_, used)| mib(used)),
+        upstream_ports = ports,
+        "budget"
+    );
+    if capacity.connections == 0 {
+        warn!(%limited_by, "no client can be served: all get 503");
+    }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -253,8 +437,8 @@ fn admin_listener(address: SocketAddr) -> io::Result<StdListener> {
     Ok(listener)
 }
 
-/// A session takes two descriptors, and the soft limit is often 1,024.
-fn raise_descriptor_limit() {
+/// A session takes two descriptors, and the soft limit is often 1,024. Gives the limit in force.
+fn raise_descriptor_limit() -> u64 {
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
         limit.current = limit.maximum;
@@ -262,4 +446,5 @@ fn raise_descriptor_limit() {
             warn!(%error, "cannot raise the limit of open files to its maximum");
         }
     }
+    system::descriptor_limit().soft.unwrap_or(u64::MAX)
 }

@@ -29,18 +29,24 @@ use http::{
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
+use tokio::{
+    net::TcpStream,
+    sync::Semaphore,
+    time::{Instant, sleep},
+};
 use tokio_util::task::TaskTracker;
-use tower::{BoxError, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
+use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, info, warn};
 
 use crate::{
+    admission::{Admission, Place, Reason},
     close::{self, Lingered},
     downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
     fields::tokens,
+    listen::{Guest, Seat},
     metrics::{Counted, Handshake, Metrics, Traffic},
-    net::{Kept, Stream},
+    net::{Kept, Lack, Stream},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
     side::Side,
     upstream::{Answer, Error, Exchange, Failure, Reply, Upstream},
@@ -69,7 +75,9 @@ pub struct Context {
     pub drain: Drain,
     /// Every task of the worker.
     pub tracker: TaskTracker,
-    /// `http.max_handshakes` for WebSocket handshakes, for all workers together.
+    /// Who is let in.
+    pub admission: Admission,
+    /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
     pub handshakes: Arc<Semaphore>,
     /// The same for plain requests: neither kind can use up the other's.
     pub requests: Arc<Semaphore>,
@@ -107,16 +115,63 @@ enum Next {
     Tunnel(Box<Tunnel>),
 }
 
+/// What is accounted for a client connection, until its last socket is closed.
+#[derive(Debug)]
+struct Stay {
+    place: Place,
+    _seat: Seat,
+    _counted: Counted,
+}
+
 impl Context {
-    /// Serves one client connection to its end, in tasks of the worker's tracker.
-    pub fn accept(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) {
-        self.traffic.accept();
-        self.tracker.spawn(Arc::clone(self).serve(stream, client));
+    /// Serves one client connection to its end, in tasks of the worker's tracker. To be called on the worker's runtime.
+    pub fn accept(self: &Arc<Self>, guest: Guest) {
+        let Guest { stream, peer, place, seat } = guest;
+        let stay = Stay { place, _seat: seat, _counted: Counted::new(&self.metrics.connections) };
+        match TcpStream::from_std(stream) {
+            Ok(stream) => match stay.place.refused {
+                None => _ = self.tracker.spawn(Arc::clone(self).serve(stream, peer, stay)),
+                Some(reason) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
+            },
+            Err(error) => warn!(client = %peer, %error, "a connection that epoll does not take"),
+        }
+    }
+
+    /// Answers the first request with a 503, whatever it is, and ends the connection.
+    async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay, reason: Reason) {
+        self.traffic.refuse(reason);
+        debug!(%client, reason = reason.as_str(), "client turned away");
+        let service = hyper::service::service_fn(|_| async { Ok::<_, Infallible>(last(self.refusal(reason))) });
+        // Others wait for its place: it gets the time that a socket gets without progress.
+        let config = downstream::Config {
+            header_timeout: self.downstream.header_timeout.min(self.close.linger),
+            ..self.downstream.clone()
+        };
+        let io = TokioIo::new(Kept::new(Stream::Tcp(stream), self.close.linger));
+        let mut connection = downstream::server(&config).serve_connection(io, service);
+        let mut hurried = pin!(self.drain.hurried());
+        tokio::select! {
+            served = &mut connection => if let Err(error) = served { debug!(%client, %error, "client connection ended") },
+            () = &mut hurried => {}
+        }
+        let stream = connection.into_parts().io.into_inner().into_inner();
+        self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
+        drop(stay);
+    }
+
+    /// What a client is told for whom there is no room now.
+    fn refusal(&self, reason: Reason) -> Response<Body> {
+        answer_later(StatusCode::SERVICE_UNAVAILABLE, reason.told(), self.downstream.retry_after)
+    }
+
+    /// For who sends no request, or a broken one, or one that is refused: our answer and little of our time.
+    fn short_linger(&self) -> close::Config {
+        let short = |time: Duration| time.min(REFUSED_LINGER);
+        close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
     }
 
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
-    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr) {
-        let counted = Counted::new(&self.metrics.connections);
+    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr, mut stay: Stay) {
         let next = Arc::new(Mutex::new(Next::Plain));
         let service = {
             let (this, next) = (Arc::clone(&self), Arc::clone(&next));
@@ -177,23 +232,18 @@ impl Context {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: parts.read_buf };
-                self.tracker.spawn(Arc::clone(&self).relay(client, *tunnel, counted));
+                stay.place.settle();
+                self.tracker.spawn(Arc::clone(&self).relay(client, *tunnel, stay));
             }
             Next::Plain | Next::Upgrading => {
-                // Who sends no request, or a broken one, gets our answer and little of our time.
-                let patience = if let Some(Ok(())) = served {
-                    self.close
-                } else {
-                    let short = |time: Duration| time.min(REFUSED_LINGER);
-                    close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
-                };
+                let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
                 if let Some(Err(error)) = served {
                     debug!(%client, %error, "client connection ended");
                 }
                 let this = Arc::clone(&self);
                 self.tracker.spawn(async move {
                     this.linger_for(Side::Client, stream, false, &patience).await;
-                    drop(counted);
+                    drop(stay);
                 });
             }
         }
@@ -266,8 +316,8 @@ impl Context {
 
     /// A request too many.
     fn shed(&self, intent: Intent) -> Response<Body> {
-        let reason = "too many requests are waiting for the backend";
-        let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, reason, self.downstream.retry_after);
+        self.traffic.refuse(Reason::MaxWaiting);
+        let response = self.refusal(Reason::MaxWaiting);
         match intent {
             Intent::WebSocket => {
                 self.metrics.handshake(Handshake::Shed, Duration::ZERO);
@@ -286,6 +336,14 @@ impl Context {
         mut request: Request<Incoming>,
         client: SocketAddr,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        match self.admission.pace() {
+            Ok(Duration::ZERO) => {}
+            Ok(delay) => sleep(delay).await,
+            Err(reason) => {
+                self.traffic.refuse(reason);
+                return (Handshake::Shed, self.refusal(reason), None);
+            }
+        }
         let mut path = request.uri().path().to_owned();
         path.truncate(path.floor_char_boundary(256));
         let about = About { client, path, request_id: downstream::request_id(request.headers()) };
@@ -294,8 +352,7 @@ impl Context {
             self.doubt(client.ip());
         }
         let exchange = self.upstream.websocket(request.map(|_| Empty::<Bytes>::new()));
-        let patience = self.upstream.config().handshake_timeout;
-        match self.within(patience, exchange).await {
+        match self.carried_out(exchange).await {
             Ok(Answer::Tunnel { stream, early, mut response }) => {
                 downstream::forward_response(&mut response, true);
                 let tunnel =
@@ -311,6 +368,7 @@ impl Context {
                 warn!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
                 let result = match error {
                     Error::Unreachable { .. } => Handshake::Unreachable,
+                    Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
                     Error::Timeout(_) => Handshake::Timeout,
                     Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
                     Error::Body(_) => Handshake::Invalid,
@@ -326,13 +384,11 @@ impl Context {
         if downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false) {
             self.doubt(client);
         }
-        let config = self.upstream.config();
-        let (body_timeout, response_timeout) = (config.body_timeout, config.response_timeout);
         // A request's body must come as its header must: whoever waits for it holds a place.
-        let patience = body_timeout.min(self.downstream.header_timeout);
+        let patience = self.upstream.config().body_timeout.min(self.downstream.header_timeout);
         let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
         let exchange = self.upstream.plain(request.map(body));
-        match self.within(response_timeout, exchange).await {
+        match self.carried_out(exchange).await {
             Ok(reply) => self.pass_on(reply),
             Err(error) => {
                 warn!(%client, request_id = id, %error, "request failed");
@@ -341,20 +397,14 @@ impl Context {
         }
     }
 
-    /// Waits for an exchange for as long as the client does, `patience` at most; then it is ended behind our back.
-    async fn within<T: Orphan>(self: &Arc<Self>, patience: Duration, exchange: Exchange<T>) -> Result<T, Error> {
+    /// Waits for an exchange for as long as the client does; then it is ended behind our back.
+    async fn carried_out<T: Orphan>(self: &Arc<Self>, exchange: Exchange<T>) -> Result<T, Error> {
         let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
-        let deadline = ServiceBuilder::new().timeout(patience).service_fn(|guarded: Guarded<T>| guarded);
-        let answer: Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>> = Box::pin(deadline.oneshot(guarded));
-        answer.await.map_err(|error| match error.downcast::<Failure>() {
-            Ok(failure) => {
-                let Failure { error, stream } = *failure;
-                if let Some(stream) = stream {
-                    self.tracker.spawn(Arc::clone(self).linger_owned(Side::Backend, stream));
-                }
-                error
+        guarded.await.map_err(|Failure { error, stream }| {
+            if let Some(stream) = stream {
+                self.tracker.spawn(Arc::clone(self).linger_owned(Side::Backend, stream));
             }
-            Err(_) => Error::Timeout("backend did not answer in time"),
+            error
         })
     }
 
@@ -378,6 +428,19 @@ impl Context {
         let (status, reason) = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
+            Error::Shortage { lack, .. } => {
+                let reason = match lack {
+                    Lack::Ports => Reason::Ports,
+                    Lack::Descriptors => Reason::Descriptors,
+                    Lack::Memory => Reason::Memory,
+                };
+                self.traffic.refuse(reason);
+                return self.refusal(reason);
+            }
+            Error::QueueTimeout => {
+                self.traffic.refuse(Reason::QueueTimeout);
+                return self.refusal(Reason::QueueTimeout);
+            }
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
             Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
@@ -387,7 +450,7 @@ impl Context {
     }
 
     /// A session from its 101 to the FINs on both legs, and its log lines.
-    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, counted: Counted) {
+    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, stay: Stay) {
         let Tunnel { backend, rsv, about } = tunnel;
         let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
@@ -406,7 +469,7 @@ impl Context {
             tokio::join!(self.let_go(first), rest);
         })
         .await;
-        drop(counted);
+        drop(stay);
     }
 
     async fn let_go(&self, ended: Ended) {

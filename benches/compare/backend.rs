@@ -1,24 +1,38 @@
-//! The echo backend: one thread, answers every message with one of the same length, and prints where it listens.
+//! The echo backend: one thread with one accept loop. It answers every message with one of the same length, every plain
+//! request with 200 and a small body, and prints where it listens.
 
 use std::{
     collections::HashMap,
     io::{self, Write as _},
-    net::Ipv4Addr,
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::TaskTracker;
 
-use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame};
+use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Request, Role, frame};
+
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    #[arg(long)]
+    address: SocketAddr,
+    /// For `listen()`; the kernel clamps it to `net.core.somaxconn`
+    #[arg(long)]
+    backlog: u16,
+}
 
 /// The frames that were sent so far, by their payload's length.
 type Prepared = Mutex<HashMap<usize, Arc<[u8]>>>;
 
-pub fn main() -> anyhow::Result<()> {
+pub fn main(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let socket = Socket::new(Domain::for_address(options.address), Type::STREAM.nonblocking(), None)?;
+        socket.bind(&options.address.into())?;
+        socket.listen(options.backlog.into())?;
+        let listener = TcpListener::from_std(socket.into())?;
         writeln!(io::stdout(), "{}", listener.local_addr()?)?;
         let prepared = Arc::new(Prepared::default());
         let tasks = TaskTracker::new();
@@ -32,7 +46,10 @@ pub fn main() -> anyhow::Result<()> {
 }
 
 async fn serve(stream: TcpStream, prepared: &Prepared) -> io::Result<()> {
-    let mut connection = Connection::accept(stream).await?;
+    let mut connection = match Connection::accept(stream).await? {
+        Request::Session(connection) => connection,
+        Request::Answered => return Ok(()),
+    };
     let mut last: Option<(usize, Arc<[u8]>)> = None;
     while let Some(received) = connection.next().await? {
         if received.opcode == CLOSE {

@@ -4,6 +4,7 @@
 //! scheduled between the two.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     sync::{
@@ -21,6 +22,7 @@ use tokio::{
 
 use crate::{
     procfs::{Cpu, Memory},
+    spike,
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
 };
 
@@ -49,6 +51,7 @@ pub enum Work {
     Echo { warmup: f64, seconds: f64 },
     Idle { sessions: usize },
     Churn { warmup: f64, seconds: f64 },
+    Spike { clients: usize, plain: bool },
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -57,12 +60,21 @@ pub struct Outcome {
     pub count: u64,
     pub seconds: f64,
     pub failures: u64,
-    pub first_error: Option<String>,
+    /// How often which; of `Echo`, `Idle` and `Churn` the first one only.
+    pub errors: BTreeMap<String, u64>,
     pub proxy: Cpu,
     /// Of load and backend.
     pub others: Cpu,
     /// Before the first and after the last session connected; `Idle` only.
     pub memory: Option<[Memory; 2]>,
+    /// What else was measured, by the names of the columns.
+    pub values: BTreeMap<String, f64>,
+}
+
+impl Outcome {
+    pub fn insert(&mut self, name: &str, value: f64) {
+        self.values.insert(name.to_owned(), value);
+    }
 }
 
 /// What all tasks count.
@@ -95,10 +107,13 @@ pub fn main(order: &str) -> anyhow::Result<()> {
             Work::Echo { warmup, seconds } => echo(&order, &counts, warmup, seconds).await,
             Work::Idle { sessions } => idle(&order, &counts, sessions).await,
             Work::Churn { warmup, seconds } => churn(&order, &counts, warmup, seconds).await,
+            Work::Spike { clients, plain } => spike::spike(&order, clients, plain).await,
         }
     })?;
-    outcome.failures = counts.failures.load(Ordering::Relaxed);
-    outcome.first_error = counts.first_error.lock().unwrap_or_else(PoisonError::into_inner).take();
+    outcome.failures += counts.failures.load(Ordering::Relaxed);
+    if let Some(error) = counts.first_error.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        outcome.errors.insert(format!("{error} (the first)"), 1);
+    }
     println!("{}", serde_json::to_string(&outcome)?);
     Ok(())
 }

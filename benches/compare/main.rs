@@ -1,8 +1,9 @@
-//! tidegate next to nginx and next to no proxy at all, in one run: CPU time per message, memory per idle session, CPU
-//! time per short session. What the columns mean and what they leave out is in `docs/benchmarks.md`.
+//! tidegate next to nginx, haproxy and no proxy at all, in one run: CPU time per message, memory per idle session, CPU time
+//! per short session, and what becomes of thousands of clients that come at once. What the columns mean and what they
+//! leave out is in `docs/benchmarks.md`.
 //!
 //! ```text
-//! load (one thread) ---- direct | nginx | tidegate ---- echo backend (one thread)
+//! load (one thread) ---- direct | nginx | haproxy | tidegate ---- echo backend (one thread)
 //! ```
 //!
 //! - All three are processes of their own, started for each leg and ended after it, so that no leg inherits the memory or
@@ -11,21 +12,25 @@
 //!   that a slow minute of the machine meets all of them. Differences are paired: within one round.
 //! - Everything it starts has its own process group and dies with it, also on Ctrl-C, on a panic and on SIGKILL; nothing
 //!   else is ever signalled.
-//! - Deliberately absent: latency (a closed loop cannot tell it), and thresholds. It measures; people judge.
+//! - Deliberately absent: the latency of messages (a closed loop cannot tell it), and thresholds. It measures; people judge.
 
 #![allow(unreachable_pub, reason = "modules of one program")]
 
 mod backend;
+mod case;
 mod load;
+mod namespaces;
 mod peers;
+mod process;
 mod procfs;
 mod report;
+mod spike;
 mod wire;
 
 use std::{
     ffi::OsString,
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -36,8 +41,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
+    case::{Case, Measure},
     load::{Order, Outcome, Work},
-    peers::{Peer, Process},
+    namespaces::Place,
+    peers::{Peer, Site, Tidegates},
     report::{Report, Row},
 };
 
@@ -50,14 +57,10 @@ const DESCRIPTORS_SPARE: u64 = 500;
 /// Before the measuring begins; in it caches and windows grow to what they will be.
 const WARMUP: Duration = Duration::from_millis(500);
 
-/// The payload that every idle session has echoed once, and that of a short session.
-const IDLE_BYTES: usize = 16 * 1024;
-const CHURN_BYTES: usize = 64;
-
 /// Beyond the time that a leg measures for: connecting, settling, slow machines.
 const LEG_SLACK: Duration = Duration::from_mins(2);
 
-/// Measures tidegate next to nginx and a direct connection
+/// Measures tidegate next to nginx, haproxy and a direct connection
 #[derive(Debug, Parser)]
 #[command(name = "compare", bin_name = "cargo bench --bench compare --", args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -79,11 +82,13 @@ enum Role {
     Load { order: String },
     /// The echo backend
     #[command(hide = true)]
-    Backend,
+    Backend(backend::Options),
     /// Turns into another program, which gets a signal when the one that started it ends
     #[command(hide = true)]
     Held {
-        signal: peers::Death,
+        signal: process::Death,
+        #[arg(long)]
+        namespace: Option<PathBuf>,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<OsString>,
     },
@@ -103,18 +108,42 @@ struct Options {
     /// How long one leg of `echo` and `churn` is measured
     #[arg(long, default_value_t = 3.0, value_parser = seconds)]
     seconds: f64,
-    /// What tidegate is measured next to [default: both, nginx if it is installed]
+    /// What tidegate is measured next to [default: direct, and what is installed of nginx and haproxy]
     #[arg(long, value_delimiter = ',')]
     peers: Option<Vec<Next>>,
+    /// Settings of tidegate as TOML, beside its defaults: `listen.max_sockets = 16`
+    #[arg(long, value_name = "TOML", value_parser = peers::settings)]
+    tidegate: Vec<toml::Table>,
+    /// Measures a second tidegate too, `other`, with these settings beside the first one's
+    #[arg(long, value_name = "TOML", value_parser = peers::settings)]
+    other: Vec<toml::Table>,
+    /// Measures a second tidegate too, `other`: this binary
+    #[arg(long, value_name = "PATH")]
+    tidegate_binary: Option<PathBuf>,
     /// Connections of `echo`, and sessions under way at once in `churn` and while `idle` connects
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=5000))]
     connections: u32,
     /// Sessions of `idle`
     #[arg(long, default_value_t = 9000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
-    /// Both proxies write their log line per session, as they do by default [default: neither does]
+    /// The proxies write a log line per session [default: none does]
     #[arg(long)]
     logs: bool,
+    /// Clients of `spike`, all at once
+    #[arg(long, value_delimiter = ',', default_value = "3000,5000,9500")]
+    spike: Vec<u32>,
+    /// The clients of `spike` send a plain GET instead of an upgrade
+    #[arg(long)]
+    plain: bool,
+    /// `net.core.somaxconn` in the proxy's namespace
+    #[arg(long, value_delimiter = ',', default_value = "128,65535")]
+    somaxconn: Vec<u32>,
+    /// `net.core.somaxconn` in the backend's namespace
+    #[arg(long, default_value_t = 65535)]
+    backend_somaxconn: u32,
+    /// What the backend's one accept loop asks of `listen()`; Tomcat's default is 100
+    #[arg(long, default_value_t = 65535)]
+    backend_backlog: u16,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -123,29 +152,25 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Measure {
-    /// Closed loop of messages: CPU time per message
-    Echo,
-    /// Sessions that do nothing: memory per session
-    Idle,
-    /// Connect, upgrade, one echo, Close handshake: CPU time per session
-    Churn,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Next {
     /// From the system's packages
     Nginx,
+    /// From the system's packages
+    Haproxy,
     /// No proxy
     Direct,
+    /// Nothing: tidegate alone
+    None,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.role {
         Some(Role::Load { order }) => load::main(&order),
-        Some(Role::Backend) => backend::main(),
-        Some(Role::Held { signal, command }) => Err(peers::become_held(signal, &command)),
+        Some(Role::Backend(options)) => backend::main(&options),
+        Some(Role::Held { signal, namespace, command }) => {
+            Err(process::become_held(signal, namespace.as_deref(), &command))
+        }
         None if cli.bench => measure(&cli.options),
         None => {
             eprintln!("nothing is measured: run it as `cargo bench --bench compare`");
@@ -177,48 +202,40 @@ fn measure(options: &Options) -> anyhow::Result<()> {
 
 async fn compare(options: &Options) -> anyhow::Result<()> {
     let descriptors = raise_descriptors()?;
-    let needed = u64::from(options.sessions) * 2 + DESCRIPTORS_SPARE;
-    ensure!(
-        !options.only.contains(&Measure::Idle) || needed <= descriptors,
-        "{} idle sessions need {needed} descriptors per process, there are {descriptors}: use --sessions",
-        options.sessions
-    );
+    let in_namespaces = options.only.iter().any(|measure| measure.in_namespaces()) && namespaces_or_note();
+    let cases = case::all(options, in_namespaces);
+    for case in &cases {
+        let needed = case.sessions() * 2 + DESCRIPTORS_SPARE;
+        ensure!(
+            needed <= descriptors,
+            "{} sessions at once need {needed} descriptors per process, there are {descriptors}: {case} of {}",
+            case.sessions(),
+            case.measure()
+        );
+    }
     let peers = peers(options)?;
+    let tidegates = Tidegates::new(&options.tidegate, &options.other, options.tidegate_binary.as_deref())?;
     let folder = tempfile::Builder::new().prefix("tidegate-compare-").tempdir();
     let folder = folder.context("a folder for configurations and logs")?;
-    let mut report = Report::new(options, &peers)?;
+    let mut report = Report::new(options, &peers, &tidegates, in_namespaces)?;
 
     for round in 0..options.rounds {
-        let mut order = peers.clone();
-        order.rotate_left(round as usize % peers.len());
-        for &measure in &options.only {
-            let sizes = match measure {
-                Measure::Echo => options.sizes.as_slice(),
-                Measure::Idle => &[IDLE_BYTES],
-                Measure::Churn => &[CHURN_BYTES],
-            };
-            for &bytes in sizes {
-                for &peer in &order {
-                    // Without a proxy there is no memory of a proxy.
-                    if (measure, peer) == (Measure::Idle, Peer::Direct) {
-                        continue;
-                    }
-                    let begun = Instant::now();
-                    let outcome = leg(folder.path(), options, measure, bytes, peer)
-                        .await
-                        .with_context(|| format!("round {}, {measure:?} {bytes} B through {peer}", round + 1))?;
-                    let row = Row::new(round, measure, bytes, peer, &outcome);
-                    eprintln!(
-                        "round {} of {}: {row}, took {:.1} s",
-                        round + 1,
-                        options.rounds,
-                        begun.elapsed().as_secs_f64()
-                    );
-                    if let Some(error) = &outcome.first_error {
-                        eprintln!("  {} failures, the first: {error}", outcome.failures);
-                    }
-                    report.rows.push(row);
+        for &case in &cases {
+            let mut order: Vec<Peer> = peers.iter().copied().filter(|peer| case.is_for(*peer)).collect();
+            let first = round as usize % order.len();
+            order.rotate_left(first);
+            for &peer in &order {
+                let begun = Instant::now();
+                let outcome = leg(folder.path(), options, &tidegates, in_namespaces, case, peer)
+                    .await
+                    .with_context(|| format!("round {}, {} {case} through {peer}", round + 1, case.measure()))?;
+                let row = Row::new(round, case, peer, &outcome);
+                let seconds = begun.elapsed().as_secs_f64();
+                eprintln!("round {} of {}: {row}, took {seconds:.1} s", round + 1, options.rounds);
+                for (error, count) in &outcome.errors {
+                    eprintln!("  {count} x {error}");
                 }
+                report.rows.push(row);
             }
         }
     }
@@ -231,12 +248,35 @@ async fn compare(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether network namespaces can be had. If not, those who read the figures must know.
+fn namespaces_or_note() -> bool {
+    let possible = namespaces::possible();
+    if let Err(error) = &possible {
+        eprintln!(
+            "no network namespaces ({error:#}): everything is on loopback, somaxconn is the host's, and overflows and \
+             RSTs are counts of everything on the host"
+        );
+    }
+    possible.is_ok()
+}
+
 /// One measurement through one peer, with processes of its own.
-async fn leg(folder: &Path, options: &Options, measure: Measure, bytes: usize, peer: Peer) -> anyhow::Result<Outcome> {
-    let (backend, backend_address) = peers::start_backend(folder).await?;
-    let proxy = peers::start(folder, peer, backend_address, options.logs).await?;
+async fn leg(
+    folder: &Path,
+    options: &Options,
+    tidegates: &Tidegates,
+    in_namespaces: bool,
+    case: Case,
+    peer: Peer,
+) -> anyhow::Result<Outcome> {
+    let place = match case.somaxconn() {
+        Some(somaxconn) if in_namespaces => Place::namespaces(somaxconn, options.backend_somaxconn)?,
+        _ => Place::Loopback,
+    };
+    let site = Site { folder, place: &place, logs: options.logs };
+    let (backend, backend_address) = peers::start_backend(&site, peer, options.backend_backlog).await?;
+    let proxy = peers::start(&site, peer, tidegates, backend_address).await?;
     let address = proxy.as_ref().map_or(backend_address, |proxy| proxy.address);
-    let connections = options.connections as usize;
     let only_listeners = || {
         procfs::only_listener(backend_address.port(), &[backend.pid()])?;
         proxy.as_ref().map_or(Ok(()), |proxy| procfs::only_listener(address.port(), &proxy.pids))
@@ -248,15 +288,16 @@ async fn leg(folder: &Path, options: &Options, measure: Measure, bytes: usize, p
         address,
         proxy: proxy.as_ref().map(|proxy| proxy.pids.clone()).unwrap_or_default(),
         backend: backend.pid(),
-        connections,
-        bytes,
-        work: match measure {
-            Measure::Echo => Work::Echo { warmup, seconds },
-            Measure::Idle => Work::Idle { sessions: options.sessions as usize },
-            Measure::Churn => Work::Churn { warmup, seconds },
+        connections: options.connections as usize,
+        bytes: case.bytes(),
+        work: match case {
+            Case::Echo { .. } => Work::Echo { warmup, seconds },
+            Case::Idle { .. } => Work::Idle { sessions: options.sessions as usize },
+            Case::Churn { .. } => Work::Churn { warmup, seconds },
+            Case::Spike { clients, plain, .. } => Work::Spike { clients: clients as usize, plain },
         },
     };
-    let mut load = Process::start_self(folder, "load", &["load", &serde_json::to_string(&order)?])?;
+    let mut load = peers::start_load(&site, &order)?;
     let printed = load.wait(WARMUP + Duration::from_secs_f64(seconds) + LEG_SLACK).await.and_then(|printed| {
         serde_json::from_str(printed.trim()).with_context(|| format!("load printed {:?}", printed.trim()))
     });
@@ -286,12 +327,21 @@ fn peers(options: &Options) -> anyhow::Result<Vec<Peer>> {
     if asked(Next::Direct).unwrap_or(true) {
         peers.push(Peer::Direct);
     }
-    match (asked(Next::Nginx), peers::nginx_version()) {
-        (Some(false), _) => {}
-        (_, Ok(_)) => peers.push(Peer::Nginx),
-        (Some(true), Err(error)) => return Err(error.context("nginx was asked for")),
-        (None, Err(error)) => eprintln!("without nginx: {error:#}"),
+    let installed = [
+        (Next::Nginx, Peer::Nginx, peers::nginx_version as fn() -> anyhow::Result<String>),
+        (Next::Haproxy, Peer::Haproxy, peers::haproxy_version),
+    ];
+    for (next, peer, version) in installed {
+        match (asked(next), version()) {
+            (Some(false), _) => {}
+            (_, Ok(_)) => peers.push(peer),
+            (Some(true), Err(error)) => return Err(error.context(format!("{peer} was asked for"))),
+            (None, Err(error)) => eprintln!("without {peer}: {error:#}"),
+        }
     }
     peers.push(Peer::Tidegate);
+    if !options.other.is_empty() || options.tidegate_binary.is_some() {
+        peers.push(Peer::Other);
+    }
     Ok(peers)
 }

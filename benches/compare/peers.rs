@@ -1,33 +1,34 @@
-//! The processes of a leg: started with a port of their own, watched, ended when they are dropped.
+//! What is measured: proxies with their configuration, and the backend behind them.
 
 use std::{
-    ffi::{OsStr, OsString},
-    fmt,
-    fs::{self, File},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::process::CommandExt as _,
+    ffi::OsStr,
+    fmt, fs,
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant},
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, bail, ensure};
-use clap::ValueEnum;
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use anyhow::Context as _;
 use serde::Serialize;
-use tokio::time::sleep;
+use toml::{Table, Value};
 
-use crate::procfs;
+use crate::{
+    load::Order,
+    namespaces::{Place, Side},
+    process::{Death, Process, Start},
+    procfs,
+};
 
-/// nginx and tidegate have as many.
+/// Every proxy has as many.
 pub const WORKERS: usize = 2;
 
 const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
-const START_LIMIT: Duration = Duration::from_secs(20);
-const END_LIMIT: Duration = Duration::from_secs(5);
-const POLL: Duration = Duration::from_millis(20);
-const LOG_TAIL_LINES: usize = 20;
+
+/// Of nginx and haproxy in a namespace of their own, where it is free.
+const PORT: u16 = 8080;
+
+/// Sessions of haproxy: with two descriptors each it stays below the 20,000 that it may have.
+const HAPROXY_MAXCONN: u32 = 9_900;
 
 /// What stands between load and backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -35,7 +36,10 @@ const LOG_TAIL_LINES: usize = 20;
 pub enum Peer {
     Direct,
     Nginx,
+    Haproxy,
     Tidegate,
+    /// Another tidegate, or the same with other settings.
+    Other,
 }
 
 impl fmt::Display for Peer {
@@ -43,143 +47,98 @@ impl fmt::Display for Peer {
         f.pad(match self {
             Self::Direct => "direct",
             Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
             Self::Tidegate => "tidegate",
+            Self::Other => "other",
         })
     }
 }
 
-/// How a process that we started is ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Death {
-    /// SIGTERM: nginx's master then ends its workers, which a SIGKILL would leave behind.
-    Term,
-    Kill,
+/// The programs and the settings behind the peers that are tidegates.
+#[derive(Debug, Serialize)]
+pub struct Tidegates {
+    settings: Table,
+    other_settings: Table,
+    #[serde(skip)]
+    other_binary: PathBuf,
 }
 
-impl Death {
-    fn signal(self) -> Signal {
-        match self {
-            Self::Term => Signal::TERM,
-            Self::Kill => Signal::KILL,
-        }
-    }
-}
-
-/// Asks for a signal at the end of the parent, and becomes `command`; returns only if that fails.
-pub fn become_held(death: Death, command: &[OsString]) -> anyhow::Error {
-    if let Err(error) = set_parent_process_death_signal(Some(death.signal())) {
-        return error.into();
-    }
-    let [program, arguments @ ..] = command else { return anyhow::anyhow!("no command") };
-    anyhow::Error::from(Command::new(program).args(arguments).exec()).context(program.display().to_string())
-}
-
-/// A process that was started here. Dropped, it is ended, and its children with it.
-#[derive(Debug)]
-pub struct Process {
-    name: &'static str,
-    child: Child,
-    death: Death,
-    stdout: PathBuf,
-    stderr: PathBuf,
-}
-
-impl Process {
-    fn start(folder: &Path, name: &'static str, death: Death, command: &[&OsStr]) -> anyhow::Result<Self> {
-        let stdout = folder.join(format!("{name}.out"));
-        let stderr = folder.join(format!("{name}.err"));
-        let mut held = Command::new(std::env::current_exe()?);
-        held.args(["held", if death == Death::Term { "term" } else { "kill" }, "--"]).args(command);
-        // What decides is what is said here, not where the program was started.
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
-                held.env_remove(name);
-            }
-        }
-        let child = held
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(File::create(&stdout)?)
-            .stderr(File::create(&stderr)?)
-            // A Ctrl-C is for us alone: we end the others.
-            .process_group(0)
-            .spawn()
-            .with_context(|| name.to_owned())?;
-        Ok(Self { name, child, death, stdout, stderr })
+impl Tidegates {
+    pub fn new(settings: &[Table], other: &[Table], other_binary: Option<&Path>) -> anyhow::Result<Self> {
+        let settings = settings.iter().cloned().fold(Table::new(), merged);
+        let other_settings = other.iter().cloned().fold(settings.clone(), merged);
+        // Legs run in a folder of their own.
+        let other_binary = other_binary.unwrap_or(Path::new(TIDEGATE));
+        let other_binary = fs::canonicalize(other_binary).with_context(|| other_binary.display().to_string())?;
+        Ok(Self { settings, other_settings, other_binary })
     }
 
-    /// This program in another role.
-    pub fn start_self(folder: &Path, name: &'static str, arguments: &[&str]) -> anyhow::Result<Self> {
-        let this = std::env::current_exe()?;
-        let mut command = vec![this.as_os_str()];
-        command.extend(arguments.iter().map(OsStr::new));
-        Self::start(folder, name, Death::Kill, &command)
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Waits until it ends well, and returns what it printed.
-    pub async fn wait(&mut self, within: Duration) -> anyhow::Result<String> {
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                ensure!(status.success(), "{} ended with {status}: {}", self.name, self.log_tail());
-                return Ok(fs::read_to_string(&self.stdout)?);
-            }
-            ensure!(begun.elapsed() < within, "{} did not end within {} s", self.name, within.as_secs());
-            sleep(POLL).await;
+    fn of(&self, peer: Peer) -> (&Path, &Table) {
+        match peer {
+            Peer::Other => (&self.other_binary, &self.other_settings),
+            _ => (Path::new(TIDEGATE), &self.settings),
         }
     }
 
-    /// Asks again and again, as long as it lives.
-    async fn until<T>(&mut self, what: &str, mut ask: impl FnMut(&Self) -> Option<T>) -> anyhow::Result<T> {
-        let begun = Instant::now();
-        loop {
-            if let Some(answer) = ask(self) {
-                return Ok(answer);
-            }
-            if let Some(status) = self.child.try_wait()? {
-                bail!("{} ended with {status} and without {what}: {}", self.name, self.log_tail());
-            }
-            ensure!(begun.elapsed() < START_LIMIT, "{} goes on without {what}: {}", self.name, self.log_tail());
-            sleep(POLL).await;
-        }
-    }
-
-    /// The last lines of what it printed.
-    fn log_tail(&self) -> String {
-        let text = [&self.stdout, &self.stderr].map(|file| fs::read_to_string(file).unwrap_or_default()).concat();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
+    /// As in "tidegate 0.1.0".
+    pub fn version(&self, peer: Peer) -> anyhow::Result<String> {
+        let (binary, settings) = self.of(peer);
+        let output =
+            Command::new(binary).arg("--version").stdin(Stdio::null()).output().context("tidegate --version")?;
+        let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        Ok(if settings.is_empty() { version } else { format!("{version} with {}", one_line(settings)) })
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // A pid is given away again once its exit was waited for, and not before.
-        if !matches!(self.child.try_wait(), Ok(None)) {
-            return;
+/// Settings as they are given on the command line.
+pub fn settings(text: &str) -> Result<Table, String> {
+    text.parse().map_err(|error: toml::de::Error| error.message().to_owned())
+}
+
+/// The settings of both; of the second where both say something.
+fn merged(mut first: Table, second: Table) -> Table {
+    for (key, value) in second {
+        let value = match (first.remove(&key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => Value::Table(merged(old, new)),
+            (_, new) => new,
+        };
+        first.insert(key, value);
+    }
+    first
+}
+
+fn one_line(settings: &Table) -> String {
+    let mut parts = Vec::new();
+    for (section, value) in settings {
+        match value {
+            Value::Table(keys) => parts.extend(keys.iter().map(|(key, value)| format!("{section}.{key} = {value}"))),
+            value => parts.push(format!("{section} = {value}")),
         }
-        if self.death == Death::Term {
-            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-            let begun = Instant::now();
-            while begun.elapsed() < END_LIMIT {
-                if !matches!(self.child.try_wait(), Ok(None)) {
-                    return;
-                }
-                thread::sleep(POLL);
-            }
-            // Its parent lives and is not waited for yet, so these pids are still those of its children.
-            for pid in procfs::children(self.pid()) {
-                if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                    let _ = kill_process(pid, Signal::KILL);
-                }
-            }
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    }
+    parts.join(", ")
+}
+
+/// Where the processes of a leg are, and what they have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct Site<'a> {
+    pub folder: &'a Path,
+    pub place: &'a Place,
+    pub logs: bool,
+}
+
+impl<'a> Site<'a> {
+    fn start(&self, name: &'static str, death: Death, side: Side) -> Start<'a> {
+        Start { folder: self.folder, name, death, namespace: self.place.namespace(side) }
+    }
+
+    /// For a proxy that can't choose a port itself.
+    fn free_address(&self) -> anyhow::Result<SocketAddr> {
+        let ip = self.place.address(Side::Proxy);
+        let port = match self.place {
+            Place::Loopback => TcpListener::bind((ip, 0))?.local_addr()?.port(),
+            Place::Namespaces => PORT,
+        };
+        Ok((ip, port).into())
     }
 }
 
@@ -198,41 +157,59 @@ impl Proxy {
     }
 }
 
-pub async fn start_backend(folder: &Path) -> anyhow::Result<(Process, SocketAddr)> {
-    let mut process = Process::start_self(folder, "backend", &["backend"])?;
-    let address = process.until("an address", |process| {
-        let printed = fs::read_to_string(&process.stdout).ok()?;
-        printed.strip_suffix('\n')?.parse().ok()
-    });
+/// The backend; on the proxy's place when there is no proxy, so that it has the same limits.
+pub async fn start_backend(site: &Site<'_>, peer: Peer, backlog: u16) -> anyhow::Result<(Process, SocketAddr)> {
+    let on = if peer == Peer::Direct { Side::Proxy } else { Side::Backend };
+    let address = SocketAddr::new(site.place.address(on), 0).to_string();
+    let arguments = ["backend", "--address", &address, "--backlog", &backlog.to_string()];
+    let mut process = Process::start_self(site.start("backend", Death::Kill, on), &arguments)?;
+    let address = process.until("an address", |process| process.printed().strip_suffix('\n')?.parse().ok());
     let address = address.await?;
     Ok((process, address))
 }
 
+pub fn start_load(site: &Site<'_>, order: &Order) -> anyhow::Result<Process> {
+    let start = site.start("load", Death::Kill, Side::Client);
+    Process::start_self(start, &["load", &serde_json::to_string(order)?])
+}
+
 /// None for a direct connection.
-pub async fn start(folder: &Path, peer: Peer, backend: SocketAddr, logs: bool) -> anyhow::Result<Option<Proxy>> {
+pub async fn start(
+    site: &Site<'_>,
+    peer: Peer,
+    tidegates: &Tidegates,
+    backend: SocketAddr,
+) -> anyhow::Result<Option<Proxy>> {
     match peer {
         Peer::Direct => Ok(None),
-        Peer::Nginx => start_nginx(folder, backend, logs).await.map(Some),
-        Peer::Tidegate => start_tidegate(folder, backend, logs).await.map(Some),
+        Peer::Nginx => start_nginx(site, backend).await.map(Some),
+        Peer::Haproxy => start_haproxy(site, backend).await.map(Some),
+        Peer::Tidegate | Peer::Other => {
+            let (binary, settings) = tidegates.of(peer);
+            start_tidegate(site, binary, settings, backend).await.map(Some)
+        }
     }
 }
 
-async fn start_tidegate(folder: &Path, backend: SocketAddr, logs: bool) -> anyhow::Result<Proxy> {
+async fn start_tidegate(
+    site: &Site<'_>,
+    binary: &Path,
+    settings: &Table,
+    backend: SocketAddr,
+) -> anyhow::Result<Proxy> {
+    let address = SocketAddr::new(site.place.address(Side::Proxy), 0);
     // The line that says where it listens is needed in any case.
-    let filter = if logs { "info" } else { "warn,tidegate::server=info" };
-    let config = folder.join("proxy.toml");
-    fs::write(
-        &config,
-        format!(
-            "listen.address = \"127.0.0.1:0\"\nlisten.workers = {WORKERS}\nupstream.address = \"{backend}\"\n\
-             admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n"
-        ),
-    )?;
-    let command = [OsStr::new(TIDEGATE), OsStr::new("run"), OsStr::new("--config"), config.as_os_str()];
-    let mut process = Process::start(folder, "tidegate", Death::Kill, &command)?;
+    let filter = if site.logs { "info" } else { "warn,tidegate::server=info" };
+    let base = format!(
+        "listen.address = \"{address}\"\nlisten.workers = {WORKERS}\nupstream.address = \"{backend}\"\n\
+         admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n"
+    );
+    let config = site.folder.join("proxy.toml");
+    fs::write(&config, merged(base.parse()?, settings.clone()).to_string())?;
+    let command = [binary.as_os_str(), OsStr::new("run"), OsStr::new("--config"), config.as_os_str()];
+    let mut process = Process::start(site.start("tidegate", Death::Kill, Side::Proxy), &command)?;
     let listening = process.until("an address", |process| {
-        let printed = fs::read_to_string(&process.stdout).ok()?;
-        printed.lines().find_map(|line| {
+        process.printed().lines().find_map(|line| {
             let line: serde_json::Value = serde_json::from_str(line).ok()?;
             (line["message"] == "listening").then(|| line["address"].as_str()?.parse().ok())?
         })
@@ -241,10 +218,10 @@ async fn start_tidegate(folder: &Path, backend: SocketAddr, logs: bool) -> anyho
     Ok(Proxy { address, pids: vec![process.pid()], process })
 }
 
-async fn start_nginx(folder: &Path, backend: SocketAddr, logs: bool) -> anyhow::Result<Proxy> {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-    let access_log = if logs { "nginx.access.log" } else { "off" };
-    let config = folder.join("nginx.conf");
+async fn start_nginx(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
+    let address = site.free_address()?;
+    let access_log = if site.logs { "nginx.access.log" } else { "off" };
+    let config = site.folder.join("nginx.conf");
     fs::write(
         &config,
         format!(
@@ -260,13 +237,17 @@ http {{
     fastcgi_temp_path fastcgi;
     uwsgi_temp_path uwsgi;
     scgi_temp_path scgi;
+    map $http_upgrade $connection_upgrade {{
+        default upgrade;
+        ''      close;
+    }}
     server {{
-        listen 127.0.0.1:{port};
+        listen {address} backlog=65535 reuseport;
         location / {{
             proxy_pass http://{backend};
             proxy_http_version 1.1;
             proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection \"upgrade\";
+            proxy_set_header Connection $connection_upgrade;
             proxy_read_timeout 1h;
             proxy_send_timeout 1h;
         }}
@@ -276,16 +257,55 @@ http {{
         ),
     )?;
     let [nginx, p, e, stderr, c] = ["nginx", "-p", "-e", "stderr", "-c"].map(OsStr::new);
-    let command = [nginx, p, folder.as_os_str(), e, stderr, c, config.as_os_str()];
-    let mut process = Process::start(folder, "nginx", Death::Term, &command)?;
+    let command = [nginx, p, site.folder.as_os_str(), e, stderr, c, config.as_os_str()];
+    let mut process = Process::start(site.start("nginx", Death::Term, Side::Proxy), &command)?;
     let workers = process.until("a listening socket and its workers", |process| {
-        procfs::only_listener(port, &[process.pid()]).ok()?;
+        procfs::only_listener(address.port(), &[process.pid()]).ok()?;
         let workers = procfs::children(process.pid());
         (workers.len() == WORKERS).then_some(workers)
     });
     let mut pids = workers.await?;
     pids.insert(0, process.pid());
-    Ok(Proxy { address: (Ipv4Addr::LOCALHOST, port).into(), pids, process })
+    Ok(Proxy { address, pids, process })
+}
+
+async fn start_haproxy(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
+    let address = site.free_address()?;
+    let log = if site.logs { "log stdout format raw local0" } else { "" };
+    let config = site.folder.join("haproxy.cfg");
+    fs::write(
+        &config,
+        format!(
+            "global
+    nbthread {WORKERS}
+    maxconn {HAPROXY_MAXCONN}
+    {log}
+defaults
+    mode http
+    log global
+    option httplog
+    backlog 65535
+    timeout connect 1m
+    timeout client 1h
+    timeout server 1h
+    timeout tunnel 1h
+    timeout http-request 1m
+    timeout queue 1h
+frontend front
+    bind {address}
+    default_backend back
+backend back
+    server one {backend}
+"
+        ),
+    )?;
+    let [haproxy, foreground, f] = ["haproxy", "-db", "-f"].map(OsStr::new);
+    let command = [haproxy, foreground, f, config.as_os_str()];
+    let mut process = Process::start(site.start("haproxy", Death::Kill, Side::Proxy), &command)?;
+    let listening =
+        process.until("a listening socket", |process| procfs::only_listener(address.port(), &[process.pid()]).ok());
+    listening.await?;
+    Ok(Proxy { address, pids: vec![process.pid()], process })
 }
 
 /// As in "nginx/1.22.1".
@@ -296,8 +316,10 @@ pub fn nginx_version() -> anyhow::Result<String> {
     Ok(version.to_owned())
 }
 
-/// As in "tidegate 0.1.0".
-pub fn tidegate_version() -> anyhow::Result<String> {
-    let output = Command::new(TIDEGATE).arg("--version").stdin(Stdio::null()).output().context("tidegate --version")?;
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+/// As in "`HAProxy` 2.6.12-1+deb12u4".
+pub fn haproxy_version() -> anyhow::Result<String> {
+    let output = Command::new("haproxy").arg("-v").stdin(Stdio::null()).output().context("haproxy is not installed")?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let version = printed.split_whitespace().skip_while(|word| *word != "version").nth(1);
+    Ok(format!("HAProxy {}", version.context("haproxy -v does not say its version")?))
 }

@@ -77,13 +77,61 @@ impl Memory {
     }
 }
 
+/// What the kernel counts of TCP in one network namespace.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Counters {
+    pub listen_overflows: u64,
+    pub listen_drops: u64,
+    pub out_rsts: u64,
+}
+
+impl Counters {
+    /// Of the namespace that a process is in.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let value = |table: &str, name: &str| -> anyhow::Result<u64> {
+            let file = format!("/proc/{pid}/net/{table}");
+            let text = fs::read_to_string(&file).context(file)?;
+            let lines: Vec<&str> = text.lines().collect();
+            // A line of names, and below it one of values.
+            let pairs = lines.chunks_exact(2).filter(|pair| pair[0].starts_with("Tcp"));
+            let mut pairs = pairs.flat_map(|pair| pair[0].split(' ').zip(pair[1].split(' ')));
+            let (_, value) = pairs.find(|(key, _)| *key == name).with_context(|| format!("no {name}"))?;
+            Ok(value.parse()?)
+        };
+        Ok(Self {
+            listen_overflows: value("netstat", "ListenOverflows")?,
+            listen_drops: value("netstat", "ListenDrops")?,
+            out_rsts: value("snmp", "OutRsts")?,
+        })
+    }
+}
+
+impl Sub for Counters {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            listen_overflows: self.listen_overflows - before.listen_overflows,
+            listen_drops: self.listen_drops - before.listen_drops,
+            out_rsts: self.out_rsts - before.out_rsts,
+        }
+    }
+}
+
+/// Packets that the host threw away because a core's queue of received ones was full (`net.core.netdev_max_backlog`).
+pub fn packets_dropped() -> anyhow::Result<u64> {
+    let table = fs::read_to_string("/proc/net/softnet_stat").context("softnet_stat")?;
+    let dropped = |line: &str| u64::from_str_radix(line.split(' ').nth(1)?, 16).ok();
+    Ok(table.lines().filter_map(dropped).sum())
+}
+
 /// The processes that `pid`'s main thread has started and that live.
 pub fn children(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// That every listening socket of a TCP port belongs to one of `pids`, and that there is one: with `SO_REUSEPORT` a
+/// That every listening socket of a TCP port, in the namespace of `pids`, belongs to one of `pids`, and that there is one: with `SO_REUSEPORT` a
 /// process that was forgotten takes half of the connections, and the figures are those of two programs.
 pub fn only_listener(port: u16, pids: &[u32]) -> anyhow::Result<()> {
     let ours: Vec<String> = pids
@@ -94,7 +142,9 @@ pub fn only_listener(port: u16, pids: &[u32]) -> anyhow::Result<()> {
         .filter(|link| link.starts_with("socket:"))
         .collect();
     let mut listeners = 0;
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+    for table in
+        pids.first().into_iter().flat_map(|pid| ["tcp", "tcp6"].map(|table| format!("/proc/{pid}/net/{table}")))
+    {
         let Ok(table) = fs::read_to_string(table) else { continue };
         for line in table.lines().skip(1) {
             let fields: Vec<&str> = line.split_ascii_whitespace().collect();

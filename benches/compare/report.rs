@@ -8,54 +8,54 @@ use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, thread};
 use serde::Serialize;
 
 use crate::{
-    Measure, Options,
+    Options,
+    case::Case,
     load::Outcome,
-    peers::{self, Peer, WORKERS},
+    peers::{self, Peer, Tidegates, WORKERS},
 };
 
 /// One leg.
 #[derive(Debug, Serialize)]
 pub struct Row {
     pub round: u32,
-    pub measure: &'static str,
-    /// Payload of a message.
-    pub bytes: usize,
+    #[serde(flatten)]
+    pub case: Case,
     pub peer: Peer,
     /// What was measured, by the names of the columns.
-    pub values: BTreeMap<&'static str, f64>,
+    pub values: BTreeMap<String, f64>,
+    /// What failed, and how often.
+    pub errors: BTreeMap<String, u64>,
 }
 
 impl Row {
-    pub fn new(round: u32, measure: Measure, bytes: usize, peer: Peer, outcome: &Outcome) -> Self {
+    pub fn new(round: u32, case: Case, peer: Peer, outcome: &Outcome) -> Self {
         let count = outcome.count.max(1) as f64;
-        let mut values = BTreeMap::from([("count", outcome.count as f64), ("failures", outcome.failures as f64)]);
+        let mut values = outcome.values.clone();
+        let mut insert = |name: &str, value: f64| _ = values.insert(name.to_owned(), value);
+        insert("count", outcome.count as f64);
+        insert("failures", outcome.failures as f64);
         if let Some([before, after]) = outcome.memory {
-            values.extend([
-                ("rss_kib", after.rss_kib as f64 / count),
-                ("pss_kib", after.pss_kib as f64 / count),
-                ("rss_growth_kib", (after.rss_kib as f64 - before.rss_kib as f64) / count),
-                ("pss_growth_kib", (after.pss_kib as f64 - before.pss_kib as f64) / count),
-            ]);
+            insert("rss_kib", after.rss_kib as f64 / count);
+            insert("pss_kib", after.pss_kib as f64 / count);
+            insert("rss_growth_kib", (after.rss_kib as f64 - before.rss_kib as f64) / count);
+            insert("pss_growth_kib", (after.pss_kib as f64 - before.pss_kib as f64) / count);
         } else {
-            values.insert("per_second", outcome.count as f64 / outcome.seconds);
-            values.insert("others_us", outcome.others.us() as f64 / count);
+            // Of a spike those too that were turned away: they cost as well.
+            let all = if case.sessions() > 0 { (outcome.count + outcome.failures) as f64 } else { count };
+            insert("per_second", outcome.count as f64 / outcome.seconds);
+            insert("others_us", outcome.others.us() as f64 / all);
             if peer != Peer::Direct {
-                values.insert("cpu_us", outcome.proxy.us() as f64 / count);
-                values.insert("user_us", outcome.proxy.user_us as f64 / count);
+                insert("cpu_us", outcome.proxy.us() as f64 / all);
+                insert("user_us", outcome.proxy.user_us as f64 / all);
             }
         }
-        let measure = match measure {
-            Measure::Echo => "echo",
-            Measure::Idle => "idle",
-            Measure::Churn => "churn",
-        };
-        Self { round: round + 1, measure, bytes, peer, values }
+        Self { round: round + 1, case, peer, values, errors: outcome.errors.clone() }
     }
 }
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {:8}", self.measure, size(self.bytes), self.peer)?;
+        write!(f, "{} {} {:8}", self.case.measure(), self.case, self.peer)?;
         for (name, value) in &self.values {
             write!(f, " {name} {}", number(*value))?;
         }
@@ -74,7 +74,10 @@ pub struct Report {
 struct Setting {
     command: String,
     tidegate: String,
+    /// The second one.
+    other: Option<String>,
     nginx: Option<String>,
+    haproxy: Option<String>,
     kernel: String,
     cpu: String,
     cores: usize,
@@ -85,6 +88,10 @@ struct Setting {
     seconds: f64,
     connections: u32,
     sessions: u32,
+    /// Whether clients, proxy and backend had network namespaces of their own, where that matters.
+    namespaces: bool,
+    backend_backlog: u16,
+    backend_somaxconn: u32,
 }
 
 /// What a table says about the rounds of one peer.
@@ -115,33 +122,44 @@ impl fmt::Display for Spread {
 
 #[derive(Debug, Serialize)]
 struct Summary {
-    measure: &'static str,
-    bytes: usize,
+    #[serde(flatten)]
+    case: Case,
     peer: Peer,
-    values: BTreeMap<&'static str, Spread>,
+    values: BTreeMap<String, Spread>,
     /// The peer minus nginx in percent of nginx, of the column that the table compares.
     next_to_nginx_percent: Option<Spread>,
+    /// What failed in all rounds, and how often.
+    errors: BTreeMap<String, u64>,
 }
 
-/// A table of a measurement: its title, and its columns with what they are called in [`Row::values`]. The first is compared.
-type Table = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+/// Of one measurement.
+struct Table {
+    measure: &'static str,
+    title: &'static str,
+    /// The column that is compared with nginx's.
+    compared: &'static str,
+    /// What they are called here, and in [`Row::values`].
+    columns: &'static [(&'static str, &'static str)],
+}
 
-const TABLES: [Table; 3] = [
-    (
-        "echo",
-        "Echo, closed loop: a message is one there and one back",
-        &[
+const TABLES: [Table; 4] = [
+    Table {
+        measure: "echo",
+        title: "Echo, closed loop: a message is one there and one back",
+        compared: "cpu_us",
+        columns: &[
             ("proxy CPU us per message", "cpu_us"),
             ("of it user", "user_us"),
             ("messages per second", "per_second"),
             ("load + backend CPU us", "others_us"),
             ("failures", "failures"),
         ],
-    ),
-    (
-        "idle",
-        "Idle sessions, each after one echo: memory of the proxy's processes, KiB per session",
-        &[
+    },
+    Table {
+        measure: "idle",
+        title: "Idle sessions, each after one echo: memory of the proxy's processes, KiB per session",
+        compared: "rss_growth_kib",
+        columns: &[
             ("RSS growth", "rss_growth_kib"),
             ("PSS growth", "pss_growth_kib"),
             ("RSS", "rss_kib"),
@@ -149,30 +167,51 @@ const TABLES: [Table; 3] = [
             ("sessions", "count"),
             ("failures", "failures"),
         ],
-    ),
-    (
-        "churn",
-        "Churn: connect, upgrade, one echo, Close handshake, FIN",
-        &[
+    },
+    Table {
+        measure: "churn",
+        title: "Churn: connect, upgrade, one echo, Close handshake, FIN",
+        compared: "cpu_us",
+        columns: &[
             ("proxy CPU us per session", "cpu_us"),
             ("of it user", "user_us"),
             ("sessions per second", "per_second"),
             ("load + backend CPU us", "others_us"),
             ("failures", "failures"),
         ],
-    ),
+    },
+    Table {
+        measure: "spike",
+        title: "Spike: all connect at once; upgrade, one echo, Close handshake, FIN",
+        compared: "admitted_max_ms",
+        columns: &[
+            ("success %", "success_percent"),
+            ("connect to 101 (to the whole answer of a GET), ms: p50", "admitted_p50_ms"),
+            ("p99", "admitted_p99_ms"),
+            ("max", "admitted_max_ms"),
+            ("last echo, ms", "last_echo_ms"),
+            ("ListenOverflows", "front_overflows"),
+            ("ListenDrops", "front_drops"),
+            ("of the backend: ListenOverflows", "back_overflows"),
+            ("ListenDrops", "back_drops"),
+            ("OutRsts", "front_rsts"),
+            ("proxy CPU us per client", "cpu_us"),
+        ],
+    },
 ];
 
 impl Report {
-    pub fn new(options: &Options, peers: &[Peer]) -> anyhow::Result<Self> {
+    pub fn new(options: &Options, peers: &[Peer], tidegates: &Tidegates, namespaces: bool) -> anyhow::Result<Self> {
         let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
         let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
         let cpu = read("/proc/cpuinfo");
         let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
         let setting = Setting {
             command: ["cargo bench --bench compare --".to_owned(), arguments.join(" ")].join(" ").trim_end().to_owned(),
-            tidegate: peers::tidegate_version()?,
+            tidegate: tidegates.version(Peer::Tidegate)?,
+            other: peers.contains(&Peer::Other).then(|| tidegates.version(Peer::Other)).transpose()?,
             nginx: peers.contains(&Peer::Nginx).then(peers::nginx_version).transpose()?,
+            haproxy: peers.contains(&Peer::Haproxy).then(peers::haproxy_version).transpose()?,
             kernel: read("/proc/sys/kernel/osrelease"),
             cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
             cores: thread::available_parallelism()?.get(),
@@ -183,40 +222,48 @@ impl Report {
             seconds: options.seconds,
             connections: options.connections,
             sessions: options.sessions,
+            namespaces,
+            backend_backlog: options.backend_backlog,
+            backend_somaxconn: options.backend_somaxconn,
         };
         Ok(Self { rows: Vec::new(), setting })
     }
 
     fn summaries(&self) -> Vec<Summary> {
-        let mut summaries: Vec<Summary> = Vec::new();
-        for (measure, _, columns) in TABLES {
-            let (_, compared) = columns[0];
-            let mut groups: Vec<(usize, Peer)> =
-                self.rows.iter().filter(|row| row.measure == measure).map(|row| (row.bytes, row.peer)).collect();
-            groups.sort_unstable();
-            groups.dedup();
-            for (bytes, peer) in groups {
-                let of = |peer: Peer, name: &str| -> BTreeMap<u32, f64> {
-                    let rows = self.rows.iter();
-                    let rows = rows.filter(|row| (row.measure, row.bytes, row.peer) == (measure, bytes, peer));
-                    rows.filter_map(|row| Some((row.round, *row.values.get(name)?))).collect()
-                };
-                let spread = |name| Some((name, Spread::of(of(peer, name).into_values().collect())?));
-                let nginx = of(Peer::Nginx, compared);
-                let differences = of(peer, compared).into_iter().filter_map(|(round, value)| {
-                    let nginx = nginx.get(&round).filter(|nginx| **nginx > 0.0)?;
-                    Some((value - nginx) / nginx * 100.0)
-                });
-                summaries.push(Summary {
-                    measure,
-                    bytes,
-                    peer,
-                    values: columns.iter().filter_map(|(_, name)| spread(*name)).collect(),
-                    next_to_nginx_percent: if peer == Peer::Nginx { None } else { Spread::of(differences.collect()) },
-                });
+        let mut groups: Vec<(Case, Peer)> = self.rows.iter().map(|row| (row.case, row.peer)).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups.into_iter().map(|(case, peer)| self.summary(case, peer)).collect()
+    }
+
+    fn summary(&self, case: Case, peer: Peer) -> Summary {
+        let rows = |peer| self.rows.iter().filter(move |row| (row.case, row.peer) == (case, peer));
+        let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        let mut errors: BTreeMap<String, u64> = BTreeMap::new();
+        for row in rows(peer) {
+            for (name, value) in &row.values {
+                values.entry(name.clone()).or_default().push(*value);
+            }
+            for (error, count) in &row.errors {
+                *errors.entry(error.clone()).or_default() += count;
             }
         }
-        summaries
+        let table = TABLES.iter().find(|table| table.measure == case.measure()).expect("each measure has a table");
+        let compared = |peer| -> BTreeMap<u32, f64> {
+            rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared)?))).collect()
+        };
+        let nginx = compared(Peer::Nginx);
+        let differences = compared(peer).into_iter().filter_map(|(round, value)| {
+            let nginx = nginx.get(&round).filter(|nginx| **nginx > 0.0)?;
+            Some((value - nginx) / nginx * 100.0)
+        });
+        Summary {
+            case,
+            peer,
+            values: values.into_iter().filter_map(|(name, values)| Some((name, Spread::of(values)?))).collect(),
+            next_to_nginx_percent: if peer == Peer::Nginx { None } else { Spread::of(differences.collect()) },
+            errors,
+        }
     }
 
     pub fn markdown(&self) -> String {
@@ -229,39 +276,38 @@ impl Report {
     fn write_markdown(&self, text: &mut String) -> fmt::Result {
         let s = &self.setting;
         writeln!(text, "`{}`\n", s.command)?;
+        let programs = [Some(s.tidegate.clone()), s.other.as_ref().map(|other| format!("other: {other}"))];
+        let programs = programs.into_iter().chain([s.nginx.clone(), s.haproxy.clone()]).flatten();
         writeln!(
             text,
-            "{}, {}; Linux {}, {} cores ({}), {} workers each; load average before: {}; {} rounds, {} s per leg, {} \
-             connections, {} idle sessions. Median (min..max) of the rounds.",
-            s.tidegate,
-            s.nginx.as_deref().unwrap_or("no nginx"),
+            "{}; Linux {}, {} cores ({}), {} workers each; load average before: {}; {} rounds. Median (min..max) of the \
+             rounds.",
+            programs.collect::<Vec<_>>().join(", "),
             s.kernel,
             s.cores,
             s.cpu,
             s.workers,
             s.load_average_before,
             s.rounds,
-            s.seconds,
-            s.connections,
-            s.sessions
         )?;
         if s.debug_build {
             writeln!(text, "\n**A debug build: these figures say nothing.**")?;
         }
         let summaries = self.summaries();
-        for (measure, title, columns) in TABLES {
-            let rows: Vec<&Summary> = summaries.iter().filter(|summary| summary.measure == measure).collect();
+        for Table { measure, title, compared, columns } in TABLES {
+            let rows: Vec<&Summary> = summaries.iter().filter(|summary| summary.case.measure() == measure).collect();
             if rows.is_empty() {
                 continue;
             }
-            writeln!(text, "\n### {title}\n")?;
+            writeln!(text, "\n### {title}\n\n{}\n", self.circumstances(measure))?;
             let names: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
-            writeln!(text, "| payload | through | {} | {} next to nginx |", names.join(" | "), names[0])?;
+            let (compared, _) = columns.iter().find(|(_, name)| *name == compared).expect("a column");
+            writeln!(text, "| | through | {} | {compared} next to nginx |", names.join(" | "))?;
             writeln!(text, "|---:|---|{}", "---:|".repeat(names.len() + 1))?;
-            for row in rows {
-                write!(text, "| {} | {} |", size(row.bytes), row.peer)?;
+            for row in &rows {
+                write!(text, "| {} | {} |", row.case, row.peer)?;
                 for (_, name) in columns {
-                    match row.values.get(name) {
+                    match row.values.get(*name) {
                         Some(spread) => write!(text, " {spread} |")?,
                         None => write!(text, " – |")?,
                     }
@@ -271,8 +317,32 @@ impl Report {
                     None => writeln!(text, " – |")?,
                 }
             }
+            for row in rows.iter().filter(|row| !row.errors.is_empty()) {
+                write!(text, "\nFailures of {} through {}:", row.case, row.peer)?;
+                for (nth, (error, count)) in row.errors.iter().enumerate() {
+                    write!(text, "{} {count} x {error}", if nth == 0 { "" } else { ";" })?;
+                }
+                writeln!(text)?;
+            }
         }
         Ok(())
+    }
+
+    /// What a table's rows have in common.
+    fn circumstances(&self, measure: &str) -> String {
+        let s = &self.setting;
+        match measure {
+            "echo" => format!("{} s per leg, {} connections.", s.seconds, s.connections),
+            "churn" => format!("{} s per leg, {} sessions at once.", s.seconds, s.connections),
+            "idle" => format!("{} sessions.", s.sessions),
+            _ if s.namespaces => format!(
+                "Clients, proxy and backend in network namespaces of their own; the backend's backlog {}, its somaxconn {}.",
+                s.backend_backlog, s.backend_somaxconn
+            ),
+            _ => {
+                "**On loopback: overflows, drops and RSTs are those of the host, and somaxconn is its own.**".to_owned()
+            }
+        }
     }
 
     pub fn json(&self) -> serde_json::Result<String> {
@@ -301,7 +371,7 @@ fn number(value: f64) -> String {
     format!("{value:.digits$}")
 }
 
-fn size(bytes: usize) -> String {
+pub fn size(bytes: usize) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         _ if bytes.is_multiple_of(1024) => format!("{} KiB", bytes / 1024),

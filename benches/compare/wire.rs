@@ -35,6 +35,9 @@ const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
 const SCRATCH_BYTES: usize = 256 * 1024;
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 
+/// The answer to a plain request.
+const PLAIN_BODY_BYTES: usize = 1024;
+
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH_BYTES]);
 }
@@ -146,6 +149,14 @@ impl Reader {
     }
 }
 
+/// What a client wanted of the backend.
+#[derive(Debug)]
+pub enum Request {
+    Session(Connection),
+    /// Plain requests: all of them were answered.
+    Answered,
+}
+
 /// One end of an upgraded connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -159,7 +170,11 @@ pub struct Connection {
 impl Connection {
     /// Connects and upgrades.
     pub async fn open(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address).await?;
+        Self::upgrade(TcpStream::connect(address).await?, address).await
+    }
+
+    /// Upgrades a connection to `address`.
+    pub async fn upgrade(stream: TcpStream, address: SocketAddr) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         let mut connection = Self::new(stream, Role::Client);
         let request = format!(
@@ -175,19 +190,54 @@ impl Connection {
         }
     }
 
-    /// Reads a request, and answers it with 101.
-    pub async fn accept(stream: TcpStream) -> io::Result<Self> {
+    /// A plain request on a connection to `address`, its whole answer, and the peer's FIN.
+    pub async fn get(stream: TcpStream, address: SocketAddr) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut connection = Self::new(stream, Role::Client);
+        let request = format!("GET /plain HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        connection.write(request.as_bytes()).await?;
+        let head = connection.head().await?;
+        let length = header(&head, "content-length").and_then(|length| length.parse().ok());
+        if !head.starts_with("HTTP/1.1 200 ") || length != Some(PLAIN_BODY_BYTES) {
+            return Err(io::Error::other(format!("not answered: {}", head.lines().next().unwrap_or_default())));
+        }
+        let mut have = connection.rest.len();
+        while let Some(now) = read(&mut connection.stream, <[u8]>::len).await? {
+            have += now;
+        }
+        if have == PLAIN_BODY_BYTES { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Reads a request. One for an upgrade is answered with 101; all others are answered until the end of the connection.
+    pub async fn accept(stream: TcpStream) -> io::Result<Request> {
         stream.set_nodelay(true)?;
         let mut connection = Self::new(stream, Role::Backend);
-        let head = connection.head().await?;
-        let key = header(&head, "sec-websocket-key").ok_or_else(|| io::Error::other("no Sec-WebSocket-Key"))?;
-        let response = format!(
-            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Accept: {}\r\n\r\n",
-            derive_accept_key(key.as_bytes())
-        );
-        connection.write(response.as_bytes()).await?;
-        Ok(connection)
+        loop {
+            let head = match connection.head().await {
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(Request::Answered),
+                head => head?,
+            };
+            if let Some(key) = header(&head, "sec-websocket-key") {
+                let response = format!(
+                    "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                     Sec-WebSocket-Accept: {}\r\n\r\n",
+                    derive_accept_key(key.as_bytes())
+                );
+                connection.write(response.as_bytes()).await?;
+                return Ok(Request::Session(connection));
+            }
+            let last = header(&head, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+            let connection_field = if last { "Connection: close\r\n" } else { "" };
+            let mut response =
+                format!("HTTP/1.1 200 OK\r\n{connection_field}Content-Length: {PLAIN_BODY_BYTES}\r\n\r\n");
+            response.extend(std::iter::repeat_n('x', PLAIN_BODY_BYTES));
+            connection.write(response.as_bytes()).await?;
+            if last {
+                connection.stream.shutdown().await?;
+                connection.until_fin().await?;
+                return Ok(Request::Answered);
+            }
+        }
     }
 
     fn new(stream: TcpStream, role: Role) -> Self {
@@ -195,17 +245,17 @@ impl Connection {
     }
 
     async fn head(&mut self) -> io::Result<String> {
-        let mut head = Vec::new();
+        let mut head = mem::take(&mut self.rest);
         loop {
-            if read(&mut self.stream, |bytes| head.extend(bytes)).await?.is_none() {
-                return Err(ErrorKind::UnexpectedEof.into());
-            }
             if let Some(end) = head.windows(4).position(|four| four == b"\r\n\r\n") {
                 self.rest = head.split_off(end + 4);
                 return String::from_utf8(head).map_err(io::Error::other);
             }
             if head.len() > HEAD_BYTES_MAX {
                 return Err(io::Error::other("a head without an end"));
+            }
+            if read(&mut self.stream, |bytes| head.extend(bytes)).await?.is_none() {
+                return Err(ErrorKind::UnexpectedEof.into());
             }
         }
     }

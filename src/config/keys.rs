@@ -21,6 +21,7 @@ use super::{
     written::Value,
 };
 use crate::{
+    admission::{self, Memory},
     close, downstream, drain, listen,
     net::{Address, SocketConfig},
     relay, upstream,
@@ -51,6 +52,12 @@ pub(super) enum Slot<'a> {
     Code(&'a mut u16, &'static [RangeInclusive<u16>]),
     /// Networks.
     Networks(&'a mut Vec<IpNet>),
+    /// Addresses of this host.
+    Addresses(&'a mut Vec<IpAddr>),
+    /// `true` or `false`.
+    Switch(&'a mut bool),
+    /// "auto", "off", or bytes, at least so many.
+    Memory(&'a mut Memory, u64),
     /// Text of at most so many bytes.
     Text(&'a mut String, usize),
     /// "auto", "json" or "text".
@@ -63,6 +70,8 @@ pub(super) enum Number<'a> {
     U32(&'a mut u32),
     U64(&'a mut u64),
     Usize(&'a mut usize),
+    /// 0 is `None`.
+    OptionU32(&'a mut Option<u32>),
     OptionUsize(&'a mut Option<usize>),
 }
 
@@ -96,6 +105,7 @@ const REASON_BYTES: usize = 123;
 const CONTROL_FRAME_BYTES: u64 = 125;
 const FILTER_BYTES: usize = 4096;
 const MAX_NETWORKS: usize = 1024;
+const MAX_ADDRESSES: usize = 256;
 
 impl Settings {
     /// The defaults as `proxy.toml` says them: `listen.workers` is 0, and what depends on other settings is not computed yet.
@@ -105,13 +115,21 @@ impl Settings {
             listen: listen::Config {
                 address: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8080),
                 backlog: 65_535,
+                max_sockets: 128,
+                accept_loops: 0,
                 workers: 0,
+                hand_off: true,
+            },
+            limits: admission::Config {
+                max_connections: None,
+                handshakes_per_second: None,
+                handshake_delay: seconds(1),
+                memory: Memory::Auto,
             },
             downstream: downstream::Config {
                 header_timeout: seconds(10),
                 header_bytes: 32 << 10,
                 header_count: 100,
-                max_handshakes: 1024,
                 retry_after: seconds(1),
                 trusted_proxies: Vec::new(),
             },
@@ -122,6 +140,9 @@ impl Settings {
                 response_timeout: seconds(60),
                 body_timeout: seconds(120),
                 max_pending: 64,
+                max_waiting: 65_536,
+                queue_timeout: seconds(10),
+                source_addresses: Vec::new(),
                 header_bytes: 32 << 10,
                 write_timeout: seconds(30),
             },
@@ -153,7 +174,7 @@ impl Settings {
                 keepalive: Some(seconds(60)),
                 recv_buffer: Some(128 << 10),
                 send_buffer: Some(128 << 10),
-                user_timeout: Duration::ZERO,
+                user_timeout: None,
             },
             log: Log { format: LogFormat::Auto, filter: "info".to_owned() },
         }
@@ -163,18 +184,22 @@ impl Settings {
 /// All keys, in the order of `proxy.toml`.
 #[rustfmt::skip] // a table
 pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
-    use Number::{OptionUsize, U32, U64, Usize};
-    use Slot::{Backend, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Text};
+    use Number::{OptionU32, OptionUsize, U32, U64, Usize};
+    use Slot::{Addresses, Backend, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Switch, Text};
     use Time::{Always, OrOff};
     fn time(to: &mut Duration, range: RangeInclusive<Duration>) -> Slot<'_> {
         Slot::Time(Always(to), range, MS)
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, socket, log } = settings;
-    let listen::Config { address, backlog, workers } = listen;
-    let downstream::Config { header_timeout, header_bytes, header_count, max_handshakes, retry_after, trusted_proxies } = downstream;
-    let upstream::Config { address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout, max_pending, header_bytes: _, write_timeout: _ } = upstream;
+    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, socket, log } = settings;
+    let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
+    let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
+    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
+    let upstream::Config {
+        address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout,
+        max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
+    } = upstream;
     let relay::Config {
         max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
         close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
@@ -188,14 +213,21 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     vec![
         row("listen", "address", Listen(address)),
         row("listen", "backlog", Count(U32(backlog), 1..=MIB)),
+        row("listen", "max_sockets", Count(Usize(max_sockets), 1..=4096)),
+        row("listen", "accept_loops", Count(Usize(accept_loops), 0..=4096)),
         row("listen", "workers", Count(Usize(workers), 0..=64)),
+        row("listen", "hand_off", Switch(hand_off)),
         // TCP_KEEPIDLE: whole seconds, at most 32767 of them (MAX_TCP_KEEPIDLE, include/net/tcp.h).
         row("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
+
+        row("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
+        row("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
+        row("limits", "handshake_delay", time(handshake_delay, FROM_ZERO)),
+        row("limits", "memory", Slot::Memory(memory, 16 * MIB)),
 
         row("http", "header_timeout", time(header_timeout, ABOVE_ZERO)),
         row("http", "header_bytes", Size(Usize(header_bytes), 8 * KIB..=MIB)),
         row("http", "header_count", Count(Usize(header_count), 16..=1024)),
-        row("http", "max_handshakes", Count(Usize(max_handshakes), 1..=65_536)),
         // Retry-After is in whole seconds (RFC 9110 10.2.3).
         row("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
         row("http", "trusted_proxies", Networks(trusted_proxies)),
@@ -206,6 +238,9 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         row("upstream", "response_timeout", time(response_timeout, ABOVE_ZERO)),
         row("upstream", "body_timeout", time(body_timeout, ABOVE_ZERO)),
         row("upstream", "max_pending", Count(Usize(max_pending), 1..=65_536)),
+        row("upstream", "max_waiting", Count(Usize(max_waiting), 1..=1_000_000)),
+        row("upstream", "queue_timeout", time(queue_timeout, ABOVE_ZERO)),
+        row("upstream", "source_addresses", Addresses(source_addresses)),
 
         row("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
         row("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
@@ -372,6 +407,75 @@ impl Slot<'_> {
                 });
                 **to = networks.collect::<Result<_, _>>()?;
             }
+            Slot::Addresses(to) => {
+                let Value::List(items) = value else {
+                    let fix = match value {
+                        Value::Text(text) => format!("put it in brackets: [{text:?}]"),
+                        _ => r#"write it like ["127.0.0.2", "127.0.0.3"]"#.to_owned(),
+                    };
+                    return refuse(format!("must be a list, but is {}", value.kind()), fix);
+                };
+                if items.len() > MAX_ADDRESSES {
+                    let what = format!("has {} addresses", items.len());
+                    return refuse(what, format!("use at most {MAX_ADDRESSES}"));
+                }
+                let addresses = items.iter().enumerate().map(|(index, item)| {
+                    let Value::Text(text) = item else {
+                        let refusal =
+                            refuse(format!("contains {}", item.kind()), r#"write addresses as strings: ["127.0.0.2"]"#);
+                        return refusal.map_err(|refusal| Refusal { item: Some(index), ..refusal });
+                    };
+                    let usable = text.parse().ok().filter(|ip: &IpAddr| !ip.is_unspecified() && !ip.is_multicast());
+                    usable.ok_or_else(|| Refusal {
+                        what: format!("contains an item that is no address to connect from: {text:?}"),
+                        fix: "name addresses of this host: \"127.0.0.2\"; all of 127.0.0.0/8 are".to_owned(),
+                        item: Some(index),
+                    })
+                });
+                **to = addresses.collect::<Result<_, _>>()?;
+            }
+            Slot::Switch(to) => match value {
+                Value::Switch(on) => **to = *on,
+                Value::Text(text) if ["true", "false"].contains(&text.as_str()) => {
+                    return refuse(
+                        format!("must be true or false, but is a string: {text:?}"),
+                        format!("write it without quotes: {text}"),
+                    );
+                }
+                _ => {
+                    return refuse(format!("must be true or false, but is {}", value.kind()), "write true or false");
+                }
+            },
+            Slot::Memory(to, least) => {
+                let bytes = match value {
+                    Value::Integer(bytes) => u64::try_from(*bytes).ok(),
+                    _ => match value.text("a size, \"auto\" or \"off\"", "512MiB")? {
+                        "auto" => {
+                            return {
+                                **to = Memory::Auto;
+                                Ok(())
+                            };
+                        }
+                        "off" => {
+                            return {
+                                **to = Memory::Off;
+                                Ok(())
+                            };
+                        }
+                        text => Some(parse_size(text).map_err(|refusal| {
+                            let fix = format!("{}; or \"auto\", or \"off\"", refusal.fix);
+                            Refusal { fix, ..refusal }
+                        })?),
+                    },
+                };
+                let range = *least..=1024 * GIB;
+                let Some(bytes) = bytes.filter(|bytes| range.contains(bytes)) else {
+                    let (least, most) = (format_size(*range.start()), format_size(*range.end()));
+                    let fix = format!("use a size from \"{least}\" to \"{most}\", \"auto\" or \"off\"");
+                    return refuse(format!("is out of range: {value}"), fix);
+                };
+                **to = Memory::Limit(bytes);
+            }
             Slot::Text(to, max_bytes) => {
                 let text = value.text("a text", "server is going away")?;
                 if text.len() > *max_bytes {
@@ -409,6 +513,13 @@ impl Slot<'_> {
             Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
             Slot::Time(Time::OrOff(from), ..) => Plain::Text(format_duration(from.unwrap_or_default())),
             Slot::Code(from, _) => Plain::Integer(u64::from(**from)),
+            Slot::Addresses(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
+            Slot::Switch(from) => Plain::Switch(**from),
+            Slot::Memory(from, _) => Plain::Text(match from {
+                Memory::Auto => "auto".to_owned(),
+                Memory::Off => "off".to_owned(),
+                Memory::Limit(bytes) => format_size(*bytes),
+            }),
             Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Text(from, _) | Slot::Filter(from) => Plain::Text((*from).clone()),
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
@@ -423,6 +534,7 @@ impl Number<'_> {
             Number::U32(to) => **to = u32::try_from(value).expect(WITHIN),
             Number::U64(to) => **to = value,
             Number::Usize(to) => **to = usize::try_from(value).expect(WITHIN),
+            Number::OptionU32(to) => **to = (value > 0).then(|| u32::try_from(value).expect(WITHIN)),
             Number::OptionUsize(to) => {
                 **to = (value > 0).then(|| usize::try_from(value).expect(WITHIN));
             }
@@ -435,6 +547,7 @@ impl Number<'_> {
             Number::U32(from) => u64::from(**from),
             Number::U64(from) => **from,
             Number::Usize(from) => wide(**from),
+            Number::OptionU32(from) => u64::from(from.unwrap_or_default()),
             Number::OptionUsize(from) => wide(from.unwrap_or_default()),
         }
     }

@@ -26,7 +26,7 @@ use serde::{
 };
 
 pub use self::finding::{Finding, Findings, Level, Place};
-use crate::{close, downstream, drain, listen, net::SocketConfig, relay, upstream};
+use crate::{admission, close, downstream, drain, listen, net::SocketConfig, relay, upstream};
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
 pub const SHIPPED: &str = include_str!("../../proxy.toml");
@@ -38,6 +38,8 @@ pub const SHIPPED: &str = include_str!("../../proxy.toml");
 pub struct Settings {
     /// `[listen]`, without `keepalive`.
     pub listen: listen::Config,
+    /// `[limits]`.
+    pub limits: admission::Config,
     /// `[http]`.
     pub downstream: downstream::Config,
     /// `[upstream]`, `http.header_bytes` and `websocket.write_timeout`.
@@ -144,6 +146,8 @@ pub enum Plain {
     Text(String),
     /// A number.
     Integer(u64),
+    /// `true` or `false`.
+    Switch(bool),
     /// A list of strings.
     List(Vec<String>),
 }
@@ -261,10 +265,12 @@ impl Settings {
         // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
         // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals. At
         // most this is a bit over three days, which fits the kernel's 32 bits of milliseconds.
-        self.socket.user_timeout = self.relay.write_timeout
-            + self.relay.close_handshake_timeout
-            + self.close.linger_max
-            + Duration::from_secs(15);
+        self.socket.user_timeout = Some(
+            self.relay.write_timeout
+                + self.relay.close_handshake_timeout
+                + self.close.linger_max
+                + Duration::from_secs(15),
+        );
     }
 
     /// All keys with their values, in the order of `proxy.toml`.
@@ -361,6 +367,7 @@ impl fmt::Display for Plain {
         match self {
             Self::Text(text) => write!(f, "{}", toml::Value::String(text.clone())),
             Self::Integer(integer) => write!(f, "{integer}"),
+            Self::Switch(on) => write!(f, "{on}"),
             Self::List(items) => {
                 let items: Vec<toml::Value> = items.iter().map(|item| toml::Value::String(item.clone())).collect();
                 write!(f, "{}", toml::Value::Array(items))

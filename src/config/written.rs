@@ -45,6 +45,7 @@ pub(super) enum Value {
     Text(String),
     Integer(i64),
     List(Vec<Value>),
+    Switch(bool),
     /// A type that no key has: its name with an article.
     Other(&'static str),
     /// From outside TOML, where everything is text: to be read as what the key needs.
@@ -57,6 +58,7 @@ impl fmt::Display for Value {
         match self {
             Self::Text(text) | Self::Untyped(text) => write!(f, "{text:?}"),
             Self::Integer(integer) => write!(f, "{integer}"),
+            Self::Switch(on) => write!(f, "{on}"),
             Self::List(_) | Self::Other(_) => f.write_str(self.kind()),
         }
     }
@@ -91,6 +93,7 @@ impl Value {
             Self::Text(_) | Self::Untyped(_) => "a string",
             Self::Integer(_) => "an integer",
             Self::List(_) => "a list",
+            Self::Switch(_) => "a boolean",
             Self::Other(kind) => kind,
         }
     }
@@ -103,14 +106,15 @@ impl Value {
         };
         let fits = |value: &Self| match slot {
             keys::Slot::Count(..) | keys::Slot::Code(..) => matches!(value, Self::Integer(_)),
-            keys::Slot::Networks(_) => matches!(value, Self::List(_)),
+            keys::Slot::Networks(_) | keys::Slot::Addresses(_) => matches!(value, Self::List(_)),
+            keys::Slot::Switch(_) => matches!(value, Self::Switch(_)),
             _ => matches!(value, Self::Text(_)),
         };
         let parsed = DeValue::parse(text.trim()).ok().map(|parsed| Self::from_toml(parsed.get_ref()));
         if let Some(value) = parsed.filter(fits) {
             return value;
         }
-        if !matches!(slot, keys::Slot::Networks(_)) {
+        if !matches!(slot, keys::Slot::Networks(_) | keys::Slot::Addresses(_)) {
             return Self::Text(text);
         }
         let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
@@ -124,7 +128,7 @@ impl Value {
                 .map_or(Self::Other("one of more than 64 bits"), Self::Integer),
             DeValue::Array(items) => Self::List(items.iter().map(|item| Self::from_toml(item.get_ref())).collect()),
             DeValue::Float(_) => Self::Other("a fraction"),
-            DeValue::Boolean(_) => Self::Other("a boolean"),
+            DeValue::Boolean(on) => Self::Switch(*on),
             DeValue::Datetime(_) => Self::Other("a date or time"),
             DeValue::Table(_) => Self::Other("a table"),
         }

@@ -28,8 +28,6 @@ pub struct Config {
     pub header_bytes: usize,
     /// The most header fields of a request.
     pub header_count: usize,
-    /// Requests waiting for the backend's answer.
-    pub max_handshakes: usize,
     /// The `Retry-After` of our own 502, 503 and 504.
     pub retry_after: Duration,
     /// Whose `X-Forwarded-*` are believed.

@@ -1,32 +1,61 @@
 //! Accepting: the loop of one accept queue, from its first connection to its last.
+//!
+//! An accept loop waits for nothing but its queue and a place: requests are read elsewhere. It takes a batch, then lets
+//! others have their turn, so that neither a flood of clients nor a worker that relays at full speed keeps the other out.
+
+mod balance;
 
 use std::{
-    future::{Future, poll_fn},
+    future::Future,
     io,
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream as StdStream},
     pin::pin,
-    task::Poll,
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::unix::AsyncFd,
+    task::yield_now,
     time::{Instant, sleep, timeout_at},
 };
 use tracing::{debug, warn};
 
-use crate::{metrics::Metrics, net};
+pub use self::balance::{Crew, Guest, Seat};
+use crate::{
+    admission::{Admission, Place},
+    metrics::Metrics,
+    net::{Listener, shortage},
+};
 
 /// What the accept loops need to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Where clients connect.
     pub address: SocketAddr,
-    /// Connections that may wait to be accepted, per accept queue; the kernel clamps it.
+    /// Connections that may wait to be accepted, in all accept queues together.
     pub backlog: u32,
-    /// Threads, each with an accept queue of its own; at least 1.
+    /// Accept queues at most.
+    pub max_sockets: usize,
+    /// Accept queues at least, each with an accept loop of its own; 0: as many as workers.
+    pub accept_loops: usize,
+    /// Threads that serve; at least 1.
     pub workers: usize,
+    /// A connection that a clearly busier worker has accepted goes to the least loaded one.
+    pub hand_off: bool,
 }
+
+/// What an accept loop works with.
+#[derive(Debug, Clone)]
+pub struct Door {
+    /// Who lets in.
+    pub admission: Admission,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Connections that are accepted before others have their turn.
+const BATCH: usize = 64;
 
 /// Between two attempts when the system has no room for one more connection: first and longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
@@ -34,69 +63,123 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from
 /// How long handshakes of the kernel that are under way get when the listener is about to close.
 const LAST_HANDSHAKES: Duration = Duration::from_millis(200);
 
+/// How a batch ended.
+enum Batch {
+    /// The queue may hold more.
+    Full,
+    /// The queue is empty.
+    Empty,
+    /// There is no place for one more.
+    NoPlace,
+    /// The system has too little of something; its name.
+    Shortage(&'static str, io::Error),
+}
+
 /// Takes connections until `stop` resolves, then those that the kernel has already taken, and closes the listener.
 ///
 /// Closing it with connections in its queue would reset each of them; so first it takes no new SYN, then the queue
-/// is emptied. `serve` must not wait: the loop accepts nothing meanwhile.
+/// is emptied. A listener that somebody else holds too is just let go. `serve` must not wait: the loop accepts nothing
+/// meanwhile.
 pub async fn accept_loop(
-    listener: TcpListener,
+    listener: Arc<Listener>,
     stop: impl Future<Output = ()>,
-    metrics: &Metrics,
-    mut serve: impl FnMut(TcpStream, SocketAddr),
-) {
+    door: &Door,
+    mut serve: impl FnMut(StdStream, SocketAddr, Place),
+) -> io::Result<()> {
     let mut stop = pin!(stop);
-    let mut backoff = BACKOFF.0;
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = &mut stop => break,
-        };
-        match accepted {
-            Ok((stream, peer)) => {
-                backoff = BACKOFF.0;
-                serve(stream, peer);
-            }
-            Err(error) => {
-                let Some(name) = shortage(&error) else {
-                    // The connection itself failed before it was taken (accept(2)): the next one may be fine.
-                    metrics.accept_error("connection");
-                    debug!(%error, "a connection failed before it was accepted");
-                    continue;
-                };
-                metrics.accept_error(name);
-                warn!(%error, name, wait_ms = u64::try_from(backoff.as_millis()).unwrap_or(u64::MAX), "cannot accept: out of a resource; clients wait in the accept queue");
-                tokio::select! {
-                    () = sleep(backoff) => {}
-                    () = &mut stop => break,
-                }
-                backoff = (backoff * 2).min(BACKOFF.1);
-            }
+    let listener = listener.watch()?;
+    let mut backoff = Backoff::new();
+    let accepting = async {
+        loop {
+            backoff.after(batch(&listener, door, &mut serve).await?, door).await;
         }
+    };
+    tokio::select! {
+        result = accepting => return result,
+        () = &mut stop => {}
     }
-    if let Err(error) = net::refuse_new_connections(&listener) {
+    if listener.get_ref().is_inherited() {
+        return Ok(());
+    }
+    if let Err(error) = listener.get_ref().refuse_new_connections() {
         debug!(%error, "no filter on the listener: a connection that is just being made may be reset");
     }
     let until = Instant::now() + LAST_HANDSHAKES;
-    while let Ok(accepted) = timeout_at(until, listener.accept()).await {
-        match accepted {
-            Ok((stream, peer)) => serve(stream, peer),
-            // Out of descriptors, say: those in the queue can't be helped any more.
-            Err(error) if shortage(&error).is_some() => break,
-            Err(_) => {}
-        }
+    while let Ok(batch) = timeout_at(until, batch(&listener, door, &mut serve)).await {
+        backoff.after(batch?, door).await;
     }
-    while let Poll::Ready(Ok((stream, peer))) = poll_fn(|cx| Poll::Ready(listener.poll_accept(cx))).await {
-        serve(stream, peer);
+    loop {
+        match take(listener.get_ref(), door, &mut serve) {
+            Batch::Empty => return Ok(()),
+            batch => backoff.after(batch, door).await,
+        }
     }
 }
 
-/// The errors of accept(2) that are about this system and not about one connection.
-fn shortage(error: &io::Error) -> Option<&'static str> {
-    match error.raw_os_error()? {
-        libc::EMFILE => Some("EMFILE"),
-        libc::ENFILE => Some("ENFILE"),
-        libc::ENOBUFS => Some("ENOBUFS"),
-        libc::ENOMEM => Some("ENOMEM"),
-        _ => None,
+/// Waits until the queue has something, and takes up to a batch of it.
+async fn batch(
+    listener: &AsyncFd<Arc<Listener>>,
+    door: &Door,
+    serve: &mut impl FnMut(StdStream, SocketAddr, Place),
+) -> io::Result<Batch> {
+    let mut ready = listener.readable().await?;
+    let batch = take(listener.get_ref(), door, serve);
+    if matches!(batch, Batch::Empty) {
+        ready.clear_ready();
+    }
+    Ok(batch)
+}
+
+fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, SocketAddr, Place)) -> Batch {
+    for _ in 0..BATCH {
+        let Some(place) = door.admission.enter() else { return Batch::NoPlace };
+        let error = match listener.accept() {
+            Ok((stream, peer)) => {
+                serve(stream, peer, place);
+                continue;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Batch::Empty,
+            Err(error) => error,
+        };
+        let Some(name) = shortage(&error) else {
+            // The connection itself failed before it was taken (accept(2)): the next one may be fine.
+            door.metrics.accept_error("connection");
+            debug!(%error, "a connection failed before it was accepted");
+            continue;
+        };
+        // The budget was wrong: something else takes descriptors. One client after the other gets an answer all the same.
+        if let Some(last) = door.admission.last_resort()
+            && let Ok((stream, peer)) = listener.accept()
+        {
+            serve(stream, peer, last);
+        }
+        return Batch::Shortage(name, error);
+    }
+    Batch::Full
+}
+
+/// The waits between batches.
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Self {
+        Self(BACKOFF.0)
+    }
+
+    async fn after(&mut self, batch: Batch, door: &Door) {
+        match batch {
+            Batch::Shortage(name, error) => {
+                door.metrics.accept_error(name);
+                let wait_ms = u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX);
+                warn!(%error, name, wait_ms, "cannot accept: out of a resource (EMFILE: raise RLIMIT_NOFILE, ulimit -n); clients wait in the accept queue");
+                sleep(self.0).await;
+                self.0 = (self.0 * 2).min(BACKOFF.1);
+                return;
+            }
+            Batch::NoPlace => door.admission.room().await,
+            Batch::Full => yield_now().await,
+            Batch::Empty => {}
+        }
+        self.0 = BACKOFF.0;
     }
 }

@@ -4,12 +4,14 @@
 //! orderly, whatever came of the request.
 
 mod exchange;
+mod turns;
 
 use std::{
     fmt,
     future::Future,
     io,
-    pin::Pin,
+    net::IpAddr,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -23,9 +25,14 @@ use http::{Request, Response};
 use http_body::Body;
 use http_body_util::Empty;
 use hyper::body::Incoming;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tracing::warn;
 
-use crate::net::{self, Address, SocketConfig, Stream};
+use self::turns::Turns;
+use crate::{
+    metrics::{Counted, Metrics},
+    net::{self, Address, DialError, Lack, SocketConfig, Sources, Stream},
+};
 
 /// What the backend's leg needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,14 +41,20 @@ pub struct Config {
     pub address: Address,
     /// For the TCP connection.
     pub connect_timeout: Duration,
-    /// For a WebSocket handshake, waiting for its turn and connecting included.
+    /// For the answer to a WebSocket handshake, once connected.
     pub handshake_timeout: Duration,
     /// For the response header to a plain request.
     pub response_timeout: Duration,
     /// For a plain body to move on.
     pub body_timeout: Duration,
-    /// WebSocket handshakes under way at once, and dials for plain requests.
+    /// WebSocket handshakes under way at once, and plain requests that the backend may not have accepted yet.
     pub max_pending: usize,
+    /// Handshakes, and plain requests, that wait for a turn or an answer. Kept by the session.
+    pub max_waiting: usize,
+    /// For a turn.
+    pub queue_timeout: Duration,
+    /// Addresses of this host to connect from; empty: the kernel chooses.
+    pub source_addresses: Vec<IpAddr>,
     /// The largest response header, in bytes.
     pub header_bytes: usize,
     /// How long the backend may take nothing of a plain request.
@@ -59,6 +72,21 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
+    /// This host has too little of something for one more.
+    #[error("cannot connect to {address}: {source}: {lack}")]
+    Shortage {
+        /// The backend.
+        address: Address,
+        /// Of what.
+        lack: Lack,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Too many others were before it.
+    #[error(
+        "no turn at the backend within upstream.queue_timeout: more than upstream.max_pending handshakes are under way"
+    )]
+    QueueTimeout,
     /// A deadline passed.
     #[error("{0}")]
     Timeout(&'static str),
@@ -136,7 +164,7 @@ impl fmt::Debug for Answer {
     }
 }
 
-/// A request to the backend, under way. It has no deadline for its turn: that is the caller's.
+/// A request to the backend, under way. Each of its waits has a deadline.
 #[must_use]
 pub struct Exchange<T> {
     future: Pin<Box<dyn Future<Output = Result<T, Failure>> + Send>>,
@@ -156,10 +184,8 @@ impl Control {
         self.given_up.notified().await;
     }
 
-    /// Waits for a turn, first come first served, and keeps it.
-    async fn wait_for_turn(&self, turns: &Arc<Semaphore>) {
-        let turn = Arc::clone(turns).acquire_owned().await.ok();
-        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    fn begin_turn(&self, turn: OwnedSemaphorePermit) {
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = Some(turn);
     }
 
     fn end_turn(&self) {
@@ -202,34 +228,81 @@ impl<T> fmt::Debug for Exchange<T> {
 /// The way to the backend; clones share its limits.
 #[derive(Debug, Clone)]
 pub struct Upstream {
-    config: Arc<Config>,
-    socket: Arc<SocketConfig>,
-    /// Turns of WebSocket handshakes, and of plain requests' dials: neither can use up the other's.
-    handshakes: Arc<Semaphore>,
-    dials: Arc<Semaphore>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    socket: SocketConfig,
+    /// WebSocket handshakes and plain requests: neither can use up the other's turns.
+    handshakes: Turns,
+    requests: Turns,
+    sources: Sources,
+    metrics: Arc<Metrics>,
+    /// Ports toward the backend, for all sources together; 0: it takes none, or nobody knows.
+    ports: u64,
+    /// That they become scarce was said.
+    has_warned: AtomicBool,
 }
 
 impl Upstream {
-    /// Nothing is connected yet.
-    pub fn new(config: Config, socket: SocketConfig) -> Self {
-        let turns = || Arc::new(Semaphore::new(config.max_pending));
-        let (handshakes, dials) = (turns(), turns());
-        Self { config: Arc::new(config), socket: Arc::new(socket), handshakes, dials }
+    /// Nothing is connected yet. `ports` is how many ephemeral ports one address has, if that is known.
+    pub fn new(config: Config, socket: SocketConfig, metrics: Arc<Metrics>, ports: Option<u64>) -> Self {
+        let turns = || Turns::new(config.max_pending, config.queue_timeout);
+        let (handshakes, requests) = (turns(), turns());
+        let sources = Sources::new(&config.source_addresses);
+        let ports = match config.address {
+            Address::Tcp { .. } => ports.unwrap_or(0).saturating_mul(sources.count() as u64),
+            Address::Unix(_) => 0,
+        };
+        metrics.upstream_ports_limit.set(i64::try_from(ports).unwrap_or(i64::MAX));
+        let has_warned = AtomicBool::new(false);
+        let inner = Inner { config, socket, handshakes, requests, sources, metrics, ports, has_warned };
+        Self { inner: Arc::new(inner) }
     }
 
     /// What was configured.
     pub fn config(&self) -> &Config {
-        &self.config
+        &self.inner.config
+    }
+
+    /// Ports toward the backend, for all sources together; `None`: it takes none, or nobody knows.
+    pub fn ports(&self) -> Option<u64> {
+        (self.inner.ports > 0).then_some(self.inner.ports)
     }
 
     /// A connection, within `connect_timeout`.
     pub async fn connect(&self) -> Result<Stream, Error> {
-        let dial = net::dial(&self.config.address, &self.socket);
-        match tokio::time::timeout(self.config.connect_timeout, dial).await {
+        let Inner { config, socket, sources, .. } = &*self.inner;
+        let dial = net::dial(&config.address, sources, socket, || self.one_more_port());
+        match tokio::time::timeout(config.connect_timeout, dial).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(source)) => Err(Error::Unreachable { address: self.config.address.clone(), source }),
+            Ok(Err(DialError::Io(source))) => Err(Error::Unreachable { address: config.address.clone(), source }),
+            Ok(Err(DialError::Shortage { lack, error: source })) => {
+                Err(Error::Shortage { address: config.address.clone(), lack, source })
+            }
             Err(_) => Err(Error::Timeout("backend did not take the connection in time")),
         }
+    }
+
+    /// Says it once when four fifths of the ports are in use, and again only after they were not for a while.
+    fn one_more_port(&self) -> Counted {
+        let Inner { metrics, ports, has_warned, .. } = &*self.inner;
+        let counted = Counted::new(&metrics.upstream_ports);
+        let in_use = u64::try_from(metrics.upstream_ports.get()).unwrap_or(0);
+        if *ports > 0 {
+            if in_use * 10 >= ports * 8 {
+                if !has_warned.swap(true, Ordering::Relaxed) {
+                    let fix = "name more addresses of this host in upstream.source_addresses, widen \
+                               net.ipv4.ip_local_port_range, or use a Unix socket";
+                    warn!(in_use, limit = ports, fix, "ports toward the backend become scarce");
+                }
+            } else if in_use * 10 < ports * 6 {
+                has_warned.store(false, Ordering::Relaxed);
+            }
+        }
+        counted
     }
 
     /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
@@ -238,17 +311,17 @@ impl Upstream {
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             // A turn lasts until the backend's answer: that is what paces a spike.
-            control.wait_for_turn(&this.handshakes).await;
+            control.begin_turn(this.inner.handshakes.next().await.ok_or(Error::QueueTimeout)?);
             let stream = this.connect().await?;
             control.begun.store(true, Ordering::Relaxed);
-            let answer = exchange::websocket(stream, request, &this.config, &control).await;
+            let answer = exchange::websocket(stream, request, &this.inner.config, &control).await;
             control.end_turn();
             answer
         });
         Exchange { future, control: shared }
     }
 
-    /// Passes a plain request on and gives the response when its header is there.
+    /// Passes a plain request on, in its turn, and gives the response when its header is there.
     pub fn plain<B>(&self, request: Request<B>) -> Exchange<Reply>
     where
         B: Body<Data = Bytes> + Send + Unpin + 'static,
@@ -257,12 +330,21 @@ impl Upstream {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            // Only the dial has a turn: an answer may be long in coming (long polling).
-            control.wait_for_turn(&this.dials).await;
+            let turns = &this.inner.requests;
+            let turn = turns.next().await.ok_or(Error::QueueTimeout)?;
             let stream = this.connect().await?;
-            control.end_turn();
+            // An answer may be long in coming (long polling), so a turn ends as soon as the backend must have accepted.
+            let turn = turns.connected(turn);
             control.begun.store(true, Ordering::Relaxed);
-            exchange::plain(stream, request, &this.config, &control).await
+            let mut exchange = pin!(exchange::plain(stream, request, &this.inner.config, &control));
+            let answer = tokio::select! {
+                answer = &mut exchange => answer,
+                () = turn.is_over() => exchange.await,
+            };
+            if answer.is_ok() {
+                turn.answered();
+            }
+            answer
         });
         Exchange { future, control: shared }
     }

@@ -71,7 +71,7 @@ fn valid_files() {
 /// Goal: every mistake is found, at its place, with a fix. Method: the whole message of each file is a snapshot.
 #[test]
 fn invalid_files() {
-    for path in cases("invalid", 40) {
+    for path in cases("invalid", 46) {
         let findings = match config::load(&sources(named(&path), &[])) {
             Err(findings) => findings,
             Ok(loaded) => panic!("{} was accepted: {:?}", path.display(), loaded.settings),
@@ -216,7 +216,7 @@ fn what_is_computed() {
     .settings;
     assert_eq!(settings.relay.max_frame, 1 << 20);
     assert_eq!(settings.upstream.header_bytes, 64 << 10);
-    assert_eq!(settings.socket.user_timeout, Duration::from_secs(1 + 2 + 4 + 15));
+    assert_eq!(settings.socket.user_timeout, Some(Duration::from_secs(1 + 2 + 4 + 15)));
     assert_eq!(settings.socket.keepalive, None);
     assert!((2..=4).contains(&settings.listen.workers));
 }

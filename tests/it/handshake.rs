@@ -829,7 +829,7 @@ fn odd_but_valid_handshakes() {
     t.no_rst();
 }
 
-/// With `http.max_handshakes` handshakes waiting for the backend, one more gets 503 with Retry-After and FIN, and the waiting
+/// With `upstream.max_waiting` handshakes waiting for the backend, one more gets 503 with Retry-After and FIN, and the waiting
 /// ones get their answers. What that client sent behind its handshake is nobody's. Plain requests are counted apart, so that
 /// neither kind can keep the other out.
 #[test]
@@ -856,7 +856,7 @@ fn one_handshake_too_many() {
                 c.until_end().await;
             }
         };
-        let t = Scene::new("http = { max_handshakes = 2, retry_after = '7s' }").backend(script).start();
+        let t = Scene::new("http = { retry_after = '7s' }\nupstream = { max_waiting = 2 }").backend(script).start();
         let of_kind = |path: &str, is_upgrade| if is_upgrade { Message::websocket(path) } else { Message::get(path) };
         let expected = if is_upgrade { 101 } else { 200 };
         let wait = async move |c: &mut Peer| {
@@ -934,20 +934,28 @@ fn handshakes_take_turns() {
     t.no_rst();
 }
 
-/// A WebSocket handshake that waits for its turn has no longer than `upstream.handshake_timeout`.
+/// A WebSocket handshake waits for its turn no longer than `upstream.queue_timeout`, and then the backend has not heard of it;
+/// one that has its turn waits for the answer no longer than `upstream.handshake_timeout`.
 #[test]
 fn a_turn_may_come_too_late() {
-    let t = Scene::new("upstream = { max_pending = 1, handshake_timeout = '400ms' }").backend(backend::silent).start();
+    let settings = "upstream = { max_pending = 1, queue_timeout = '300ms', handshake_timeout = '900ms' }";
+    let t = Scene::new(settings).backend(backend::silent).start();
     let begun = Instant::now();
     let responses = t.clients(20, async |c| (c.request(Message::websocket("/")).await, begun.elapsed()));
+    let mut codes: Vec<_> = responses.iter().map(|(response, _)| response.code()).collect();
+    codes.sort_unstable();
+    assert_eq!(codes, [[503; 19].as_slice(), &[504]].concat());
     for (response, elapsed) in &responses {
-        assert_eq!((response.code(), response.field("Retry-After")), (504, Some("1")), "{response:?}");
-        // One after the other they would take twenty times as long.
-        assert!((400..6000).contains(&elapsed.as_millis()), "{elapsed:?}");
+        assert_eq!(response.field("Retry-After"), Some("1"), "{response:?}");
+        let least = if response.code() == 503 { 300 } else { 900 };
+        assert!(elapsed.as_millis() >= least, "{response:?} after {elapsed:?}");
     }
-    for index in 0..t.backend().count() {
-        assert_eq!(t.connection(index).seen().end, End::Fin);
-    }
+    assert_eq!(t.backend().count(), 1);
+    assert_eq!(t.connection(0).seen().end, End::Fin);
+    t.proxy().metrics_when("19 refused", |m| {
+        let refused = m.sum_with("tidegate_refused_total", "reason=\"queue_timeout\"");
+        (refused - 19.0).abs() < 0.5
+    });
     t.no_rst();
 }
 

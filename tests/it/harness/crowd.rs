@@ -35,7 +35,7 @@ use tokio::{
     time::timeout,
 };
 
-/// Clients whose handshake is under way at once: `http.max_handshakes` is not what these tests are about.
+/// Clients whose handshake is under way at once: spikes are what `spike.rs` is about.
 const CONNECTING: usize = 256;
 
 /// How often each thing happened.

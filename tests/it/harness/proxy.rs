@@ -313,6 +313,15 @@ impl Metrics {
         of_name.map(|(_, value)| value).sum()
     }
 
+    /// The sum over all that have this label: `reason="memory"`.
+    pub fn sum_with(&self, name: &str, label: &str) -> f64 {
+        let is_meant = |key: &str| {
+            let (of, labels) = key.trim_end_matches('}').split_once('{').unwrap_or((key, ""));
+            of == name && labels.split(',').any(|found| found == label)
+        };
+        self.0.iter().filter(|(key, _)| is_meant(key)).map(|(_, value)| value).sum()
+    }
+
     /// A whole number, as of a counter.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counters of a test are small")]
     pub fn count(&self, name: &str) -> u64 {

@@ -1,0 +1,457 @@
+//! Who is let in: places for connections, for those that are turned away with an answer, memory, and the rate of handshakes.
+//!
+//! A client that can't be served is not reset and not left without an answer: it takes one of a few places for clients
+//! that get a 503, and when these are all taken too, it waits in the accept queue.
+
+use std::{
+    fs::File,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+
+/// What is wanted; [`crate::budget`] says what is had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Client connections at once; `None`: as many as the host's resources allow.
+    pub max_connections: Option<usize>,
+    /// WebSocket handshakes that begin in a second; `None`: any number.
+    pub handshakes_per_second: Option<u32>,
+    /// The longest that a handshake is delayed for that rate.
+    pub handshake_delay: Duration,
+    /// For the whole process and its sockets.
+    pub memory: Memory,
+}
+
+/// The limit of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// What the cgroup allows, or `RLIMIT_AS`; none when neither limits it.
+    Auto,
+    /// None.
+    Off,
+    /// So many bytes.
+    Limit(u64),
+}
+
+/// Why a client was turned away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// As many connections as `limits.max_connections` allows.
+    MaxConnections,
+    /// `limits.memory` is nearly used up.
+    Memory,
+    /// No descriptor was left for it, in spite of the budget.
+    Descriptors,
+    /// No port was left toward the backend.
+    Ports,
+    /// Its handshake would have had to wait longer than `limits.handshake_delay`.
+    Rate,
+    /// As many wait for the backend as `upstream.max_waiting` allows.
+    MaxWaiting,
+    /// It waited for its turn at the backend for `upstream.queue_timeout`.
+    QueueTimeout,
+}
+
+impl Reason {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::MaxConnections,
+        Self::Memory,
+        Self::Descriptors,
+        Self::Ports,
+        Self::Rate,
+        Self::MaxWaiting,
+        Self::QueueTimeout,
+    ];
+
+    /// For metrics and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::MaxConnections => "max_connections",
+            Self::Memory => "memory",
+            Self::Descriptors => "descriptors",
+            Self::Ports => "ports",
+            Self::Rate => "rate",
+            Self::MaxWaiting => "max_waiting",
+            Self::QueueTimeout => "queue_timeout",
+        }
+    }
+
+    /// For the client: what it can make of it, and nothing about this host.
+    pub const fn told(self) -> &'static str {
+        match self {
+            Self::MaxConnections | Self::Memory | Self::Descriptors | Self::Ports => "no room for another connection",
+            Self::Rate => "too many handshakes at once",
+            Self::MaxWaiting | Self::QueueTimeout => "too many requests are waiting for the backend",
+        }
+    }
+}
+
+/// What a connection may come to take in memory before it is a session, in bytes: two HTTP parsers with their buffers and
+/// headers, measured at 43 KiB, and its sockets in the kernel.
+pub const HANDSHAKE_BYTES: u64 = 56 << 10;
+
+/// What an idle session takes, in bytes: 3 KiB of ours, the rest the kernel's two sockets.
+pub const SESSION_BYTES: u64 = 10 << 10;
+
+/// Per cent of the memory limit: beyond the first nobody is let in, below the second all are again. What is in between is
+/// for those who are in.
+const MEMORY_FULL: u64 = 90;
+const MEMORY_EASY: u64 = 80;
+
+/// What there is to give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Client connections.
+    pub connections: usize,
+    /// Clients that are being turned away.
+    pub turned_away: usize,
+    /// Bytes for connections; `None`: no limit.
+    pub memory: Option<u64>,
+}
+
+/// The one who lets in; clones are the same.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    connections: Arc<Semaphore>,
+    turned_away: Arc<Semaphore>,
+    memory: Option<Reserved>,
+    reserve: Mutex<Option<File>>,
+    rate: Option<Mutex<Rate>>,
+}
+
+/// Memory that was promised to connections.
+#[derive(Debug)]
+struct Reserved {
+    budget: u64,
+    bytes: AtomicU64,
+    /// At most `budget`; lower when what is really used came close to the limit.
+    ceiling: AtomicU64,
+    /// What was used when it was last looked at.
+    used: AtomicU64,
+}
+
+/// A connection's place, until its last socket is closed.
+#[derive(Debug)]
+pub struct Place {
+    inner: Arc<Inner>,
+    _permit: Option<OwnedSemaphorePermit>,
+    memory: u64,
+    /// It has the descriptor that was kept in reserve.
+    has_reserve: bool,
+    /// Why it gets a 503 and nothing else.
+    pub refused: Option<Reason>,
+}
+
+impl Admission {
+    /// Everything is free. The reserve descriptor is taken now.
+    pub fn new(capacity: Capacity, config: &Config) -> Self {
+        let slots = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
+        let memory = capacity.memory.map(|budget| Reserved {
+            budget,
+            bytes: AtomicU64::new(0),
+            ceiling: AtomicU64::new(budget),
+            used: AtomicU64::new(0),
+        });
+        let rate = config.handshakes_per_second.map(|rate| Mutex::new(Rate::new(rate, config.handshake_delay)));
+        let inner = Inner {
+            connections: slots(capacity.connections),
+            turned_away: slots(capacity.turned_away),
+            memory,
+            reserve: Mutex::new(reserve()),
+            rate,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// A place for a connection that is about to be accepted, be it for an answer that turns it away; `None`: not even that.
+    pub fn enter(&self) -> Option<Place> {
+        let inner = &self.inner;
+        let memory = match inner.memory.as_ref().map(|memory| memory.take(HANDSHAKE_BYTES)) {
+            None => Ok(0),
+            Some(true) => Ok(HANDSHAKE_BYTES),
+            Some(false) => Err(Reason::Memory),
+        };
+        let place = |permit, memory, refused| Place {
+            inner: Arc::clone(inner),
+            _permit: Some(permit),
+            memory,
+            has_reserve: false,
+            refused,
+        };
+        let reason = match memory {
+            Ok(bytes) => {
+                if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_owned() {
+                    return Some(place(permit, bytes, None));
+                }
+                inner.give_back(bytes);
+                Reason::MaxConnections
+            }
+            Err(reason) => reason,
+        };
+        let permit = Arc::clone(&inner.turned_away).try_acquire_owned().ok()?;
+        Some(place(permit, 0, Some(reason)))
+    }
+
+    /// Resolves when [`Self::enter`] may be worth another try.
+    pub async fn room(&self) {
+        let connections = async {
+            // Places for connections are of no use as long as there is no memory for them.
+            if self.inner.memory.as_ref().is_some_and(|memory| !memory.fits(HANDSHAKE_BYTES)) {
+                std::future::pending::<()>().await;
+            }
+            let _ = self.inner.connections.acquire().await;
+        };
+        tokio::select! {
+            () = connections => {}
+            _ = self.inner.turned_away.acquire() => {}
+        }
+    }
+
+    /// Gives up the descriptor that is kept in reserve, so that the head of the accept queue can be turned away although
+    /// there is no other; `None` when it is in use.
+    pub fn last_resort(&self) -> Option<Place> {
+        lock(&self.inner.reserve).take()?;
+        Some(Place {
+            inner: Arc::clone(&self.inner),
+            _permit: None,
+            memory: 0,
+            has_reserve: true,
+            refused: Some(Reason::Descriptors),
+        })
+    }
+
+    /// How long a handshake has to wait for its turn at the configured rate; `Err`: too long.
+    pub fn pace(&self) -> Result<Duration, Reason> {
+        match &self.inner.rate {
+            None => Ok(Duration::ZERO),
+            Some(rate) => lock(rate).next(Instant::now()).ok_or(Reason::Rate),
+        }
+    }
+
+    /// What is used now of what may be used at all. To be told every so often; lowers and lifts what is given.
+    pub fn observe_memory(&self, used: u64, limit: u64) {
+        if let Some(memory) = &self.inner.memory {
+            memory.observe(used, limit);
+        }
+    }
+
+    /// Bytes that are promised to connections, and how many may be.
+    pub fn memory(&self) -> Option<(u64, u64)> {
+        let memory = self.inner.memory.as_ref()?;
+        Some((memory.bytes.load(Ordering::Relaxed), memory.ceiling.load(Ordering::Relaxed)))
+    }
+}
+
+impl Place {
+    /// It is a session from now on, which takes less than a handshake.
+    pub fn settle(&mut self) {
+        let spare = self.memory.saturating_sub(SESSION_BYTES);
+        self.memory -= spare;
+        self.inner.give_back(spare);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.inner.give_back(self.memory);
+        if self.has_reserve {
+            *lock(&self.inner.reserve) = reserve();
+        }
+    }
+}
+
+impl Inner {
+    fn give_back(&self, bytes: u64) {
+        if let Some(memory) = &self.memory {
+            memory.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Reserved {
+    fn fits(&self, bytes: u64) -> bool {
+        self.bytes.load(Ordering::Relaxed).saturating_add(bytes) <= self.ceiling.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let fits = before.saturating_add(bytes) <= self.ceiling.load(Ordering::Relaxed);
+        if !fits {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        fits
+    }
+
+    /// Memory that the allocator has and does not use counts as used, so a full reading does not say that those who are in
+    /// must become fewer; only that they must not become more.
+    fn observe(&self, used: u64, limit: u64) {
+        let before = self.used.swap(used, Ordering::Relaxed);
+        let share = used.saturating_mul(100) / limit.max(1);
+        if share < MEMORY_EASY {
+            self.ceiling.store(self.budget, Ordering::Relaxed);
+        } else if share >= MEMORY_FULL {
+            let promised = self.bytes.load(Ordering::Relaxed);
+            let ceiling = self.ceiling.load(Ordering::Relaxed).min(promised);
+            // Still growing: what was promised turned out to be more.
+            let ceiling = if used > before { ceiling - ceiling / 16 } else { ceiling };
+            self.ceiling.store(ceiling.max(self.budget / 16), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Handshakes at an even pace: each has its moment, the next one is an interval later. A pause is not saved up, so
+/// there are no bursts.
+#[derive(Debug)]
+struct Rate {
+    interval: Duration,
+    longest: Duration,
+    /// The first moment that nobody has.
+    free: Option<Instant>,
+}
+
+impl Rate {
+    fn new(per_second: u32, longest: Duration) -> Self {
+        Self { interval: Duration::from_secs(1) / per_second.max(1), longest, free: None }
+    }
+
+    fn next(&mut self, now: Instant) -> Option<Duration> {
+        let moment = self.free.map_or(now, |free| free.max(now));
+        let delay = moment - now;
+        if delay > self.longest {
+            return None;
+        }
+        self.free = Some(moment + self.interval);
+        Some(delay)
+    }
+}
+
+/// Any file will do.
+fn reserve() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing under these locks can panic half-way.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config = Config {
+        max_connections: None,
+        handshakes_per_second: None,
+        handshake_delay: Duration::from_secs(1),
+        memory: Memory::Off,
+    };
+
+    fn admission(connections: usize, turned_away: usize, memory: Option<u64>) -> Admission {
+        Admission::new(Capacity { connections, turned_away, memory }, &CONFIG)
+    }
+
+    fn refused(admission: &Admission) -> Option<Reason> {
+        admission.enter().expect("a place").refused
+    }
+
+    #[test]
+    fn places_first_then_answers_then_nothing() {
+        let admission = admission(2, 1, None);
+        let served: Vec<_> = (0..2).map(|_| admission.enter().expect("a place")).collect();
+        assert!(served.iter().all(|place| place.refused.is_none()));
+        let turned_away = admission.enter().expect("an answer");
+        assert_eq!(turned_away.refused, Some(Reason::MaxConnections));
+        assert!(admission.enter().is_none());
+        drop(turned_away);
+        assert_eq!(refused(&admission), Some(Reason::MaxConnections));
+        drop(served);
+        assert_eq!(refused(&admission), None);
+    }
+
+    #[tokio::test]
+    async fn room_is_awaited_and_found() {
+        let admission = admission(1, 1, None);
+        let places: Vec<_> = std::iter::from_fn(|| admission.enter()).collect();
+        assert_eq!(places.len(), 2);
+        let mut room = Box::pin(admission.room());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(room.as_mut().poll(&mut context).is_pending());
+        drop(places);
+        room.await;
+        assert_eq!(refused(&admission), None);
+    }
+
+    #[test]
+    fn memory_is_promised_and_given_back() {
+        let admission = admission(100, 10, Some(HANDSHAKE_BYTES * 2));
+        let mut one = admission.enter().expect("a place");
+        let two = admission.enter().expect("a place");
+        assert_eq!(refused(&admission), Some(Reason::Memory));
+        one.settle();
+        one.settle();
+        assert_eq!(admission.memory(), Some((HANDSHAKE_BYTES + SESSION_BYTES, HANDSHAKE_BYTES * 2)));
+        assert_eq!(refused(&admission), Some(Reason::Memory));
+        drop(two);
+        assert_eq!(refused(&admission), None);
+        drop(one);
+        assert_eq!(admission.memory().map(|(bytes, _)| bytes), Some(0));
+    }
+
+    #[test]
+    fn nobody_more_is_let_in_when_memory_is_nearly_used_up() {
+        let admission = admission(100, 10, Some(HANDSHAKE_BYTES * 32));
+        let mut places: Vec<_> = (0..8).map(|_| admission.enter().expect("a place")).collect();
+        admission.observe_memory(95, 100);
+        assert_eq!(refused(&admission), Some(Reason::Memory));
+        // Who leaves makes room for another, as long as the use does not grow.
+        let before = admission.memory().expect("a budget").1;
+        admission.observe_memory(95, 100);
+        assert_eq!(admission.memory().expect("a budget").1, before);
+        admission.observe_memory(96, 100);
+        assert!(admission.memory().expect("a budget").1 < before);
+        places.truncate(4);
+        assert_eq!(refused(&admission), None);
+        // Easy again.
+        admission.observe_memory(50, 100);
+        assert_eq!(admission.memory().expect("a budget").1, HANDSHAKE_BYTES * 32);
+    }
+
+    #[test]
+    fn the_reserve_is_there_once_and_comes_back() {
+        let admission = admission(1, 1, None);
+        let place = admission.last_resort().expect("the reserve");
+        assert_eq!(place.refused, Some(Reason::Descriptors));
+        assert!(admission.last_resort().is_none());
+        drop(place);
+        assert!(admission.last_resort().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn handshakes_are_spread_and_the_wait_is_bounded() {
+        let mut rate = Rate::new(10, Duration::from_millis(250));
+        let now = Instant::now();
+        let delays: Vec<_> = (0..5).map(|_| rate.next(now).map(|delay| delay.as_millis())).collect();
+        assert_eq!(delays, [Some(0), Some(100), Some(200), None, None]);
+        // Who was refused has taken no turn.
+        tokio::time::advance(Duration::from_millis(100)).await;
+        assert_eq!(rate.next(Instant::now()), Some(Duration::from_millis(200)));
+        // And a pause gives one at once, not many.
+        tokio::time::advance(Duration::from_secs(10)).await;
+        let delays: Vec<_> = (0..2).map(|_| rate.next(Instant::now())).collect();
+        assert_eq!(delays, [Some(Duration::ZERO), Some(Duration::from_millis(100))]);
+    }
+}

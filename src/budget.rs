@@ -1,0 +1,153 @@
+//! What this host's descriptors, memory and ports allow, computed once at the start. Pure: facts in, numbers out.
+//!
+//! ```text
+//! descriptors = open at the start (accept queues, runtimes, log, admin listener) + spare (admin connections, looks at
+//!               the backend, names, plain requests' backends after their client) + turned away + 1 in reserve
+//!             + 2 for each client connection
+//! ```
+
+use std::fmt;
+
+use crate::admission::{Capacity, SESSION_BYTES};
+
+/// What was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// `RLIMIT_NOFILE`, raised.
+    pub descriptors: u64,
+    /// Descriptors that are open before the first client.
+    pub open: u64,
+    /// Bytes that may be used at all, and those that are used already.
+    pub memory: Option<(u64, u64)>,
+    /// Ports for connections to the backend, for all source addresses together; `None`: it takes none (a Unix socket).
+    pub ports: Option<u64>,
+}
+
+/// What can be given, and why not more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// For [`crate::admission::Admission`].
+    pub capacity: Capacity,
+    /// Descriptors for everything that is neither a client nor its session.
+    pub spare: usize,
+    /// What sets the number of connections.
+    pub limited_by: LimitedBy,
+}
+
+/// What sets the number of connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitedBy {
+    /// `limits.max_connections`.
+    Setting,
+    /// `RLIMIT_NOFILE`.
+    Descriptors,
+    /// `limits.memory`.
+    Memory,
+    /// The ephemeral ports toward the backend.
+    Ports,
+}
+
+impl fmt::Display for LimitedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Setting => "limits.max_connections",
+            Self::Descriptors => "descriptors",
+            Self::Memory => "memory",
+            Self::Ports => "ports",
+        })
+    }
+}
+
+/// The limits leave nothing for a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{descriptors} descriptors (RLIMIT_NOFILE) leave none for clients, since {needed} are needed before the first one: raise \
+     the limit (ulimit -Hn), or lower listen.workers and listen.max_sockets"
+)]
+pub struct NoRoom {
+    /// What there is.
+    pub descriptors: u64,
+    /// What it takes to begin.
+    pub needed: u64,
+}
+
+/// Per cent of the memory limit that are planned with.
+const MEMORY_SHARE: u64 = 85;
+
+/// The most accept queues: each is a descriptor, and they must leave the others to the clients.
+pub fn most_queues(descriptors: u64, max_sockets: usize) -> usize {
+    usize::try_from(descriptors / 8).unwrap_or(usize::MAX).clamp(1, max_sockets.max(1))
+}
+
+impl Budget {
+    /// `wanted` is `limits.max_connections`.
+    pub fn new(host: &Host, wanted: Option<usize>) -> Result<Self, NoRoom> {
+        let Host { descriptors, open, memory, ports } = *host;
+        let spare = (descriptors / 16).clamp(4, 256);
+        let turned_away = (descriptors / 32).clamp(2, 256);
+        let needed = open + spare + turned_away + 1;
+        let by_descriptors = descriptors.saturating_sub(needed) / 2;
+        if by_descriptors == 0 {
+            return Err(NoRoom { descriptors, needed });
+        }
+        let memory = memory.map(|(limit, used)| (limit / 100 * MEMORY_SHARE).saturating_sub(used));
+        let candidates = [
+            (Some(by_descriptors), LimitedBy::Descriptors),
+            (memory.map(|bytes| bytes / SESSION_BYTES), LimitedBy::Memory),
+            (ports, LimitedBy::Ports),
+            (wanted.and_then(|wanted| u64::try_from(wanted).ok()), LimitedBy::Setting),
+        ];
+        let all = candidates.into_iter().filter_map(|(count, by)| Some((count?, by)));
+        let (connections, limited_by) = all.min_by_key(|(count, _)| *count).expect("descriptors are always counted");
+        let whole = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+        let capacity = Capacity { connections: whole(connections), turned_away: whole(turned_away), memory };
+        Ok(Self { capacity, spare: whole(spare), limited_by })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, ports: None };
+
+    fn budget(host: Host, wanted: Option<usize>) -> (usize, LimitedBy) {
+        let budget = Budget::new(&host, wanted).expect("room");
+        (budget.capacity.connections, budget.limited_by)
+    }
+
+    /// The scarcest resource decides, and a wish only when it is within all of them.
+    #[test]
+    fn what_is_scarcest_decides() {
+        assert_eq!(budget(HOST, None), (9_663, LimitedBy::Descriptors));
+        assert_eq!(budget(HOST, Some(100)), (100, LimitedBy::Setting));
+        assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
+        assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
+        let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
+        assert_eq!(budget(small, None), (4_751, LimitedBy::Memory));
+        // Used up before it began: everybody is turned away, in words.
+        assert_eq!(budget(Host { memory: Some((1 << 20, 8 << 20)), ..HOST }, None), (0, LimitedBy::Memory));
+    }
+
+    #[test]
+    fn few_descriptors_serve_a_few_and_fewer_none() {
+        let few = Host { descriptors: 64, open: 24, ..HOST };
+        assert_eq!(budget(few, None), (16, LimitedBy::Descriptors));
+        assert_eq!(most_queues(64, 128), 8);
+        assert_eq!(most_queues(20_000, 128), 128);
+        assert_eq!(most_queues(4, 128), 1);
+        let none = Host { descriptors: 24, open: 20, ..HOST };
+        assert_eq!(Budget::new(&none, None), Err(NoRoom { descriptors: 24, needed: 27 }));
+    }
+
+    proptest::proptest! {
+        /// Whatever was found, what is given fits into the descriptors.
+        #[test]
+        fn it_always_fits(descriptors in 1_u64..1 << 20, open in 0_u64..1 << 10) {
+            if let Ok(Budget { capacity, spare, .. }) = Budget::new(&Host { descriptors, open, ..HOST }, None) {
+                let given = capacity.connections * 2 + capacity.turned_away + spare + 1;
+                proptest::prop_assert!(given as u64 + open <= descriptors);
+            }
+        }
+    }
+}

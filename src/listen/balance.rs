@@ -1,0 +1,177 @@
+//! Which worker gets a connection: the one that accepted it, unless it is clearly busier than another.
+//!
+//! The kernel spreads clients over the accept queues by a hash, which is even on average, lumpy for tens, and blind to a
+//! session that keeps its worker busy. A session stays with its worker for life, so it is given away before it begins.
+
+use std::{
+    net::{SocketAddr, TcpStream as StdStream},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{runtime::Handle, sync::mpsc, time::Instant};
+
+use crate::admission::Place;
+
+/// A connection that was accepted, and what is accounted for it until its last socket is closed.
+#[derive(Debug)]
+pub struct Guest {
+    /// Not registered with any runtime yet.
+    pub stream: StdStream,
+    /// The client.
+    pub peer: SocketAddr,
+    /// Its place in the limits.
+    pub place: Place,
+    /// Its place in the count of its worker.
+    pub seat: Seat,
+}
+
+/// All workers; clones are the same.
+#[derive(Debug, Clone)]
+pub struct Crew {
+    members: Arc<[Member]>,
+    hand_off: bool,
+}
+
+#[derive(Debug)]
+struct Member {
+    runtime: Handle,
+    connections: Arc<AtomicUsize>,
+    /// Bounded by the places that all guests have.
+    inbox: mpsc::UnboundedSender<Guest>,
+    pulse: Mutex<Pulse>,
+}
+
+/// How much of the time a worker had something to do.
+#[derive(Debug)]
+struct Pulse {
+    at: Instant,
+    busy: Duration,
+    share: f32,
+}
+
+/// A connection in the count of its worker.
+#[derive(Debug)]
+pub struct Seat(Arc<AtomicUsize>);
+
+/// What is known of a worker's load.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Load {
+    connections: usize,
+    /// 0 to 1.
+    busy: f32,
+}
+
+/// The shortest time over which it is said how busy a worker was.
+const PULSE: Duration = Duration::from_millis(20);
+
+/// Differences up to these are none: giving a connection away costs a wake-up of another thread.
+const BUSIER: f32 = 0.25;
+const MORE: usize = 8;
+
+impl Crew {
+    /// For each worker its runtime and where its guests go.
+    pub fn new(workers: impl IntoIterator<Item = (Handle, mpsc::UnboundedSender<Guest>)>, hand_off: bool) -> Self {
+        let member = |(runtime, inbox)| Member {
+            runtime,
+            connections: Arc::default(),
+            inbox,
+            pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0 }),
+        };
+        Self { members: workers.into_iter().map(member).collect(), hand_off }
+    }
+
+    /// Gives a connection that worker `by` accepted to whoever is to serve it: `Some` when that is `by` itself.
+    pub fn seat(&self, by: usize, stream: StdStream, peer: SocketAddr, place: Place) -> Option<Guest> {
+        // Who is turned away is no load.
+        let index =
+            if self.hand_off && place.refused.is_none() && self.members.len() > 1 { self.choose(by) } else { by };
+        let member = &self.members[index];
+        member.connections.fetch_add(1, Ordering::Relaxed);
+        let seat = Seat(Arc::clone(&member.connections));
+        let guest = Guest { stream, peer, place, seat };
+        if index == by {
+            return Some(guest);
+        }
+        // A worker that takes nobody any more is about to end: so is this one.
+        member.inbox.send(guest).err().map(|unsent| unsent.0)
+    }
+
+    fn choose(&self, by: usize) -> usize {
+        let loads: Vec<Load> = self.members.iter().map(Member::load).collect();
+        least(&loads, by)
+    }
+}
+
+impl Member {
+    fn load(&self) -> Load {
+        let mut pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let passed = now - pulse.at;
+        if passed >= PULSE {
+            let busy = self.runtime.metrics().worker_total_busy_duration(0);
+            let share = busy.saturating_sub(pulse.busy).as_secs_f32() / passed.as_secs_f32();
+            *pulse = Pulse { at: now, busy, share: share.min(1.0) };
+        }
+        Load { connections: self.connections.load(Ordering::Relaxed), busy: pulse.share }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Who should serve a connection that `by` accepted.
+fn least(loads: &[Load], by: usize) -> usize {
+    let mut least = by;
+    for (index, load) in loads.iter().enumerate() {
+        if load.is_clearly_less(&loads[least]) {
+            least = index;
+        }
+    }
+    least
+}
+
+impl Load {
+    /// Being busy counts before the number of connections: one may be worth a thousand others.
+    fn is_clearly_less(&self, other: &Self) -> bool {
+        if (self.busy - other.busy).abs() >= BUSIER {
+            return self.busy < other.busy;
+        }
+        self.connections + MORE + other.connections / 16 < other.connections
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(loads: &[(usize, f32)], by: usize) -> usize {
+        let loads: Vec<_> =
+            loads.iter().map(|(connections, busy)| Load { connections: *connections, busy: *busy }).collect();
+        least(&loads, by)
+    }
+
+    #[test]
+    fn who_accepted_serves_unless_another_has_clearly_less() {
+        assert_eq!(chosen(&[(0, 0.0), (0, 0.0)], 1), 1);
+        assert_eq!(chosen(&[(0, 0.0), (8, 0.0)], 1), 1);
+        assert_eq!(chosen(&[(0, 0.0), (9, 0.0)], 1), 0);
+        assert_eq!(chosen(&[(1000, 0.2), (1060, 0.2)], 1), 1);
+        assert_eq!(chosen(&[(1000, 0.2), (1100, 0.2)], 1), 0);
+        assert_eq!(chosen(&[(50, 0.0), (30, 0.0), (10, 0.0)], 0), 2);
+    }
+
+    #[test]
+    fn one_session_that_keeps_its_worker_busy_outweighs_many() {
+        assert_eq!(chosen(&[(1, 1.0), (500, 0.1)], 0), 1);
+        assert_eq!(chosen(&[(1, 1.0), (500, 0.1)], 1), 1);
+        // Both busy: the numbers decide.
+        assert_eq!(chosen(&[(1, 1.0), (500, 0.9)], 1), 0);
+    }
+}
