@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     process::{is_asked, say},
     proxy::now,
-    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
+    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Request, Role, frame},
 };
 
 /// It must never be the queue that overflows.
@@ -89,7 +89,7 @@ async fn serve(
         thread::Builder::new().name("sink".to_owned()).spawn(move || sink(stream))?;
         return Ok(());
     }
-    let mut connection = Connection::accept(stream).await?;
+    let Request::Session(mut connection) = Connection::accept(stream).await? else { return Ok(()) };
     if let Some(id) = value(&head, "x-request-id").and_then(|id| id.parse().ok()) {
         let handshake = Handshake { accepted, read, answered: now() };
         handshakes.lock().unwrap_or_else(PoisonError::into_inner).insert(id, handshake);

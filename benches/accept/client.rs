@@ -256,6 +256,40 @@ pub fn flood(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Sessions of the closed loop.
+const ECHO_CONNECTIONS: usize = 64;
+
+/// Sessions that each send a message when the one before has come back. Asked, it says how many have.
+pub fn echo(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
+    let done = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&done);
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut connections = Vec::with_capacity(ECHO_CONNECTIONS);
+    for _ in 0..ECHO_CONNECTIONS {
+        connections.push(runtime.block_on(async { timeout(STEP_LIMIT, Connection::open(address)).await })??);
+    }
+    thread::Builder::new().name("echo".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; bytes]).into();
+            let mut tasks = JoinSet::new();
+            for mut connection in connections {
+                let (message, count) = (Arc::clone(&message), Arc::clone(&count));
+                tasks.spawn(async move {
+                    while connection.echo(&message, bytes).await.is_ok() {
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            tasks.join_all().await;
+        });
+    })?;
+    say(&"ready")?;
+    while is_asked()? {
+        say(&done.load(Ordering::Relaxed))?;
+    }
+    Ok(())
+}
+
 /// Sessions that each send a message `per_second` times and get it back.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Talk {

@@ -18,9 +18,8 @@ use crate::{
     Options, Workload,
     backend::Handshakes,
     client::{Connected, Connects, Sample, Talk, Talked},
-    load,
     process::{Process, say},
-    procfs::{Cpu, only_listener},
+    procfs::{Counters, Cpu, only_listener},
     proxy::{Assembly, Opened, Told, WORKERS},
 };
 
@@ -32,10 +31,8 @@ const WARMUP: Duration = Duration::from_millis(500);
 const QUIET: Duration = Duration::from_secs(2);
 /// And after it: who waited is answered.
 const AFTER: Duration = Duration::from_millis(500);
-/// The closed loop of `echo`, as `compare` has it.
-const ECHO_CONNECTIONS: usize = 64;
+/// Payload of the messages of `echo` and of sessions that talk.
 const ECHO_BYTES: usize = 64;
-const ECHO_WARMUP_SECONDS: f64 = 0.5;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {
@@ -120,7 +117,7 @@ impl Stage {
 
 fn run(order: &Order) -> anyhow::Result<Outcome> {
     let mut stage = Stage::new(order.assembly)?;
-    let overflows = Overflows::now()?;
+    let counters = Counters::of(stage.proxy.pid())?;
     let mut outcome = match order.workload {
         Workload::Spike => spike(&mut stage, &order.options),
         Workload::Busy => busy(&mut stage, &order.options),
@@ -131,8 +128,9 @@ fn run(order: &Order) -> anyhow::Result<Outcome> {
         }
         Workload::Echo => echo(&mut stage, &order.options),
     }?;
-    let Overflows { overflows, drops } = overflows.since()?;
-    outcome.values.extend([("overflows".to_owned(), overflows), ("drops".to_owned(), drops)]);
+    let counters = Counters::of(stage.proxy.pid())? - counters;
+    outcome.values.insert("overflows".to_owned(), per(counters.listen_overflows, 1));
+    outcome.values.insert("resets".to_owned(), per(counters.out_rsts, 1));
     stage.only_listeners()?;
     Ok(outcome)
 }
@@ -198,8 +196,8 @@ fn steady(stage: &mut Stage, order: &Order, mut flood: Option<Process>) -> anyho
     if let (Some(port), Some(before), Some(after)) = (flood_port, sent, sent_after) {
         let mb_per_second = per(after - before, 1_000_000) / took.as_secs_f64();
         outcome.values.insert("flood_mb_per_second".to_owned(), mb_per_second);
-        // In one work-stealing runtime it is at home on no thread.
-        if matches!(order.assembly, Assembly::PerCore | Assembly::HandOff) {
+        // With work stealing it is at home on no thread.
+        if matches!(order.assembly, Assembly::PerCore | Assembly::HandOff | Assembly::Shared) {
             let there = opened.iter().find(|opened| opened.port == port).context("the flood has no thread")?;
             outcome.split(&there.thread);
         }
@@ -207,26 +205,26 @@ fn steady(stage: &mut Stage, order: &Order, mut flood: Option<Process>) -> anyho
     Ok(outcome)
 }
 
+/// A closed loop: how much CPU time a message takes.
 fn echo(stage: &mut Stage, options: &Options) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
-    let order = load::Order {
-        address: stage.address,
-        proxy: vec![stage.proxy.pid()],
-        backend: stage.backend.pid(),
-        connections: ECHO_CONNECTIONS,
-        bytes: ECHO_BYTES,
-        work: load::Work::Echo { warmup: ECHO_WARMUP_SECONDS, seconds: options.echo_seconds },
-    };
-    let mut load = Process::start("load", &[], &[&serde_json::to_string(&order)?])?;
-    let echoed: load::Outcome = load.hear()?;
-    let count = usize::try_from(echoed.count)?;
+    let mut client = stage.start("echo", &ECHO_BYTES)?;
+    client.hear::<String>()?;
+    thread::sleep(SETTLE);
+    let others = [client.pid(), stage.backend.pid()];
+    let (cpu, others_cpu, begun) = (Cpu::of(&[stage.proxy.pid()])?, Cpu::of(&others)?, Instant::now());
+    let before: u64 = client.ask()?;
+    thread::sleep(Duration::from_secs_f64(options.echo_seconds));
+    let count = usize::try_from(client.ask::<u64>()? - before)?;
+    let (took, cpu) = (begun.elapsed(), Cpu::of(&[stage.proxy.pid()])? - cpu);
+    let others_cpu = Cpu::of(&others)? - others_cpu;
+    ensure!(count > 0, "no echo");
     outcome.values.extend([
-        ("cpu_us".to_owned(), per(echoed.proxy.us(), count)),
-        ("user_us".to_owned(), per(echoed.proxy.user_us, count)),
-        ("others_us".to_owned(), per(echoed.others.us(), count)),
-        ("per_second".to_owned(), per(echoed.count, 1) / echoed.seconds),
+        ("cpu_us".to_owned(), per(cpu.us(), count)),
+        ("user_us".to_owned(), per(cpu.user_us, count)),
+        ("others_us".to_owned(), per(others_cpu.us(), count)),
+        ("per_second".to_owned(), per(u64::try_from(count)?, 1) / took.as_secs_f64()),
     ]);
-    outcome.fail(echoed.failures, echoed.first_error);
     let told: Told = stage.proxy.ask()?;
     outcome.spread(&told.opened);
     outcome.metrics = told.metrics;
@@ -312,30 +310,6 @@ fn row(sample: &Sample, opened: &HashMap<u16, &Opened>, handshakes: &Handshakes)
         upgraded: sample.upgraded,
         opened: opened.and_then(|opened| since(opened.at)),
         thread: opened.map(|opened| opened.thread.clone()).unwrap_or_default(),
-    }
-}
-
-/// What the namespace lost of its accept queues; whole numbers.
-#[derive(Debug, Clone, Copy)]
-struct Overflows {
-    overflows: f64,
-    drops: f64,
-}
-
-impl Overflows {
-    fn now() -> anyhow::Result<Self> {
-        let text = fs::read_to_string("/proc/net/netstat")?;
-        let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt:"));
-        let names = lines.next().context("no TcpExt")?.split_ascii_whitespace();
-        let values = lines.next().context("no values of TcpExt")?.split_ascii_whitespace();
-        let values: HashMap<&str, &str> = names.zip(values).collect();
-        let value = |name| -> anyhow::Result<f64> { Ok(values.get(name).context(name)?.parse()?) };
-        Ok(Self { overflows: value("ListenOverflows")?, drops: value("ListenDrops")? })
-    }
-
-    fn since(self) -> anyhow::Result<Self> {
-        let now = Self::now()?;
-        Ok(Self { overflows: now.overflows - self.overflows, drops: now.drops - self.drops })
     }
 }
 

@@ -1,8 +1,8 @@
 //! The proxy under test: tidegate's own parts, put together in four ways. Only who accepts, and on which thread a session
 //! then runs, differs between them.
 //!
-//! `per-core` and `hand-off` are tidegate's `Server` as it is. `multi-1` and `multi-n` are one work-stealing runtime with as
-//! many threads, where any thread may go on with any session.
+//! `per-core` and `hand-off` are tidegate's `Server` as it is. In `shared` a session stays on its thread too. `multi-1` and
+//! `multi-n` are one work-stealing runtime with as many threads, where any thread may go on with any session.
 
 use std::{
     collections::HashMap,
@@ -11,7 +11,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpStream},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::SystemTime,
@@ -21,9 +21,21 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tidegate::{
-    config::Settings, drain::Drain, listen, metrics::Metrics, net, server::Server, session::Context, upstream::Upstream,
+    admission::{Admission, Capacity, Memory},
+    config::Settings,
+    drain::Drain,
+    listen::{self, Crew, Door},
+    metrics::Metrics,
+    net::{self, Listener, Wish},
+    relay,
+    server::Server,
+    session::Context,
+    upstream::Upstream,
 };
-use tokio::{net::TcpListener, runtime, sync::Semaphore};
+use tokio::{
+    runtime::{self, Handle},
+    sync::{Semaphore, mpsc},
+};
 use tokio_util::task::TaskTracker;
 use tracing::{
     Event, Level, Subscriber,
@@ -50,6 +62,8 @@ pub enum Assembly {
     PerCore,
     /// The same, but a clearly busier worker hands what it accepted to the least loaded one
     HandOff,
+    /// As per-core, but each worker accepts from the queues of all
+    Shared,
     /// One multi-thread runtime, one accept queue, one accept task
     #[value(name = "multi-1")]
     #[serde(rename = "multi-1")]
@@ -63,6 +77,7 @@ impl fmt::Display for Assembly {
         f.pad(match self {
             Self::PerCore => "per-core",
             Self::HandOff => "hand-off",
+            Self::Shared => "shared",
             Self::Multi1 => "multi-1",
             Self::MultiN => "multi-n",
         })
@@ -91,7 +106,7 @@ pub struct Told {
 /// What keeps a proxy alive.
 enum Running {
     Server(Server),
-    Multi { metrics: Arc<Metrics>, _runtime: runtime::Runtime },
+    Parts { metrics: Arc<Metrics>, _runtime: Option<runtime::Runtime> },
 }
 
 pub fn main(assembly: Assembly, backend: SocketAddr) -> anyhow::Result<()> {
@@ -99,41 +114,35 @@ pub fn main(assembly: Assembly, backend: SocketAddr) -> anyhow::Result<()> {
     let mut settings = Settings::default();
     settings.listen.address = (Ipv4Addr::LOCALHOST, 0).into();
     settings.listen.workers = WORKERS;
+    settings.listen.hand_off = assembly == Assembly::HandOff;
     settings.upstream.address = net::Address::Tcp { host: backend.ip().to_string(), port: backend.port() };
     settings.admin.address = Some((Ipv4Addr::LOCALHOST, 0).into());
-    // None is turned away: it is about when they are accepted.
-    settings.downstream.max_handshakes = 65_536;
+    // Nobody is turned away: it is about when they are let in.
+    settings.limits.memory = Memory::Off;
+    settings.limits.max_connections = Some(usize::MAX);
 
     let main = runtime::Builder::new_current_thread().enable_all().build()?;
-    let (address, running) = main.block_on(async {
-        anyhow::Ok(match assembly {
-            Assembly::PerCore | Assembly::HandOff => {
-                let server = Server::start(&settings)?;
-                (server.address, Running::Server(server))
-            }
-            Assembly::Multi1 => multi(&settings, 1)?,
-            Assembly::MultiN => multi(&settings, WORKERS)?,
-        })
-    })?;
-    let admin = match &running {
-        Running::Server(server) => server.admin,
-        Running::Multi { .. } => None,
+    let (address, running) = match assembly {
+        Assembly::PerCore | Assembly::HandOff => {
+            let server = main.block_on(async { Server::start(&settings) })?;
+            (server.address, Running::Server(server))
+        }
+        Assembly::Shared => shared(&settings)?,
+        Assembly::Multi1 => multi(&settings, 1)?,
+        Assembly::MultiN => multi(&settings, WORKERS)?,
     };
-    // The admin listener is served by the thread that called `Server::start`.
-    let server =
-        thread::Builder::new().name("main".to_owned()).spawn(move || main.block_on(std::future::pending::<()>()));
-    drop(server?);
+    // The admin listener is on the runtime that `Server::start` was called on.
+    thread::Builder::new().name("main".to_owned()).spawn(move || main.block_on(std::future::pending::<()>()))?;
 
     say(&address)?;
     while is_asked()? {
-        let text = match (&running, admin) {
-            (Running::Multi { metrics, .. }, _) => metrics.encode(),
-            (Running::Server(_), Some(admin)) => get(admin).context("/metrics")?,
-            (Running::Server(_), None) => String::new(),
+        let text = match &running {
+            Running::Parts { metrics, .. } => metrics.encode(),
+            Running::Server(server) => get(server.admin.context("an admin listener")?).context("/metrics")?,
         };
         let metrics = text
             .lines()
-            .filter(|line| line.starts_with("tidegate_accept") || line.starts_with("tidegate_handed"))
+            .filter(|line| SERIES.iter().any(|name| line.starts_with(name)))
             .filter_map(|line| line.rsplit_once(' '))
             .filter_map(|(name, value)| Some((name.to_owned(), value.parse().ok()?)))
             .collect();
@@ -143,20 +152,91 @@ pub fn main(assembly: Assembly, backend: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As `Server::start` does it, but with one runtime: an accept task per queue, each with a context of its own, since its
-/// counters have one writer.
-fn multi(settings: &Settings, accept_tasks: usize) -> anyhow::Result<(SocketAddr, Running)> {
-    let listen = &settings.listen;
-    let listeners = net::listeners(listen.address, listen.backlog, accept_tasks, &settings.socket)?;
-    let address = listeners.first().context("at least one")?.local_addr()?;
-    let metrics = Arc::new(Metrics::new());
-    let drain = Drain::new(settings.drain.clone());
-    let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone());
-    let slots = |count| Arc::new(Semaphore::new(count));
-    let (handshakes, requests) = (slots(settings.downstream.max_handshakes), slots(settings.downstream.max_handshakes));
-    let orphans = slots(settings.upstream.max_pending);
-    let relay = Arc::new(settings.relay.clone());
-    let has_doubted = Arc::default();
+/// Of `/metrics`, for a look at what happened.
+const SERIES: [&str; 2] = ["tidegate_accepted_total", "tidegate_handed_off_total"];
+
+/// What `Server::start` makes, for assemblies that it does not know.
+struct Parts<'a> {
+    settings: &'a Settings,
+    metrics: Arc<Metrics>,
+    upstream: Upstream,
+    admission: Admission,
+    drain: Drain,
+    relay: Arc<relay::Config>,
+    handshakes: Arc<Semaphore>,
+    requests: Arc<Semaphore>,
+    orphans: Arc<Semaphore>,
+    has_doubted: Arc<AtomicBool>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(settings: &'a Settings) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let slots = |count| Arc::new(Semaphore::new(count));
+        let capacity = Capacity { connections: Semaphore::MAX_PERMITS, turned_away: 1, memory: None };
+        Self {
+            upstream: Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), None),
+            metrics,
+            admission: Admission::new(capacity, &settings.limits),
+            drain: Drain::new(settings.drain.clone()),
+            relay: Arc::new(settings.relay.clone()),
+            handshakes: slots(settings.upstream.max_waiting),
+            requests: slots(settings.upstream.max_waiting),
+            orphans: slots(settings.upstream.max_pending),
+            has_doubted: Arc::default(),
+            settings,
+        }
+    }
+
+    /// Accept queues, and where they are.
+    fn listen(&self, queues: usize) -> anyhow::Result<(SocketAddr, Vec<Arc<Listener>>)> {
+        let listen = &self.settings.listen;
+        let wish = Wish { backlog: listen.backlog, queues, most: queues };
+        let listeners = net::listen(listen.address, wish, &self.settings.socket)?;
+        let address = listeners.first().context("at least one")?.local_addr()?;
+        Ok((address, listeners.into_iter().map(Arc::new).collect()))
+    }
+
+    /// For each accept loop its own: the counters in it have one writer.
+    fn context(&self) -> Arc<Context> {
+        Arc::new(Context {
+            downstream: self.settings.downstream.clone(),
+            relay: Arc::clone(&self.relay),
+            close: self.settings.close,
+            upstream: self.upstream.clone(),
+            metrics: Arc::clone(&self.metrics),
+            traffic: self.metrics.traffic(),
+            drain: self.drain.clone(),
+            tracker: TaskTracker::new(),
+            admission: self.admission.clone(),
+            handshakes: Arc::clone(&self.handshakes),
+            requests: Arc::clone(&self.requests),
+            orphans: Arc::clone(&self.orphans),
+            has_doubted: Arc::clone(&self.has_doubted),
+        })
+    }
+}
+
+/// Accepts, on the runtime that this is called on; whoever accepts serves.
+async fn accept(listener: Arc<Listener>, context: Arc<Context>) {
+    // A crew of one, which nobody gives anything to.
+    let crew = Crew::new([(Handle::current(), mpsc::unbounded_channel().0)], false);
+    let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
+    let serve = |stream, peer, place| {
+        context.traffic.accept();
+        if let Some(guest) = crew.seat(0, stream, peer, place) {
+            context.accept(guest);
+        }
+    };
+    if let Err(error) = listen::accept_loop(listener, context.drain.begun(), &door, serve).await {
+        tracing::error!(%error, "cannot use a listener");
+    }
+}
+
+/// One runtime, and an accept task per queue.
+fn multi(settings: &Settings, queues: usize) -> anyhow::Result<(SocketAddr, Running)> {
+    let parts = Parts::new(settings);
+    let (address, listeners) = parts.listen(queues)?;
     let names = AtomicUsize::new(0);
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -165,28 +245,28 @@ fn multi(settings: &Settings, accept_tasks: usize) -> anyhow::Result<(SocketAddr
         .build()?;
     let loops = TaskTracker::new();
     for listener in listeners {
-        let context = Arc::new(Context {
-            downstream: settings.downstream.clone(),
-            relay: Arc::clone(&relay),
-            close: settings.close,
-            upstream: upstream.clone(),
-            metrics: Arc::clone(&metrics),
-            traffic: metrics.traffic(),
-            drain: drain.clone(),
-            tracker: TaskTracker::new(),
-            handshakes: Arc::clone(&handshakes),
-            requests: Arc::clone(&requests),
-            orphans: Arc::clone(&orphans),
-            has_doubted: Arc::clone(&has_doubted),
-        });
-        let _entered = runtime.enter();
-        let listener = TcpListener::from_std(listener)?;
-        loops.spawn(async move {
-            let accept = |stream, peer| context.accept(stream, peer);
-            listen::accept_loop(listener, context.drain.begun(), &context.metrics, accept).await;
-        });
+        loops.spawn_on(accept(listener, parts.context()), runtime.handle());
     }
-    Ok((address, Running::Multi { metrics, _runtime: runtime }))
+    Ok((address, Running::Parts { metrics: parts.metrics, _runtime: Some(runtime) }))
+}
+
+/// A runtime per worker, and in each an accept task for every queue.
+fn shared(settings: &Settings) -> anyhow::Result<(SocketAddr, Running)> {
+    let parts = Parts::new(settings);
+    let (address, listeners) = parts.listen(WORKERS)?;
+    for index in 0..WORKERS {
+        let (context, listeners) = (parts.context(), listeners.clone());
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            let loops = TaskTracker::new();
+            for listener in listeners {
+                loops.spawn_on(accept(listener, Arc::clone(&context)), runtime.handle());
+            }
+            loops.close();
+            runtime.block_on(loops.wait());
+        })?;
+    }
+    Ok((address, Running::Parts { metrics: parts.metrics, _runtime: None }))
 }
 
 /// Sees to it that each session's beginning is written down, and that warnings are shown. No line is written per session.

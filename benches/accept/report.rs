@@ -246,7 +246,7 @@ impl Report {
 
     fn write_ratios(&self, text: &mut String) -> fmt::Result {
         let mut lines = String::new();
-        for assembly in [Assembly::PerCore, Assembly::HandOff, Assembly::Multi1, Assembly::MultiN] {
+        for assembly in [Assembly::PerCore, Assembly::HandOff, Assembly::Shared, Assembly::Multi1, Assembly::MultiN] {
             let Some(ratio) = self.ratio(assembly, "p999") else { continue };
             let of = |workload| {
                 let samples = self.values(workload, assembly, "count").into_values().fold(f64::INFINITY, f64::min);
