@@ -208,6 +208,7 @@ impl<'a> Parts<'a> {
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
             tracker: TaskTracker::new(),
+            gate: tidegate::gate::Gate::new(),
             admission: self.admission.clone(),
             handshakes: Arc::clone(&self.handshakes),
             requests: Arc::clone(&self.requests),

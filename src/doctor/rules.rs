@@ -12,7 +12,7 @@ use super::{
     wishes::{PROCESS_BYTES, Plan, Wishes, wide},
 };
 use crate::{
-    admission::{HANDSHAKE_BYTES, Memory, SESSION_BYTES},
+    admission::{CONNECTION_BYTES, Memory},
     budget::LimitedBy,
     net::Address,
     system::{Bound, HostFiles, Surroundings},
@@ -280,7 +280,7 @@ fn listen_overflows(facts: &Facts) -> Finding {
 fn max_connections(wishes: &Wishes, plan: &Plan) -> Finding {
     let wanted = wishes.max_connections.map_or("as many as the host allows".to_owned(), |count| count.to_string());
     let mut allowed = vec![format!("descriptors allow {}", plan.by_descriptors)];
-    allowed.extend(plan.memory.map(|bytes| format!("memory {}", bytes / SESSION_BYTES)));
+    allowed.extend(plan.memory.map(|bytes| format!("memory {}", bytes / CONNECTION_BYTES)));
     allowed.extend(plan.by_ports.map(|count| format!("ports {count}")));
     let why = format!("{}. Clients beyond the number get 503 with Retry-After.", capitalised(&allowed.join(", ")));
     let short = match plan.limited_by {
@@ -468,10 +468,8 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
     let mut words: Vec<(Severity, String)> = Vec::new();
     let mut say = |severity, sentence: String| words.push((severity, sentence));
     if let Some(bytes) = plan.memory {
-        let (sessions, handshakes) = (bytes / SESSION_BYTES, bytes / HANDSHAKE_BYTES);
-        let sentence = format!(
-            "It is enough for {sessions} sessions, or {handshakes} handshakes at once. Clients beyond that get 503."
-        );
+        let sessions = bytes / CONNECTION_BYTES;
+        let sentence = format!("It is enough for {sessions} sessions. Clients beyond that get 503.");
         say(enough(sessions, wishes), sentence);
     }
     match (wishes.memory, lowest) {
@@ -522,7 +520,7 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
 
 /// Bytes for so many sessions, with what [`crate::budget`] leaves free.
 fn needed_memory(sessions: u64) -> u64 {
-    (sessions.saturating_mul(SESSION_BYTES).saturating_add(PROCESS_BYTES)) / 85 * 100
+    (sessions.saturating_mul(CONNECTION_BYTES).saturating_add(PROCESS_BYTES)) / 85 * 100
 }
 
 fn cpu(facts: &Facts, wishes: &Wishes) -> Finding {

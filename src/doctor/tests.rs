@@ -284,12 +284,7 @@ fn findings() {
         ("listen_port", |_, w| w.admin = Some(([127, 0, 0, 1], 40_000).into()), Warning, &["8080, 40000"]),
         ("listen_port", |_, w| (w.listen, w.admin) = (([127, 0, 0, 1], 0).into(), None), Ok, &["any"]),
         // Memory.
-        (
-            "memory",
-            |f, _| f.memory = vec![cgroup(256, 10)],
-            Ok,
-            &["256 MiB (cgroup), 10 MiB used now", "handshakes at once"],
-        ),
+        ("memory", |f, _| f.memory = vec![cgroup(256, 10)], Ok, &["256 MiB (cgroup), 10 MiB used now", "sessions"]),
         ("memory", |f, _| f.memory = vec![cgroup(32, 4)], Warning, &["MemoryMax=", "resources.limits.memory: "]),
         ("memory", |f, _| f.memory = vec![cgroup(8, 4)], WillBite, &["enough for 0 sessions, or 0 handshakes"]),
         ("memory", |f, w| (f.memory, w.max_connections) = (vec![cgroup(32, 4)], Some(1000)), Ok, &[]),

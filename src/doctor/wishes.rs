@@ -100,7 +100,7 @@ impl Plan {
             }
             _ => None,
         };
-        let whole = Host { descriptors, open, memory: memory.map(|limit| (limit, PROCESS_BYTES)), ports };
+        let whole = Host { descriptors, open, memory: memory.map(|limit| (limit, PROCESS_BYTES)), workers, ports };
         let of = |host: Host, wanted| Budget::new(&host, wanted).ok();
         let count = |budget: &Budget| wide(budget.capacity.connections);
         let all = of(whole, wishes.max_connections);

@@ -19,7 +19,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::time::{Instant, Sleep};
+use tokio::{
+    task::yield_now,
+    time::{Instant, Sleep},
+};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use self::{
@@ -69,6 +72,10 @@ pub struct Config {
 
 /// Bytes of one read.
 const READ: usize = 64 * 1024;
+
+/// The longest turn of one session. The runtime's own bound is 128 reads and writes, which may take milliseconds, and each
+/// connect on the same worker waits for several turns, each message for one.
+const TURN: Duration = Duration::from_micros(100);
 
 /// What keeps one client waiting longer than `drain.quiet`: its was the last word, so an answer may be in the making.
 const ANSWER_PATIENCE: u32 = 10;
@@ -267,6 +274,7 @@ impl Relay {
         let mut wake = None;
         // A side that has nothing to be read in this turn is asked once: that registers the task.
         let mut dry = [false; 2];
+        let mut rounds = 0;
         loop {
             let mut progress = false;
             for side in Side::BOTH {
@@ -290,6 +298,12 @@ impl Relay {
                 }
             }
             if progress {
+                rounds += 1;
+                if rounds > 1 && now.elapsed() > TURN {
+                    // Later: the runtime looks at what else has come first, also from the kernel.
+                    let _ = pin!(yield_now()).poll(cx);
+                    break;
+                }
                 continue;
             }
             // Only now, when everything that had come was read: a late turn of ours is nobody's silence, and what is
