@@ -25,7 +25,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{admission::Reason, side::Side, ws::Opcode};
+use crate::{admission::Reason, side::Side, system::System, ws::Opcode};
 
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
@@ -130,6 +130,7 @@ impl Metrics {
         registry.register_collector(Box::new(TrafficCollector(Arc::clone(&workers))));
         let queues = Arc::new(OnceLock::new());
         registry.register_collector(Box::new(QueueCollector(Arc::clone(&queues))));
+        registry.register_collector(Box::new(NamespaceCollector(System::default())));
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
         let (handshake_duration, close_duration) = (latency(), latency());
@@ -472,6 +473,64 @@ impl Collector for QueueCollector {
         let mut limit = encoder.encode_descriptor("accept_queue_limit", help, None, MetricType::Gauge)?;
         for (index, queue) in queues.iter().enumerate() {
             ConstGauge::new(i64::from(queue.limit)).encode(limit.encode_family(&[("queue", index.to_string())])?)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the kernel counts for the network namespace as a whole: in a pod, for the backend and everybody else too.
+#[derive(Debug)]
+struct NamespaceCollector(System);
+
+/// Metric, help, and where the kernel has it: a group and a field of /proc/net/netstat or /proc/net/snmp
+/// (net/ipv4/proc.c).
+const NAMESPACE_COUNTERS: [(&str, &str, &str, &str); 7] = [
+    ("listen_overflows", "Connections that found an accept queue full", "TcpExt", "ListenOverflows"),
+    ("listen_drops", "Connections that a listening socket dropped, for whatever reason", "TcpExt", "ListenDrops"),
+    (
+        "tcp_out_rsts",
+        "RST that were sent, also as the answer to a SYN for a port where nobody listens",
+        "Tcp",
+        "OutRsts",
+    ),
+    ("tcp_estab_resets", "Connections that ended by a RST, sent or received", "Tcp", "EstabResets"),
+    ("tcp_timeouts", "Retransmission timers that fired", "TcpExt", "TCPTimeouts"),
+    ("tcp_delayed_acks", "ACKs that were sent late", "TcpExt", "DelayedACKs"),
+    ("tcp_delayed_acks_lost", "ACKs that were sent again, since the peer had sent again", "TcpExt", "DelayedACKLost"),
+];
+
+/// `tcp_aborts_total{kind}`: the kind, and the field of "`TcpExt`".
+const ABORTS: [(&str, &str); 6] = [
+    ("on_data", "TCPAbortOnData"),
+    ("on_close", "TCPAbortOnClose"),
+    ("on_memory", "TCPAbortOnMemory"),
+    ("on_timeout", "TCPAbortOnTimeout"),
+    ("on_linger", "TCPAbortOnLinger"),
+    ("failed", "TCPAbortFailed"),
+];
+
+impl Collector for NamespaceCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        if let Some(counters) = self.0.net_counters() {
+            for (name, help, group, field) in NAMESPACE_COUNTERS {
+                if let Some(value) = counters.get(group, field) {
+                    let help = format!("{help}; of the whole network namespace");
+                    let metric = encoder.encode_descriptor(name, &help, None, MetricType::Counter)?;
+                    ConstCounter::new(value).encode(metric)?;
+                }
+            }
+            let help = "Connections that the kernel ended abortively, by kind; of the whole network namespace";
+            let mut aborts = encoder.encode_descriptor("tcp_aborts", help, None, MetricType::Counter)?;
+            for (kind, field) in ABORTS {
+                if let Some(value) = counters.get("TcpExt", field) {
+                    ConstCounter::new(value).encode(aborts.encode_family(&[("kind", kind)])?)?;
+                }
+            }
+        }
+        if let Some(sockets) = self.0.tcp_sockets() {
+            let help = "Sockets in TIME_WAIT; of the whole network namespace";
+            let metric = encoder.encode_descriptor("tcp_time_wait", help, None, MetricType::Gauge)?;
+            ConstGauge::new(i64::try_from(sockets.time_wait).unwrap_or(i64::MAX)).encode(metric)?;
         }
         Ok(())
     }

@@ -286,7 +286,7 @@ fn findings() {
         // Memory.
         ("memory", |f, _| f.memory = vec![cgroup(256, 10)], Ok, &["256 MiB (cgroup), 10 MiB used now", "sessions"]),
         ("memory", |f, _| f.memory = vec![cgroup(32, 4)], Warning, &["MemoryMax=", "resources.limits.memory: "]),
-        ("memory", |f, _| f.memory = vec![cgroup(8, 4)], WillBite, &["enough for 0 sessions, or 0 handshakes"]),
+        ("memory", |f, _| f.memory = vec![cgroup(8, 4)], WillBite, &["enough for 0 sessions"]),
         ("memory", |f, w| (f.memory, w.max_connections) = (vec![cgroup(32, 4)], Some(1000)), Ok, &[]),
         ("memory", |f, w| (f.memory, w.max_connections) = (vec![cgroup(32, 4)], Some(3000)), WillBite, &["for 3000"]),
         ("memory", |f, _| f.memory = vec![cgroup(256, 240)], Warning, &["Only 16 MiB are left", "MemoryMax=320M"]),
