@@ -95,12 +95,9 @@ impl Reason {
     }
 }
 
-/// What a connection may come to take in memory before it is a session, in bytes: two HTTP parsers with their buffers and
-/// headers, measured at 43 KiB, and its sockets in the kernel.
-pub const HANDSHAKE_BYTES: u64 = 56 << 10;
-
-/// What an idle session takes, in bytes: 3 KiB of ours, the rest the kernel's two sockets.
-pub const SESSION_BYTES: u64 = 10 << 10;
+/// What a connection takes in memory, in bytes, be it waiting or a session at rest: 3 KiB of ours, the rest the kernel's
+/// two sockets.
+pub const CONNECTION_BYTES: u64 = 10 << 10;
 
 /// Per cent of the memory limit: beyond the first nobody is let in, below the second all are again. What is in between is
 /// for those who are in.
@@ -180,9 +177,9 @@ impl Admission {
     /// A place for a connection that is about to be accepted, be it for an answer that turns it away; `None`: not even that.
     pub fn enter(&self) -> Option<Place> {
         let inner = &self.inner;
-        let memory = match inner.memory.as_ref().map(|memory| memory.take(HANDSHAKE_BYTES)) {
+        let memory = match inner.memory.as_ref().map(|memory| memory.take(CONNECTION_BYTES)) {
             None => Ok(0),
-            Some(true) => Ok(HANDSHAKE_BYTES),
+            Some(true) => Ok(CONNECTION_BYTES),
             Some(false) => Err(Reason::Memory),
         };
         let place = |permit, memory, refused| Place {
@@ -210,7 +207,7 @@ impl Admission {
     pub async fn room(&self) {
         let connections = async {
             // Places for connections are of no use as long as there is no memory for them.
-            if self.inner.memory.as_ref().is_some_and(|memory| !memory.fits(HANDSHAKE_BYTES)) {
+            if self.inner.memory.as_ref().is_some_and(|memory| !memory.fits(CONNECTION_BYTES)) {
                 std::future::pending::<()>().await;
             }
             let _ = self.inner.connections.acquire().await;
@@ -253,15 +250,6 @@ impl Admission {
     pub fn memory(&self) -> Option<(u64, u64)> {
         let memory = self.inner.memory.as_ref()?;
         Some((memory.bytes.load(Ordering::Relaxed), memory.ceiling.load(Ordering::Relaxed)))
-    }
-}
-
-impl Place {
-    /// It is a session from now on, which takes less than a handshake.
-    pub fn settle(&mut self) {
-        let spare = self.memory.saturating_sub(SESSION_BYTES);
-        self.memory -= spare;
-        self.inner.give_back(spare);
     }
 }
 
@@ -397,13 +385,9 @@ mod tests {
 
     #[test]
     fn memory_is_promised_and_given_back() {
-        let admission = admission(100, 10, Some(HANDSHAKE_BYTES * 2));
-        let mut one = admission.enter().expect("a place");
+        let admission = admission(100, 10, Some(CONNECTION_BYTES * 2));
+        let one = admission.enter().expect("a place");
         let two = admission.enter().expect("a place");
-        assert_eq!(refused(&admission), Some(Reason::Memory));
-        one.settle();
-        one.settle();
-        assert_eq!(admission.memory(), Some((HANDSHAKE_BYTES + SESSION_BYTES, HANDSHAKE_BYTES * 2)));
         assert_eq!(refused(&admission), Some(Reason::Memory));
         drop(two);
         assert_eq!(refused(&admission), None);
@@ -413,7 +397,7 @@ mod tests {
 
     #[test]
     fn nobody_more_is_let_in_when_memory_is_nearly_used_up() {
-        let admission = admission(100, 10, Some(HANDSHAKE_BYTES * 32));
+        let admission = admission(100, 10, Some(CONNECTION_BYTES * 32));
         let mut places: Vec<_> = (0..8).map(|_| admission.enter().expect("a place")).collect();
         admission.observe_memory(95, 100);
         assert_eq!(refused(&admission), Some(Reason::Memory));
@@ -427,7 +411,7 @@ mod tests {
         assert_eq!(refused(&admission), None);
         // Easy again.
         admission.observe_memory(50, 100);
-        assert_eq!(admission.memory().expect("a budget").1, HANDSHAKE_BYTES * 32);
+        assert_eq!(admission.memory().expect("a budget").1, CONNECTION_BYTES * 32);
     }
 
     #[test]

@@ -8,7 +8,10 @@
 
 use std::fmt;
 
-use crate::admission::{Capacity, SESSION_BYTES};
+use crate::{
+    admission::{CONNECTION_BYTES, Capacity},
+    gate,
+};
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +22,8 @@ pub struct Host {
     pub open: u64,
     /// Bytes that may be used at all, and those that are used already.
     pub memory: Option<(u64, u64)>,
+    /// Threads that serve.
+    pub workers: usize,
     /// Ports for connections to the backend, for all source addresses together; `None`: it takes none (a Unix socket).
     pub ports: Option<u64>,
 }
@@ -82,7 +87,7 @@ pub fn most_queues(descriptors: u64, max_sockets: usize) -> usize {
 impl Budget {
     /// `wanted` is `limits.max_connections`.
     pub fn new(host: &Host, wanted: Option<usize>) -> Result<Self, NoRoom> {
-        let Host { descriptors, open, memory, ports } = *host;
+        let Host { descriptors, open, memory, workers, ports } = *host;
         let spare = (descriptors / 16).clamp(4, 256);
         let turned_away = (descriptors / 32).clamp(2, 256);
         let needed = open + spare + turned_away + 1;
@@ -90,10 +95,11 @@ impl Budget {
         if by_descriptors == 0 {
             return Err(NoRoom { descriptors, needed });
         }
-        let memory = memory.map(|(limit, used)| (limit / 100 * MEMORY_SHARE).saturating_sub(used));
+        let handshakes = (workers * gate::AT_ONCE) as u64 * gate::HANDSHAKE_BYTES;
+        let memory = memory.map(|(limit, used)| (limit / 100 * MEMORY_SHARE).saturating_sub(used + handshakes));
         let candidates = [
             (Some(by_descriptors), LimitedBy::Descriptors),
-            (memory.map(|bytes| bytes / SESSION_BYTES), LimitedBy::Memory),
+            (memory.map(|bytes| bytes / CONNECTION_BYTES), LimitedBy::Memory),
             (ports, LimitedBy::Ports),
             (wanted.and_then(|wanted| u64::try_from(wanted).ok()), LimitedBy::Setting),
         ];
@@ -109,7 +115,7 @@ impl Budget {
 mod tests {
     use super::*;
 
-    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, ports: None };
+    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, workers: 2, ports: None };
 
     fn budget(host: Host, wanted: Option<usize>) -> (usize, LimitedBy) {
         let budget = Budget::new(&host, wanted).expect("room");
@@ -124,7 +130,7 @@ mod tests {
         assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
         let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
-        assert_eq!(budget(small, None), (4_751, LimitedBy::Memory));
+        assert_eq!(budget(small, None), (4_136, LimitedBy::Memory));
         // Used up before it began: everybody is turned away, in words.
         assert_eq!(budget(Host { memory: Some((1 << 20, 8 << 20)), ..HOST }, None), (0, LimitedBy::Memory));
     }

@@ -10,8 +10,8 @@
 //! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
-//! 1  admission.rs  budget.rs  drain.rs  metrics.rs
-//!    net/  system.rs                                   mechanisms that everybody shares
+//! 1  admission.rs  budget.rs  drain.rs  gate.rs
+//!    metrics.rs  net/  system.rs                       mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs                           RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
@@ -26,6 +26,7 @@ pub mod doctor;
 pub mod downstream;
 pub mod drain;
 pub mod fields;
+pub mod gate;
 pub mod listen;
 pub mod metrics;
 pub mod net;

@@ -32,6 +32,7 @@ use crate::{
     budget::{self, Budget, Host},
     config::Settings,
     drain::Drain,
+    gate::Gate,
     listen::{self, Crew, Door, Guest},
     metrics::Metrics,
     net::{self, Listener, Wish},
@@ -83,6 +84,7 @@ impl Server {
             // Whatever is open by now stays open.
             open: system.open_descriptors().unwrap_or(64),
             memory: memory.as_mut().and_then(MemoryLimit::now),
+            workers,
             ports: upstream.ports(),
         };
         let budget = Budget::new(&host, settings.limits.max_connections)?;
@@ -115,6 +117,7 @@ impl Server {
                 traffic: metrics.traffic(),
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
+                gate: Gate::new(),
                 admission: admission.clone(),
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
@@ -408,7 +411,7 @@ fn look_at_queues(metrics: &Metrics, listeners: &[Arc<Listener>]) {
 }
 
 fn say(budget: &Budget, host: &Host) {
-    let Host { descriptors, open, memory, ports } = host;
+    let Host { descriptors, open, memory, ports, .. } = host;
     let Budget { capacity, limited_by, .. } = budget;
     let mib = |bytes: u64| bytes >> 20;
     info!(

@@ -32,7 +32,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     net::TcpStream,
     sync::Semaphore,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
@@ -44,6 +44,7 @@ use crate::{
     downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
     fields::tokens,
+    gate::{Gate, Pass},
     listen::{Guest, Seat},
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Kept, Lack, Stream},
@@ -75,6 +76,8 @@ pub struct Context {
     pub drain: Drain,
     /// Every task of the worker.
     pub tracker: TaskTracker,
+    /// Its handshakes.
+    pub gate: Arc<Gate>,
     /// Who is let in.
     pub admission: Admission,
     /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
@@ -104,7 +107,17 @@ struct Tunnel {
     about: About,
 }
 
-/// What becomes of a client's connection.
+/// A client's connection as long as it speaks HTTP.
+#[derive(Debug)]
+struct Stage {
+    next: Next,
+    /// Until its first request is answered, or turns out to be long in coming.
+    pass: Option<Pass>,
+    /// A request is here.
+    is_asked: bool,
+}
+
+/// What becomes of it.
 #[derive(Debug)]
 enum Next {
     /// Requests and answers.
@@ -130,7 +143,7 @@ impl Context {
         let stay = Stay { place, _seat: seat, _counted: Counted::new(&self.metrics.connections) };
         match TcpStream::from_std(stream) {
             Ok(stream) => match stay.place.refused {
-                None => _ = self.tracker.spawn(Arc::clone(self).serve(stream, peer, stay)),
+                None => _ = self.tracker.spawn(Arc::clone(self).begin(stream, peer, stay)),
                 Some(reason) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
             },
             Err(error) => warn!(client = %peer, %error, "a connection that epoll does not take"),
@@ -170,22 +183,44 @@ impl Context {
         close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
     }
 
+    /// Waits for the first bytes of a request, and for its turn. This costs next to nothing; what follows does not.
+    async fn begin(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
+        let mut hurried = pin!(self.drain.hurried());
+        let patience = self.downstream.header_timeout;
+        let is_silent = tokio::select! {
+            readable = timeout(patience, stream.readable()) => readable.is_err(),
+            // It is told so as one that has asked for nothing.
+            () = self.drain.begun() => false,
+        };
+        if is_silent {
+            self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
+            return;
+        }
+        let pass = tokio::select! {
+            pass = self.gate.pass() => pass,
+            () = &mut hurried => None,
+        };
+        Box::pin(self.serve(stream, client, stay, pass)).await;
+    }
+
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
-    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr, mut stay: Stay) {
-        let next = Arc::new(Mutex::new(Next::Plain));
+    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
+        let mut is_first = pass.is_some();
+        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
         let service = {
-            let (this, next) = (Arc::clone(&self), Arc::clone(&next));
+            let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
             let handle = tower::service_fn(move |(request, intent)| {
-                let (this, next) = (Arc::clone(&this), Arc::clone(&next));
-                async move { Ok::<_, Infallible>(this.handle(request, intent, client, &next).await) }
+                let (this, stage) = (Arc::clone(&this), Arc::clone(&shared));
+                async move { Ok::<_, Infallible>(this.handle(request, intent, client, &stage).await) }
             });
             let limited = |slots: &Arc<Semaphore>| {
                 let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(slots));
                 ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle.clone())
             };
             let (handshakes, requests) = (limited(&self.handshakes), limited(&self.requests));
-            let this = Arc::clone(&self);
+            let (this, stage) = (Arc::clone(&self), Arc::clone(&stage));
             hyper::service::service_fn(move |request: Request<Incoming>| {
+                lock(&stage).is_asked = true;
                 let (this, intent) = (Arc::clone(&this), downstream::intent(&request));
                 let stack = intent.map(|intent| match intent {
                     Intent::WebSocket => (intent, handshakes.clone()),
@@ -210,10 +245,17 @@ impl Context {
         // `None`: a second signal came, and nobody waits for an answer any more.
         let served = poll_fn(|cx| {
             let mut result = Pin::new(&mut connection).poll(cx);
+            if std::mem::take(&mut is_first) {
+                let mut stage = lock(&stage);
+                if !stage.is_asked {
+                    // Only a part of a request is here: others need not wait for the rest.
+                    stage.pass = None;
+                }
+            }
             draining = draining || begun.as_mut().poll(cx).is_ready();
             // A handshake under way is finished: its session is then ended with a Close like the others. Looked at after the
             // connection, which may just have read a request, or answered one.
-            if draining && !told && result.is_pending() && !matches!(*lock(&next), Next::Upgrading) {
+            if draining && !told && result.is_pending() && !matches!(lock(&stage).next, Next::Upgrading) {
                 told = true;
                 Pin::new(&mut connection).graceful_shutdown();
                 result = Pin::new(&mut connection).poll(cx);
@@ -226,14 +268,17 @@ impl Context {
         .await;
         let parts = connection.into_parts();
         let stream = parts.io.into_inner().into_inner();
-        let next = std::mem::replace(&mut *lock(&next), Next::Plain);
+        let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: parts.read_buf };
-                stay.place.settle();
-                self.tracker.spawn(Arc::clone(&self).relay(client, *tunnel, stay));
+                let this = Arc::clone(&self);
+                self.tracker.spawn(async move {
+                    this.gate.calm().await;
+                    this.relay(client, *tunnel, stay).await;
+                });
             }
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
@@ -255,7 +300,19 @@ impl Context {
         request: Request<Incoming>,
         intent: Intent,
         client: SocketAddr,
-        next: &Mutex<Next>,
+        stage: &Mutex<Stage>,
+    ) -> Response<Body> {
+        let response = self.handled(request, intent, client, stage).await;
+        lock(stage).pass = None;
+        response
+    }
+
+    async fn handled(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        intent: Intent,
+        client: SocketAddr,
+        stage: &Mutex<Stage>,
     ) -> Response<Body> {
         match intent {
             Intent::Plain => {
@@ -264,17 +321,17 @@ impl Context {
                 response
             }
             Intent::WebSocket => {
-                *lock(next) = Next::Upgrading;
+                lock(stage).next = Next::Upgrading;
                 let mut outcome =
                     Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
                 let (result, response, tunnel) = self.websocket(request, client).await;
                 outcome.result = result;
                 drop(outcome);
                 if let Some(tunnel) = tunnel {
-                    *lock(next) = Next::Tunnel(Box::new(tunnel));
+                    lock(stage).next = Next::Tunnel(Box::new(tunnel));
                     response
                 } else {
-                    *lock(next) = Next::Plain;
+                    lock(stage).next = Next::Plain;
                     last(response)
                 }
             }

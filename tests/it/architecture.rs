@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 /// floor of rooms.
 const FLOORS: [&[&str]; 7] = [
     &["ws", "side", "fields"],
-    &["admission", "budget", "drain", "metrics", "net", "system"],
+    &["admission", "budget", "drain", "gate", "metrics", "net", "system"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
     &["admin", "config", "demo", "doctor"],
