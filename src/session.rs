@@ -408,7 +408,7 @@ impl Context {
         if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
-        let exchange = self.upstream.websocket(request.map(|_| Empty::<Bytes>::new()));
+        let exchange = self.upstream.websocket(request.map(|_| ()));
         match self.carried_out(exchange).await {
             Ok(Answer::Tunnel { stream, early, mut response }) => {
                 downstream::forward_response(&mut response, true);

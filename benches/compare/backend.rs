@@ -5,11 +5,16 @@ use std::{
     collections::HashMap,
     io::{self, Write as _},
     net::SocketAddr,
+    ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use socket2::{Domain, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::sleep,
+};
 use tokio_util::task::TaskTracker;
 
 use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Request, Role, frame};
@@ -21,7 +26,13 @@ pub struct Options {
     /// For `listen()`; the kernel clamps it to `net.core.somaxconn`
     #[arg(long)]
     backlog: u16,
+    /// Works for 10 to 50 ms before it answers a message
+    #[arg(long)]
+    works: bool,
 }
+
+/// How long a backend that works does so for one message. It sleeps, as one that waits for a database.
+const WORK_SECONDS: RangeInclusive<f64> = 0.010..=0.050;
 
 /// The frames that were sent so far, by their payload's length.
 type Prepared = Mutex<HashMap<usize, Arc<[u8]>>>;
@@ -40,12 +51,13 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
             let (stream, _) = listener.accept().await?;
             let prepared = Arc::clone(&prepared);
             // An error is the client's to count: it has lost its session.
-            tasks.spawn(async move { serve(stream, &prepared).await });
+            let works = options.works;
+            tasks.spawn(async move { serve(stream, &prepared, works).await });
         }
     })
 }
 
-async fn serve(stream: TcpStream, prepared: &Prepared) -> io::Result<()> {
+async fn serve(stream: TcpStream, prepared: &Prepared, works: bool) -> io::Result<()> {
     let mut connection = match Connection::accept(stream).await? {
         Request::Session(connection) => connection,
         Request::Answered => return Ok(()),
@@ -65,6 +77,9 @@ async fn serve(stream: TcpStream, prepared: &Prepared) -> io::Result<()> {
                 &last.insert((received.length, Arc::clone(message))).1
             }
         };
+        if works {
+            sleep(Duration::from_secs_f64(rand::random_range(WORK_SECONDS))).await;
+        }
         connection.write(message).await?;
     }
     Ok(())

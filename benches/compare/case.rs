@@ -21,6 +21,12 @@ pub enum Measure {
     Churn,
     /// Thousands that connect at once, upgrade, one echo, Close handshake: who gets through, and when
     Spike,
+    /// A spike each second
+    Waves,
+    /// Sessions that are held while others come all at once
+    Held,
+    /// A few clients more per second, up to hundreds: connect, wait, send, get the result, close
+    Ramp,
 }
 
 impl Measure {
@@ -28,7 +34,7 @@ impl Measure {
     pub fn in_namespaces(self) -> bool {
         match self {
             Self::Echo | Self::Idle | Self::Churn => false,
-            Self::Spike => true,
+            Self::Spike | Self::Waves | Self::Held | Self::Ramp => true,
         }
     }
 }
@@ -53,6 +59,23 @@ pub enum Case {
         somaxconn: Option<u32>,
         plain: bool,
     },
+    Waves {
+        waves: u32,
+        /// Of each wave.
+        clients: u32,
+        somaxconn: Option<u32>,
+    },
+    Held {
+        sessions: u32,
+        /// That come meanwhile.
+        clients: u32,
+        somaxconn: Option<u32>,
+    },
+    Ramp {
+        /// At once, in the end.
+        clients: u32,
+        somaxconn: Option<u32>,
+    },
 }
 
 /// In the order in which they are measured.
@@ -72,6 +95,19 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
                     }
                 }
             }
+            Measure::Waves => {
+                let (waves, clients) = (options.waves, options.wave_clients);
+                cases.extend(somaxconns.iter().map(|&somaxconn| Case::Waves { waves, clients, somaxconn }));
+            }
+            Measure::Held => {
+                let (sessions, clients) = (options.held, options.held_clients);
+                cases.extend(somaxconns.iter().map(|&somaxconn| Case::Held { sessions, clients, somaxconn }));
+            }
+            // So few at a time that no queue is ever filled: one is enough.
+            Measure::Ramp => {
+                let somaxconn = somaxconns.iter().copied().max().flatten();
+                cases.push(Case::Ramp { clients: options.ramp_clients, somaxconn });
+            }
         }
     }
     cases
@@ -84,6 +120,9 @@ impl Case {
             Self::Idle { .. } => "idle",
             Self::Churn { .. } => "churn",
             Self::Spike { .. } => "spike",
+            Self::Waves { .. } => "waves",
+            Self::Held { .. } => "held",
+            Self::Ramp { .. } => "ramp",
         }
     }
 
@@ -91,7 +130,7 @@ impl Case {
     pub fn bytes(self) -> usize {
         match self {
             Self::Echo { bytes } | Self::Idle { bytes, .. } | Self::Churn { bytes } => bytes,
-            Self::Spike { .. } => SHORT_BYTES,
+            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => SHORT_BYTES,
         }
     }
 
@@ -99,7 +138,11 @@ impl Case {
     pub fn sessions(self) -> u64 {
         match self {
             Self::Echo { .. } | Self::Churn { .. } => 0,
-            Self::Idle { sessions: count, .. } | Self::Spike { clients: count, .. } => count.into(),
+            Self::Idle { sessions: count, .. }
+            | Self::Spike { clients: count, .. }
+            | Self::Waves { clients: count, .. }
+            | Self::Ramp { clients: count, .. } => count.into(),
+            Self::Held { sessions, clients, .. } => u64::from(sessions) + u64::from(clients),
         }
     }
 
@@ -107,15 +150,24 @@ impl Case {
     pub fn somaxconn(self) -> Option<u32> {
         match self {
             Self::Echo { .. } | Self::Idle { .. } | Self::Churn { .. } => None,
-            Self::Spike { somaxconn, .. } => somaxconn,
+            Self::Spike { somaxconn, .. }
+            | Self::Waves { somaxconn, .. }
+            | Self::Held { somaxconn, .. }
+            | Self::Ramp { somaxconn, .. } => somaxconn,
         }
     }
 
-    pub fn is_for(self, peer: Peer) -> bool {
+    /// Whether it is measured through `peer`; `asked`: whether the user has said what is to be measured.
+    pub fn is_for(self, peer: Peer, asked: bool) -> bool {
         match self {
+            Self::Ramp { .. } => match peer {
+                Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
+                Peer::Nginx | Peer::Haproxy => asked,
+                Peer::Tidegate => false,
+            },
             // Without a proxy there is no memory of a proxy.
-            Self::Idle { .. } => peer != Peer::Direct,
-            Self::Echo { .. } | Self::Churn { .. } | Self::Spike { .. } => true,
+            Self::Idle { .. } => !matches!(peer, Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2),
+            _ => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2),
         }
     }
 }
@@ -125,10 +177,12 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Echo { bytes } | Self::Idle { bytes, .. } | Self::Churn { bytes } => f.write_str(&size(*bytes)),
-            Self::Spike { clients, somaxconn, plain } => {
-                write!(f, "{clients} {}", if *plain { "plain GETs" } else { "sessions" })?;
-                somaxconn.map_or(Ok(()), |somaxconn| write!(f, ", somaxconn {somaxconn}"))
-            }
-        }
+            Self::Spike { clients, plain: false, .. } => write!(f, "{clients} sessions"),
+            Self::Spike { clients, plain: true, .. } => write!(f, "{clients} plain GETs"),
+            Self::Waves { waves, clients, .. } => write!(f, "{waves} waves of {clients} sessions"),
+            Self::Held { sessions, clients, .. } => write!(f, "{clients} come to {sessions}"),
+            Self::Ramp { clients, .. } => write!(f, "{clients} at once"),
+        }?;
+        self.somaxconn().map_or(Ok(()), |somaxconn| write!(f, ", somaxconn {somaxconn}"))
     }
 }

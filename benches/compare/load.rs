@@ -21,7 +21,9 @@ use tokio::{
 };
 
 use crate::{
+    held,
     procfs::{Cpu, Memory},
+    ramp::{self, Ramp},
     spike,
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
 };
@@ -52,6 +54,9 @@ pub enum Work {
     Idle { sessions: usize },
     Churn { warmup: f64, seconds: f64 },
     Spike { clients: usize, plain: bool },
+    Waves { waves: u32, clients: usize },
+    Held { sessions: usize, clients: usize },
+    Ramp(Ramp),
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -108,6 +113,9 @@ pub fn main(order: &str) -> anyhow::Result<()> {
             Work::Idle { sessions } => idle(&order, &counts, sessions).await,
             Work::Churn { warmup, seconds } => churn(&order, &counts, warmup, seconds).await,
             Work::Spike { clients, plain } => spike::spike(&order, clients, plain).await,
+            Work::Waves { waves, clients } => spike::waves(&order, waves, clients).await,
+            Work::Held { sessions, clients } => held::held(&order, sessions, clients).await,
+            Work::Ramp(ramp) => ramp::ramp(&order, &ramp).await,
         }
     })?;
     outcome.failures += counts.failures.load(Ordering::Relaxed);
@@ -216,6 +224,6 @@ async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::R
     Ok(Outcome { count: open.len() as u64, seconds, memory: Some([before, after]), ..Outcome::default() })
 }
 
-async fn limited<T>(step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+pub async fn limited<T>(step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     timeout(STEP_LIMIT, step).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

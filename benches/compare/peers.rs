@@ -38,6 +38,12 @@ pub enum Peer {
     Nginx,
     Haproxy,
     Tidegate,
+    /// With one worker.
+    #[serde(rename = "tidegate-1")]
+    Tidegate1,
+    /// With two.
+    #[serde(rename = "tidegate-2")]
+    Tidegate2,
     /// Another tidegate, or the same with other settings.
     Other,
 }
@@ -49,6 +55,8 @@ impl fmt::Display for Peer {
             Self::Nginx => "nginx",
             Self::Haproxy => "haproxy",
             Self::Tidegate => "tidegate",
+            Self::Tidegate1 => "tidegate-1",
+            Self::Tidegate2 => "tidegate-2",
             Self::Other => "other",
         })
     }
@@ -73,10 +81,16 @@ impl Tidegates {
         Ok(Self { settings, other_settings, other_binary })
     }
 
-    fn of(&self, peer: Peer) -> (&Path, &Table) {
+    fn of(&self, peer: Peer) -> (&Path, Table) {
+        let with_workers = |workers: i64| {
+            let workers = Table::from_iter([("workers".to_owned(), Value::from(workers))]);
+            merged(self.settings.clone(), Table::from_iter([("listen".to_owned(), Value::from(workers))]))
+        };
         match peer {
-            Peer::Other => (&self.other_binary, &self.other_settings),
-            _ => (Path::new(TIDEGATE), &self.settings),
+            Peer::Other => (&self.other_binary, self.other_settings.clone()),
+            Peer::Tidegate1 => (Path::new(TIDEGATE), with_workers(1)),
+            Peer::Tidegate2 => (Path::new(TIDEGATE), with_workers(2)),
+            _ => (Path::new(TIDEGATE), self.settings.clone()),
         }
     }
 
@@ -86,7 +100,7 @@ impl Tidegates {
         let output =
             Command::new(binary).arg("--version").stdin(Stdio::null()).output().context("tidegate --version")?;
         let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        Ok(if settings.is_empty() { version } else { format!("{version} with {}", one_line(settings)) })
+        Ok(if settings.is_empty() { version } else { format!("{version} with {}", one_line(&settings)) })
     }
 }
 
@@ -158,10 +172,17 @@ impl Proxy {
 }
 
 /// The backend; on the proxy's place when there is no proxy, so that it has the same limits.
-pub async fn start_backend(site: &Site<'_>, peer: Peer, backlog: u16) -> anyhow::Result<(Process, SocketAddr)> {
+pub async fn start_backend(
+    site: &Site<'_>,
+    peer: Peer,
+    backlog: u16,
+    works: bool,
+) -> anyhow::Result<(Process, SocketAddr)> {
     let on = if peer == Peer::Direct { Side::Proxy } else { Side::Backend };
     let address = SocketAddr::new(site.place.address(on), 0).to_string();
-    let arguments = ["backend", "--address", &address, "--backlog", &backlog.to_string()];
+    let backlog = backlog.to_string();
+    let mut arguments = vec!["backend", "--address", &address, "--backlog", &backlog];
+    arguments.extend(works.then_some("--works"));
     let mut process = Process::start_self(site.start("backend", Death::Kill, on), &arguments)?;
     let address = process.until("an address", |process| process.printed().strip_suffix('\n')?.parse().ok());
     let address = address.await?;
@@ -184,19 +205,14 @@ pub async fn start(
         Peer::Direct => Ok(None),
         Peer::Nginx => start_nginx(site, backend).await.map(Some),
         Peer::Haproxy => start_haproxy(site, backend).await.map(Some),
-        Peer::Tidegate | Peer::Other => {
+        Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => {
             let (binary, settings) = tidegates.of(peer);
             start_tidegate(site, binary, settings, backend).await.map(Some)
         }
     }
 }
 
-async fn start_tidegate(
-    site: &Site<'_>,
-    binary: &Path,
-    settings: &Table,
-    backend: SocketAddr,
-) -> anyhow::Result<Proxy> {
+async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend: SocketAddr) -> anyhow::Result<Proxy> {
     let address = SocketAddr::new(site.place.address(Side::Proxy), 0);
     // The line that says where it listens is needed in any case.
     let filter = if site.logs { "info" } else { "warn,tidegate::server=info" };
@@ -205,7 +221,7 @@ async fn start_tidegate(
          admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n"
     );
     let config = site.folder.join("proxy.toml");
-    fs::write(&config, merged(base.parse()?, settings.clone()).to_string())?;
+    fs::write(&config, merged(base.parse()?, settings).to_string())?;
     let command = [binary.as_os_str(), OsStr::new("run"), OsStr::new("--config"), config.as_os_str()];
     let mut process = Process::start(site.start("tidegate", Death::Kill, Side::Proxy), &command)?;
     let listening = process.until("an address", |process| {
@@ -292,7 +308,7 @@ defaults
     timeout http-request 1m
     timeout queue 1h
 frontend front
-    bind {address}
+    bind {address} shards by-thread
     default_backend back
 backend back
     server one {backend}

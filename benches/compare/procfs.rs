@@ -118,6 +118,17 @@ impl Sub for Counters {
     }
 }
 
+/// CPU time that all programs of the host have used, without that of interrupts, which belongs to nobody.
+pub fn cpu_of_all() -> anyhow::Result<u64> {
+    let stat = fs::read_to_string("/proc/stat").context("stat")?;
+    let mut ticks = 0;
+    // user, nice and system of all cores.
+    for field in stat.split_ascii_whitespace().skip(1).take(3) {
+        ticks += field.parse::<u64>()?;
+    }
+    Ok(ticks * 1_000_000 / USER_HZ)
+}
+
 /// Packets that the host threw away because a core's queue of received ones was full (`net.core.netdev_max_backlog`).
 pub fn packets_dropped() -> anyhow::Result<u64> {
     let table = fs::read_to_string("/proc/net/softnet_stat").context("softnet_stat")?;

@@ -92,6 +92,8 @@ struct Setting {
     namespaces: bool,
     backend_backlog: u16,
     backend_somaxconn: u32,
+    ramp_rate: f64,
+    ramp_hold: f64,
 }
 
 /// What a table says about the rounds of one peer.
@@ -126,8 +128,8 @@ struct Summary {
     case: Case,
     peer: Peer,
     values: BTreeMap<String, Spread>,
-    /// The peer minus nginx in percent of nginx, of the column that the table compares.
-    next_to_nginx_percent: Option<Spread>,
+    /// The difference to the peer that the table compares with, in percent, of the column that it compares.
+    difference_percent: Option<Spread>,
     /// What failed in all rounds, and how often.
     errors: BTreeMap<String, u64>,
 }
@@ -136,17 +138,19 @@ struct Summary {
 struct Table {
     measure: &'static str,
     title: &'static str,
-    /// The column that is compared with nginx's.
+    /// The column that is compared, and with whose.
     compared: &'static str,
+    with: Peer,
     /// What they are called here, and in [`Row::values`].
     columns: &'static [(&'static str, &'static str)],
 }
 
-const TABLES: [Table; 4] = [
+const TABLES: [Table; 7] = [
     Table {
         measure: "echo",
         title: "Echo, closed loop: a message is one there and one back",
         compared: "cpu_us",
+        with: Peer::Nginx,
         columns: &[
             ("proxy CPU us per message", "cpu_us"),
             ("of it user", "user_us"),
@@ -159,6 +163,7 @@ const TABLES: [Table; 4] = [
         measure: "idle",
         title: "Idle sessions, each after one echo: memory of the proxy's processes, KiB per session",
         compared: "rss_growth_kib",
+        with: Peer::Nginx,
         columns: &[
             ("RSS growth", "rss_growth_kib"),
             ("PSS growth", "pss_growth_kib"),
@@ -172,6 +177,7 @@ const TABLES: [Table; 4] = [
         measure: "churn",
         title: "Churn: connect, upgrade, one echo, Close handshake, FIN",
         compared: "cpu_us",
+        with: Peer::Nginx,
         columns: &[
             ("proxy CPU us per session", "cpu_us"),
             ("of it user", "user_us"),
@@ -184,6 +190,7 @@ const TABLES: [Table; 4] = [
         measure: "spike",
         title: "Spike: all connect at once; upgrade, one echo, Close handshake, FIN",
         compared: "admitted_max_ms",
+        with: Peer::Nginx,
         columns: &[
             ("success %", "success_percent"),
             ("connect to 101 (to the whole answer of a GET), ms: p50", "admitted_p50_ms"),
@@ -196,6 +203,65 @@ const TABLES: [Table; 4] = [
             ("ListenDrops", "back_drops"),
             ("OutRsts", "front_rsts"),
             ("proxy CPU us per client", "cpu_us"),
+            ("CPU of other programs, %", "strangers_percent"),
+        ],
+    },
+    Table {
+        measure: "waves",
+        title: "Waves: all of a wave connect at once, one wave each second; upgrade, one echo, Close handshake, FIN",
+        compared: "admitted_max_ms",
+        with: Peer::Nginx,
+        columns: &[
+            ("success %", "success_percent"),
+            ("connect to 101, ms: p50", "admitted_p50_ms"),
+            ("p99", "admitted_p99_ms"),
+            ("max", "admitted_max_ms"),
+            ("a wave late by, ms", "late_ms"),
+            ("ListenOverflows", "front_overflows"),
+            ("ListenDrops", "front_drops"),
+            ("of the backend: ListenOverflows", "back_overflows"),
+            ("ListenDrops", "back_drops"),
+            ("OutRsts", "front_rsts"),
+            ("proxy CPU us per client", "cpu_us"),
+            ("CPU of other programs, %", "strangers_percent"),
+        ],
+    },
+    Table {
+        measure: "held",
+        title: "Held: all of those that come connect at once, while others are there, each with an echo every 5 s",
+        compared: "admitted_max_ms",
+        with: Peer::Nginx,
+        columns: &[
+            ("success %", "success_percent"),
+            ("of the held lost", "held_lost"),
+            ("connect to 101, ms: p50", "admitted_p50_ms"),
+            ("p99", "admitted_p99_ms"),
+            ("max", "admitted_max_ms"),
+            ("slowest echo of the held, ms", "held_slowest_echo_ms"),
+            ("ListenOverflows", "front_overflows"),
+            ("ListenDrops", "front_drops"),
+            ("of the backend: ListenOverflows", "back_overflows"),
+            ("ListenDrops", "back_drops"),
+            ("OutRsts", "front_rsts"),
+            ("CPU of other programs, %", "strangers_percent"),
+        ],
+    },
+    Table {
+        measure: "ramp",
+        title: "Ramp: ever more clients; connect, wait, send, result, Close handshake",
+        compared: "close_max_ms",
+        with: Peer::Tidegate1,
+        columns: &[
+            ("max connect, ms", "connect_max_ms"),
+            ("deviation", "connect_deviation_ms"),
+            ("max result, ms", "result_max_ms"),
+            ("deviation", "result_deviation_ms"),
+            ("max close, ms", "close_max_ms"),
+            ("deviation", "close_deviation_ms"),
+            ("clients", "count"),
+            ("failures", "failures"),
+            ("OutRsts", "front_rsts"),
+            ("CPU of other programs, %", "strangers_percent"),
         ],
     },
 ];
@@ -225,6 +291,8 @@ impl Report {
             namespaces,
             backend_backlog: options.backend_backlog,
             backend_somaxconn: options.backend_somaxconn,
+            ramp_rate: options.ramp_rate,
+            ramp_hold: options.ramp_hold,
         };
         Ok(Self { rows: Vec::new(), setting })
     }
@@ -252,16 +320,16 @@ impl Report {
         let compared = |peer| -> BTreeMap<u32, f64> {
             rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared)?))).collect()
         };
-        let nginx = compared(Peer::Nginx);
+        let others = compared(table.with);
         let differences = compared(peer).into_iter().filter_map(|(round, value)| {
-            let nginx = nginx.get(&round).filter(|nginx| **nginx > 0.0)?;
-            Some((value - nginx) / nginx * 100.0)
+            let other = others.get(&round).filter(|other| **other > 0.0)?;
+            Some((value - other) / other * 100.0)
         });
         Summary {
             case,
             peer,
             values: values.into_iter().filter_map(|(name, values)| Some((name, Spread::of(values)?))).collect(),
-            next_to_nginx_percent: if peer == Peer::Nginx { None } else { Spread::of(differences.collect()) },
+            difference_percent: if peer == table.with { None } else { Spread::of(differences.collect()) },
             errors,
         }
     }
@@ -294,7 +362,7 @@ impl Report {
             writeln!(text, "\n**A debug build: these figures say nothing.**")?;
         }
         let summaries = self.summaries();
-        for Table { measure, title, compared, columns } in TABLES {
+        for Table { measure, title, compared, with, columns } in TABLES {
             let rows: Vec<&Summary> = summaries.iter().filter(|summary| summary.case.measure() == measure).collect();
             if rows.is_empty() {
                 continue;
@@ -302,7 +370,7 @@ impl Report {
             writeln!(text, "\n### {title}\n\n{}\n", self.circumstances(measure))?;
             let names: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
             let (compared, _) = columns.iter().find(|(_, name)| *name == compared).expect("a column");
-            writeln!(text, "| | through | {} | {compared} next to nginx |", names.join(" | "))?;
+            writeln!(text, "| | through | {} | {compared} next to {with} |", names.join(" | "))?;
             writeln!(text, "|---:|---|{}", "---:|".repeat(names.len() + 1))?;
             for row in &rows {
                 write!(text, "| {} | {} |", row.case, row.peer)?;
@@ -312,9 +380,20 @@ impl Report {
                         None => write!(text, " – |")?,
                     }
                 }
-                match row.next_to_nginx_percent {
+                match row.difference_percent {
                     Some(Spread { median, min, max }) => writeln!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
                     None => writeln!(text, " – |")?,
+                }
+            }
+            for row in &rows {
+                let dropped = row.values.get("packets_dropped").map_or(0.0, |dropped| dropped.max);
+                if dropped > 0.0 {
+                    writeln!(
+                        text,
+                        "\nIn a round of {} through {} the host dropped up to {dropped} packets: a core's queue of received \
+                         ones (netdev_max_backlog) was full.",
+                        row.case, row.peer
+                    )?;
                 }
             }
             for row in rows.iter().filter(|row| !row.errors.is_empty()) {
@@ -331,12 +410,16 @@ impl Report {
     /// What a table's rows have in common.
     fn circumstances(&self, measure: &str) -> String {
         let s = &self.setting;
+        let ramp = match measure {
+            "ramp" => format!("{} clients more per second, then {} s as many. ", s.ramp_rate, s.ramp_hold),
+            _ => String::new(),
+        };
         match measure {
             "echo" => format!("{} s per leg, {} connections.", s.seconds, s.connections),
             "churn" => format!("{} s per leg, {} sessions at once.", s.seconds, s.connections),
             "idle" => format!("{} sessions.", s.sessions),
             _ if s.namespaces => format!(
-                "Clients, proxy and backend in network namespaces of their own; the backend's backlog {}, its somaxconn {}.",
+                "{ramp}Clients, proxy and backend in network namespaces of their own; the backend's backlog {}, its somaxconn {}.",
                 s.backend_backlog, s.backend_somaxconn
             ),
             _ => {

@@ -1,6 +1,6 @@
 //! Clients that come all at once: every `connect()` is issued before anything else is done, and nothing paces them. A client
 //! upgrades, has one message echoed, does the Close handshake and waits for the FIN; or it sends a plain GET and reads the
-//! whole answer.
+//! whole answer. Once, or in waves, one each second.
 //!
 //! Times begin with a client's own `connect()`. Not here: retries. What fails once is a failure, of the kind that is reported.
 
@@ -18,76 +18,23 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     net::TcpStream,
     task::{JoinSet, yield_now},
-    time::{sleep, timeout_at},
+    time::{sleep_until, timeout_at},
 };
 
 use crate::{
     load::{Order, Outcome},
-    procfs::{Counters, Cpu, packets_dropped},
+    watch::Watch,
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
 };
 
 /// From the first `connect()`: who is not through by then has failed.
-const LIMIT: Duration = Duration::from_mins(1);
+pub const LIMIT: Duration = Duration::from_mins(1);
 
-/// Between the last end that a client sees and the look at the counters: the proxy has its other leg to end.
-const SETTLE: Duration = Duration::from_millis(200);
+/// Between waves.
+const WAVE: Duration = Duration::from_secs(1);
 
-/// What the kernel had counted when the clients came.
-pub struct Watch {
-    cpu: Cpu,
-    others: Cpu,
-    front: Counters,
-    back: Option<Counters>,
-    packets_dropped: u64,
-    begun: Instant,
-}
-
-impl Watch {
-    pub fn begin(order: &Order) -> anyhow::Result<Self> {
-        Ok(Self {
-            cpu: Cpu::of(&order.proxy)?,
-            others: Cpu::of(&[order.backend, std::process::id()])?,
-            front: Counters::of(front(order))?,
-            back: back(order).map(Counters::of).transpose()?,
-            packets_dropped: packets_dropped()?,
-            begun: Instant::now(),
-        })
-    }
-
-    /// What came since.
-    pub async fn end(self, order: &Order) -> anyhow::Result<Outcome> {
-        let seconds = self.begun.elapsed().as_secs_f64();
-        sleep(SETTLE).await;
-        let mut outcome = Outcome {
-            seconds,
-            proxy: Cpu::of(&order.proxy)? - self.cpu,
-            others: Cpu::of(&[order.backend, std::process::id()])? - self.others,
-            ..Outcome::default()
-        };
-        let front = Counters::of(front(order))? - self.front;
-        outcome.insert("front_overflows", front.listen_overflows as f64);
-        outcome.insert("front_drops", front.listen_drops as f64);
-        outcome.insert("front_rsts", front.out_rsts as f64);
-        if let (Some(pid), Some(before)) = (back(order), self.back) {
-            let back = Counters::of(pid)? - before;
-            outcome.insert("back_overflows", back.listen_overflows as f64);
-            outcome.insert("back_drops", back.listen_drops as f64);
-        }
-        outcome.insert("packets_dropped", (packets_dropped()? - self.packets_dropped) as f64);
-        Ok(outcome)
-    }
-}
-
-/// Who accepts the clients.
-fn front(order: &Order) -> u32 {
-    order.proxy.first().copied().unwrap_or(order.backend)
-}
-
-/// Who accepts the proxy.
-fn back(order: &Order) -> Option<u32> {
-    (!order.proxy.is_empty()).then_some(order.backend)
-}
+/// Sessions at once: with two descriptors each, a proxy that may have 20,000 has some to spare.
+const AT_ONCE: usize = 9_500;
 
 /// What one client saw.
 #[derive(Debug, Default)]
@@ -101,11 +48,11 @@ pub struct Seen {
 
 #[derive(Debug, Clone)]
 pub struct Script {
-    address: SocketAddr,
+    pub address: SocketAddr,
     plain: bool,
-    bytes: usize,
-    message: Arc<[u8]>,
-    close: Arc<[u8]>,
+    pub bytes: usize,
+    pub message: Arc<[u8]>,
+    pub close: Arc<[u8]>,
 }
 
 impl Script {
@@ -200,6 +147,34 @@ pub async fn spike(order: &Order, clients: usize, plain: bool) -> anyhow::Result
     if let Some(last) = seen.iter().filter_map(|seen| seen.echoed_at).max() {
         outcome.insert("last_echo_ms", ms(last - begun));
     }
+    count(&mut outcome, seen);
+    Ok(outcome)
+}
+
+/// A spike each second. One that would find too many of the earlier ones still there waits for them to end.
+pub async fn waves(order: &Order, waves: u32, clients: usize) -> anyhow::Result<Outcome> {
+    let script = Script::new(order, false);
+    let mut tasks = JoinSet::new();
+    let mut seen = Vec::new();
+    let mut late = Duration::ZERO;
+    let watch = Watch::begin(order)?;
+    let begun = Instant::now();
+    for wave in 0..waves {
+        let due = begun + WAVE * wave;
+        sleep_until(due.into()).await;
+        while let Some(ended) = tasks.try_join_next() {
+            seen.push(ended?);
+        }
+        while tasks.len() + clients > AT_ONCE {
+            let Some(ended) = tasks.join_next().await else { break };
+            seen.push(ended?);
+        }
+        late = late.max(due.elapsed());
+        script.burst(clients, &mut tasks).await?;
+    }
+    seen.extend(tasks.join_all().await);
+    let mut outcome = watch.end(order).await?;
+    outcome.insert("late_ms", ms(late));
     count(&mut outcome, seen);
     Ok(outcome)
 }

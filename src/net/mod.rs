@@ -15,10 +15,11 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
+use bytes::Bytes;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -192,12 +193,30 @@ pub struct Kept {
     /// How long the peer may take nothing of what waits for it.
     write_timeout: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
+    replay: Option<Box<Replay>>,
+}
+
+/// See [`Kept::asked`].
+#[derive(Debug)]
+struct Replay {
+    answer: Bytes,
+    /// The request was written once more: before that hyper would take the answer for one to nothing.
+    is_due: bool,
+    reader: Option<Waker>,
 }
 
 impl Kept {
     /// Of a connected stream.
     pub const fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, write_timeout, stalled: None }
+        Self { stream, write_timeout, stalled: None, replay: None }
+    }
+
+    /// From now on it is as if the request that was sent had not been sent, nor `answer` been read: what is written goes
+    /// nowhere, and `answer` is read again.
+    #[must_use]
+    pub fn asked(mut self, answer: Bytes) -> Self {
+        self.replay = Some(Box::new(Replay { answer, is_due: false, reader: None }));
+        self
     }
 
     /// The stream itself.
@@ -205,11 +224,24 @@ impl Kept {
         self.stream
     }
 
+    /// The stream, and what of an answer was not read again.
+    pub fn into_parts(self) -> (Stream, Bytes) {
+        (self.stream, self.replay.map(|replay| replay.answer).unwrap_or_default())
+    }
+
     fn poll_patiently(
         &mut self,
         cx: &mut Context<'_>,
+        length: usize,
         write: impl FnOnce(Pin<&mut Stream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
+        if let Some(replay) = &mut self.replay {
+            replay.is_due = true;
+            if let Some(reader) = replay.reader.take() {
+                reader.wake();
+            }
+            return Poll::Ready(Ok(length));
+        }
         if let Poll::Ready(result) = write(Pin::new(&mut self.stream), cx) {
             self.stalled = None;
             return Poll::Ready(result);
@@ -223,13 +255,26 @@ impl Kept {
 
 impl AsyncRead for Kept {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(cx, buffer)
+        let this = self.get_mut();
+        match &mut this.replay {
+            Some(replay) if !replay.is_due => {
+                replay.reader = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            Some(replay) if !replay.answer.is_empty() => {
+                let answer = &mut replay.answer;
+                buffer.put_slice(&answer.split_to(answer.len().min(buffer.remaining())));
+                return Poll::Ready(Ok(()));
+            }
+            _ => {}
+        }
+        Pin::new(&mut this.stream).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Kept {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write(cx, bytes))
+        self.get_mut().poll_patiently(cx, bytes.len(), |stream, cx| stream.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -237,7 +282,8 @@ impl AsyncWrite for Kept {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write_vectored(cx, bytes))
+        let length = bytes.iter().map(|bytes| bytes.len()).sum();
+        self.get_mut().poll_patiently(cx, length, |stream, cx| stream.poll_write_vectored(cx, bytes))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,7 +4,6 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     task::Poll,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,9 +18,13 @@ use hyper::{
     client::conn::http1::{self, Connection as Driver},
 };
 use hyper_util::rt::TokioIo;
+use tokio::time::{Instant, timeout_at};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::{Answer, Config, Connection, Control, Error, Failure, Reply};
+use super::{
+    Answer, Config, Connection, Control, Error, Failure, Reply,
+    handshake::{self, First},
+};
 use crate::{
     fields::has_token,
     net::{Kept, Stream},
@@ -53,16 +56,18 @@ where
 
     fn into_parts(mut self) -> Option<(Stream, Bytes)> {
         let parts = self.driver.take()?.into_parts();
-        Some((parts.io.into_inner().into_inner(), parts.read_buf))
+        let (stream, unread) = parts.io.into_inner().into_parts();
+        let early = if unread.is_empty() { parts.read_buf } else { [parts.read_buf, unread].concat().into() };
+        Some((stream, early))
     }
 }
 
 /// Sends the request and waits for the response's header; a failure gives the socket back.
 async fn send<B>(
-    stream: Stream,
+    stream: Kept,
     request: Request<B>,
     config: &Config,
-    patience: Duration,
+    deadline: Instant,
     control: &Control,
 ) -> Result<(Response<Incoming>, Driven<B>), Failure>
 where
@@ -73,7 +78,7 @@ where
         .max_header_size(config.header_bytes)
         // hyper wants at least 8 KiB.
         .max_buf_size(config.header_bytes.max(8 * 1024))
-        .handshake(TokioIo::new(Kept::new(stream, config.write_timeout)))
+        .handshake(TokioIo::new(stream))
         .await
         .map_err(Error::NoAnswer)?;
     let mut driven = Driven { driver: Some(connection), is_done: false };
@@ -84,7 +89,7 @@ where
             response.as_mut().poll(cx)
         });
         tokio::select! {
-            answer = tokio::time::timeout(patience, waited) => Some(answer),
+            answer = timeout_at(deadline, waited) => Some(answer),
             () = control.given_up() => None,
         }
     };
@@ -113,22 +118,30 @@ where
 /// See [`super::Upstream::websocket`].
 pub(super) async fn websocket(
     stream: Stream,
-    request: Request<Empty<Bytes>>,
+    request: Request<()>,
     config: &Config,
     control: &Control,
 ) -> Result<Answer, Failure> {
+    let deadline = Instant::now() + config.handshake_timeout;
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
-    let (response, mut driven) = send(stream, request, config, config.handshake_timeout, control).await?;
-    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(Reply { response, connection: carry_on(driven) }.into());
-    }
-    poll_fn(|cx| driven.poll(cx)).await;
-    let parts = driven.into_parts();
+    let (response, parts) = match handshake::ask(stream, &request, config, deadline, control).await? {
+        First::Switching(response, stream, early) => (response, Some((stream, early))),
+        First::Other(asked) => {
+            let request = request.map(|()| Empty::<Bytes>::new());
+            let (response, mut driven) = send(asked, request, config, deadline, control).await?;
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(Reply { response, connection: carry_on(driven) }.into());
+            }
+            // Behind another answer of 1xx.
+            poll_fn(|cx| driven.poll(cx)).await;
+            (response.map(|_| ()), driven.into_parts())
+        }
+    };
     if let Err(reason) = check_accept(response.version(), response.headers(), &key) {
         return Err(Failure { error: Error::BadAccept(reason), stream: parts.map(|(stream, _)| stream) });
     }
     let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;
-    Ok(Answer::Tunnel { stream, early, response: response.map(|_| ()) })
+    Ok(Answer::Tunnel { stream, early, response })
 }
 
 /// The client's part of RFC 6455 4.1, done on the client's behalf.
@@ -164,7 +177,9 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    let (response, driven) = send(stream, request, config, config.response_timeout, control).await?;
+    let stream = Kept::new(stream, config.write_timeout);
+    let deadline = Instant::now() + config.response_timeout;
+    let (response, driven) = send(stream, request, config, deadline, control).await?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let stream = driven.into_parts().map(|(stream, _)| stream);
         return Err(Failure {

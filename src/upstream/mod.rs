@@ -4,6 +4,7 @@
 //! orderly, whatever came of the request.
 
 mod exchange;
+mod handshake;
 mod turns;
 
 use std::{
@@ -23,7 +24,6 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
-use http_body_util::Empty;
 use hyper::body::Incoming;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tracing::warn;
@@ -306,7 +306,7 @@ impl Upstream {
     }
 
     /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
-    pub fn websocket(&self, request: Request<Empty<Bytes>>) -> Exchange<Answer> {
+    pub fn websocket(&self, request: Request<()>) -> Exchange<Answer> {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {

@@ -11,4 +11,7 @@ mod handshake;
 mod harness_self;
 mod http;
 mod injection;
+mod listeners;
 mod memory;
+mod resources;
+mod spike;

@@ -2,7 +2,7 @@
 
 use crate::harness::{
     DEADLINE, Frame, LIMIT,
-    crowd::{self, Front, Member, Stage, connect, together},
+    crowd::{self, Accepting, Front, Member, Stage, connect, together},
     ws::BINARY,
 };
 use std::{
@@ -79,28 +79,31 @@ fn a_reader_that_stops_costs_a_bounded_amount() {
     let taken = Arc::new(AtomicU64::new(0));
     let offered = Arc::clone(&taken);
     // Buffers like tidegate's: what is measured is not how much the backend's own kernel would hold.
-    let backend = stage.backend_with(Some(128 << 10), async move |mut member: Member| {
-        member.handshake().await;
-        match member.frame().await {
-            Ok(frame) if frame.text() == "10 MB, please" => {
-                // Small enough to be held back until whole, so that the held half comes on top of all else.
-                let messages = member.bytes_of(&Frame::binary(vec![b'x'; 16_000])).repeat(10);
-                let sent = |count| _ = offered.fetch_add(count as u64, Ordering::Relaxed);
-                for _ in 0..OFFERED / 160_000 {
-                    if member.send_until_heard(&messages, sent).await.is_some() {
-                        // The client's end, and no frame of ours is whole: FIN is what is left to say.
-                        member.fin_and_rest().await;
-                        return;
+    let backend = stage.backend_with(
+        Accepting { buffers: Some(128 << 10), ..Accepting::default() },
+        async move |mut member: Member| {
+            member.handshake().await;
+            match member.frame().await {
+                Ok(frame) if frame.text() == "10 MB, please" => {
+                    // Small enough to be held back until whole, so that the held half comes on top of all else.
+                    let messages = member.bytes_of(&Frame::binary(vec![b'x'; 16_000])).repeat(10);
+                    let sent = |count| _ = offered.fetch_add(count as u64, Ordering::Relaxed);
+                    for _ in 0..OFFERED / 160_000 {
+                        if member.send_until_heard(&messages, sent).await.is_some() {
+                            // The client's end, and no frame of ours is whole: FIN is what is left to say.
+                            member.fin_and_rest().await;
+                            return;
+                        }
                     }
                 }
+                Ok(frame) => {
+                    let _ = member.send(&frame.again()).await;
+                    crowd::echo_on(member).await;
+                }
+                Err(_) => {}
             }
-            Ok(frame) => {
-                let _ = member.send(&frame.again()).await;
-                crowd::echo_on(member).await;
-            }
-            Err(_) => {}
-        }
-    });
+        },
+    );
     // The buffers are the default ones; a stalled client would be given up after 30 s, which a slow machine may need here.
     let t = stage.tidegate("websocket.write_timeout = '300s'", backend.address);
     let (empty, idle, stalled, moved, served) = stage.clients(async || {

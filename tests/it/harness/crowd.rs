@@ -8,7 +8,7 @@ use super::{
     http::KEY,
     lab::Counters,
     left_out,
-    proxy::{Metrics, Proxy},
+    proxy::{Metrics, Proxy, Surroundings},
     ws::{CLOSE, PING, PONG, SeenFrame},
 };
 use futures_util::{
@@ -23,6 +23,7 @@ use std::{
     io::{self, BufRead, BufReader, Read},
     net::{IpAddr, SocketAddr},
     ops::Deref,
+    pin::pin,
     process::{Child, Command, Stdio},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     thread::{self, JoinHandle},
@@ -32,7 +33,7 @@ use tokio::{
     io::{AsyncWriteExt, Interest},
     net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// Clients whose handshake is under way at once: spikes are what `spike.rs` is about.
@@ -75,23 +76,28 @@ impl Stage {
 
     /// tidegate with these settings.
     pub fn tidegate(&self, settings: &str, backend: SocketAddr) -> Front<'_> {
+        self.tidegate_in(Surroundings::default(), settings, backend)
+    }
+
+    /// As [`Stage::tidegate`], with less around it, or more.
+    pub fn tidegate_in(&self, surroundings: Surroundings<'_>, settings: &str, backend: SocketAddr) -> Front<'_> {
         // A debug line for each session would cost more than the session.
         let settings = format!("log.filter = 'info'\n{settings}");
         let baseline = self.lab.counters(Side::Proxy);
-        let proxy = Proxy::start(&self.lab, &settings, backend, self.started);
-        let descriptors = descriptors(proxy.pid());
+        let proxy = Proxy::start_in(&self.lab, surroundings, &settings, backend, self.started);
+        let descriptors = proxy.descriptors();
         Front { proxy, lab: &self.lab, baseline, descriptors }
     }
 
     /// A backend in this process.
     pub fn backend<T: Send + Sync + 'static>(&self, script: impl AsyncFn(Member) -> T + Send + 'static) -> Backend<T> {
-        self.backend_with(None, script)
+        self.backend_with(Accepting::default(), script)
     }
 
-    /// As [`Stage::backend`]; `buffers`: `SO_RCVBUF` and `SO_SNDBUF` of its connections.
+    /// As [`Stage::backend`], where it matters how it accepts.
     pub fn backend_with<T: Send + Sync + 'static>(
         &self,
-        buffers: Option<usize>,
+        accepting: Accepting,
         script: impl AsyncFn(Member) -> T + Send + 'static,
     ) -> Backend<T> {
         let ip = self.lab.address(Side::Backend, Side::Proxy);
@@ -101,9 +107,9 @@ impl Stage {
             move || {
                 let until_stopped = async { while stopped.until(LIMIT, |s| s.then_some(())).await.is_none() {} };
                 let serving = async {
-                    let listener = listen(ip, buffers);
+                    let listener = listen(ip, accepting);
                     address.change(|a| *a = listener.local_addr().ok());
-                    serve(listener, script, |result| results.change(|all| all.push(result))).await;
+                    serve(listener, accepting.stalls, script, |result| results.change(|all| all.push(result))).await;
                 };
                 block(async {
                     tokio::select! { () = until_stopped => {}, () = serving => {} }
@@ -133,9 +139,20 @@ fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, limit).expect("the soft limit may be raised to the hard one");
 }
 
-/// How many descriptors a process has open.
-fn descriptors(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).expect("our own child").count()
+/// How a backend takes connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Accepting {
+    /// `SO_RCVBUF` and `SO_SNDBUF` of its connections.
+    pub buffers: Option<usize>,
+    pub backlog: i32,
+    /// After its first connection, and then after each so many, it takes none for so long, as in a collection of garbage.
+    pub stalls: Option<(usize, Duration)>,
+}
+
+impl Default for Accepting {
+    fn default() -> Self {
+        Self { buffers: None, backlog: 65_535, stalls: None }
+    }
 }
 
 /// tidegate in front of a crowd. When the test fails it says what it knows, which for a crowd is not all it has printed.
@@ -200,7 +217,7 @@ impl Front<'_> {
         self.metrics_when("that nothing is left", all_zero);
         let begun = Instant::now();
         loop {
-            let now = descriptors(self.pid());
+            let now = self.descriptors();
             if now == self.descriptors {
                 return;
             }
@@ -248,6 +265,10 @@ impl Drop for Front<'_> {
             return;
         }
         eprintln!("---- kernel, in the proxy's namespace: {:?}", self.counters());
+        for side in [Side::Client, Side::Backend] {
+            // Since the lab was made, which for these two is the same as since the test began.
+            eprintln!("---- kernel, {side:?}: {:?}", self.lab.counters(side));
+        }
         let printed = self.printed();
         let hidden = printed.len().saturating_sub(40);
         eprintln!("---- the proxy's output, without its first {hidden} lines");
@@ -297,29 +318,45 @@ impl<T> Drop for Backend<T> {
     }
 }
 
-fn listen(ip: IpAddr, buffers: Option<usize>) -> TcpListener {
+fn listen(ip: IpAddr, accepting: Accepting) -> TcpListener {
     let address = SocketAddr::new(ip, 0);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).expect("a socket");
-    if let Some(bytes) = buffers {
+    if let Some(bytes) = accepting.buffers {
         socket.set_recv_buffer_size(bytes).expect("a socket");
         socket.set_send_buffer_size(bytes).expect("a socket");
     }
     socket.bind(&address.into()).expect("port 0 is free");
-    socket.listen(65_535).expect("a bound socket");
+    socket.listen(accepting.backlog).expect("a bound socket");
     socket.set_nonblocking(true).expect("a socket");
     TcpListener::from_std(socket.into()).expect("inside a runtime")
 }
 
-async fn serve<T: 'static>(listener: TcpListener, script: impl AsyncFn(Member) -> T, mut ended: impl FnMut(T)) {
+async fn serve<T: 'static>(
+    listener: TcpListener,
+    stalls: Option<(usize, Duration)>,
+    script: impl AsyncFn(Member) -> T,
+    mut ended: impl FnMut(T),
+) {
     let script = &script;
     let mut sessions = FuturesUnordered::new();
+    let mut count = 0;
+    let mut stall = pin!(sleep(Duration::ZERO));
+    let mut is_stalled = false;
     loop {
         tokio::select! {
-            accepted = listener.accept() => {
+            accepted = listener.accept(), if !is_stalled => {
                 let (stream, _) = accepted.expect("descriptors enough for a test");
                 let member = Member::new(stream, false);
                 sessions.push(async move { script(member).await });
+                if let Some((each, pause)) = stalls
+                    && count % each == 0
+                {
+                    stall.as_mut().reset(tokio::time::Instant::now() + pause);
+                    is_stalled = true;
+                }
+                count += 1;
             }
+            () = &mut stall, if is_stalled => is_stalled = false,
             Some(result) = sessions.next() => ended(result),
         }
     }
@@ -388,9 +425,15 @@ impl Member {
 
     /// A client that has said nothing yet.
     pub async fn connect(address: SocketAddr) -> Self {
-        let connecting = TcpSocket::new_v4().expect("a socket").connect(address);
-        let stream = timeout(DEADLINE, connecting).await.expect("no answer to the SYN");
-        Self::new(stream.unwrap_or_else(|e| panic!("connect to {address}: {e}")), true)
+        let connected = Self::try_connect(address, DEADLINE).await;
+        connected.unwrap_or_else(|e| panic!("connect to {address}: {e}"))
+    }
+
+    /// As [`Member::connect`], where it may also come to nothing.
+    pub async fn try_connect(address: SocketAddr, within: Duration) -> Result<Self, io::ErrorKind> {
+        let connecting = TcpSocket::new_v4().expect("descriptors enough for a test").connect(address);
+        let stream = timeout(within, connecting).await.map_err(|_| io::ErrorKind::TimedOut)?;
+        stream.map(|stream| Self::new(stream, true)).map_err(|error| error.kind())
     }
 
     pub fn local(&self) -> SocketAddr {
@@ -413,6 +456,24 @@ impl Member {
             let head = self.head().await;
             assert!(head.contains(KEY), "{head}");
             self.send_bytes(response).await.expect("the other side has just asked");
+        }
+    }
+
+    /// The next response, or request, with its body, or the end that came instead.
+    pub async fn message(&mut self) -> Result<Message, End> {
+        loop {
+            let received = &self.buffer[self.taken..];
+            if let Some((mut head, length)) = Message::parse_head(received) {
+                let body = head.framing().body(&received[length..], false).unwrap_or_default();
+                if let Some((body, of_body)) = body {
+                    self.taken += length + of_body;
+                    head.body = body;
+                    return Ok(head);
+                }
+            }
+            if let Some(end) = self.fill().await {
+                return Err(end);
+            }
         }
     }
 
@@ -574,6 +635,25 @@ pub async fn echo_on(mut member: Member) {
     }
 }
 
+/// Serves what clients of any kind ask for: sessions as [`echo`], and plain requests, one after the other, with a short body.
+pub async fn anything(mut member: Member) {
+    loop {
+        let Ok(request) = member.message().await else { break };
+        let response = if request.field("Upgrade").is_some() {
+            Message::switching(&request)
+        } else {
+            Message::status(200, "OK", "anything")
+        };
+        if member.send_bytes(&response.bytes()).await.is_err() {
+            break;
+        }
+        if response.code() == 101 {
+            return echo_on(member).await;
+        }
+    }
+    member.fin_and_rest().await;
+}
+
 /// What tells this binary that it is to be the backend, and the address to listen on.
 const BE_THE_BACKEND: &str = "TIDEGATE_TEST_BACKEND";
 
@@ -632,8 +712,8 @@ fn backend_process() {
         std::process::exit(0);
     });
     block(async {
-        let listener = listen(ip, None);
+        let listener = listen(ip, Accepting::default());
         println!("{LISTENING}{}", listener.local_addr().expect("a bound socket"));
-        serve(listener, echo, |()| {}).await;
+        serve(listener, None, echo, |()| {}).await;
     });
 }

@@ -126,6 +126,42 @@ impl Lab {
         }
     }
 
+    /// As [`Lab::command_in`], and all but the network is as it is here: also what is mounted on /sys.
+    pub fn bare_command_in(&self, side: Side, program: impl AsRef<OsStr>) -> Command {
+        match self.place(side).file() {
+            Some(file) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={}", file.display())).arg("--").arg(program);
+                command
+            }
+            None => Command::new(program),
+        }
+    }
+
+    /// Sets a sysctl of a side's own network, as "core/somaxconn"; false where that would be the host's.
+    #[must_use]
+    pub fn set(&self, side: Side, name: &str, value: &str) -> bool {
+        if self.namespaces.is_none() {
+            left_out(name, "no namespaces");
+            return false;
+        }
+        let set = self.place(side).run(|| fs::write(format!("/proc/sys/net/{name}"), value));
+        set.unwrap_or_else(|e| panic!("{name} = {value}: {e}"));
+        true
+    }
+
+    /// One more address of the proxy, which the backend can answer to; None where there are no namespaces.
+    pub fn second_address(&self) -> Option<IpAddr> {
+        let Some([_, proxy, _]) = &self.namespaces else {
+            left_out("a second address", "no namespaces");
+            return None;
+        };
+        // TEST-NET-1: of no lab's network, so that the backend answers by its default route.
+        let address = Ipv4Addr::new(192, 0, 2, 1);
+        proxy.ip(&format!("address add {address}/32 dev backend0")).expect("ip address");
+        Some(address.into())
+    }
+
     pub fn counters(&self, side: Side) -> Counters {
         self.place(side).run(|| Counters::read(self.counts_are_exact())).expect("procfs")
     }
@@ -449,6 +485,8 @@ pub struct Socket {
     pub state: &'static str,
     /// Bytes written and not yet acked.
     pub unacked: u64,
+    /// Bytes received and not yet read; of a listening socket, connections that wait to be accepted.
+    pub unread: u64,
     /// 0: no process holds it any more.
     pub inode: u64,
 }
@@ -480,11 +518,13 @@ impl Socket {
         ];
         let fields: Vec<&str> = line.split_whitespace().collect();
         let state = usize::from_str_radix(fields.get(3)?, 16).ok()?;
+        let (unacked, unread) = fields.get(4)?.split_once(':')?;
         Some(Self {
             local: address(fields.get(1)?)?,
             remote: address(fields.get(2)?)?,
             state: STATES.get(state.checked_sub(1)?)?,
-            unacked: u64::from_str_radix(fields.get(4)?.split(':').next()?, 16).ok()?,
+            unacked: u64::from_str_radix(unacked, 16).ok()?,
+            unread: u64::from_str_radix(unread, 16).ok()?,
             inode: fields.get(9)?.parse().ok()?,
         })
     }

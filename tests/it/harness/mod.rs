@@ -6,7 +6,9 @@
 //! - [`peer`]: a WebSocket and HTTP peer for both roles, over [`ws`] and [`http`]; it shares no code with tidegate.
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
+//! - [`cgroup`]: little memory for one process.
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
+//! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
 //! - [`report`]: what is printed when a test fails.
 //!
 //! No wait is without a bound, and no bound is an assertion about speed: [`DEADLINE`] and [`LIMIT`] only end a hanging test.
@@ -14,6 +16,7 @@
 #![allow(dead_code, unreachable_pub, reason = "a tool box: not every tool is needed by the tests of one day")]
 
 pub mod backend;
+pub mod cgroup;
 pub mod crowd;
 pub mod http;
 pub mod lab;
@@ -22,6 +25,7 @@ pub mod proxy;
 pub mod report;
 pub mod scene;
 pub mod transcript;
+pub mod visit;
 pub mod ws;
 
 use std::{

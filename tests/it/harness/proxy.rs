@@ -2,15 +2,17 @@
 
 use super::{
     Board, DEADLINE, Lab, Message, Side,
+    cgroup::MemoryGroup,
     lab::{Place, Socket},
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
     fs,
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
+    os::fd::OwnedFd,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, PoisonError},
     thread::{self, JoinHandle},
@@ -27,12 +29,68 @@ struct Output {
     ended: usize,
 }
 
+impl Output {
+    /// The first line that `test` accepts; `Some(None)` if there is none and no more will come.
+    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Option<Value>> {
+        let mut lines = self.lines.iter();
+        match lines.find(|line| !line.json.is_null() && test(&line.json)) {
+            Some(line) => Some(Some(line.json.clone())),
+            None => (self.ended == 2).then_some(None),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Line {
     at: Duration,
     text: String,
     /// `Null` where the line is none, as a panic's message.
     json: Value,
+}
+
+/// What is different around one process, from before its first instruction on.
+#[derive(Debug, Default)]
+pub struct Surroundings<'a> {
+    /// `RLIMIT_NOFILE`, soft and hard.
+    pub descriptors: Option<u64>,
+    /// `RLIMIT_AS`, in bytes.
+    pub address_space: Option<u64>,
+    pub memory: Option<&'a MemoryGroup>,
+    /// Handed over as systemd does it: descriptor 3, `LISTEN_FDS` and `LISTEN_PID`.
+    pub listener: Option<OwnedFd>,
+}
+
+impl Surroundings<'_> {
+    /// A shell that makes its own surroundings so and then becomes `program`, with the same pid.
+    fn command(&self, lab: &Lab, program: &str) -> Command {
+        let mut script = Vec::new();
+        if let Some(group) = self.memory {
+            script.push(format!("echo $$ > {}", group.procs().display()));
+        }
+        if let Some(count) = self.descriptors {
+            script.push(format!("ulimit -n {count}"));
+        }
+        if let Some(bytes) = self.address_space {
+            script.push(format!("ulimit -v {}", bytes / 1024));
+        }
+        if self.listener.is_some() {
+            script.push("exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1".to_owned());
+        }
+        // `ip netns exec` would hide the cgroups: it mounts a sysfs of its own.
+        let keeps_cgroups = self.memory.is_some();
+        let inner = if keeps_cgroups {
+            lab.bare_command_in(Side::Proxy, program)
+        } else {
+            lab.command_in(Side::Proxy, program)
+        };
+        if script.is_empty() {
+            return inner;
+        }
+        script.push("exec \"$@\"".to_owned());
+        let mut command = Command::new("sh");
+        command.args(["-ec", &script.join("\n"), "sh"]).arg(inner.get_program()).args(inner.get_args());
+        command
+    }
 }
 
 /// `tidegate run`, killed on drop.
@@ -52,14 +110,26 @@ pub struct Proxy {
 impl Proxy {
     /// Starts it with the settings that a test needs, over those that every test needs, and waits until it listens.
     pub fn start(lab: &Lab, settings: &str, backend: SocketAddr, started: Instant) -> Self {
+        Self::start_in(lab, Surroundings::default(), settings, backend, started)
+    }
+
+    /// As [`Proxy::start`], with less around it than the test itself has, or more.
+    pub fn start_in(
+        lab: &Lab,
+        surroundings: Surroundings<'_>,
+        settings: &str,
+        backend: SocketAddr,
+        started: Instant,
+    ) -> Self {
         let mut config = base(lab, backend);
         merge(&mut config, settings.parse().expect("the test's TOML"));
         let folder = tempfile::tempdir().expect("a folder for the configuration");
         let file = folder.path().join("proxy.toml");
         fs::write(&file, config.to_string()).expect("room for the configuration");
 
-        let mut command = lab.command_in(Side::Proxy, env!("CARGO_BIN_EXE_tidegate"));
+        let mut command = surroundings.command(lab, env!("CARGO_BIN_EXE_tidegate"));
         command.args(["run", "-c"]).arg(&file);
+        command.stdin(surroundings.listener.map_or_else(Stdio::null, Stdio::from));
         // What decides is the file, not where the test was started.
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
@@ -70,12 +140,8 @@ impl Proxy {
     }
 
     fn spawn(lab: &Lab, mut command: Command, config: TempDir, started: Instant) -> Self {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary that was just built");
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary that was just built");
         let output = Board::new(Output::default());
         let stdout = child.stdout.take().expect("it was asked for");
         let stderr = child.stderr.take().expect("it was asked for");
@@ -131,6 +197,26 @@ impl Proxy {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
+    /// What it has used of the processors until now; in steps of 10 ms, as the kernel tells it.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).expect("our own child");
+        // The name, in parentheses, may contain anything; behind it come the fields from the third on.
+        let (_, fields) = stat.rsplit_once(')').expect("the kernel's format");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number"));
+        Duration::from_millis(10 * ticks.sum::<u64>())
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("our own child").count()
+    }
+
+    /// From now on it may have so many descriptors open; those that it has stay.
+    pub fn limit_descriptors(&self, count: u64) {
+        let limit = Rlimit { current: Some(count), maximum: Some(count) };
+        prlimit(Some(self.pid), Resource::Nofile, limit).expect("our own child");
+    }
+
     pub fn sigterm(&self) {
         self.signal(Signal::TERM);
     }
@@ -182,14 +268,18 @@ impl Proxy {
     /// The first line of the log that `test` accepts, waiting for it. A line's fields are at its top level.
     #[track_caller]
     pub fn log_where(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
-        let found = self.output.wait(DEADLINE, |output| {
-            let mut lines = output.lines.iter();
-            match lines.find(|line| !line.json.is_null() && test(&line.json)) {
-                Some(line) => Some(Some(line.json.clone())),
-                // It will print no more.
-                None => (output.ended == 2).then_some(None),
-            }
-        });
+        let found = self.output.wait(DEADLINE, |output| output.find(&test));
+        self.logged(what, found)
+    }
+
+    /// As [`Proxy::log_where`], for async code.
+    pub async fn has_logged(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        let found = self.output.until(DEADLINE, |output| output.find(&test)).await;
+        self.logged(what, found)
+    }
+
+    #[track_caller]
+    fn logged(&self, what: &str, found: Option<Option<Value>>) -> Value {
         let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
         match found {
             Some(Some(line)) => line,

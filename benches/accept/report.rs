@@ -1,0 +1,291 @@
+//! From outcomes to tables: the median of the rounds, the smallest and the largest.
+
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, thread};
+
+use serde::Serialize;
+
+use crate::{
+    Options, Workload,
+    leg::Outcome,
+    proxy::{Assembly, WORKERS},
+};
+
+/// One leg.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub round: u32,
+    pub workload: Workload,
+    pub assembly: Assembly,
+    pub values: BTreeMap<String, f64>,
+    pub metrics: BTreeMap<String, f64>,
+}
+
+impl Row {
+    pub fn new(round: u32, workload: Workload, assembly: Assembly, outcome: &Outcome) -> Self {
+        let metrics = outcome.metrics.iter().map(|(name, value)| (name.clone(), *value)).collect();
+        Self { round: round + 1, workload, assembly, values: outcome.values.clone(), metrics }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:8}", self.workload, self.assembly)?;
+        for (name, value) in self.values.iter().chain(&self.metrics) {
+            write!(f, " {name} {}", number(*value))?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Setting {
+    command: String,
+    tidegate: &'static str,
+    kernel: String,
+    cpu: String,
+    cores: usize,
+    workers: usize,
+    load_average_before: String,
+    debug_build: bool,
+    options: Options,
+}
+
+/// Everything that was measured, and where.
+#[derive(Debug)]
+pub struct Report {
+    pub rows: Vec<Row>,
+    setting: Setting,
+}
+
+/// What a table says about the rounds of one assembly.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (&min, &max) = (values.first()?, values.last()?);
+        let middle = values.len() / 2;
+        let median =
+            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
+        Some(Self { median, min, max })
+    }
+}
+
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [median, min, max] = [self.median, self.min, self.max].map(number);
+        if min == max { f.write_str(&median) } else { write!(f, "{median} ({min}..{max})") }
+    }
+}
+
+type Columns = &'static [(&'static str, &'static str)];
+
+const CONNECTS: Columns = &[
+    ("p50", "p50"),
+    ("p99", "p99"),
+    ("p99.9", "p999"),
+    ("max", "max"),
+    ("most sessions on one thread, %", "most_percent"),
+    ("failed", "failures"),
+    ("ListenOverflows", "overflows"),
+    ("proxy CPU us per connect", "cpu_per_connect_us"),
+];
+const BUSY: Columns = &[
+    ("p50", "p50"),
+    ("p99", "p99"),
+    ("p99.9", "p999"),
+    ("max", "max"),
+    ("most sessions on one thread, %", "most_percent"),
+    ("failed", "failures"),
+    ("ListenOverflows", "overflows"),
+    ("messages meanwhile: p99", "message_p99"),
+    ("max", "message_max"),
+    ("messages before: p99", "quiet_p99"),
+    ("p99.9", "quiet_p999"),
+    ("proxy CPU us per message", "quiet_cpu_us"),
+];
+const STEADY: Columns = &[
+    ("p50", "p50"),
+    ("p99", "p99"),
+    ("p99.9", "p999"),
+    ("max", "max"),
+    ("of it the client's own: p99.9", "late_p999"),
+    ("busiest thread, % of a core", "busiest_share"),
+    ("failed", "failures"),
+];
+const SPLIT: Columns = &[
+    ("p50", "p50"),
+    ("p99", "p99"),
+    ("p99.9", "p999"),
+    ("max", "max"),
+    ("of it the client's own: p99.9", "late_p999"),
+    ("busiest thread, % of a core", "busiest_share"),
+    ("failed", "failures"),
+    ("saturating session, MB/s", "flood_mb_per_second"),
+    ("served beside it, %", "same_percent"),
+    ("p99.9 of those", "same_p999"),
+    ("p99.9 of the others", "other_p999"),
+];
+const ECHO: Columns = &[
+    ("proxy CPU us per message", "cpu_us"),
+    ("of it user", "user_us"),
+    ("messages per second", "per_second"),
+    ("load + backend CPU us", "others_us"),
+    ("most sessions on one thread, %", "most_percent"),
+    ("failed", "failures"),
+];
+
+impl Report {
+    pub fn new(options: &Options) -> anyhow::Result<Self> {
+        let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+        let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
+        let cpu = read("/proc/cpuinfo");
+        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
+        let setting = Setting {
+            command: ["cargo bench --bench accept --".to_owned(), arguments.join(" ")].join(" ").trim_end().to_owned(),
+            tidegate: env!("CARGO_PKG_VERSION"),
+            kernel: read("/proc/sys/kernel/osrelease"),
+            cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
+            cores: thread::available_parallelism()?.get(),
+            workers: WORKERS,
+            load_average_before: read("/proc/loadavg"),
+            debug_build: cfg!(debug_assertions),
+            options: options.clone(),
+        };
+        Ok(Self { rows: Vec::new(), setting })
+    }
+
+    fn values(&self, workload: Workload, assembly: Assembly, name: &str) -> BTreeMap<u32, f64> {
+        let rows = self.rows.iter().filter(|row| (row.workload, row.assembly) == (workload, assembly));
+        rows.filter_map(|row| Some((row.round, *row.values.get(name)?))).collect()
+    }
+
+    fn spread(&self, workload: Workload, assembly: Assembly, name: &str) -> Option<Spread> {
+        Spread::of(self.values(workload, assembly, name).into_values().collect())
+    }
+
+    /// How many times as long a connect takes beside a saturating session, within each round.
+    fn ratio(&self, assembly: Assembly, name: &str) -> Option<Spread> {
+        let alone = self.values(Workload::Alone, assembly, name);
+        let saturated = self.values(Workload::Saturated, assembly, name);
+        let ratios = saturated.iter().filter_map(|(round, value)| Some(value / alone.get(round)?));
+        Spread::of(ratios.collect())
+    }
+
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        self.write_markdown(&mut text).expect("writing to a String does not fail");
+        text
+    }
+
+    fn write_markdown(&self, text: &mut String) -> fmt::Result {
+        let Setting { options: o, .. } = &self.setting;
+        let s = &self.setting;
+        writeln!(text, "`{}`\n", s.command)?;
+        writeln!(
+            text,
+            "tidegate {}; Linux {}, {} cores ({}), {} workers; load average before: {}; somaxconn {}; {} rounds. Median \
+             (min..max) of the rounds. Connects in milliseconds from the moment they were to begin until their 101.",
+            s.tidegate,
+            s.kernel,
+            s.cores,
+            s.cpu,
+            s.workers,
+            s.load_average_before,
+            o.somaxconn,
+            self.rows.iter().map(|row| row.round).max().unwrap_or(0),
+        )?;
+        if s.debug_build {
+            writeln!(text, "\n**A debug build: these figures say nothing.**")?;
+        }
+        let tables = [
+            (Workload::Spike, format!("{} connects at once, idle", o.spike), CONNECTS),
+            (
+                Workload::Busy,
+                format!("{} connects at once beside {} sessions at {}/s", o.busy_spike, o.talkers, o.talk_rate),
+                BUSY,
+            ),
+            (Workload::Alone, format!("{} connects per second for {} s", o.rate, o.seconds), STEADY),
+            (
+                Workload::Saturated,
+                format!("the same beside a session that saturates a thread (frames of {} B)", o.flood_bytes),
+                SPLIT,
+            ),
+            (Workload::Echo, "steady echo: 64 sessions, 64 B, closed loop".to_owned(), ECHO),
+        ];
+        for (workload, title, columns) in tables {
+            let mut assemblies: Vec<Assembly> =
+                self.rows.iter().filter(|row| row.workload == workload).map(|row| row.assembly).collect();
+            assemblies.sort_unstable();
+            assemblies.dedup();
+            if assemblies.is_empty() {
+                continue;
+            }
+            writeln!(text, "\n### {workload}: {title}\n")?;
+            let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
+            writeln!(text, "| | {} |", titles.join(" | "))?;
+            writeln!(text, "|---|{}", "---:|".repeat(columns.len()))?;
+            for assembly in assemblies {
+                write!(text, "| {assembly} |")?;
+                for (_, name) in columns {
+                    match self.spread(workload, assembly, name) {
+                        Some(spread) => write!(text, " {spread} |")?,
+                        None => write!(text, " – |")?,
+                    }
+                }
+                writeln!(text)?;
+            }
+        }
+        self.write_ratios(text)
+    }
+
+    fn write_ratios(&self, text: &mut String) -> fmt::Result {
+        let mut lines = String::new();
+        for assembly in [Assembly::PerCore, Assembly::HandOff, Assembly::Shared, Assembly::Multi1, Assembly::MultiN] {
+            let Some(ratio) = self.ratio(assembly, "p999") else { continue };
+            let of = |workload| {
+                let samples = self.values(workload, assembly, "count").into_values().fold(f64::INFINITY, f64::min);
+                let p999 = self.spread(workload, assembly, "p999").map(|spread| spread.to_string());
+                (samples, p999.unwrap_or_default())
+            };
+            let ((samples, alone), (samples_beside, beside)) = (of(Workload::Alone), of(Workload::Saturated));
+            writeln!(
+                lines,
+                "| {assembly} | {alone} | {beside} | **{ratio}** | {} |",
+                number(samples.min(samples_beside))
+            )?;
+        }
+        if lines.is_empty() {
+            return Ok(());
+        }
+        writeln!(text, "\n### One session saturating its worker: p99.9 of connect-to-101 of the others\n")?;
+        writeln!(text, "| | without it | with it | ratio within a round | samples at least |")?;
+        writeln!(text, "|---|---:|---:|---:|---:|")?;
+        text.write_str(&lines)
+    }
+
+    pub fn json(&self) -> serde_json::Result<String> {
+        #[derive(Serialize)]
+        struct Document<'a> {
+            setting: &'a Setting,
+            rows: &'a [Row],
+        }
+        serde_json::to_string_pretty(&Document { setting: &self.setting, rows: &self.rows })
+    }
+}
+
+/// Three digits that count.
+fn number(value: f64) -> String {
+    let digits = match value.abs() {
+        whole if whole.fract() == 0.0 => 0,
+        small if small < 10.0 => 2,
+        medium if medium < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$}")
+}

@@ -1,0 +1,127 @@
+//! A WebSocket handshake on a fresh connection, without a connection object of hyper's: one write, a read or two.
+//!
+//! Nine of ten handshakes are answered with 101, and then there is no body, no second request, nothing that hyper would be
+//! needed for. Reading the header is httparse's work, as it is in hyper. Any other answer is handed to hyper from its first
+//! byte on, so that bodies are read in one way only.
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::{Instant, timeout_at},
+};
+
+use super::{Config, Control, Error, Failure};
+use crate::net::{Kept, Stream};
+
+/// The most header fields of an answer, as in hyper.
+const MAX_HEADERS: usize = 100;
+
+/// Room for most answers.
+const FIRST_READ: usize = 1024;
+
+/// What a backend said first.
+pub(super) enum First {
+    /// 101, not checked yet: its header, its socket, and what came behind it.
+    Switching(Response<()>, Stream, Bytes),
+    /// Something else, or nothing that could be read: for hyper to look at.
+    Other(Kept),
+}
+
+/// Sends the request and reads until the end of the answer's header.
+pub(super) async fn ask(
+    stream: Stream,
+    request: &Request<()>,
+    config: &Config,
+    deadline: Instant,
+    control: &Control,
+) -> Result<First, Failure> {
+    let mut stream = Kept::new(stream, config.write_timeout);
+    let asked = tokio::select! {
+        asked = timeout_at(deadline, exchange(&mut stream, request, config.header_bytes)) => Some(asked),
+        () = control.given_up() => None,
+    };
+    let Some(Ok((read, answer))) = asked else {
+        return Err(Failure {
+            error: Error::Timeout("backend did not answer in time"),
+            stream: Some(stream.into_inner()),
+        });
+    };
+    match answer {
+        Some(response) => Ok(First::Switching(response, stream.into_inner(), read)),
+        None => Ok(First::Other(stream.asked(read))),
+    }
+}
+
+/// What was read, less the header of a 101 if it began with one. Failures show when it is read again.
+async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (Bytes, Option<Response<()>>) {
+    let mut read = BytesMut::new();
+    // When this fails the backend may have answered, and closed, before it had read all.
+    let _ = stream.write_all(&head(request)).await;
+    loop {
+        read.reserve(FIRST_READ);
+        match stream.read_buf(&mut read).await {
+            Ok(0) | Err(_) => return (read.freeze(), None),
+            Ok(_) => {}
+        }
+        match switching(&read) {
+            Parsed::Switching(length, response) => {
+                read.advance(length);
+                return (read.freeze(), Some(response));
+            }
+            Parsed::Partial if read.len() <= limit => {}
+            Parsed::Partial | Parsed::Other => return (read.freeze(), None),
+        }
+    }
+}
+
+enum Parsed {
+    Partial,
+    /// The length of the header, and what is in it.
+    Switching(usize, Response<()>),
+    Other,
+}
+
+fn switching(bytes: &[u8]) -> Parsed {
+    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut head = httparse::Response::new(&mut fields);
+    let length = match head.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) => length,
+        // What has a status already need not be waited for.
+        Ok(httparse::Status::Partial) if head.code.is_none_or(|code| code == 101) => return Parsed::Partial,
+        Ok(httparse::Status::Partial) | Err(_) => return Parsed::Other,
+    };
+    if head.code != Some(101) {
+        return Parsed::Other;
+    }
+    let mut headers = HeaderMap::with_capacity(head.headers.len());
+    for field in head.headers.iter() {
+        let (Ok(name), Ok(value)) =
+            (HeaderName::from_bytes(field.name.as_bytes()), HeaderValue::from_bytes(field.value))
+        else {
+            return Parsed::Other;
+        };
+        headers.append(name, value);
+    }
+    let mut response = Response::new(());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    *response.version_mut() = if head.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+    *response.headers_mut() = headers;
+    Parsed::Switching(length, response)
+}
+
+/// The request as it goes out. Its parts are valid by their types.
+fn head(request: &Request<()>) -> Vec<u8> {
+    let mut head = Vec::with_capacity(FIRST_READ);
+    let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    for part in [request.method().as_str(), " ", target, " HTTP/1.1\r\n"] {
+        head.extend_from_slice(part.as_bytes());
+    }
+    for (name, value) in request.headers() {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.extend_from_slice(part);
+        }
+    }
+    head.extend_from_slice(b"\r\n");
+    head
+}
