@@ -9,10 +9,10 @@ use std::{
 
 use super::{
     Facts, Finding, Fix, Scope, Severity, Sysctl,
-    wishes::{PROCESS_BYTES, Plan, Wishes, wide},
+    wishes::{Plan, Wishes, memory_for, wide},
 };
 use crate::{
-    admission::{CONNECTION_BYTES, Memory},
+    admission::Memory,
     budget::LimitedBy,
     net::Address,
     system::{Bound, HostFiles, Surroundings},
@@ -280,7 +280,7 @@ fn listen_overflows(facts: &Facts) -> Finding {
 fn max_connections(wishes: &Wishes, plan: &Plan) -> Finding {
     let wanted = wishes.max_connections.map_or("as many as the host allows".to_owned(), |count| count.to_string());
     let mut allowed = vec![format!("descriptors allow {}", plan.by_descriptors)];
-    allowed.extend(plan.memory.map(|bytes| format!("memory {}", bytes / CONNECTION_BYTES)));
+    allowed.extend(plan.by_memory.map(|count| format!("memory {count}")));
     allowed.extend(plan.by_ports.map(|count| format!("ports {count}")));
     let why = format!("{}. Clients beyond the number get 503 with Retry-After.", capitalised(&allowed.join(", ")));
     let short = match plan.limited_by {
@@ -467,10 +467,9 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
     // All that matter, the worst first.
     let mut words: Vec<(Severity, String)> = Vec::new();
     let mut say = |severity, sentence: String| words.push((severity, sentence));
-    if let Some(bytes) = plan.memory {
-        let sessions = bytes / CONNECTION_BYTES;
-        let sentence = format!("It is enough for {sessions} sessions. Clients beyond that get 503.");
-        say(enough(sessions, wishes), sentence);
+    if let Some(connections) = plan.by_memory {
+        let sentence = format!("It is enough for {connections} connections. Clients beyond that get 503.");
+        say(enough(connections, wishes), sentence);
     }
     match (wishes.memory, lowest) {
         (Memory::Limit(bytes), Some(memory)) if bytes > memory.limit => say(
@@ -485,7 +484,7 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         }
         (Memory::Off | Memory::Auto, None) => {
             if let (Some(host), Some(wanted)) = (&facts.host_memory, wishes.max_connections) {
-                let needed = needed_memory(wide(wanted));
+                let needed = memory_for(wide(wanted), wishes);
                 let severity = if needed > host.total { Severity::WillBite } else { Severity::Ok };
                 say(severity, format!("{wanted} connections take some {}.", mib(needed)));
             }
@@ -504,7 +503,8 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
 
     let sessions = wishes.max_connections.map_or(2 * FEW, wide);
     let limit =
-        needed_memory(sessions).max(lowest.map_or(0, |memory| memory.used * 5 / 4)).next_multiple_of(64 << 20) >> 20;
+        memory_for(sessions, wishes).max(lowest.map_or(0, |memory| memory.used * 5 / 4)).next_multiple_of(64 << 20)
+            >> 20;
     let setting = match wishes.memory {
         Memory::Auto => None,
         Memory::Off | Memory::Limit(_) => Some("limits.memory = \"auto\"".to_owned()),
@@ -516,11 +516,6 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         format!("resources.limits.memory: {limit}Mi of the container tidegate"),
     );
     Finding::new("memory", severity, value, for_connections(wishes)).because(why).fixed_by(Fix { setting, ..fix })
-}
-
-/// Bytes for so many sessions, with what [`crate::budget`] leaves free.
-fn needed_memory(sessions: u64) -> u64 {
-    (sessions.saturating_mul(CONNECTION_BYTES).saturating_add(PROCESS_BYTES)) / 85 * 100
 }
 
 fn cpu(facts: &Facts, wishes: &Wishes) -> Finding {

@@ -284,9 +284,9 @@ fn findings() {
         ("listen_port", |_, w| w.admin = Some(([127, 0, 0, 1], 40_000).into()), Warning, &["8080, 40000"]),
         ("listen_port", |_, w| (w.listen, w.admin) = (([127, 0, 0, 1], 0).into(), None), Ok, &["any"]),
         // Memory.
-        ("memory", |f, _| f.memory = vec![cgroup(256, 10)], Ok, &["256 MiB (cgroup), 10 MiB used now", "sessions"]),
+        ("memory", |f, _| f.memory = vec![cgroup(256, 10)], Ok, &["256 MiB (cgroup), 10 MiB used now", "connections"]),
         ("memory", |f, _| f.memory = vec![cgroup(32, 4)], Warning, &["MemoryMax=", "resources.limits.memory: "]),
-        ("memory", |f, _| f.memory = vec![cgroup(8, 4)], WillBite, &["enough for 0 sessions"]),
+        ("memory", |f, _| f.memory = vec![cgroup(8, 4)], WillBite, &["enough for 0 connections"]),
         ("memory", |f, w| (f.memory, w.max_connections) = (vec![cgroup(32, 4)], Some(1000)), Ok, &[]),
         ("memory", |f, w| (f.memory, w.max_connections) = (vec![cgroup(32, 4)], Some(3000)), WillBite, &["for 3000"]),
         ("memory", |f, _| f.memory = vec![cgroup(256, 240)], Warning, &["Only 16 MiB are left", "MemoryMax=320M"]),
@@ -298,7 +298,7 @@ fn findings() {
             &["limits.memory is 512 MiB", "OOM killer"],
         ),
         ("memory", |f, w| (f.memory, w.memory) = (vec![cgroup(256, 4)], MemorySetting::Limit(128 * MIB)), Ok, &[]),
-        ("memory", |_, w| w.memory = MemorySetting::Limit(16 * MIB), Warning, &["no limit"]),
+        ("memory", |_, w| w.memory = MemorySetting::Limit(24 * MIB), Warning, &["no limit"]),
         ("memory", |_, w| w.max_connections = Some(9000), Ok, &["9000 connections take some "]),
         ("memory", |_, w| w.max_connections = Some(900_000), WillBite, &["GiB"]),
         // CPU.
@@ -360,6 +360,23 @@ fn findings() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The memory that a fix asks for is enough, and not much more than that.
+#[test]
+fn memory_that_is_asked_for() {
+    for connections in [10, 5000, 100_000, 1_000_000] {
+        let of = |limit| {
+            let (mut facts, wishes) = (facts(), wishes());
+            facts.memory = vec![Memory { limit, used: 0, bound: Bound::CgroupMax }];
+            facts.descriptors.hard = None;
+            facts.nr_open = None;
+            wishes::Plan::new(&facts, &wishes).by_memory.expect("a limit")
+        };
+        let limit = wishes::memory_for(connections, &wishes());
+        assert!(of(limit) >= connections, "{connections} in {limit}");
+        assert!(of(limit - 2 * MIB) < connections || limit <= 16 * MIB, "{connections} in {limit}");
+    }
 }
 
 /// The command is the one that works where we are: /proc/sys of a container is read-only.

@@ -60,8 +60,7 @@ pub(super) struct Plan {
     /// Sessions that each resource allows, as if it was the only one that is short. `None`: any number.
     pub by_descriptors: u64,
     pub by_ports: Option<u64>,
-    /// Bytes for connections; `None`: no limit.
-    pub memory: Option<u64>,
+    pub by_memory: Option<u64>,
     /// All of them together, and the shortest; `limits.max_connections` is one.
     pub connections: u64,
     pub limited_by: LimitedBy,
@@ -73,7 +72,7 @@ const OPEN: u64 = 11;
 const OPEN_PER_WORKER: u64 = 4;
 
 /// What the process takes before the first client, in bytes. What is used now would be that of whoever runs here already.
-pub(super) const PROCESS_BYTES: u64 = 8 << 20;
+const PROCESS_BYTES: u64 = 8 << 20;
 
 /// So many that they are never what is short.
 const ANY: u64 = u64::MAX / 4;
@@ -100,20 +99,21 @@ impl Plan {
             }
             _ => None,
         };
-        let whole = Host { descriptors, open, memory: memory.map(|limit| (limit, PROCESS_BYTES)), workers, ports };
+        let memory = memory.map(|limit| (limit, PROCESS_BYTES));
+        let whole = Host { descriptors, open, memory, workers, ports };
         let of = |host: Host, wanted| Budget::new(&host, wanted).ok();
         let count = |budget: &Budget| wide(budget.capacity.connections);
         let all = of(whole, wishes.max_connections);
         let by_descriptors = of(Host { memory: None, ports: None, ..whole }, None);
         // Asked apart, since without descriptors there is no budget at all.
-        let by_memory = of(Host { descriptors: ANY, ..whole }, None);
+        let by_memory = of(Host { descriptors: ANY, ports: None, ..whole }, None);
         Self {
             descriptors,
             sockets,
             granted,
             by_descriptors: by_descriptors.as_ref().map_or(0, count),
             by_ports: ports,
-            memory: by_memory.and_then(|budget| budget.capacity.memory),
+            by_memory: memory.and(by_memory.as_ref().map(count)),
             connections: all.as_ref().map_or(0, count),
             limited_by: all.map_or(LimitedBy::Descriptors, |budget| budget.limited_by),
         }
@@ -123,6 +123,30 @@ impl Plan {
     pub(super) fn effective(&self) -> Option<u64> {
         self.granted.map(|granted| granted.saturating_mul(self.sockets))
     }
+}
+
+/// The limit of memory, in bytes, with which [`Budget`] has room for so many connections.
+pub(super) fn memory_for(connections: u64, wishes: &Wishes) -> u64 {
+    let room = |limit| {
+        let host = Host {
+            descriptors: ANY,
+            open: 0,
+            memory: Some((limit, PROCESS_BYTES)),
+            workers: wishes.workers,
+            ports: None,
+        };
+        Budget::new(&host, None).map_or(0, |budget| wide(budget.capacity.connections))
+    };
+    // What it leaves free is its own matter: a limit is asked for, and another, until one is enough.
+    let (mut few, mut enough) = (0, 16 << 20);
+    while room(enough) < connections {
+        (few, enough) = (enough, enough * 2);
+    }
+    while enough - few > 1 << 20 {
+        let middle = few + (enough - few) / 2;
+        if room(middle) < connections { few = middle } else { enough = middle }
+    }
+    enough
 }
 
 pub(super) fn wide(count: usize) -> u64 {
