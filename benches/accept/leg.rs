@@ -21,6 +21,7 @@ use crate::{
     process::{Process, say},
     procfs::{Counters, Cpu, only_listener},
     proxy::{Assembly, Opened, Told, WORKERS},
+    report::quantile,
 };
 
 /// Between the start of what runs meanwhile and the first connect.
@@ -241,11 +242,8 @@ impl Outcome {
     /// Times in milliseconds.
     fn quantiles(&mut self, prefix: &str, mut micros: Vec<u64>) {
         micros.sort_unstable();
-        let Some(max) = micros.last() else { return };
-        self.values.insert(format!("{prefix}max"), *max as f64 / 1e3);
-        for (name, per_mille) in [("p50", 500), ("p99", 990), ("p999", 999)] {
-            let index = (micros.len() * per_mille).div_ceil(1000).max(1) - 1;
-            self.values.insert(format!("{prefix}{name}"), micros[index] as f64 / 1e3);
+        for (name, per_mille) in [("p50", 500), ("p99", 990), ("p999", 999), ("max", 1000)] {
+            self.values.extend(quantile(&micros, per_mille).map(|value| (format!("{prefix}{name}"), value)));
         }
     }
 

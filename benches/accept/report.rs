@@ -18,12 +18,17 @@ pub struct Row {
     pub assembly: Assembly,
     pub values: BTreeMap<String, f64>,
     pub metrics: BTreeMap<String, f64>,
+    /// Microseconds of each connect, in order of size.
+    #[serde(skip)]
+    connects: Vec<u64>,
 }
 
 impl Row {
     pub fn new(round: u32, workload: Workload, assembly: Assembly, outcome: &Outcome) -> Self {
         let metrics = outcome.metrics.iter().map(|(name, value)| (name.clone(), *value)).collect();
-        Self { round: round + 1, workload, assembly, values: outcome.values.clone(), metrics }
+        let mut connects: Vec<u64> = outcome.rows.iter().map(|row| row.upgraded).collect();
+        connects.sort_unstable();
+        Self { round: round + 1, workload, assembly, values: outcome.values.clone(), metrics, connects }
     }
 }
 
@@ -169,6 +174,14 @@ impl Report {
         Spread::of(self.values(workload, assembly, name).into_values().collect())
     }
 
+    /// The connects of all rounds together: their number and their p99.9 in milliseconds.
+    fn pooled(&self, workload: Workload, assembly: Assembly) -> (usize, f64) {
+        let rows = self.rows.iter().filter(|row| (row.workload, row.assembly) == (workload, assembly));
+        let mut connects: Vec<u64> = rows.flat_map(|row| row.connects.iter().copied()).collect();
+        connects.sort_unstable();
+        (connects.len(), quantile(&connects, 999).unwrap_or(f64::NAN))
+    }
+
     /// How many times as long a connect takes beside a saturating session, within each round.
     fn ratio(&self, assembly: Assembly, name: &str) -> Option<Spread> {
         let alone = self.values(Workload::Alone, assembly, name);
@@ -249,23 +262,29 @@ impl Report {
         for assembly in [Assembly::PerCore, Assembly::HandOff, Assembly::Shared, Assembly::Multi1, Assembly::MultiN] {
             let Some(ratio) = self.ratio(assembly, "p999") else { continue };
             let of = |workload| {
-                let samples = self.values(workload, assembly, "count").into_values().fold(f64::INFINITY, f64::min);
-                let p999 = self.spread(workload, assembly, "p999").map(|spread| spread.to_string());
-                (samples, p999.unwrap_or_default())
+                let spread = self.spread(workload, assembly, "p999").map(|spread| spread.to_string());
+                (self.pooled(workload, assembly), spread.unwrap_or_default())
             };
-            let ((samples, alone), (samples_beside, beside)) = (of(Workload::Alone), of(Workload::Saturated));
+            let (((count, alone), alone_rounds), ((count_beside, beside), beside_rounds)) =
+                (of(Workload::Alone), of(Workload::Saturated));
             writeln!(
                 lines,
-                "| {assembly} | {alone} | {beside} | **{ratio}** | {} |",
-                number(samples.min(samples_beside))
+                "| {assembly} | {} | {} | **{}** | {} | {alone_rounds} | {beside_rounds} | {ratio} |",
+                number(alone),
+                number(beside),
+                number(beside / alone),
+                count.min(count_beside),
             )?;
         }
         if lines.is_empty() {
             return Ok(());
         }
-        writeln!(text, "\n### One session saturating its worker: p99.9 of connect-to-101 of the others\n")?;
-        writeln!(text, "| | without it | with it | ratio within a round | samples at least |")?;
-        writeln!(text, "|---|---:|---:|---:|---:|")?;
+        writeln!(text, "\n### One session saturating its worker: p99.9 of connect-to-101 of the others, ms\n")?;
+        writeln!(
+            text,
+            "| | without it, all rounds | with it | **ratio** | connects at least | without it, by round | with it | ratio |"
+        )?;
+        writeln!(text, "|---|---:|---:|---:|---:|---:|---:|---:|")?;
         text.write_str(&lines)
     }
 
@@ -277,6 +296,13 @@ impl Report {
         }
         serde_json::to_string_pretty(&Document { setting: &self.setting, rows: &self.rows })
     }
+}
+
+/// In milliseconds, of microseconds in order of size.
+#[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+pub fn quantile(micros: &[u64], per_mille: usize) -> Option<f64> {
+    let index = (micros.len() * per_mille).div_ceil(1000).max(1) - 1;
+    micros.get(index).map(|micros| *micros as f64 / 1e3)
 }
 
 /// Three digits that count.
