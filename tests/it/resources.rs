@@ -251,7 +251,7 @@ fn memory_is_not_overrun(stage: &Stage, t: &Front<'_>, count: usize) -> usize {
 /// A cgroup of 64 MiB, and more clients than it can hold.
 #[test]
 fn a_small_cgroup_turns_clients_away_before_the_oom_killer_comes() {
-    let (mib, count) = if is_strict() { (64, 10_000) } else { (32, 1500) };
+    let (mib, count) = if is_strict() { (64, 10_000) } else { (20, 1500) };
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
     let Some(group) = MemoryGroup::new(mib << 20) else { return };
