@@ -30,12 +30,12 @@ struct Output {
 }
 
 impl Output {
-    /// The first line that `test` accepts; `Some(None)` if there is none and no more will come.
-    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Option<Value>> {
+    /// The first line that `test` accepts; an error if there is none and no more will come.
+    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Result<Value, ()>> {
         let mut lines = self.lines.iter();
         match lines.find(|line| !line.json.is_null() && test(&line.json)) {
-            Some(line) => Some(Some(line.json.clone())),
-            None => (self.ended == 2).then_some(None),
+            Some(line) => Some(Ok(line.json.clone())),
+            None => (self.ended == 2).then_some(Err(())),
         }
     }
 }
@@ -279,11 +279,11 @@ impl Proxy {
     }
 
     #[track_caller]
-    fn logged(&self, what: &str, found: Option<Option<Value>>) -> Value {
+    fn logged(&self, what: &str, found: Option<Result<Value, ()>>) -> Value {
         let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
         match found {
-            Some(Some(line)) => line,
-            Some(None) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
+            Some(Ok(line)) => line,
+            Some(Err(())) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
             None => panic!("the proxy never logged {what}:\n{}", printed()),
         }
     }
