@@ -99,7 +99,7 @@ fn terminate(t: &Front<'_>) {
 
 /// What may become of a client that is connected to a server which is told to end: its request is answered, and a session that
 /// it has may be ended with a Close.
-fn is_orderly(outcome: &Outcome) -> bool {
+fn is_orderly(outcome: Outcome) -> bool {
     matches!(outcome, Outcome::Served | Outcome::Closed(1001))
 }
 
@@ -124,8 +124,8 @@ fn a_listener_that_closes_resets_nobody() {
     let outcomes = flood.expect("the loop ran").end();
     println!("{ends} listeners closed under {} connects: {outcomes:?}", connected(&outcomes));
     let is_late =
-        |outcome: &Outcome| matches!(outcome, Outcome::Unconnected(ErrorKind::ConnectionRefused | ErrorKind::TimedOut));
-    let others: BTreeMap<_, _> = outcomes.iter().filter(|(o, _)| !is_orderly(o) && !is_late(o)).collect();
+        |outcome: Outcome| matches!(outcome, Outcome::Unconnected(ErrorKind::ConnectionRefused | ErrorKind::TimedOut));
+    let others: BTreeMap<_, _> = outcomes.iter().filter(|(o, _)| !is_orderly(**o) && !is_late(**o)).collect();
     assert_eq!(others, BTreeMap::new());
     assert!(outcomes.contains_key(&Outcome::Unconnected(ErrorKind::ConnectionRefused)), "no listener was ever closed");
 }
@@ -170,7 +170,7 @@ fn a_listener_that_is_handed_on_loses_nobody() {
     flood.wait(flood.connected() + each);
     let outcomes = flood.end();
     println!("a listener handed on {generations} times under {} connects: {outcomes:?}", connected(&outcomes));
-    let others: BTreeMap<_, _> = outcomes.iter().filter(|(outcome, _)| !is_orderly(outcome)).collect();
+    let others: BTreeMap<_, _> = outcomes.iter().filter(|(outcome, _)| !is_orderly(**outcome)).collect();
     assert_eq!(others, BTreeMap::new());
     // Descriptors were first counted with clients there.
     t.metrics_when("that nothing is left", |metrics| metrics.get("tidegate_client_connections") < 0.5);

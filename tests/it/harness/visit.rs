@@ -77,7 +77,7 @@ impl Outcome {
 #[derive(Debug)]
 pub struct Arrival {
     pub result: Result<Member, Outcome>,
-    /// From its connect() to its answer.
+    /// From its `connect()` to its answer.
     pub took: Duration,
 }
 
@@ -153,7 +153,7 @@ pub async fn leave(mut member: Member) -> Outcome {
 #[derive(Clone, Copy, Debug)]
 pub struct Visit {
     pub outcome: Outcome,
-    /// From its connect() to its answer, or to the end that came instead.
+    /// From its `connect()` to its answer, or to the end that came instead.
     pub took: Duration,
 }
 
