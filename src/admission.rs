@@ -177,44 +177,59 @@ impl Admission {
     /// A place for a connection that is about to be accepted, be it for an answer that turns it away; `None`: not even that.
     pub fn enter(&self) -> Option<Place> {
         let inner = &self.inner;
-        let memory = match inner.memory.as_ref().map(|memory| memory.take(CONNECTION_BYTES)) {
-            None => Ok(0),
-            Some(true) => Ok(CONNECTION_BYTES),
-            Some(false) => Err(Reason::Memory),
-        };
-        let place = |permit, memory, refused| Place {
-            inner: Arc::clone(inner),
-            _permit: Some(permit),
-            memory,
-            has_reserve: false,
-            refused,
-        };
-        let reason = match memory {
-            Ok(bytes) => {
+        let reason = match self.reserve_memory() {
+            Some(bytes) => {
                 if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_owned() {
-                    return Some(place(permit, bytes, None));
+                    return Some(self.place(permit, bytes, None));
                 }
                 inner.give_back(bytes);
                 Reason::MaxConnections
             }
-            Err(reason) => reason,
+            None => Reason::Memory,
         };
         let permit = Arc::clone(&inner.turned_away).try_acquire_owned().ok()?;
-        Some(place(permit, 0, Some(reason)))
+        Some(self.place(permit, 0, Some(reason)))
     }
 
-    /// Resolves when [`Self::enter`] may be worth another try.
-    pub async fn room(&self) {
-        let connections = async {
-            // Places for connections are of no use as long as there is no memory for them.
-            if self.inner.memory.as_ref().is_some_and(|memory| !memory.fits(CONNECTION_BYTES)) {
+    /// The same, as soon as there is one. It is given to who waits, and not left for whoever comes first: those who wait
+    /// would pass it around for ever.
+    pub async fn enter_when_free(&self) -> Place {
+        let inner = &self.inner;
+        let connection = async {
+            loop {
+                let Ok(permit) = Arc::clone(&inner.connections).acquire_owned().await else {
+                    return std::future::pending().await;
+                };
+                if let Some(bytes) = self.reserve_memory() {
+                    return self.place(permit, bytes, None);
+                }
+                drop(permit);
+                // Who is turned away comes and goes.
                 std::future::pending::<()>().await;
             }
-            let _ = self.inner.connections.acquire().await;
+        };
+        let turned_away = async {
+            match Arc::clone(&inner.turned_away).acquire_owned().await {
+                Ok(permit) => self.place(permit, 0, Some(Reason::MaxConnections)),
+                Err(_) => std::future::pending().await,
+            }
         };
         tokio::select! {
-            () = connections => {}
-            _ = self.inner.turned_away.acquire() => {}
+            biased;
+            place = connection => place,
+            place = turned_away => place,
+        }
+    }
+
+    fn place(&self, permit: OwnedSemaphorePermit, memory: u64, refused: Option<Reason>) -> Place {
+        Place { inner: Arc::clone(&self.inner), _permit: Some(permit), memory, has_reserve: false, refused }
+    }
+
+    /// For one connection; `None`: there is not enough.
+    fn reserve_memory(&self) -> Option<u64> {
+        match &self.inner.memory {
+            None => Some(0),
+            Some(memory) => memory.take(CONNECTION_BYTES).then_some(CONNECTION_BYTES),
         }
     }
 
@@ -271,10 +286,6 @@ impl Inner {
 }
 
 impl Reserved {
-    fn fits(&self, bytes: u64) -> bool {
-        self.bytes.load(Ordering::Relaxed).saturating_add(bytes) <= self.ceiling.load(Ordering::Relaxed)
-    }
-
     fn take(&self, bytes: u64) -> bool {
         let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
         let fits = before.saturating_add(bytes) <= self.ceiling.load(Ordering::Relaxed);
@@ -375,12 +386,26 @@ mod tests {
         let admission = admission(1, 1, None);
         let places: Vec<_> = std::iter::from_fn(|| admission.enter()).collect();
         assert_eq!(places.len(), 2);
-        let mut room = Box::pin(admission.room());
+        let mut waits = Box::pin(admission.enter_when_free());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        assert!(room.as_mut().poll(&mut context).is_pending());
+        assert!(waits.as_mut().poll(&mut context).is_pending());
         drop(places);
-        room.await;
-        assert_eq!(refused(&admission), None);
+        assert_eq!(waits.await.refused, None);
+    }
+
+    /// Two who wait do not pass a place around: one has it.
+    #[tokio::test]
+    async fn a_place_goes_to_one_of_those_who_wait() {
+        let admission = admission(1, 1, None);
+        let mut places: Vec<_> = std::iter::from_fn(|| admission.enter()).collect();
+        let (mut one, mut two) = (Box::pin(admission.enter_when_free()), Box::pin(admission.enter_when_free()));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(one.as_mut().poll(&mut context).is_pending() && two.as_mut().poll(&mut context).is_pending());
+        // An answer is better than none.
+        places.pop();
+        assert!(admission.enter().is_none());
+        assert!(two.as_mut().poll(&mut context).is_pending());
+        assert_eq!(one.await.refused, Some(Reason::MaxConnections));
     }
 
     #[test]

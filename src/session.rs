@@ -189,8 +189,8 @@ impl Context {
         let patience = self.downstream.header_timeout;
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
-            // It is told so as one that has asked for nothing.
-            () = self.drain.begun() => false,
+            // It was accepted, so its request may be on its way: an end now would be one without an answer.
+            () = self.drain.begun() => timeout(patience.min(REFUSED_LINGER), stream.readable()).await.is_err(),
         };
         if is_silent {
             self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;

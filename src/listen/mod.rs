@@ -89,9 +89,11 @@ pub async fn accept_loop(
     let mut stop = pin!(stop);
     let listener = listener.watch()?;
     let mut backoff = Backoff::new();
+    let mut place = None;
     let accepting = async {
         loop {
-            backoff.after(batch(&listener, door, &mut serve).await?, door).await;
+            let batch = batch(&listener, door, place.take(), &mut serve).await?;
+            place = backoff.after(batch, door).await;
         }
     };
     tokio::select! {
@@ -105,13 +107,13 @@ pub async fn accept_loop(
         debug!(%error, "no filter on the listener: a connection that is just being made may be reset");
     }
     let until = Instant::now() + LAST_HANDSHAKES;
-    while let Ok(batch) = timeout_at(until, batch(&listener, door, &mut serve)).await {
-        backoff.after(batch?, door).await;
+    while let Ok(batch) = timeout_at(until, batch(&listener, door, place.take(), &mut serve)).await {
+        place = backoff.after(batch?, door).await;
     }
     loop {
-        match take(listener.get_ref(), door, &mut serve) {
+        match take(listener.get_ref(), door, place.take(), &mut serve) {
             Batch::Empty => return Ok(()),
-            batch => backoff.after(batch, door).await,
+            batch => place = backoff.after(batch, door).await,
         }
     }
 }
@@ -120,19 +122,25 @@ pub async fn accept_loop(
 async fn batch(
     listener: &AsyncFd<Arc<Listener>>,
     door: &Door,
+    place: Option<Place>,
     serve: &mut impl FnMut(StdStream, SocketAddr, Place),
 ) -> io::Result<Batch> {
     let mut ready = listener.readable().await?;
-    let batch = take(listener.get_ref(), door, serve);
+    let batch = take(listener.get_ref(), door, place, serve);
     if matches!(batch, Batch::Empty) {
         ready.clear_ready();
     }
     Ok(batch)
 }
 
-fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, SocketAddr, Place)) -> Batch {
+fn take(
+    listener: &Listener,
+    door: &Door,
+    mut place: Option<Place>,
+    serve: &mut impl FnMut(StdStream, SocketAddr, Place),
+) -> Batch {
     for _ in 0..BATCH {
-        let Some(place) = door.admission.enter() else { return Batch::NoPlace };
+        let Some(place) = place.take().or_else(|| door.admission.enter()) else { return Batch::NoPlace };
         let error = match listener.accept() {
             Ok((stream, peer)) => {
                 serve(stream, peer, place);
@@ -166,7 +174,8 @@ impl Backoff {
         Self(BACKOFF.0)
     }
 
-    async fn after(&mut self, batch: Batch, door: &Door) {
+    /// Gives a place if it was one that was waited for.
+    async fn after(&mut self, batch: Batch, door: &Door) -> Option<Place> {
         match batch {
             Batch::Shortage(name, error) => {
                 door.metrics.accept_error(name);
@@ -174,12 +183,13 @@ impl Backoff {
                 warn!(%error, name, wait_ms, "cannot accept: out of a resource (EMFILE: raise RLIMIT_NOFILE, ulimit -n); clients wait in the accept queue");
                 sleep(self.0).await;
                 self.0 = (self.0 * 2).min(BACKOFF.1);
-                return;
+                return None;
             }
-            Batch::NoPlace => door.admission.room().await,
+            Batch::NoPlace => return Some(door.admission.enter_when_free().await),
             Batch::Full => yield_now().await,
             Batch::Empty => {}
         }
         self.0 = BACKOFF.0;
+        None
     }
 }
