@@ -124,8 +124,8 @@ fn a_listener_that_closes_resets_nobody() {
     let outcomes = flood.expect("the loop ran").end();
     println!("{ends} listeners closed under {} connects: {outcomes:?}", connected(&outcomes));
     let is_late =
-        |outcome: &Outcome| matches!(outcome, Outcome::Unconnected(ErrorKind::ConnectionRefused | ErrorKind::TimedOut));
-    let others: BTreeMap<_, _> = outcomes.iter().filter(|(o, _)| !is_orderly(**o) && !is_late(o)).collect();
+        |outcome: Outcome| matches!(outcome, Outcome::Unconnected(ErrorKind::ConnectionRefused | ErrorKind::TimedOut));
+    let others: BTreeMap<_, _> = outcomes.iter().filter(|(o, _)| !is_orderly(**o) && !is_late(**o)).collect();
     assert_eq!(others, BTreeMap::new());
     assert!(outcomes.contains_key(&Outcome::Unconnected(ErrorKind::ConnectionRefused)), "no listener was ever closed");
 }

@@ -17,11 +17,20 @@ use std::{
     net::SocketAddr,
     time::{Duration, Instant},
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 
-/// Clients that come in the same moment: those that have got a session, and what became of the others.
+/// Clients that come in the same moment, or nearly so: those that have got a session, and what became of the others.
 async fn crowd_of(address: SocketAddr, count: usize) -> (Vec<Member>, BTreeMap<Outcome, usize>) {
-    let arrivals = join_all((0..count).map(|_| arrive(address, DEADLINE))).await;
+    // More of them would keep each other from asking, and who does not ask gets no answer.
+    let turns = Semaphore::new(1000);
+    let one = async || {
+        let _turn = turns.acquire().await.expect("nobody closes it");
+        arrive(address, LIMIT).await
+    };
+    let arrivals = join_all((0..count).map(|_| one())).await;
     let (mut members, mut others) = (Vec::new(), Vec::new());
     for arrival in arrivals {
         match arrival.result {

@@ -29,13 +29,20 @@ struct Output {
     ended: usize,
 }
 
+/// What became of a wait for a line.
+enum Found {
+    Line(Value),
+    /// The process has ended, and will print no more.
+    Never,
+}
+
 impl Output {
-    /// The first line that `test` accepts; an error if there is none and no more will come.
-    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Result<Value, ()>> {
+    /// The first line that `test` accepts; None as long as it may still come.
+    fn find(&self, test: impl Fn(&Value) -> bool) -> Option<Found> {
         let mut lines = self.lines.iter();
         match lines.find(|line| !line.json.is_null() && test(&line.json)) {
-            Some(line) => Some(Ok(line.json.clone())),
-            None => (self.ended == 2).then_some(Err(())),
+            Some(line) => Some(Found::Line(line.json.clone())),
+            None => (self.ended == 2).then_some(Found::Never),
         }
     }
 }
@@ -279,11 +286,11 @@ impl Proxy {
     }
 
     #[track_caller]
-    fn logged(&self, what: &str, found: Option<Result<Value, ()>>) -> Value {
+    fn logged(&self, what: &str, found: Option<Found>) -> Value {
         let printed = || self.printed().into_iter().map(|(_, line)| line).collect::<Vec<_>>().join("\n");
         match found {
-            Some(Ok(line)) => line,
-            Some(Err(())) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
+            Some(Found::Line(line)) => line,
+            Some(Found::Never) => panic!("the proxy has ended and never logged {what}:\n{}", printed()),
             None => panic!("the proxy never logged {what}:\n{}", printed()),
         }
     }
