@@ -79,6 +79,9 @@ struct Cli {
     /// A leg is repeated, nine times at most, while other programs used more than this percentage of the machine's CPU time
     #[arg(long, default_value_t = 2.0)]
     max_noise: f64,
+    /// Goes on where an earlier run with the same options ended, in `target/bench/accept.json`
+    #[arg(long)]
+    append: bool,
     /// Writes every single connect to this folder, one file per leg
     #[arg(long)]
     samples: Option<PathBuf>,
@@ -209,7 +212,9 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     let mut report = Report::new(&cli.options)?;
-    for round in 0..cli.rounds {
+    let first = if cli.append { report.append_to(&folder.join("accept.json"))? } else { 0 };
+    let last = first + cli.rounds;
+    for round in first..last {
         let mut assemblies = cli.assemblies.clone();
         assemblies.rotate_left(round as usize % cli.assemblies.len());
         let mut workloads = cli.only.clone();
@@ -224,7 +229,7 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
                     .with_context(|| format!("round {}, {workload} through {assembly}", round + 1))?;
                 let row = Row::new(round, workload, assembly, &outcome);
                 let took = begun.elapsed().as_secs_f64();
-                eprintln!("round {} of {}: {row}, took {took:.1} s", round + 1, cli.rounds);
+                eprintln!("round {} of {last}: {row}, took {took:.1} s", round + 1);
                 if let Some(error) = &outcome.first_error {
                     eprintln!("  the first failure: {error}");
                 }
