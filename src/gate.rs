@@ -32,7 +32,7 @@ const WAIT: Duration = Duration::from_secs(5);
 pub const STAY: Duration = Duration::from_millis(100);
 
 /// The longest that the first message of a new session waits for the handshakes of others.
-const HOLD: Duration = Duration::from_millis(500);
+const HOLD: Duration = Duration::from_secs(2);
 
 /// One for each worker.
 #[derive(Debug)]
