@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::Instant,
 };
 
@@ -85,6 +85,23 @@ impl Reason {
         }
     }
 
+    /// For whoever reads the log.
+    pub const fn fix(self) -> &'static str {
+        match self {
+            Self::MaxConnections => "raise limits.max_connections, or run more replicas",
+            Self::Memory => "raise the memory limit (the container's, or limits.memory), or run more replicas",
+            Self::Descriptors => {
+                "raise RLIMIT_NOFILE (ulimit -n, or the container runtime's); `tidegate doctor` says how"
+            }
+            Self::Ports => "name more addresses of this host in upstream.source_addresses, or use a Unix socket",
+            Self::Rate => "limits.handshakes_per_second is at work",
+            Self::MaxWaiting => "the backend is slow to answer; raise upstream.max_waiting if they may wait",
+            Self::QueueTimeout => {
+                "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
+            }
+        }
+    }
+
     /// For the client: what it can make of it, and nothing about this host.
     pub const fn told(self) -> &'static str {
         match self {
@@ -95,9 +112,9 @@ impl Reason {
     }
 }
 
-/// What a connection takes in memory, in bytes, be it waiting or a session at rest: 3 KiB of ours, the rest the kernel's
-/// two sockets.
-pub const CONNECTION_BYTES: u64 = 10 << 10;
+/// What a connection takes in memory, in bytes: 3 KiB of ours for a session at rest and 12 for a plain connection that is
+/// kept alive, the rest the kernel's two sockets.
+pub const CONNECTION_BYTES: u64 = 16 << 10;
 
 /// Per cent of the memory limit: beyond the first nobody is let in, below the second all are again. What is in between is
 /// for those who are in.
@@ -113,6 +130,15 @@ pub struct Capacity {
     pub turned_away: usize,
     /// Bytes for connections; `None`: no limit.
     pub memory: Option<u64>,
+    /// What to say when there is no place for another connection: what their number follows from.
+    pub full: Reason,
+}
+
+/// Memory beyond that of a place, until it is dropped.
+#[derive(Debug)]
+pub struct Extra {
+    inner: Arc<Inner>,
+    memory: u64,
 }
 
 /// The one who lets in; clones are the same.
@@ -123,8 +149,11 @@ pub struct Admission {
 
 #[derive(Debug)]
 struct Inner {
+    full: Reason,
     connections: Arc<Semaphore>,
     turned_away: Arc<Semaphore>,
+    /// A place was given back.
+    freed: Notify,
     memory: Option<Reserved>,
     reserve: Mutex<Option<File>>,
     rate: Option<Mutex<Rate>>,
@@ -145,7 +174,7 @@ struct Reserved {
 #[derive(Debug)]
 pub struct Place {
     inner: Arc<Inner>,
-    _permit: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
     memory: u64,
     /// It has the descriptor that was kept in reserve.
     has_reserve: bool,
@@ -165,8 +194,10 @@ impl Admission {
         });
         let rate = config.handshakes_per_second.map(|rate| Mutex::new(Rate::new(rate, config.handshake_delay)));
         let inner = Inner {
+            full: capacity.full,
             connections: slots(capacity.connections),
             turned_away: slots(capacity.turned_away),
+            freed: Notify::new(),
             memory,
             reserve: Mutex::new(reserve()),
             rate,
@@ -183,7 +214,7 @@ impl Admission {
                     return Some(self.place(permit, bytes, None));
                 }
                 inner.give_back(bytes);
-                Reason::MaxConnections
+                inner.full
             }
             None => Reason::Memory,
         };
@@ -191,38 +222,20 @@ impl Admission {
         Some(self.place(permit, 0, Some(reason)))
     }
 
-    /// The same, as soon as there is one. It is given to who waits, and not left for whoever comes first: those who wait
-    /// would pass it around for ever.
-    pub async fn enter_when_free(&self) -> Place {
-        let inner = &self.inner;
-        let connection = async {
-            loop {
-                let Ok(permit) = Arc::clone(&inner.connections).acquire_owned().await else {
-                    return std::future::pending().await;
-                };
-                if let Some(bytes) = self.reserve_memory() {
-                    return self.place(permit, bytes, None);
-                }
-                drop(permit);
-                // Who is turned away comes and goes.
-                std::future::pending::<()>().await;
-            }
-        };
-        let turned_away = async {
-            match Arc::clone(&inner.turned_away).acquire_owned().await {
-                Ok(permit) => self.place(permit, 0, Some(Reason::MaxConnections)),
-                Err(_) => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            place = connection => place,
-            place = turned_away => place,
-        }
+    /// Resolves when [`Self::enter`] is worth another try. Of several that wait one is woken for each place; when it has
+    /// no use for it, the next one is.
+    pub async fn room(&self) {
+        self.inner.freed.notified().await;
+    }
+
+    /// Memory for what a connection takes beyond its own; `None`: there is not enough.
+    pub fn more_memory(&self, bytes: u64) -> Option<Extra> {
+        let Some(memory) = &self.inner.memory else { return Some(Extra { inner: Arc::clone(&self.inner), memory: 0 }) };
+        memory.take(bytes).then(|| Extra { inner: Arc::clone(&self.inner), memory: bytes })
     }
 
     fn place(&self, permit: OwnedSemaphorePermit, memory: u64, refused: Option<Reason>) -> Place {
-        Place { inner: Arc::clone(&self.inner), _permit: Some(permit), memory, has_reserve: false, refused }
+        Place { inner: Arc::clone(&self.inner), permit: Some(permit), memory, has_reserve: false, refused }
     }
 
     /// For one connection; `None`: there is not enough.
@@ -239,7 +252,7 @@ impl Admission {
         lock(&self.inner.reserve).take()?;
         Some(Place {
             inner: Arc::clone(&self.inner),
-            _permit: None,
+            permit: None,
             memory: 0,
             has_reserve: true,
             refused: Some(Reason::Descriptors),
@@ -256,8 +269,8 @@ impl Admission {
 
     /// What is used now of what may be used at all. To be told every so often; lowers and lifts what is given.
     pub fn observe_memory(&self, used: u64, limit: u64) {
-        if let Some(memory) = &self.inner.memory {
-            memory.observe(used, limit);
+        if self.inner.memory.as_ref().is_some_and(|memory| memory.observe(used, limit)) {
+            self.inner.freed.notify_waiters();
         }
     }
 
@@ -274,6 +287,15 @@ impl Drop for Place {
         if self.has_reserve {
             *lock(&self.inner.reserve) = reserve();
         }
+        // Given back before somebody is told.
+        self.permit = None;
+        self.inner.freed.notify_one();
+    }
+}
+
+impl Drop for Extra {
+    fn drop(&mut self) {
+        self.inner.give_back(self.memory);
     }
 }
 
@@ -297,11 +319,13 @@ impl Reserved {
 
     /// Memory that the allocator has and does not use counts as used, so a full reading does not say that those who are in
     /// must become fewer; only that they must not become more.
-    fn observe(&self, used: u64, limit: u64) {
+    ///
+    /// True when there is more to give than before.
+    fn observe(&self, used: u64, limit: u64) -> bool {
         let before = self.used.swap(used, Ordering::Relaxed);
         let share = used.saturating_mul(100) / limit.max(1);
         if share < MEMORY_EASY {
-            self.ceiling.store(self.budget, Ordering::Relaxed);
+            return self.ceiling.swap(self.budget, Ordering::Relaxed) < self.budget;
         } else if share >= MEMORY_FULL {
             let promised = self.bytes.load(Ordering::Relaxed);
             let ceiling = self.ceiling.load(Ordering::Relaxed).min(promised);
@@ -309,6 +333,7 @@ impl Reserved {
             let ceiling = if used > before { ceiling - ceiling / 16 } else { ceiling };
             self.ceiling.store(ceiling.max(self.budget / 16), Ordering::Relaxed);
         }
+        false
     }
 }
 
@@ -360,7 +385,7 @@ mod tests {
     };
 
     fn admission(connections: usize, turned_away: usize, memory: Option<u64>) -> Admission {
-        Admission::new(Capacity { connections, turned_away, memory }, &CONFIG)
+        Admission::new(Capacity { connections, turned_away, memory, full: Reason::MaxConnections }, &CONFIG)
     }
 
     fn refused(admission: &Admission) -> Option<Reason> {
@@ -386,26 +411,37 @@ mod tests {
         let admission = admission(1, 1, None);
         let places: Vec<_> = std::iter::from_fn(|| admission.enter()).collect();
         assert_eq!(places.len(), 2);
-        let mut waits = Box::pin(admission.enter_when_free());
+        let mut room = Box::pin(admission.room());
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        assert!(waits.as_mut().poll(&mut context).is_pending());
+        assert!(room.as_mut().poll(&mut context).is_pending());
         drop(places);
-        assert_eq!(waits.await.refused, None);
+        room.await;
+        assert_eq!(refused(&admission), None);
     }
 
-    /// Two who wait do not pass a place around: one has it.
+    /// Several wait, one place comes back: one of them is woken, and when it goes on waiting nobody else is.
     #[tokio::test]
-    async fn a_place_goes_to_one_of_those_who_wait() {
+    async fn a_place_wakes_one_of_those_who_wait() {
         let admission = admission(1, 1, None);
         let mut places: Vec<_> = std::iter::from_fn(|| admission.enter()).collect();
-        let (mut one, mut two) = (Box::pin(admission.enter_when_free()), Box::pin(admission.enter_when_free()));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        assert!(one.as_mut().poll(&mut context).is_pending() && two.as_mut().poll(&mut context).is_pending());
-        // An answer is better than none.
+        let mut rooms: Vec<_> = (0..3).map(|_| Box::pin(admission.room())).collect();
+        for room in &mut rooms {
+            assert!(room.as_mut().poll(&mut context).is_pending());
+        }
         places.pop();
-        assert!(admission.enter().is_none());
-        assert!(two.as_mut().poll(&mut context).is_pending());
-        assert_eq!(one.await.refused, Some(Reason::MaxConnections));
+        let mut woken = || {
+            let before = rooms.len();
+            rooms.retain_mut(|room| room.as_mut().poll(&mut context).is_pending());
+            before - rooms.len()
+        };
+        assert_eq!(woken(), 1);
+        let place = admission.enter();
+        assert!(place.is_some() && admission.enter().is_none());
+        assert_eq!(woken(), 0);
+        // It had no use for it.
+        drop(place);
+        assert_eq!(woken(), 1);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 use std::fmt;
 
 use crate::{
-    admission::{CONNECTION_BYTES, Capacity},
+    admission::{CONNECTION_BYTES, Capacity, Reason},
     gate,
 };
 
@@ -52,6 +52,17 @@ pub enum LimitedBy {
     Ports,
 }
 
+impl LimitedBy {
+    const fn reason(self) -> Reason {
+        match self {
+            Self::Setting => Reason::MaxConnections,
+            Self::Descriptors => Reason::Descriptors,
+            Self::Memory => Reason::Memory,
+            Self::Ports => Reason::Ports,
+        }
+    }
+}
+
 impl fmt::Display for LimitedBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -65,15 +76,31 @@ impl fmt::Display for LimitedBy {
 
 /// The limits leave nothing for a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{descriptors} descriptors (RLIMIT_NOFILE) leave none for clients, since {needed} are needed before the first one: raise \
-     the limit (ulimit -Hn), or lower listen.workers and listen.max_sockets"
-)]
-pub struct NoRoom {
-    /// What there is.
-    pub descriptors: u64,
-    /// What it takes to begin.
-    pub needed: u64,
+pub enum NoRoom {
+    /// Of descriptors.
+    #[error(
+        "{descriptors} descriptors (RLIMIT_NOFILE) leave none for clients, since {needed} are needed before the first one: raise \
+         the limit (ulimit -Hn), or lower listen.workers and listen.max_sockets"
+    )]
+    Descriptors {
+        /// What there is.
+        descriptors: u64,
+        /// What it takes to begin.
+        needed: u64,
+    },
+    /// Of memory.
+    #[error(
+        "a memory limit of {} MiB (limits.memory, the cgroup's or RLIMIT_AS) leaves none for clients, since {} MiB of it are used \
+         already and {} are for handshakes: raise it, or lower listen.workers", limit >> 20, used >> 20, handshakes >> 20
+    )]
+    Memory {
+        /// Bytes that may be used.
+        limit: u64,
+        /// Bytes that are.
+        used: u64,
+        /// Bytes that are set aside.
+        handshakes: u64,
+    },
 }
 
 /// Per cent of the memory limit that are planned with.
@@ -93,10 +120,16 @@ impl Budget {
         let needed = open + spare + turned_away + 1;
         let by_descriptors = descriptors.saturating_sub(needed) / 2;
         if by_descriptors == 0 {
-            return Err(NoRoom { descriptors, needed });
+            return Err(NoRoom::Descriptors { descriptors, needed });
         }
         let handshakes = (workers * gate::AT_ONCE) as u64 * gate::HANDSHAKE_BYTES;
-        let memory = memory.map(|(limit, used)| (limit / 100 * MEMORY_SHARE).saturating_sub(used + handshakes));
+        let memory = match memory {
+            None => None,
+            Some((limit, used)) => match (limit / 100 * MEMORY_SHARE).checked_sub(used + handshakes) {
+                Some(bytes) if bytes >= CONNECTION_BYTES => Some(bytes),
+                _ => return Err(NoRoom::Memory { limit, used, handshakes }),
+            },
+        };
         let candidates = [
             (Some(by_descriptors), LimitedBy::Descriptors),
             (memory.map(|bytes| bytes / CONNECTION_BYTES), LimitedBy::Memory),
@@ -106,7 +139,12 @@ impl Budget {
         let all = candidates.into_iter().filter_map(|(count, by)| Some((count?, by)));
         let (connections, limited_by) = all.min_by_key(|(count, _)| *count).expect("descriptors are always counted");
         let whole = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
-        let capacity = Capacity { connections: whole(connections), turned_away: whole(turned_away), memory };
+        let capacity = Capacity {
+            connections: whole(connections),
+            turned_away: whole(turned_away),
+            memory,
+            full: limited_by.reason(),
+        };
         Ok(Self { capacity, spare: whole(spare), limited_by })
     }
 }
@@ -130,9 +168,9 @@ mod tests {
         assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
         let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
-        assert_eq!(budget(small, None), (4_136, LimitedBy::Memory));
-        // Used up before it began: everybody is turned away, in words.
-        assert_eq!(budget(Host { memory: Some((1 << 20, 8 << 20)), ..HOST }, None), (0, LimitedBy::Memory));
+        assert_eq!(budget(small, None), (2_585, LimitedBy::Memory));
+        let used_up = Host { memory: Some((1 << 20, 8 << 20)), ..HOST };
+        assert!(matches!(Budget::new(&used_up, None), Err(NoRoom::Memory { .. })));
     }
 
     #[test]
@@ -143,7 +181,7 @@ mod tests {
         assert_eq!(most_queues(20_000, 128), 128);
         assert_eq!(most_queues(4, 128), 1);
         let none = Host { descriptors: 24, open: 20, ..HOST };
-        assert_eq!(Budget::new(&none, None), Err(NoRoom { descriptors: 24, needed: 27 }));
+        assert_eq!(Budget::new(&none, None), Err(NoRoom::Descriptors { descriptors: 24, needed: 27 }));
     }
 
     proptest::proptest! {

@@ -23,8 +23,12 @@ pub const AT_ONCE: usize = 64;
 /// headers, measured at 43 KiB.
 pub const HANDSHAKE_BYTES: u64 = 48 << 10;
 
-/// The longest wait at the gate: then those inside are waiting for a slow backend, and others may want something else of it.
+/// The longest wait at the gate. It is for spikes, and no limit.
 const WAIT: Duration = Duration::from_secs(1);
+
+/// The longest that one keeps its place while it waits, for its turn or an answer: others may want something else of the
+/// backend, or nothing of it.
+pub const STAY: Duration = Duration::from_millis(100);
 
 /// The longest that the first message of a new session waits for the handshakes of others.
 const HOLD: Duration = Duration::from_millis(500);

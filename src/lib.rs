@@ -12,7 +12,7 @@
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
 //! 1  admission.rs  budget.rs  drain.rs  gate.rs
 //!    metrics.rs  net/  system.rs                       mechanisms that everybody shares
-//! 0  ws/  side.rs  fields.rs                           RFC 6455 on bytes: no tokio, no clock, no log; small words
+//! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
 pub mod admin;
@@ -34,6 +34,7 @@ pub mod relay;
 pub mod server;
 pub mod session;
 pub mod side;
+pub mod sparse;
 pub mod system;
 pub mod upstream;
 pub mod ws;

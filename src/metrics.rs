@@ -88,6 +88,12 @@ pub struct Metrics {
     pub upstream_ports_limit: Gauge,
     /// Client connections at most.
     pub max_connections: Gauge,
+    /// `listen.backlog`, what the kernel's limit for one queue is, and what was reached in all queues.
+    pub backlog: [Gauge; 3],
+    /// Bytes that may be used, and that are.
+    memory: [Gauge; 2],
+    /// Waiting and pending, each for requests and handshakes.
+    upstream: [[Gauge; 2]; 2],
     /// Sessions that are being relayed.
     pub sessions: Gauge,
     /// Client connections, those in their handshake included.
@@ -124,6 +130,7 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Everything at zero.
+    #[expect(clippy::too_many_lines, reason = "a list")]
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("tidegate");
         let workers = Arc::new(Mutex::new(Vec::new()));
@@ -131,6 +138,7 @@ impl Metrics {
         let queues = Arc::new(OnceLock::new());
         registry.register_collector(Box::new(QueueCollector(Arc::clone(&queues))));
         registry.register_collector(Box::new(NamespaceCollector(System::default())));
+        let upstream: [Family<Labels<1>, Gauge>; 2] = Default::default();
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
         let (handshake_duration, close_duration) = (latency(), latency());
@@ -141,6 +149,11 @@ impl Metrics {
             upstream_ports: Gauge::default(),
             upstream_ports_limit: Gauge::default(),
             max_connections: Gauge::default(),
+            backlog: Default::default(),
+            memory: Default::default(),
+            upstream: upstream.each_ref().map(|family: &Family<Labels<1>, Gauge>| {
+                ["request", "handshake"].map(|kind| family.get_or_create(&[("kind", kind)]).clone())
+            }),
             sessions: Gauge::default(),
             connections: Gauge::default(),
             lingering: Gauge::default(),
@@ -165,6 +178,25 @@ impl Metrics {
         );
         let help = "Client connections at most: limits.max_connections, or what was derived for it";
         registry.register("max_connections", help, metrics.max_connections.clone());
+        let [wanted, somaxconn, effective] = &metrics.backlog;
+        registry.register("backlog_wanted", "listen.backlog", wanted.clone());
+        registry.register(
+            "somaxconn",
+            "net.core.somaxconn at the start, the limit of one accept queue",
+            somaxconn.clone(),
+        );
+        let help = "Connections that may wait to be accepted, in all accept queues, as the kernel granted it";
+        registry.register("backlog_effective", help, effective.clone());
+        let [limit, used] = &metrics.memory;
+        registry.register("memory_limit_bytes", "What limits.memory came to; 0: no limit", limit.clone());
+        registry.register("memory_used_bytes", "What of it was used when it was last looked at", used.clone());
+        let helps = [
+            ("upstream_waiting", "Handshakes and plain requests that wait for their turn at the backend"),
+            ("upstream_pending", "Those that are with the backend, and not answered yet"),
+        ];
+        for ((name, help), gauges) in helps.into_iter().zip(upstream) {
+            registry.register(name, help, gauges);
+        }
         let help = "TCP connections to the backend, each with a port of this host";
         registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
         let help = "Ports for connections to the backend; 0: no limit is known";
@@ -211,6 +243,9 @@ impl Metrics {
                 let _ = metrics.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]);
             }
         }
+        for error in ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "connection"] {
+            let _ = metrics.accept_errors.get_or_create(&[("error", error)]);
+        }
         for class in STATUS_CLASSES {
             let _ = metrics.requests.get_or_create(&[("status", class)]);
         }
@@ -231,6 +266,23 @@ impl Metrics {
     /// How the accept queues are looked at whenever somebody asks; to be said once.
     pub fn look_at_queues(&self, look: impl Fn() -> Vec<Queue> + Send + Sync + 'static) {
         let _ = self.queues.set(Box::new(look));
+    }
+
+    /// What limits the memory, and what of it is used, in bytes.
+    pub fn saw_memory(&self, limit: u64, used: u64) {
+        for (gauge, value) in self.memory.iter().zip([limit, used]) {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// WebSocket handshakes, or plain requests, that wait for their turn at the backend.
+    pub fn upstream_waiting(&self, is_handshake: bool) -> &Gauge {
+        &self.upstream[0][usize::from(is_handshake)]
+    }
+
+    /// Those that are with the backend, and not answered yet.
+    pub fn upstream_pending(&self, is_handshake: bool) -> &Gauge {
+        &self.upstream[1][usize::from(is_handshake)]
     }
 
     /// A WebSocket handshake ended.

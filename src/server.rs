@@ -48,22 +48,29 @@ pub struct Server {
     pub address: SocketAddr,
     /// Where the admin listener is.
     pub admin: Option<SocketAddr>,
+    /// Threads that serve: as many as were asked for, or as descriptors allow.
+    pub workers: usize,
     drain: Drain,
     metrics: Arc<Metrics>,
     /// Ends what is left without waiting any longer.
     abort: CancellationToken,
     /// Closed when the last worker has ended.
-    workers: mpsc::Receiver<()>,
+    alive: mpsc::Receiver<()>,
     /// The longest that a session takes to end once it was told, with peers that answer nothing.
     ending: Duration,
 }
 
 impl Server {
     /// Binds, and starts the worker threads. To be called inside the runtime that is to serve the admin listener.
+    #[expect(clippy::too_many_lines, reason = "an assembly in order")]
     pub fn start(settings: &Settings) -> anyhow::Result<Self> {
         let system = System::default();
         let descriptors = raise_descriptor_limit();
-        let (workers, listeners) = open_listeners(&settings.listen, &settings.socket, descriptors, &system)?;
+        net::check_sources(&settings.upstream.source_addresses)?;
+        let metrics = Arc::new(Metrics::new());
+        let Queues { workers, listeners, effective } =
+            open_listeners(&settings.listen, &settings.socket, descriptors, &system, &metrics)
+                .with_context(|| format!("{descriptors} descriptors (RLIMIT_NOFILE)"))?;
         let address = listeners.first().context("there is always one")?.local_addr()?;
         // Bound before the first client is accepted: an address in use must not cost anybody a session.
         let admin = settings.admin.address.map(|wanted| {
@@ -72,12 +79,15 @@ impl Server {
             })
         });
         let admin = admin.transpose()?;
-        let metrics = Arc::new(Metrics::new());
-        look_at_queues(&metrics, &listeners);
-        let ports = system.ip_local_port_range().map(|range| u64::try_from(range.count()).unwrap_or(u64::MAX));
+        let ports = system.ephemeral_ports();
         let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), ports);
-        let runtimes = (0..workers).map(|_| runtime::Builder::new_current_thread().enable_all().build());
-        let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
+        let mut runtimes = Runtimes(Vec::new());
+        for _ in 0..workers {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build();
+            runtimes.0.push(runtime.with_context(|| {
+                format!("a worker of {workers} cannot begin with {descriptors} descriptors (RLIMIT_NOFILE): raise the limit (ulimit -Hn)")
+            })?);
+        }
         let mut memory = memory_watch(&settings.limits, &system)?;
         let host = Host {
             descriptors,
@@ -88,7 +98,11 @@ impl Server {
             ports: upstream.ports(),
         };
         let budget = Budget::new(&host, settings.limits.max_connections)?;
-        say(&budget, &host);
+        say(&budget, &host, settings);
+        judge_backlog(settings.listen.backlog, effective, budget.capacity.connections, system.somaxconn());
+        if let Some((limit, used)) = host.memory {
+            metrics.saw_memory(limit, used);
+        }
         metrics.max_connections.set(i64::try_from(budget.capacity.connections).unwrap_or(i64::MAX));
         let admission = Admission::new(budget.capacity, &settings.limits);
 
@@ -100,14 +114,14 @@ impl Server {
         let has_doubted = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
-        let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.iter().map(|_| mpsc::unbounded_channel()).unzip();
-        let handles = runtimes.iter().map(|runtime| runtime.handle().clone());
+        let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
+        let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
         let crew = Crew::new(handles.zip(inboxes), settings.listen.hand_off);
         let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
-        for (index, ((runtime, guests), listeners)) in runtimes.into_iter().zip(guests).zip(queues).enumerate() {
+        for (index, ((runtime, guests), listeners)) in runtimes.take().into_iter().zip(guests).zip(queues).enumerate() {
             let context = Context {
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
@@ -141,11 +155,13 @@ impl Server {
         // What is on the main thread's runtime outlives the drain, and goes with it.
         let tracker = TaskTracker::new();
         if let Some(mut memory) = memory {
+            let seen = Arc::clone(&metrics);
             tracker.spawn(async move {
                 loop {
                     sleep(MEMORY_LOOK).await;
                     if let Some((limit, used)) = memory.now() {
                         admission.observe_memory(used, limit);
+                        seen.saw_memory(limit, used);
                     }
                 }
             });
@@ -164,7 +180,7 @@ impl Server {
             + settings.relay.close_handshake_timeout * 3
             + settings.close.linger_max
             + Duration::from_secs(1);
-        Ok(Self { address, admin, drain, metrics, abort, workers: all_ended, ending })
+        Ok(Self { address, admin, workers, drain, metrics, abort, alive: all_ended, ending })
     }
 
     /// Ends everything: the delay, the window, what is left after it. Each further item of `signals` leaves less time: the
@@ -209,7 +225,7 @@ impl Server {
             }
         };
         let is_late = tokio::select! {
-            _ = self.workers.recv() => false,
+            _ = self.alive.recv() => false,
             () = late => true,
         };
         if is_late {
@@ -220,14 +236,14 @@ impl Server {
                 "out of time (drain.timeout): what is left is cut"
             );
             self.abort.cancel();
-            self.workers.recv().await;
+            self.alive.recv().await;
         }
         info!(took_ms = millis(begun.elapsed()), sessions, "drained");
     }
 
     /// Resolves when no worker is left, which before a drain means that they failed.
     pub async fn failed(&mut self) {
-        self.workers.recv().await;
+        self.alive.recv().await;
     }
 }
 
@@ -237,7 +253,7 @@ pub fn run(settings: &Settings, started: impl FnOnce(&Server)) -> anyhow::Result
     runtime.block_on(async {
         let mut signals = Signals::new()?;
         let mut server = Server::start(settings)?;
-        info!(address = %server.address, workers = settings.listen.workers, backend = %settings.upstream.address, "listening");
+        info!(address = %server.address, workers = server.workers, backend = %settings.upstream.address, "listening");
         if let Some(address) = server.admin {
             info!(%address, "admin listening");
         }
@@ -321,46 +337,73 @@ impl Worker {
     }
 }
 
-/// How often the use of memory is looked at, where it is limited.
-const MEMORY_LOOK: Duration = Duration::from_millis(100);
+/// The workers' runtimes until their threads have them. One must not just be dropped where another is running, and an error
+/// at the start does that.
+struct Runtimes(Vec<runtime::Runtime>);
 
-/// What is used of the memory that may be.
-enum MemoryLimit {
-    /// The host's limit.
-    Host(MemoryWatch),
-    /// The user's, in bytes: for what this process has in memory.
-    Own(System, u64),
+impl Runtimes {
+    fn take(&mut self) -> Vec<runtime::Runtime> {
+        std::mem::take(&mut self.0)
+    }
 }
 
-impl MemoryLimit {
-    /// The limit, and what is used.
-    fn now(&mut self) -> Option<(u64, u64)> {
-        match self {
-            Self::Host(watch) => watch.now().map(|memory| (memory.limit, memory.used)),
-            Self::Own(system, limit) => system.process_memory().map(|memory| (*limit, memory.resident)),
+impl Drop for Runtimes {
+    fn drop(&mut self) {
+        for runtime in self.take() {
+            runtime.shutdown_background();
         }
     }
 }
 
-fn memory_watch(limits: &admission::Config, system: &System) -> io::Result<Option<MemoryLimit>> {
-    Ok(match limits.memory {
-        Memory::Off => None,
-        Memory::Limit(bytes) => Some(MemoryLimit::Own(system.clone(), bytes)),
-        Memory::Auto => {
-            let mut watch = MemoryWatch::new(system.clone())?;
-            watch.now().is_some().then_some(MemoryLimit::Host(watch))
-        }
-    })
+/// How often the use of memory is looked at, where it is limited.
+const MEMORY_LOOK: Duration = Duration::from_millis(100);
+
+/// What is used of the memory that may be.
+struct MemoryLimit {
+    /// The user's, in bytes, for what this process has in memory.
+    own: Option<u64>,
+    /// The host's: it may be lower than what the user thinks.
+    host: MemoryWatch,
+    system: System,
 }
 
-/// Those that were passed to this process, else new ones; each worker has one at least. Also the number of workers, which
-/// is lower than was asked for when there are not enough descriptors.
+impl MemoryLimit {
+    /// The limit, and what is used: of the one that has less room.
+    fn now(&mut self) -> Option<(u64, u64)> {
+        let own = self.own.and_then(|limit| Some((limit, self.system.process_memory()?.resident)));
+        let host = self.host.now().map(|memory| (memory.limit, memory.used));
+        own.into_iter().chain(host).min_by_key(|(limit, used)| limit.saturating_sub(*used))
+    }
+}
+
+fn memory_watch(limits: &admission::Config, system: &System) -> io::Result<Option<MemoryLimit>> {
+    let own = match limits.memory {
+        Memory::Off => return Ok(None),
+        Memory::Limit(bytes) => Some(bytes),
+        Memory::Auto => None,
+    };
+    let mut limit = MemoryLimit { own, host: MemoryWatch::new(system.clone())?, system: system.clone() };
+    Ok(limit.now().is_some().then_some(limit))
+}
+
+/// The accept queues, and who they are for.
+struct Queues {
+    /// Fewer than were asked for when there are not enough descriptors.
+    workers: usize,
+    /// In turn for each worker, one at least.
+    listeners: Vec<Arc<Listener>>,
+    /// Connections that may wait in all of them.
+    effective: u64,
+}
+
+/// Those that were passed to this process, else new ones.
 fn open_listeners(
     listen: &listen::Config,
     socket: &net::SocketConfig,
     descriptors: u64,
     system: &System,
-) -> anyhow::Result<(usize, Vec<Arc<Listener>>)> {
+    metrics: &Metrics,
+) -> anyhow::Result<Queues> {
     let most = budget::most_queues(descriptors, listen.max_sockets);
     let workers = listen.workers.min(most);
     if workers < listen.workers {
@@ -386,19 +429,30 @@ fn open_listeners(
     let effective: u64 = queues.iter().map(|queue| u64::from(queue.limit)).sum();
     let (wanted, somaxconn) = (listen.backlog, system.somaxconn());
     info!(wanted, somaxconn, sockets, effective, passed, "accept queues");
-    if effective < u64::from(wanted) {
-        let fix = if passed > 0 {
-            "raise net.core.somaxconn, or let the one who passes the sockets pass more of them (ReusePort=)"
-        } else {
-            "raise net.core.somaxconn, or listen.max_sockets; `tidegate doctor` says how"
-        };
-        warn!(wanted, effective, sockets, somaxconn, fix, "the kernel grants less than listen.backlog");
+    for (gauge, value) in metrics.backlog.iter().zip([u64::from(wanted), somaxconn.unwrap_or(0), effective]) {
+        gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
     }
+    let mut listeners: Vec<Arc<Listener>> = listeners.into_iter().map(Arc::new).collect();
+    look_at_queues(metrics, &listeners);
     // A socket that was passed is shared by workers that would have none.
     for index in sockets..workers {
-        listeners.push(listeners[index % sockets].share()?);
+        listeners.push(Arc::new(listeners[index % sockets].share()?));
     }
-    Ok((workers, listeners.into_iter().map(Arc::new).collect()))
+    Ok(Queues { workers, listeners, effective })
+}
+
+/// What may wait is compared with what was wanted, and with what could be served at all.
+fn judge_backlog(wanted: u32, effective: u64, connections: usize, somaxconn: Option<u64>) {
+    if effective >= u64::from(wanted) {
+        return;
+    }
+    let fix = "raise net.core.somaxconn, listen.max_sockets or RLIMIT_NOFILE; `tidegate doctor` says which";
+    let message = "fewer can wait to be accepted than listen.backlog asks for";
+    if effective < u64::try_from(connections).unwrap_or(u64::MAX) {
+        warn!(wanted, effective, somaxconn, fix, "{message}");
+    } else {
+        info!(wanted, effective, somaxconn, "{message}, but as many as can be served");
+    }
 }
 
 /// For metrics; a listener is closed all the same when its loop lets go of it.
@@ -410,7 +464,7 @@ fn look_at_queues(metrics: &Metrics, listeners: &[Arc<Listener>]) {
     });
 }
 
-fn say(budget: &Budget, host: &Host) {
+fn say(budget: &Budget, host: &Host, settings: &Settings) {
     let Host { descriptors, open, memory, ports, .. } = host;
     let Budget { capacity, limited_by, .. } = budget;
     let mib = |bytes: u64| bytes >> 20;
@@ -418,15 +472,16 @@ fn say(budget: &Budget, host: &Host) {
         max_connections = capacity.connections,
         %limited_by,
         descriptors,
-        open,
-        turned_away = capacity.turned_away,
+        descriptors_open = open,
+        turned_away_at_once = capacity.turned_away,
         memory_limit_mib = memory.map(|(limit, _)| mib(limit)),
         memory_used_mib = memory.map(|(_, used)| mib(used)),
         upstream_ports = ports,
         "budget"
     );
-    if capacity.connections == 0 {
-        warn!(%limited_by, "no client can be served: all get 503");
+    if let Some(wanted) = settings.limits.max_connections.filter(|wanted| *wanted > capacity.connections) {
+        let fix = capacity.full.fix();
+        warn!(wanted, max_connections = capacity.connections, %limited_by, fix, "limits.max_connections is more than there is room for");
     }
 }
 

@@ -44,12 +44,13 @@ use crate::{
     downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
     fields::tokens,
-    gate::{Gate, Pass},
+    gate::{Gate, HANDSHAKE_BYTES, Pass, STAY},
     listen::{Guest, Seat},
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Kept, Lack, Stream},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
     side::Side,
+    sparse::Sparse,
     upstream::{Answer, Error, Exchange, Failure, Reply, Upstream},
     ws::Rsv,
 };
@@ -152,8 +153,7 @@ impl Context {
 
     /// Answers the first request with a 503, whatever it is, and ends the connection.
     async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay, reason: Reason) {
-        self.traffic.refuse(reason);
-        debug!(%client, reason = reason.as_str(), "client turned away");
+        self.refuse_for(reason, client);
         let service = hyper::service::service_fn(|_| async { Ok::<_, Infallible>(last(self.refusal(reason))) });
         // Others wait for its place: it gets the time that a socket gets without progress.
         let config = downstream::Config {
@@ -170,6 +170,15 @@ impl Context {
         let stream = connection.into_parts().io.into_inner().into_inner();
         self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
         drop(stay);
+    }
+
+    /// Counts a client that gets a 503 of ours, and says so once in a while: in a spike there are thousands.
+    fn refuse_for(&self, reason: Reason, client: SocketAddr) {
+        static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
+        self.traffic.refuse(reason);
+        if let Some(unsaid) = SAID[reason as usize].is_due() {
+            warn!(%client, reason = reason.as_str(), fix = reason.fix(), unsaid, "clients are turned away with 503");
+        }
     }
 
     /// What a client is told for whom there is no room now.
@@ -230,7 +239,7 @@ impl Context {
                     let response = match stack {
                         // The stack itself fails only when it sheds.
                         Ok((intent, stack)) => {
-                            stack.oneshot((request, intent)).await.unwrap_or_else(|_| this.shed(intent))
+                            stack.oneshot((request, intent)).await.unwrap_or_else(|_| this.shed(intent, client))
                         }
                         Err(refusal) => this.refuse(client, &request, refusal),
                     };
@@ -302,9 +311,18 @@ impl Context {
         client: SocketAddr,
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
-        let response = self.handled(request, intent, client, stage).await;
+        let mut handled = pin!(self.handled(request, intent, client, stage));
+        let answer = if lock(stage).pass.is_some() { timeout(STAY, &mut handled).await.ok() } else { None };
         lock(stage).pass = None;
-        response
+        if let Some(response) = answer {
+            return response;
+        }
+        // Beyond those for which the budget has set memory aside.
+        let Some(_memory) = self.admission.more_memory(HANDSHAKE_BYTES) else {
+            self.refuse_for(Reason::Memory, client);
+            return last(self.refusal(Reason::Memory));
+        };
+        handled.await
     }
 
     async fn handled(
@@ -316,7 +334,7 @@ impl Context {
     ) -> Response<Body> {
         match intent {
             Intent::Plain => {
-                let response = self.plain(request, client.ip()).await;
+                let response = self.plain(request, client).await;
                 self.metrics.request(response.status().as_u16());
                 response
             }
@@ -372,8 +390,8 @@ impl Context {
     }
 
     /// A request too many.
-    fn shed(&self, intent: Intent) -> Response<Body> {
-        self.traffic.refuse(Reason::MaxWaiting);
+    fn shed(&self, intent: Intent, client: SocketAddr) -> Response<Body> {
+        self.refuse_for(Reason::MaxWaiting, client);
         let response = self.refusal(Reason::MaxWaiting);
         match intent {
             Intent::WebSocket => {
@@ -397,7 +415,7 @@ impl Context {
             Ok(Duration::ZERO) => {}
             Ok(delay) => sleep(delay).await,
             Err(reason) => {
-                self.traffic.refuse(reason);
+                self.refuse_for(reason, client);
                 return (Handshake::Shed, self.refusal(reason), None);
             }
         }
@@ -422,7 +440,8 @@ impl Context {
                 (Handshake::Refused, self.pass_on(reply), None)
             }
             Err(error) => {
-                warn!(%client, path = about.path, request_id = about.request_id, %error, "handshake failed");
+                let About { path, request_id, .. } = &about;
+                self.complain(&error, client, Some(path), request_id);
                 let result = match error {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
@@ -430,16 +449,16 @@ impl Context {
                     Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
                     Error::Body(_) => Handshake::Invalid,
                 };
-                (result, self.blame(&error), None)
+                (result, self.blame(&error, client), None)
             }
         }
     }
 
     /// A request that is no upgrade, streamed both ways.
-    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: IpAddr) -> Response<Body> {
+    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: SocketAddr) -> Response<Body> {
         let id = downstream::request_id(request.headers());
-        if downstream::forward_request(&mut request, client, &self.downstream.trusted_proxies, &id, false) {
-            self.doubt(client);
+        if downstream::forward_request(&mut request, client.ip(), &self.downstream.trusted_proxies, &id, false) {
+            self.doubt(client.ip());
         }
         // A request's body must come as its header must: whoever waits for it holds a place.
         let patience = self.upstream.config().body_timeout.min(self.downstream.header_timeout);
@@ -448,8 +467,8 @@ impl Context {
         match self.carried_out(exchange).await {
             Ok(reply) => self.pass_on(reply),
             Err(error) => {
-                warn!(%client, request_id = id, %error, "request failed");
-                self.blame(&error)
+                self.complain(&error, client, None, &id);
+                self.blame(&error, client)
             }
         }
     }
@@ -480,8 +499,28 @@ impl Context {
         response.map(|body| TimedBody::new(body, patience).boxed())
     }
 
+    /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
+    fn complain(&self, error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str) {
+        static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
+        let kind = match error {
+            // Said as a client that is turned away, and here with its cause.
+            Error::Shortage { .. } => 0,
+            Error::QueueTimeout => return,
+            Error::Unreachable { .. } => 1,
+            Error::Timeout(_) => 2,
+            Error::NoAnswer(_) | Error::BadAccept(_) => 3,
+            Error::Body(_) => 4,
+        };
+        if let Some(unsaid) = SAID[kind].is_due() {
+            let backend = &self.upstream.config().address;
+            warn!(%client, path, request_id, %backend, %error, unsaid, "request failed");
+        } else {
+            debug!(%client, path, request_id, %error, "request failed");
+        }
+    }
+
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
-    fn blame(&self, error: &Error) -> Response<Body> {
+    fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
         let (status, reason) = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
@@ -491,11 +530,11 @@ impl Context {
                     Lack::Descriptors => Reason::Descriptors,
                     Lack::Memory => Reason::Memory,
                 };
-                self.traffic.refuse(reason);
+                self.refuse_for(reason, client);
                 return self.refusal(reason);
             }
             Error::QueueTimeout => {
-                self.traffic.refuse(Reason::QueueTimeout);
+                self.refuse_for(Reason::QueueTimeout, client);
                 return self.refusal(Reason::QueueTimeout);
             }
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),

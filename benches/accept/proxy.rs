@@ -21,7 +21,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tidegate::{
-    admission::{Admission, Capacity, Memory},
+    admission::{Admission, Capacity, Memory, Reason},
     config::Settings,
     drain::Drain,
     gate::Gate,
@@ -174,7 +174,12 @@ impl<'a> Parts<'a> {
     fn new(settings: &'a Settings) -> Self {
         let metrics = Arc::new(Metrics::new());
         let slots = |count| Arc::new(Semaphore::new(count));
-        let capacity = Capacity { connections: Semaphore::MAX_PERMITS, turned_away: 1, memory: None };
+        let capacity = Capacity {
+            connections: Semaphore::MAX_PERMITS,
+            turned_away: 1,
+            memory: None,
+            full: Reason::MaxConnections,
+        };
         Self {
             upstream: Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), None),
             metrics,

@@ -464,6 +464,10 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         (None, Some(host)) => format!("no limit, {} of the host's {} available", mib(host.available), mib(host.total)),
         (None, None) => "no limit".to_owned(),
     };
+    let value = match wishes.memory {
+        Memory::Limit(bytes) => format!("{} (limits.memory); {value}", mib(bytes)),
+        Memory::Auto | Memory::Off => value,
+    };
     // All that matter, the worst first.
     let mut words: Vec<(Severity, String)> = Vec::new();
     let mut say = |severity, sentence: String| words.push((severity, sentence));
@@ -472,10 +476,9 @@ fn memory(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         say(enough(connections, wishes), sentence);
     }
     match (wishes.memory, lowest) {
-        (Memory::Limit(bytes), Some(memory)) if bytes > memory.limit => say(
-            Severity::WillBite,
-            format!("limits.memory is {}, more than there is: the OOM killer comes before the first 503.", mib(bytes)),
-        ),
+        (Memory::Limit(bytes), Some(memory)) if bytes > memory.limit => {
+            say(Severity::Note, format!("limits.memory is {}, more than there is: the lower one counts.", mib(bytes)));
+        }
         (Memory::Off, Some(_)) => {
             say(
                 Severity::Warning,

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use super::Facts;
 use crate::{
     admission::Memory,
-    budget::{Budget, Host, LimitedBy, most_queues},
+    budget::{Budget, Host, LimitedBy, NoRoom, most_queues},
     config::Settings,
     net::{Address, Wish},
     system::{self, Memory as Bounded},
@@ -90,7 +90,8 @@ impl Plan {
         let open = sockets + OPEN + OPEN_PER_WORKER * wide(workers) + u64::from(wishes.admin.is_some());
         let memory = match wishes.memory {
             Memory::Auto => facts.memory.first().map(|Bounded { limit, .. }| *limit),
-            Memory::Limit(bytes) => Some(bytes),
+            // The lower one counts.
+            Memory::Limit(bytes) => Some(facts.memory.first().map_or(bytes, |Bounded { limit, .. }| bytes.min(*limit))),
             Memory::Off => None,
         };
         let ports = match (&wishes.backend, &facts.port_range) {
@@ -101,21 +102,25 @@ impl Plan {
         };
         let memory = memory.map(|limit| (limit, PROCESS_BYTES));
         let whole = Host { descriptors, open, memory, workers, ports };
-        let of = |host: Host, wanted| Budget::new(&host, wanted).ok();
-        let count = |budget: &Budget| wide(budget.capacity.connections);
-        let all = of(whole, wishes.max_connections);
-        let by_descriptors = of(Host { memory: None, ports: None, ..whole }, None);
+        let count =
+            |host: Host, wanted| Budget::new(&host, wanted).map_or(0, |budget| wide(budget.capacity.connections));
+        let by_descriptors = count(Host { memory: None, ports: None, ..whole }, None);
         // Asked apart, since without descriptors there is no budget at all.
-        let by_memory = of(Host { descriptors: ANY, ports: None, ..whole }, None);
+        let by_memory = memory.map(|_| count(Host { descriptors: ANY, ports: None, ..whole }, None));
+        let limited_by = match Budget::new(&whole, wishes.max_connections) {
+            Ok(budget) => budget.limited_by,
+            Err(NoRoom::Descriptors { .. }) => LimitedBy::Descriptors,
+            Err(NoRoom::Memory { .. }) => LimitedBy::Memory,
+        };
         Self {
             descriptors,
             sockets,
             granted,
-            by_descriptors: by_descriptors.as_ref().map_or(0, count),
+            by_descriptors,
             by_ports: ports,
-            by_memory: memory.and(by_memory.as_ref().map(count)),
-            connections: all.as_ref().map_or(0, count),
-            limited_by: all.map_or(LimitedBy::Descriptors, |budget| budget.limited_by),
+            by_memory,
+            connections: count(whole, wishes.max_connections),
+            limited_by,
         }
     }
 

@@ -26,6 +26,7 @@ use crate::{
     admission::{Admission, Place},
     metrics::Metrics,
     net::{Listener, shortage},
+    sparse::Sparse,
 };
 
 /// What the accept loops need to know.
@@ -60,8 +61,9 @@ const BATCH: usize = 64;
 /// Between two attempts when the system has no room for one more connection: first and longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
-/// How long handshakes of the kernel that are under way get when the listener is about to close.
-const LAST_HANDSHAKES: Duration = Duration::from_millis(200);
+/// How long handshakes of the kernel that are under way get when the listener is about to close: longer than a round trip
+/// of any client, and nobody waits for it.
+const LAST_HANDSHAKES: Duration = Duration::from_secs(1);
 
 /// How a batch ended.
 enum Batch {
@@ -89,11 +91,9 @@ pub async fn accept_loop(
     let mut stop = pin!(stop);
     let listener = listener.watch()?;
     let mut backoff = Backoff::new();
-    let mut place = None;
     let accepting = async {
         loop {
-            let batch = batch(&listener, door, place.take(), &mut serve).await?;
-            place = backoff.after(batch, door).await;
+            backoff.after(batch(&listener, door, &mut serve).await?, door).await;
         }
     };
     tokio::select! {
@@ -107,13 +107,13 @@ pub async fn accept_loop(
         debug!(%error, "no filter on the listener: a connection that is just being made may be reset");
     }
     let until = Instant::now() + LAST_HANDSHAKES;
-    while let Ok(batch) = timeout_at(until, batch(&listener, door, place.take(), &mut serve)).await {
-        place = backoff.after(batch?, door).await;
+    while let Ok(batch) = timeout_at(until, batch(&listener, door, &mut serve)).await {
+        backoff.after(batch?, door).await;
     }
     loop {
-        match take(listener.get_ref(), door, place.take(), &mut serve) {
+        match take(listener.get_ref(), door, &mut serve) {
             Batch::Empty => return Ok(()),
-            batch => place = backoff.after(batch, door).await,
+            batch => backoff.after(batch, door).await,
         }
     }
 }
@@ -122,25 +122,19 @@ pub async fn accept_loop(
 async fn batch(
     listener: &AsyncFd<Arc<Listener>>,
     door: &Door,
-    place: Option<Place>,
     serve: &mut impl FnMut(StdStream, SocketAddr, Place),
 ) -> io::Result<Batch> {
     let mut ready = listener.readable().await?;
-    let batch = take(listener.get_ref(), door, place, serve);
+    let batch = take(listener.get_ref(), door, serve);
     if matches!(batch, Batch::Empty) {
         ready.clear_ready();
     }
     Ok(batch)
 }
 
-fn take(
-    listener: &Listener,
-    door: &Door,
-    mut place: Option<Place>,
-    serve: &mut impl FnMut(StdStream, SocketAddr, Place),
-) -> Batch {
+fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, SocketAddr, Place)) -> Batch {
     for _ in 0..BATCH {
-        let Some(place) = place.take().or_else(|| door.admission.enter()) else { return Batch::NoPlace };
+        let Some(place) = door.admission.enter() else { return Batch::NoPlace };
         let error = match listener.accept() {
             Ok((stream, peer)) => {
                 serve(stream, peer, place);
@@ -166,6 +160,9 @@ fn take(
     Batch::Full
 }
 
+/// Of all loops together.
+static SAID: Sparse = Sparse::new();
+
 /// The waits between batches.
 struct Backoff(Duration);
 
@@ -174,22 +171,22 @@ impl Backoff {
         Self(BACKOFF.0)
     }
 
-    /// Gives a place if it was one that was waited for.
-    async fn after(&mut self, batch: Batch, door: &Door) -> Option<Place> {
+    async fn after(&mut self, batch: Batch, door: &Door) {
         match batch {
             Batch::Shortage(name, error) => {
                 door.metrics.accept_error(name);
-                let wait_ms = u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX);
-                warn!(%error, name, wait_ms, "cannot accept: out of a resource (EMFILE: raise RLIMIT_NOFILE, ulimit -n); clients wait in the accept queue");
+                if let Some(unsaid) = SAID.is_due() {
+                    let fix = "raise RLIMIT_NOFILE (ulimit -n, or the container runtime's); `tidegate doctor` says how";
+                    warn!(%error, name, fix, unsaid, "cannot accept: clients are turned away, or wait in the accept queue");
+                }
                 sleep(self.0).await;
                 self.0 = (self.0 * 2).min(BACKOFF.1);
-                return None;
+                return;
             }
-            Batch::NoPlace => return Some(door.admission.enter_when_free().await),
+            Batch::NoPlace => door.admission.room().await,
             Batch::Full => yield_now().await,
             Batch::Empty => {}
         }
         self.0 = BACKOFF.0;
-        None
     }
 }

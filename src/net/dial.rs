@@ -49,7 +49,7 @@ impl fmt::Display for Lack {
                 "every port of net.ipv4.ip_local_port_range is in use toward the backend; name more addresses of this host in \
                  upstream.source_addresses, widen the range, or use a Unix socket"
             }
-            Self::Descriptors => "out of descriptors; raise RLIMIT_NOFILE (ulimit -n), or lower limits.max_connections",
+            Self::Descriptors => "out of descriptors; raise RLIMIT_NOFILE (EMFILE) or fs.file-max (ENFILE), or lower limits.max_connections",
             Self::Memory => "the kernel has no memory for one more socket; see net.ipv4.tcp_mem and the memory limit",
         })
     }
@@ -85,6 +85,26 @@ impl Sources {
         }
         fitting.into_iter().map(Some).collect()
     }
+}
+
+/// Whether each of these is an address of this host: said at the start, rather than with every client.
+pub fn check_sources(addresses: &[IpAddr]) -> Result<(), DialError> {
+    for address in addresses {
+        bind(&socket_for(*address)?, *address)?;
+    }
+    Ok(())
+}
+
+fn socket_for(address: IpAddr) -> io::Result<TcpSocket> {
+    if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+}
+
+fn bind(socket: &TcpSocket, source: IpAddr) -> io::Result<()> {
+    socket.bind(SocketAddr::new(source, 0)).map_err(|error| {
+        let reason =
+            format!("cannot connect from {source} (upstream.source_addresses): {error}; name addresses of this host");
+        io::Error::new(io::ErrorKind::InvalidInput, reason)
+    })
 }
 
 /// Connects to a backend; a host name's addresses are tried in order. Deadlines are the caller's. `counted` lives as
@@ -132,7 +152,7 @@ async fn dial_tcp(peer: SocketAddr, sources: &Sources, config: &SocketConfig) ->
 }
 
 async fn dial_from(source: Option<IpAddr>, peer: SocketAddr, config: &SocketConfig) -> io::Result<TcpStream> {
-    let socket = if peer.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let socket = socket_for(peer.ip())?;
     if peer.ip().is_loopback() {
         // The peer's kernel is ours: it can't vanish without a word.
         SocketConfig { keepalive: None, user_timeout: None, ..config.clone() }.apply(&SockRef::from(&socket))?;
@@ -141,10 +161,7 @@ async fn dial_from(source: Option<IpAddr>, peer: SocketAddr, config: &SocketConf
     }
     if let Some(source) = source {
         sys::bind_without_port(std::os::fd::AsFd::as_fd(&socket))?;
-        socket.bind(SocketAddr::new(source, 0)).map_err(|error| {
-            let reason = format!("cannot connect from {source} (upstream.source_addresses): {error}");
-            io::Error::new(io::ErrorKind::InvalidInput, reason)
-        })?;
+        bind(&socket, source)?;
     }
     let stream = socket.connect(peer).await?;
     // With the backend down and its port inside the ephemeral range, the kernel may give us that very port, and a

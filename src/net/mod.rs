@@ -28,7 +28,7 @@ use tokio::{
 };
 
 pub use self::{
-    dial::{DialError, Lack, Sources, dial},
+    dial::{DialError, Lack, Sources, check_sources, dial},
     listener::{Listener, Wish, inherit, listen},
 };
 use crate::metrics::Counted;

@@ -297,21 +297,21 @@ impl Relay {
                     }
                 }
             }
-            if progress {
-                rounds += 1;
-                if rounds > 1 && now.elapsed() > TURN {
-                    // Later: the runtime looks at what else has come first, also from the kernel.
-                    let _ = pin!(yield_now()).poll(cx);
-                    break;
-                }
+            rounds += u32::from(progress);
+            let is_over = rounds > 1 && now.elapsed() > TURN;
+            if progress && !is_over {
                 continue;
             }
-            // Only now, when everything that had come was read: a late turn of ours is nobody's silence, and what is
+            // Only now, when everything that had come was read, or a full turn of it: a late turn of ours is nobody's silence, and what is
             // here already is forwarded before a drain.
             if std::mem::take(&mut due.timer) {
                 self.timer_is_late = true;
                 self.check_due(cx, now);
             } else if !(std::mem::take(&mut due.drain) && self.drain_now(now)) {
+                if is_over {
+                    // Later: the runtime looks at what else has come first, also from the kernel.
+                    let _ = pin!(yield_now()).poll(cx);
+                }
                 break;
             }
         }

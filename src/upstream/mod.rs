@@ -12,7 +12,7 @@ use std::{
     future::Future,
     io,
     net::IpAddr,
-    pin::{Pin, pin},
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -28,7 +28,7 @@ use hyper::body::Incoming;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tracing::warn;
 
-use self::turns::Turns;
+use self::turns::{Connected, Turns};
 use crate::{
     metrics::{Counted, Metrics},
     net::{self, Address, DialError, Lack, SocketConfig, Sources, Stream},
@@ -47,7 +47,7 @@ pub struct Config {
     pub response_timeout: Duration,
     /// For a plain body to move on.
     pub body_timeout: Duration,
-    /// WebSocket handshakes under way at once, and plain requests that the backend may not have accepted yet.
+    /// WebSocket handshakes under way at once; also connections that the backend may not have accepted yet.
     pub max_pending: usize,
     /// Handshakes, and plain requests, that wait for a turn or an answer. Kept by the session.
     pub max_waiting: usize,
@@ -164,6 +164,15 @@ impl fmt::Debug for Answer {
     }
 }
 
+impl Connected<'_> {
+    /// Whatever came back, only silence is no sign that the backend has accepted.
+    fn heard<T>(&self, answer: &Result<T, Failure>) {
+        if !matches!(answer, Err(Failure { error: Error::Timeout(_), .. })) {
+            self.was_accepted();
+        }
+    }
+}
+
 /// A request to the backend, under way. Each of its waits has a deadline.
 #[must_use]
 pub struct Exchange<T> {
@@ -235,9 +244,11 @@ pub struct Upstream {
 struct Inner {
     config: Config,
     socket: SocketConfig,
-    /// WebSocket handshakes and plain requests: neither can use up the other's turns.
+    /// Connections that the backend may not have accepted yet, of both kinds.
+    connects: Turns,
+    /// WebSocket handshakes until they are answered. Plain requests have no part in these: an answer may be long in coming
+    /// (long polling).
     handshakes: Turns,
-    requests: Turns,
     sources: Sources,
     metrics: Arc<Metrics>,
     /// Ports toward the backend, for all sources together; 0: it takes none, or nobody knows.
@@ -250,7 +261,7 @@ impl Upstream {
     /// Nothing is connected yet. `ports` is how many ephemeral ports one address has, if that is known.
     pub fn new(config: Config, socket: SocketConfig, metrics: Arc<Metrics>, ports: Option<u64>) -> Self {
         let turns = || Turns::new(config.max_pending, config.queue_timeout);
-        let (handshakes, requests) = (turns(), turns());
+        let (connects, handshakes) = (turns(), turns());
         let sources = Sources::new(&config.source_addresses);
         let ports = match config.address {
             Address::Tcp { .. } => ports.unwrap_or(0).saturating_mul(sources.count() as u64),
@@ -258,7 +269,7 @@ impl Upstream {
         };
         metrics.upstream_ports_limit.set(i64::try_from(ports).unwrap_or(i64::MAX));
         let has_warned = AtomicBool::new(false);
-        let inner = Inner { config, socket, handshakes, requests, sources, metrics, ports, has_warned };
+        let inner = Inner { config, socket, connects, handshakes, sources, metrics, ports, has_warned };
         Self { inner: Arc::new(inner) }
     }
 
@@ -310,11 +321,16 @@ impl Upstream {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            // A turn lasts until the backend's answer: that is what paces a spike.
+            let waiting = Counted::new(this.inner.metrics.upstream_waiting(true));
             control.begin_turn(this.inner.handshakes.next().await.ok_or(Error::QueueTimeout)?);
+            let turn = this.inner.connects.next().await.ok_or(Error::QueueTimeout)?;
+            drop(waiting);
+            let _pending = Counted::new(this.inner.metrics.upstream_pending(true));
             let stream = this.connect().await?;
+            let connected = this.inner.connects.connected(turn);
             control.begun.store(true, Ordering::Relaxed);
             let answer = exchange::websocket(stream, request, &this.inner.config, &control).await;
+            connected.heard(&answer);
             control.end_turn();
             answer
         });
@@ -330,20 +346,15 @@ impl Upstream {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let turns = &this.inner.requests;
-            let turn = turns.next().await.ok_or(Error::QueueTimeout)?;
+            let waiting = Counted::new(this.inner.metrics.upstream_waiting(false));
+            let turn = this.inner.connects.next().await.ok_or(Error::QueueTimeout)?;
+            drop(waiting);
+            let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
             let stream = this.connect().await?;
-            // An answer may be long in coming (long polling), so a turn ends as soon as the backend must have accepted.
-            let turn = turns.connected(turn);
+            let connected = this.inner.connects.connected(turn);
             control.begun.store(true, Ordering::Relaxed);
-            let mut exchange = pin!(exchange::plain(stream, request, &this.inner.config, &control));
-            let answer = tokio::select! {
-                answer = &mut exchange => answer,
-                () = turn.is_over() => exchange.await,
-            };
-            if answer.is_ok() {
-                turn.answered();
-            }
+            let answer = exchange::plain(stream, request, &this.inner.config, &control).await;
+            connected.heard(&answer);
             answer
         });
         Exchange { future, control: shared }

@@ -1,24 +1,23 @@
 //! Turns at the backend: how many connections it may have before it that it has not accepted yet.
 //!
 //! A backend with a short backlog loses connections when a spike is handed on to it, and `connect()` succeeds long before
-//! the backend accepts. An answer is the proof that it did.
+//! the backend accepts. An answer, or an end, is the proof that it did: for that connection, and since an accept queue is
+//! first in, first out, for all that were connected before.
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
 
-/// A connection that nobody answered on for this long is held to be accepted, even though no later one was answered
-/// either: a backend that serves long polls alone would otherwise be paced to a standstill.
+/// A connection on which nothing was heard for this long is held to be accepted: a backend that serves long polls alone
+/// would otherwise be paced to a standstill. One that accepts nobody for longer may see its queue overflow.
 const ACCEPTED_BY_NOW: Duration = Duration::from_secs(1);
 
 /// First come, first served.
@@ -26,23 +25,27 @@ const ACCEPTED_BY_NOW: Duration = Duration::from_secs(1);
 pub(super) struct Turns {
     free: Arc<Semaphore>,
     patience: Duration,
-    next: AtomicU64,
-    /// Turns of connections without an answer, in the order in which they were connected.
-    connected: Mutex<BTreeMap<u64, OwnedSemaphorePermit>>,
+    connected: Mutex<Waiting>,
 }
 
-/// A turn of a connection that the backend may not have accepted yet.
+/// Turns of connections that may not be accepted yet.
+#[derive(Debug, Default)]
+struct Waiting {
+    next: u64,
+    /// In the order in which they were connected, with the moment.
+    turns: BTreeMap<u64, (Instant, OwnedSemaphorePermit)>,
+}
+
+/// A connection whose turn lasts until it is known to be accepted, whatever becomes of whoever holds this.
 #[derive(Debug)]
 pub(super) struct Connected<'a> {
     turns: &'a Turns,
     number: u64,
-    since: Instant,
 }
 
 impl Turns {
     pub(super) fn new(count: usize, patience: Duration) -> Self {
-        let free = Arc::new(Semaphore::new(count));
-        Self { free, patience, next: AtomicU64::new(0), connected: Mutex::default() }
+        Self { free: Arc::new(Semaphore::new(count)), patience, connected: Mutex::default() }
     }
 
     /// A turn; `None`: none came in time.
@@ -51,50 +54,55 @@ impl Turns {
         if let Ok(turn) = Arc::clone(&self.free).try_acquire_owned() {
             return Some(turn);
         }
-        timeout(self.patience, Arc::clone(&self.free).acquire_owned()).await.ok()?.ok()
+        let deadline = Instant::now() + self.patience;
+        let mut turn = pin!(Arc::clone(&self.free).acquire_owned());
+        loop {
+            let look = self.end_overdue().min(deadline);
+            tokio::select! {
+                biased;
+                turn = &mut turn => return turn.ok(),
+                () = sleep_until(look) => if look == deadline { return None },
+            }
+        }
     }
 
-    /// Keeps the turn of a connection that was just made, until there is a sign that the backend has accepted it.
+    /// Keeps the turn of a connection that was just made until it is known to be accepted.
     pub(super) fn connected(&self, turn: OwnedSemaphorePermit) -> Connected<'_> {
         let mut connected = self.lock();
-        // Under the lock, so that numbers are in the order of the map's keys and of connections.
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        connected.insert(number, turn);
-        drop(connected);
-        Connected { turns: self, number, since: Instant::now() }
+        let number = connected.next;
+        connected.next += 1;
+        connected.turns.insert(number, (Instant::now(), turn));
+        Connected { turns: self, number }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, OwnedSemaphorePermit>> {
+    /// Ends the turns of those that must be accepted by now; gives the moment of the next one.
+    fn end_overdue(&self) -> Instant {
+        let mut connected = self.lock();
+        while let Some(oldest) = connected.turns.first_entry() {
+            let due = oldest.get().0 + ACCEPTED_BY_NOW;
+            if due > Instant::now() {
+                return due;
+            }
+            drop(oldest.remove());
+        }
+        // One that is connected from now on is due later than this.
+        Instant::now() + ACCEPTED_BY_NOW
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
         self.connected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Connected<'_> {
-    /// The backend has answered. An accept queue is first in, first out: it has also accepted all that were connected before.
-    pub(super) fn answered(&self) {
+    /// The backend has answered, or ended it.
+    pub(super) fn was_accepted(&self) {
         let mut connected = self.turns.lock();
-        let later = connected.split_off(&(self.number + 1));
-        let accepted = std::mem::replace(&mut *connected, later);
+        let later = connected.turns.split_off(&(self.number + 1));
+        let accepted = std::mem::replace(&mut connected.turns, later);
         drop(connected);
         // Wakes those whose turn it is, without the lock.
         drop(accepted);
-    }
-
-    /// Resolves when its turn has ended for want of patience.
-    pub(super) async fn is_over(&self) {
-        sleep_until(self.since + ACCEPTED_BY_NOW).await;
-        self.end();
-    }
-
-    fn end(&self) {
-        let turn = self.turns.lock().remove(&self.number);
-        drop(turn);
-    }
-}
-
-impl Drop for Connected<'_> {
-    fn drop(&mut self) {
-        self.end();
     }
 }
 
@@ -111,23 +119,25 @@ mod tests {
             connected.push(turns.connected(turns.next().await.expect("a turn")));
         }
         assert_eq!(turns.free.available_permits(), 0);
-        connected[1].answered();
+        connected[1].was_accepted();
         assert_eq!(turns.free.available_permits(), 2);
-        drop(connected.pop());
-        assert_eq!(turns.free.available_permits(), 3);
-        drop(connected);
-        assert_eq!(turns.free.available_permits(), 3);
+        connected[0].was_accepted();
+        assert_eq!(turns.free.available_permits(), 2);
+        // Who gives up has a connection in the backend's queue all the same.
+        connected.clear();
+        assert_eq!(turns.free.available_permits(), 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn without_any_answer_turns_end_by_themselves() {
         let turns = Turns::new(1, Duration::from_secs(5));
-        let first = turns.connected(turns.next().await.expect("a turn"));
-        tokio::join!(first.is_over(), async {
+        for _ in 0..3 {
             let begun = Instant::now();
-            assert!(turns.next().await.is_some());
-            assert_eq!(begun.elapsed(), ACCEPTED_BY_NOW);
-        });
+            turns.connected(turns.next().await.expect("a turn"));
+            turns.connected(turns.next().await.expect("a turn"));
+            assert_eq!(begun.elapsed().as_secs(), 1);
+            tokio::time::sleep(ACCEPTED_BY_NOW).await;
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use std::{fs, path::Path};
 /// Who stands on which floor, as in `src/lib.rs`. A module uses only what stands below it, or beside it where that is no
 /// floor of rooms.
 const FLOORS: [&[&str]; 7] = [
-    &["ws", "side", "fields"],
+    &["ws", "side", "fields", "sparse"],
     &["admission", "budget", "drain", "gate", "metrics", "net", "system"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
