@@ -116,8 +116,8 @@ impl Reason {
 /// kept alive, the rest the kernel's two sockets.
 pub const CONNECTION_BYTES: u64 = 16 << 10;
 
-/// Per cent of the memory limit: beyond the first nobody is let in, below the second all are again. What is in between is
-/// for those who are in.
+/// Per cent of the memory limit: from the first on nobody more is let in, below the second all are again; in between they are
+/// little by little.
 const MEMORY_FULL: u64 = 90;
 const MEMORY_EASY: u64 = 80;
 
@@ -155,7 +155,7 @@ struct Inner {
     /// A place was given back.
     freed: Notify,
     memory: Option<Reserved>,
-    reserve: Mutex<Option<File>>,
+    reserve: Mutex<Reserve>,
     rate: Option<Mutex<Rate>>,
 }
 
@@ -166,7 +166,7 @@ struct Reserved {
     bytes: AtomicU64,
     /// At most `budget`; lower when what is really used came close to the limit.
     ceiling: AtomicU64,
-    /// What was used when it was last looked at.
+    /// What was used when the ceiling was last lowered.
     used: AtomicU64,
 }
 
@@ -199,7 +199,7 @@ impl Admission {
             turned_away: slots(capacity.turned_away),
             freed: Notify::new(),
             memory,
-            reserve: Mutex::new(reserve()),
+            reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             rate,
         };
         Self { inner: Arc::new(inner) }
@@ -249,7 +249,14 @@ impl Admission {
     /// Gives up the descriptor that is kept in reserve, so that the head of the accept queue can be turned away although
     /// there is no other; `None` when it is in use.
     pub fn last_resort(&self) -> Option<Place> {
-        lock(&self.inner.reserve).take()?;
+        let mut reserve = lock(&self.inner.reserve);
+        if reserve.is_in_use {
+            return None;
+        }
+        // Another thread may have been faster when it was to be opened again.
+        reserve.file.take().or_else(open_any)?;
+        reserve.is_in_use = true;
+        drop(reserve);
         Some(Place {
             inner: Arc::clone(&self.inner),
             permit: None,
@@ -285,7 +292,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.inner.give_back(self.memory);
         if self.has_reserve {
-            *lock(&self.inner.reserve) = reserve();
+            *lock(&self.inner.reserve) = Reserve { file: open_any(), is_in_use: false };
         }
         // Given back before somebody is told.
         self.permit = None;
@@ -296,6 +303,7 @@ impl Drop for Place {
 impl Drop for Extra {
     fn drop(&mut self) {
         self.inner.give_back(self.memory);
+        self.inner.freed.notify_one();
     }
 }
 
@@ -322,18 +330,24 @@ impl Reserved {
     ///
     /// True when there is more to give than before.
     fn observe(&self, used: u64, limit: u64) -> bool {
-        let before = self.used.swap(used, Ordering::Relaxed);
         let share = used.saturating_mul(100) / limit.max(1);
-        if share < MEMORY_EASY {
-            return self.ceiling.swap(self.budget, Ordering::Relaxed) < self.budget;
-        } else if share >= MEMORY_FULL {
+        let ceiling = self.ceiling.load(Ordering::Relaxed);
+        if share >= MEMORY_FULL {
             let promised = self.bytes.load(Ordering::Relaxed);
-            let ceiling = self.ceiling.load(Ordering::Relaxed).min(promised);
-            // Still growing: what was promised turned out to be more.
-            let ceiling = if used > before { ceiling - ceiling / 16 } else { ceiling };
-            self.ceiling.store(ceiling.max(self.budget / 16), Ordering::Relaxed);
+            let before = self.used.load(Ordering::Relaxed);
+            let mut lower = ceiling.min(promised);
+            // Still growing, by more than noise: what was promised turned out to be more.
+            if used > before.saturating_add(limit / 100) {
+                self.used.store(used, Ordering::Relaxed);
+                lower -= lower / 16;
+            }
+            self.ceiling.store(lower.max(self.budget / 16), Ordering::Relaxed);
+            return false;
         }
-        false
+        self.used.store(0, Ordering::Relaxed);
+        let higher = if share < MEMORY_EASY { self.budget } else { (ceiling + self.budget / 64).min(self.budget) };
+        self.ceiling.store(higher, Ordering::Relaxed);
+        higher > ceiling
     }
 }
 
@@ -363,8 +377,15 @@ impl Rate {
     }
 }
 
+/// A descriptor for the worst case.
+#[derive(Debug)]
+struct Reserve {
+    file: Option<File>,
+    is_in_use: bool,
+}
+
 /// Any file will do.
-fn reserve() -> Option<File> {
+fn open_any() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
@@ -464,10 +485,17 @@ mod tests {
         assert_eq!(refused(&admission), Some(Reason::Memory));
         // Who leaves makes room for another, as long as the use does not grow.
         let before = admission.memory().expect("a budget").1;
-        admission.observe_memory(95, 100);
-        assert_eq!(admission.memory().expect("a budget").1, before);
         admission.observe_memory(96, 100);
-        assert!(admission.memory().expect("a budget").1 < before);
+        assert_eq!(admission.memory().expect("a budget").1, before);
+        admission.observe_memory(98, 100);
+        let lower = admission.memory().expect("a budget").1;
+        assert!(lower < before);
+        // And little by little there is more again, although the allocator gives nothing back.
+        for _ in 0..100 {
+            admission.observe_memory(85, 100);
+        }
+        assert_eq!(admission.memory().expect("a budget").1, CONNECTION_BYTES * 32);
+        admission.observe_memory(98, 100);
         places.truncate(4);
         assert_eq!(refused(&admission), None);
         // Easy again.

@@ -132,7 +132,8 @@ impl Budget {
         };
         let candidates = [
             (Some(by_descriptors), LimitedBy::Descriptors),
-            (memory.map(|bytes| bytes / CONNECTION_BYTES), LimitedBy::Memory),
+            // A quarter is for what some of them take beyond that: handshakes that wait for long, headers in pieces.
+            (memory.map(|bytes| bytes / 4 * 3 / CONNECTION_BYTES), LimitedBy::Memory),
             (ports, LimitedBy::Ports),
             (wanted.and_then(|wanted| u64::try_from(wanted).ok()), LimitedBy::Setting),
         ];
@@ -168,7 +169,7 @@ mod tests {
         assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
         let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
-        assert_eq!(budget(small, None), (2_585, LimitedBy::Memory));
+        assert_eq!(budget(small, None), (1_939, LimitedBy::Memory));
         let used_up = Host { memory: Some((1 << 20, 8 << 20)), ..HOST };
         assert!(matches!(Budget::new(&used_up, None), Err(NoRoom::Memory { .. })));
     }

@@ -29,7 +29,7 @@ use tracing::{info, warn};
 use crate::{
     admin,
     admission::{self, Admission, Memory},
-    budget::{self, Budget, Host},
+    budget::{self, Budget, Host, NoRoom},
     config::Settings,
     drain::Drain,
     gate::Gate,
@@ -97,7 +97,14 @@ impl Server {
             workers,
             ports: upstream.ports(),
         };
-        let budget = Budget::new(&host, settings.limits.max_connections)?;
+        let budget = match Budget::new(&host, settings.limits.max_connections) {
+            Err(error @ NoRoom::Memory { limit, .. }) if settings.limits.memory == Memory::Auto => {
+                // It may be others that use it at the moment: an end now would only be the first of many.
+                warn!(%error, "clients are turned away as long as memory is short");
+                Budget::new(&Host { memory: Some((limit, 0)), ..host }, settings.limits.max_connections)?
+            }
+            budget => budget?,
+        };
         say(&budget, &host, settings);
         judge_backlog(settings.listen.backlog, effective, budget.capacity.connections, system.somaxconn());
         if let Some((limit, used)) = host.memory {
@@ -110,7 +117,8 @@ impl Server {
         let abort = CancellationToken::new();
         let slots = |count| Arc::new(Semaphore::new(count));
         let (handshakes, requests) = (slots(settings.upstream.max_waiting), slots(settings.upstream.max_waiting));
-        let orphans = slots(settings.upstream.max_pending.min(budget.spare / 2));
+        let orphans = slots(settings.upstream.max_pending.min(budget.spare / 4));
+        let leftovers = slots(budget.spare / 4);
         let has_doubted = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
@@ -136,6 +144,7 @@ impl Server {
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
                 orphans: Arc::clone(&orphans),
+                leftovers: Arc::clone(&leftovers),
                 has_doubted: Arc::clone(&has_doubted),
             };
             let worker = Worker { index, context: Arc::new(context), crew: crew.clone(), listeners, guests };

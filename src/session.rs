@@ -32,14 +32,14 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     net::TcpStream,
     sync::Semaphore,
-    time::{Instant, sleep, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, info, warn};
 
 use crate::{
-    admission::{Admission, Place, Reason},
+    admission::{Admission, Extra, Place, Reason},
     close::{self, Lingered},
     downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
@@ -57,6 +57,9 @@ use crate::{
 
 /// The longest last wait for a client that got as far as no request.
 const REFUSED_LINGER: Duration = Duration::from_secs(1);
+
+/// The same for a backend's socket when there are too many of them.
+const CROWDED_LINGER: Duration = Duration::from_millis(200);
 
 /// What the sessions of one worker share.
 #[derive(Debug)]
@@ -89,6 +92,8 @@ pub struct Context {
     pub has_doubted: Arc<AtomicBool>,
     /// Handshakes that are carried on although their client has left.
     pub orphans: Arc<Semaphore>,
+    /// Backends' sockets that linger although their client may have left.
+    pub leftovers: Arc<Semaphore>,
 }
 
 /// Who a session belongs to, for its log lines.
@@ -196,6 +201,7 @@ impl Context {
     async fn begin(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
         let mut hurried = pin!(self.drain.hurried());
         let patience = self.downstream.header_timeout;
+        let deadline = Instant::now() + patience;
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
             // It was accepted, so its request may be on its way: an end now would be one without an answer.
@@ -209,12 +215,18 @@ impl Context {
             pass = self.gate.pass() => pass,
             () = &mut hurried => None,
         };
-        Box::pin(self.serve(stream, client, stay, pass)).await;
+        Box::pin(self.serve(stream, client, stay, pass, deadline)).await;
     }
 
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
-    async fn serve(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
-        let mut is_first = pass.is_some();
+    async fn serve(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        stay: Stay,
+        pass: Option<Pass>,
+        deadline: Instant,
+    ) {
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
@@ -251,14 +263,28 @@ impl Context {
         let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
         let (mut begun, mut hurried) = (pin!(self.drain.begun()), pin!(self.drain.hurried()));
         let (mut draining, mut told) = (false, false);
-        // `None`: a second signal came, and nobody waits for an answer any more.
+        // Of a first request that comes in pieces: its deadline, and memory for them.
+        let mut pieces: Option<(Pin<Box<Sleep>>, Option<Extra>)> = None;
+        let mut is_first = true;
+        // `None`: nobody waits for an answer any more, since a second signal came, or the first request did not in time.
         let served = poll_fn(|cx| {
             let mut result = Pin::new(&mut connection).poll(cx);
-            if std::mem::take(&mut is_first) {
+            if is_first && result.is_pending() {
                 let mut stage = lock(&stage);
-                if !stage.is_asked {
-                    // Only a part of a request is here: others need not wait for the rest.
+                is_first = !stage.is_asked;
+                if is_first {
+                    // Others need not wait for the rest.
                     stage.pass = None;
+                    let memory = || self.admission.more_memory(self.downstream.header_bytes as u64);
+                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep_until(deadline)), memory()));
+                    if memory.is_none() {
+                        self.refuse_for(Reason::Memory, client);
+                    }
+                    if memory.is_none() || late.as_mut().poll(cx).is_ready() {
+                        return Poll::Ready(None);
+                    }
+                } else {
+                    pieces = None;
                 }
             }
             draining = draining || begun.as_mut().poll(cx).is_ready();
@@ -312,17 +338,18 @@ impl Context {
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
         let mut handled = pin!(self.handled(request, intent, client, stage));
-        let answer = if lock(stage).pass.is_some() { timeout(STAY, &mut handled).await.ok() } else { None };
-        lock(stage).pass = None;
-        if let Some(response) = answer {
+        if let Ok(response) = timeout(STAY, &mut handled).await {
+            lock(stage).pass = None;
             return response;
         }
+        lock(stage).pass = None;
         // Beyond those for which the budget has set memory aside.
-        let Some(_memory) = self.admission.more_memory(HANDSHAKE_BYTES) else {
-            self.refuse_for(Reason::Memory, client);
-            return last(self.refusal(Reason::Memory));
-        };
-        handled.await
+        if let Some(_memory) = self.admission.more_memory(HANDSHAKE_BYTES) {
+            return handled.await;
+        }
+        lock(stage).next = Next::Plain;
+        self.refuse_for(Reason::Memory, client);
+        last(self.refusal(Reason::Memory))
     }
 
     async fn handled(
@@ -478,7 +505,7 @@ impl Context {
         let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
         guarded.await.map_err(|Failure { error, stream }| {
             if let Some(stream) = stream {
-                self.tracker.spawn(Arc::clone(self).linger_owned(Side::Backend, stream));
+                self.tracker.spawn(Arc::clone(self).linger_owned(stream));
             }
             error
         })
@@ -490,8 +517,8 @@ impl Context {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
-                // Its answer may have been cut short by a client that left: then it goes on writing.
-                this.linger(Side::Backend, stream, false).await;
+                // Its answer may have been cut short by a client that left: then it may go on writing for long.
+                this.linger_left(stream, false).await;
             }
         });
         downstream::forward_response(&mut response, false);
@@ -590,8 +617,20 @@ impl Context {
         self.metrics.lingered(side, how);
     }
 
-    async fn linger_owned(self: Arc<Self>, side: Side, stream: Stream) {
-        self.linger(side, stream, false).await;
+    async fn linger_owned(self: Arc<Self>, stream: Stream) {
+        self.linger_left(stream, false).await;
+    }
+
+    /// For a backend's socket whose client need not be there any more, and so has no place: of these there are only so many.
+    async fn linger_left(&self, stream: Stream, peer_is_done: bool) {
+        let slot = self.leftovers.try_acquire().ok();
+        let mut patience = self.short_linger();
+        if slot.is_none() {
+            let short = |time: Duration| time.min(CROWDED_LINGER);
+            patience = close::Config { linger: short(patience.linger), linger_max: short(patience.linger_max) };
+        }
+        self.linger_for(Side::Backend, stream, peer_is_done, &patience).await;
+        drop(slot);
     }
 
     fn count(&self, report: &Report) {
@@ -647,7 +686,7 @@ impl<T: Orphan> Drop for Guarded<T> {
         self.context.tracker.spawn(async move {
             match exchange.await {
                 Ok(orphan) => orphan.end(context).await,
-                Err(Failure { stream: Some(stream), .. }) => context.linger(Side::Backend, stream, false).await,
+                Err(Failure { stream: Some(stream), .. }) => context.linger_left(stream, false).await,
                 Err(Failure { stream: None, .. }) => {}
             }
             drop(slot);
@@ -671,7 +710,7 @@ impl Orphan for Reply {
         Box::pin(async move {
             drop(self.response);
             if let Some(stream) = self.connection.await {
-                context.linger(Side::Backend, stream, false).await;
+                context.linger_left(stream, false).await;
             }
         })
     }

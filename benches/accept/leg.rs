@@ -79,6 +79,7 @@ pub fn main(order: &str) -> anyhow::Result<()> {
 
 /// What is there for the length of a leg.
 struct Stage {
+    assembly: Assembly,
     backend: Process,
     backend_address: SocketAddr,
     proxy: Process,
@@ -92,7 +93,7 @@ impl Stage {
         let arguments = [assembly.to_string(), backend_address.to_string()];
         let mut proxy = Process::start("proxy", &[], &arguments.each_ref().map(String::as_str))?;
         let address = proxy.hear()?;
-        let stage = Self { backend, backend_address, proxy, address };
+        let stage = Self { assembly, backend, backend_address, proxy, address };
         stage.only_listeners()?;
         Ok(stage)
     }
@@ -227,7 +228,7 @@ fn echo(stage: &mut Stage, options: &Options) -> anyhow::Result<Outcome> {
         ("per_second".to_owned(), per(u64::try_from(count)?, 1) / took.as_secs_f64()),
     ]);
     let told: Told = stage.proxy.ask()?;
-    outcome.spread(&told.opened);
+    outcome.spread(stage.assembly, &told.opened);
     outcome.metrics = told.metrics;
     Ok(outcome)
 }
@@ -254,8 +255,11 @@ impl Outcome {
         }
     }
 
-    /// Sessions per thread: how many the one with the most has, in percent of all.
-    fn spread(&mut self, opened: &[Opened]) {
+    /// Sessions per thread: how many the one with the most has, in percent of all. With work stealing they have none.
+    fn spread(&mut self, assembly: Assembly, opened: &[Opened]) {
+        if matches!(assembly, Assembly::Multi1 | Assembly::MultiN) {
+            return;
+        }
         let mut threads = HashMap::<&str, u64>::new();
         for opened in opened {
             *threads.entry(&opened.thread).or_default() += 1;
@@ -279,7 +283,7 @@ impl Outcome {
         self.fail(failures, first_error);
         let ours: Vec<Opened> =
             samples.iter().filter_map(|sample| by_port.get(&sample.port)).map(|opened| (*opened).clone()).collect();
-        self.spread(&ours);
+        self.spread(stage.assembly, &ours);
         self.rows = samples.iter().map(|sample| row(sample, &by_port, &handshakes)).collect();
         self.metrics = metrics;
         Ok(opened)

@@ -34,7 +34,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -79,6 +79,12 @@ struct Cli {
     /// A leg is repeated, nine times at most, while other programs used more than this percentage of the machine's CPU time
     #[arg(long, default_value_t = 2.0)]
     max_noise: f64,
+    /// How long to wait before each leg until others are silent, in seconds
+    #[arg(long, default_value_t = 600)]
+    patience: u64,
+    /// Goes on where an earlier run with the same options ended, in `target/bench/accept.json`
+    #[arg(long)]
+    append: bool,
     /// Writes every single connect to this folder, one file per leg
     #[arg(long)]
     samples: Option<PathBuf>,
@@ -201,6 +207,8 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
         cli.rounds = 1;
         cli.options.seconds = cli.options.seconds.min(4.0);
         cli.options.echo_seconds = 1.0;
+        cli.patience = 0;
+        cli.max_noise = 100.0;
     }
     raise_descriptors()?;
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().context("a folder above target/tmp")?;
@@ -209,7 +217,9 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     let mut report = Report::new(&cli.options)?;
-    for round in 0..cli.rounds {
+    let first = if cli.append { report.append_to(&folder.join("accept.json"))? } else { 0 };
+    let last = first + cli.rounds;
+    for round in first..last {
         let mut assemblies = cli.assemblies.clone();
         assemblies.rotate_left(round as usize % cli.assemblies.len());
         let mut workloads = cli.only.clone();
@@ -224,7 +234,7 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
                     .with_context(|| format!("round {}, {workload} through {assembly}", round + 1))?;
                 let row = Row::new(round, workload, assembly, &outcome);
                 let took = begun.elapsed().as_secs_f64();
-                eprintln!("round {} of {}: {row}, took {took:.1} s", round + 1, cli.rounds);
+                eprintln!("round {} of {last}: {row}, took {took:.1} s", round + 1);
                 if let Some(error) = &outcome.first_error {
                     eprintln!("  the first failure: {error}");
                 }
@@ -247,7 +257,7 @@ fn measure(mut cli: Cli) -> anyhow::Result<()> {
 fn quiet_leg(cli: &Cli, round: u32, workload: Workload, assembly: Assembly) -> anyhow::Result<Outcome> {
     let mut quietest: Option<(f64, Outcome)> = None;
     for _ in 0..TRIES {
-        noise::wait_for_quiet(cli.max_noise)?;
+        noise::wait_for_quiet(cli.max_noise, Duration::from_secs(cli.patience))?;
         let begun = Begun::now()?;
         let mut outcome = leg(&cli.options, round, workload, assembly)?;
         let Noise { others_percent, stolen_percent } = begun.noise()?;

@@ -1,12 +1,14 @@
 //! What other programs and other machines on the same host took of the CPU time while a leg ran: tails of a few milliseconds are
 //! easily theirs.
 
-use std::{fs, thread, time::Duration};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 
-/// How long is waited for others to end before a leg, at most, and how long they must have been silent.
-const PATIENCE: u32 = 300;
+/// How long others must have been silent.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// Percentages of the time of all cores together.
@@ -60,9 +62,10 @@ impl Begun {
     }
 }
 
-/// Returns when others use little, or after ten minutes.
-pub fn wait_for_quiet(percent: f64) -> anyhow::Result<()> {
-    for _ in 0..PATIENCE {
+/// Returns when others use little, or after `patience`.
+pub fn wait_for_quiet(percent: f64, patience: Duration) -> anyhow::Result<()> {
+    let until = Instant::now() + patience;
+    while Instant::now() < until {
         let begun = Begun::now()?;
         thread::sleep(SILENCE);
         let Noise { others_percent, stolen_percent } = begun.noise()?;

@@ -219,6 +219,7 @@ impl<'a> Parts<'a> {
             handshakes: Arc::clone(&self.handshakes),
             requests: Arc::clone(&self.requests),
             orphans: Arc::clone(&self.orphans),
+            leftovers: Arc::clone(&self.orphans),
             has_doubted: Arc::clone(&self.has_doubted),
         })
     }

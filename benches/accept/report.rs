@@ -1,8 +1,9 @@
 //! From outcomes to tables: the median of the rounds, the smallest and the largest.
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, thread};
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path, thread};
 
-use serde::Serialize;
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     Options, Workload,
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// One leg.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Row {
     pub round: u32,
     pub workload: Workload,
@@ -19,7 +20,6 @@ pub struct Row {
     pub values: BTreeMap<String, f64>,
     pub metrics: BTreeMap<String, f64>,
     /// Microseconds of each connect, in order of size.
-    #[serde(skip)]
     connects: Vec<u64>,
 }
 
@@ -163,6 +163,18 @@ impl Report {
             options: options.clone(),
         };
         Ok(Self { rows: Vec::new(), setting })
+    }
+
+    /// Takes over the rounds of an earlier run.
+    pub fn append_to(&mut self, file: &Path) -> anyhow::Result<u32> {
+        #[derive(Deserialize)]
+        struct Document {
+            rows: Vec<Row>,
+        }
+        let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        let Document { rows } = serde_json::from_str(&text)?;
+        self.rows = rows;
+        Ok(self.rows.iter().map(|row| row.round).max().unwrap_or(0))
     }
 
     fn values(&self, workload: Workload, assembly: Assembly, name: &str) -> BTreeMap<u32, f64> {

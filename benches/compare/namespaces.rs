@@ -165,5 +165,5 @@ fn ip(namespace: Option<&str>, batch: &str) -> anyhow::Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    bail!("ip: {}", String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; "))
+    bail!("ip: {}, {}", output.status, String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; "))
 }

@@ -297,7 +297,7 @@ fn findings() {
             Note,
             &["512 MiB (limits.memory)", "limits.memory is 512 MiB", "the lower one"],
         ),
-        ("memory", |f, w| (f.memory, w.memory) = (vec![cgroup(256, 4)], MemorySetting::Limit(128 * MIB)), Ok, &[]),
+        ("memory", |f, w| (f.memory, w.memory) = (vec![cgroup(256, 4)], MemorySetting::Limit(192 * MIB)), Ok, &[]),
         ("memory", |_, w| w.memory = MemorySetting::Limit(24 * MIB), Warning, &["no limit"]),
         ("memory", |_, w| w.max_connections = Some(9000), Ok, &["9000 connections take some "]),
         ("memory", |_, w| w.max_connections = Some(900_000), WillBite, &["GiB"]),

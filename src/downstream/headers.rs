@@ -120,6 +120,11 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
     let needs_upgrade =
         response.status() == StatusCode::UPGRADE_REQUIRED && has_token(response.headers(), &UPGRADE, "websocket");
     let headers = response.headers_mut();
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // "a message ... received with both a Transfer-Encoding and a Content-Length header field, the Transfer-Encoding
+        // overrides" (RFC 9112 6.3), and whoever forwards it must remove the latter.
+        headers.remove(CONTENT_LENGTH);
+    }
     strip_hop_by_hop(headers);
     if needs_upgrade {
         // "A server that sends a 426 response MUST send an Upgrade header field" (RFC 9110 15.5.22).

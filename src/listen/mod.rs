@@ -133,6 +133,7 @@ async fn batch(
 }
 
 fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, SocketAddr, Place)) -> Batch {
+    let mut failed = 0;
     for _ in 0..BATCH {
         let Some(place) = door.admission.enter() else { return Batch::NoPlace };
         let error = match listener.accept() {
@@ -147,6 +148,10 @@ fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, Sock
             // The connection itself failed before it was taken (accept(2)): the next one may be fine.
             door.metrics.accept_error("connection");
             debug!(%error, "a connection failed before it was accepted");
+            failed += 1;
+            if failed == BATCH {
+                return Batch::Shortage("connection", error);
+            }
             continue;
         };
         // The budget was wrong: something else takes descriptors. One client after the other gets an answer all the same.

@@ -65,12 +65,12 @@ async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (By
             Ok(_) => {}
         }
         match switching(&read) {
-            Parsed::Switching(length, response) => {
+            Parsed::Switching(length, response) if length <= limit => {
                 read.advance(length);
                 return (read.freeze(), Some(response));
             }
             Parsed::Partial if read.len() <= limit => {}
-            Parsed::Partial | Parsed::Other => return (read.freeze(), None),
+            _ => return (read.freeze(), None),
         }
     }
 }
@@ -114,7 +114,9 @@ fn switching(bytes: &[u8]) -> Parsed {
 fn head(request: &Request<()>) -> Vec<u8> {
     let mut head = Vec::with_capacity(FIRST_READ);
     let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    for part in [request.method().as_str(), " ", target, " HTTP/1.1\r\n"] {
+    // "http://host?query" has an empty path, which is sent as "/" (RFC 9112 3.2.1).
+    let root = if target.starts_with('/') { "" } else { "/" };
+    for part in [request.method().as_str(), " ", root, target, " HTTP/1.1\r\n"] {
         head.extend_from_slice(part.as_bytes());
     }
     for (name, value) in request.headers() {

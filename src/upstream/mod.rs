@@ -322,8 +322,9 @@ impl Upstream {
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             let waiting = Counted::new(this.inner.metrics.upstream_waiting(true));
-            control.begin_turn(this.inner.handshakes.next().await.ok_or(Error::QueueTimeout)?);
-            let turn = this.inner.connects.next().await.ok_or(Error::QueueTimeout)?;
+            let deadline = this.inner.handshakes.deadline();
+            control.begin_turn(this.inner.handshakes.next(deadline).await.ok_or(Error::QueueTimeout)?);
+            let turn = this.inner.connects.next(deadline).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(true));
             let stream = this.connect().await?;
@@ -347,7 +348,7 @@ impl Upstream {
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             let waiting = Counted::new(this.inner.metrics.upstream_waiting(false));
-            let turn = this.inner.connects.next().await.ok_or(Error::QueueTimeout)?;
+            let turn = this.inner.connects.next(this.inner.connects.deadline()).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
             let stream = this.connect().await?;

@@ -20,6 +20,9 @@ use tokio::{
 /// would otherwise be paced to a standstill. One that accepts nobody for longer may see its queue overflow.
 const ACCEPTED_BY_NOW: Duration = Duration::from_secs(1);
 
+/// How often who waits looks for turns that are overdue, at most.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// First come, first served.
 #[derive(Debug)]
 pub(super) struct Turns {
@@ -48,16 +51,21 @@ impl Turns {
         Self { free: Arc::new(Semaphore::new(count)), patience, connected: Mutex::default() }
     }
 
+    /// By when a turn must come that is asked for now.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.patience
+    }
+
     /// A turn; `None`: none came in time.
-    pub(super) async fn next(&self) -> Option<OwnedSemaphorePermit> {
+    pub(super) async fn next(&self, deadline: Instant) -> Option<OwnedSemaphorePermit> {
         // Most need not wait, and so need no timer.
         if let Ok(turn) = Arc::clone(&self.free).try_acquire_owned() {
             return Some(turn);
         }
-        let deadline = Instant::now() + self.patience;
         let mut turn = pin!(Arc::clone(&self.free).acquire_owned());
         loop {
-            let look = self.end_overdue().min(deadline);
+            // Not all of thousands who wait are woken for each turn that is overdue.
+            let look = self.end_overdue().max(Instant::now() + LOOK).min(deadline);
             tokio::select! {
                 biased;
                 turn = &mut turn => return turn.ok(),
@@ -116,7 +124,7 @@ mod tests {
         let turns = Turns::new(3, Duration::from_secs(5));
         let mut connected = Vec::new();
         for _ in 0..3 {
-            connected.push(turns.connected(turns.next().await.expect("a turn")));
+            connected.push(turns.connected(turns.next(turns.deadline()).await.expect("a turn")));
         }
         assert_eq!(turns.free.available_permits(), 0);
         connected[1].was_accepted();
@@ -133,8 +141,8 @@ mod tests {
         let turns = Turns::new(1, Duration::from_secs(5));
         for _ in 0..3 {
             let begun = Instant::now();
-            turns.connected(turns.next().await.expect("a turn"));
-            turns.connected(turns.next().await.expect("a turn"));
+            turns.connected(turns.next(turns.deadline()).await.expect("a turn"));
+            turns.connected(turns.next(turns.deadline()).await.expect("a turn"));
             assert_eq!(begun.elapsed().as_secs(), 1);
             tokio::time::sleep(ACCEPTED_BY_NOW).await;
         }
@@ -143,9 +151,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_wait_for_a_turn_is_bounded() {
         let turns = Turns::new(1, Duration::from_secs(5));
-        let turn = turns.next().await;
+        let turn = turns.next(turns.deadline()).await;
         let begun = Instant::now();
-        assert!(turn.is_some() && turns.next().await.is_none());
+        assert!(turn.is_some() && turns.next(turns.deadline()).await.is_none());
         assert_eq!(begun.elapsed(), Duration::from_secs(5));
     }
 }
