@@ -23,8 +23,9 @@ pub const AT_ONCE: usize = 64;
 /// headers, measured at 43 KiB.
 pub const HANDSHAKE_BYTES: u64 = 48 << 10;
 
-/// The longest wait at the gate. It is for spikes, and no limit.
-const WAIT: Duration = Duration::from_secs(1);
+/// The longest wait at the gate. It is for spikes, and no limit: since nobody keeps a place for longer than [`STAY`], 640
+/// begin per second and worker even when the backend answers none.
+const WAIT: Duration = Duration::from_secs(5);
 
 /// The longest that one keeps its place while it waits, for its turn or an answer: others may want something else of the
 /// backend, or nothing of it.

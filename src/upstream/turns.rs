@@ -20,15 +20,14 @@ use tokio::{
 /// would otherwise be paced to a standstill. One that accepts nobody for longer may see its queue overflow.
 const ACCEPTED_BY_NOW: Duration = Duration::from_secs(1);
 
-/// How often who waits looks for turns that are overdue, at most.
-const LOOK: Duration = Duration::from_millis(50);
-
 /// First come, first served.
 #[derive(Debug)]
 pub(super) struct Turns {
     free: Arc<Semaphore>,
     patience: Duration,
     connected: Mutex<Waiting>,
+    /// Held by the one who looks for turns that are overdue.
+    sweeper: tokio::sync::Mutex<()>,
 }
 
 /// Turns of connections that may not be accepted yet.
@@ -48,7 +47,12 @@ pub(super) struct Connected<'a> {
 
 impl Turns {
     pub(super) fn new(count: usize, patience: Duration) -> Self {
-        Self { free: Arc::new(Semaphore::new(count)), patience, connected: Mutex::default() }
+        Self {
+            free: Arc::new(Semaphore::new(count)),
+            patience,
+            connected: Mutex::default(),
+            sweeper: tokio::sync::Mutex::default(),
+        }
     }
 
     /// By when a turn must come that is asked for now.
@@ -63,9 +67,15 @@ impl Turns {
             return Some(turn);
         }
         let mut turn = pin!(Arc::clone(&self.free).acquire_owned());
+        // One of those who wait looks for turns that are overdue; when it has its own, the next one does.
+        let _sweeper = tokio::select! {
+            biased;
+            turn = &mut turn => return turn.ok(),
+            sweeper = self.sweeper.lock() => sweeper,
+            () = sleep_until(deadline) => return None,
+        };
         loop {
-            // Not all of thousands who wait are woken for each turn that is overdue.
-            let look = self.end_overdue().max(Instant::now() + LOOK).min(deadline);
+            let look = self.end_overdue().min(deadline);
             tokio::select! {
                 biased;
                 turn = &mut turn => return turn.ok(),
