@@ -109,7 +109,7 @@ fn queues_of_128_take_a_spike() {
 }
 
 /// A backend that nobody has changed: one accept loop, a backlog of 100, and now and then it has other things to do.
-const SLOW: Accepting = Accepting { buffers: None, backlog: 100, stalls: Some((500, Duration::from_millis(200))) };
+const SLOW: Accepting = Accepting { buffers: None, backlog: 100, stalls: Some((1000, Duration::from_millis(200))) };
 
 /// A spike in front of such a backend: all are served, sessions as well as plain requests, and neither its queue nor those in
 /// front overflow.
