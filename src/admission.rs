@@ -288,6 +288,13 @@ impl Admission {
     }
 }
 
+impl Place {
+    /// It has the descriptor that was kept in reserve.
+    pub fn is_last_resort(&self) -> bool {
+        self.has_reserve
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.inner.give_back(self.memory);

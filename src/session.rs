@@ -157,7 +157,15 @@ impl Context {
     }
 
     /// Answers the first request with a 503, whatever it is, and ends the connection.
-    async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay, reason: Reason) {
+    async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, mut stay: Stay, reason: Reason) {
+        // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
+        if !stay.place.is_last_resort()
+            && let Some(place) = self.admission.enter().filter(|place| place.refused.is_none())
+        {
+            stay.place = place;
+            self.begin(stream, client, stay).await;
+            return;
+        }
         self.refuse_for(reason, client);
         let service = hyper::service::service_fn(|_| async { Ok::<_, Infallible>(last(self.refusal(reason))) });
         // Others wait for its place: it gets the time that a socket gets without progress.
@@ -679,7 +687,8 @@ impl<T: Orphan> Drop for Guarded<T> {
         let context = Arc::clone(&self.context);
         // Others may have its turn. How many are carried on is bounded apart; the rest gets its FIN at once.
         exchange.end_turn();
-        let slot = if T::IS_WORTH_WAITING { Arc::clone(&context.orphans).try_acquire_owned().ok() } else { None };
+        let is_worth_waiting = T::IS_WORTH_WAITING && exchange.is_connected();
+        let slot = if is_worth_waiting { Arc::clone(&context.orphans).try_acquire_owned().ok() } else { None };
         if slot.is_none() {
             exchange.give_up();
         }

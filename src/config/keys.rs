@@ -141,7 +141,7 @@ impl Settings {
                 body_timeout: seconds(120),
                 max_pending: 64,
                 max_waiting: 65_536,
-                queue_timeout: seconds(10),
+                queue_timeout: seconds(30),
                 source_addresses: Vec::new(),
                 header_bytes: 32 << 10,
                 write_timeout: seconds(30),

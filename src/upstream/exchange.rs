@@ -89,8 +89,9 @@ where
             response.as_mut().poll(cx)
         });
         tokio::select! {
-            answer = timeout_at(deadline, waited) => Some(answer),
+            biased;
             () = control.given_up() => None,
+            answer = timeout_at(deadline, waited) => Some(answer),
         }
     };
     let error = match answer {

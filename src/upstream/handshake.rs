@@ -38,8 +38,9 @@ pub(super) async fn ask(
 ) -> Result<First, Failure> {
     let mut stream = Kept::new(stream, config.write_timeout);
     let asked = tokio::select! {
-        asked = timeout_at(deadline, exchange(&mut stream, request, config.header_bytes)) => Some(asked),
+        biased;
         () = control.given_up() => None,
+        asked = timeout_at(deadline, exchange(&mut stream, request, config.header_bytes)) => Some(asked),
     };
     let Some(Ok((read, answer))) = asked else {
         return Err(Failure {

@@ -184,6 +184,7 @@ pub struct Exchange<T> {
 #[derive(Default)]
 struct Control {
     begun: AtomicBool,
+    connected: AtomicBool,
     turn: Mutex<Option<OwnedSemaphorePermit>>,
     given_up: Notify,
 }
@@ -203,10 +204,15 @@ impl Control {
 }
 
 impl<T> Exchange<T> {
-    /// The backend may have seen something of it, so it must be carried on to an orderly end. Before that, dropping it
-    /// does no harm.
+    /// The backend's kernel may have seen something of it, so it must be carried on to an orderly end: a dial that is just
+    /// dropped answers the SYN-ACK with a RST. Before that, dropping it does no harm.
     pub fn has_begun(&self) -> bool {
         self.control.begun.load(Ordering::Relaxed)
+    }
+
+    /// The backend may have seen something of it.
+    pub fn is_connected(&self) -> bool {
+        self.control.connected.load(Ordering::Relaxed)
     }
 
     /// Nobody waits for it any more: others may have its turn.
@@ -327,9 +333,10 @@ impl Upstream {
             let turn = this.inner.connects.next(deadline).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(true));
-            let stream = this.connect().await?;
-            let connected = this.inner.connects.connected(turn);
             control.begun.store(true, Ordering::Relaxed);
+            let stream = this.connect().await?;
+            control.connected.store(true, Ordering::Relaxed);
+            let connected = this.inner.connects.connected(turn);
             let answer = exchange::websocket(stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
             control.end_turn();
@@ -351,9 +358,10 @@ impl Upstream {
             let turn = this.inner.connects.next(this.inner.connects.deadline()).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
-            let stream = this.connect().await?;
-            let connected = this.inner.connects.connected(turn);
             control.begun.store(true, Ordering::Relaxed);
+            let stream = this.connect().await?;
+            control.connected.store(true, Ordering::Relaxed);
+            let connected = this.inner.connects.connected(turn);
             let answer = exchange::plain(stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
             answer
