@@ -38,6 +38,12 @@ const HOLD: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Gate {
     slots: Arc<Semaphore>,
+    crowd: Arc<Crowd>,
+}
+
+/// Those who wait at the gates of all workers: these share the processors.
+#[derive(Debug, Default)]
+pub struct Crowd {
     waiting: AtomicUsize,
     is_calm: Notify,
 }
@@ -51,9 +57,9 @@ pub struct Pass {
 
 impl Gate {
     /// Nobody waits.
-    pub fn new() -> Arc<Self> {
+    pub fn new(crowd: &Arc<Crowd>) -> Arc<Self> {
         let slots = Arc::new(Semaphore::new(AT_ONCE));
-        Arc::new(Self { slots, waiting: AtomicUsize::new(0), is_calm: Notify::new() })
+        Arc::new(Self { slots, crowd: Arc::clone(crowd) })
     }
 
     /// Waits for a turn, in order; `None`: it was a long wait, so go on without.
@@ -69,11 +75,13 @@ impl Gate {
 
     /// Resolves when no handshake waits, or after a while: clients that connect give up sooner than those that are connected.
     pub async fn calm(&self) {
-        if self.waiting.load(Ordering::Relaxed) > 0 {
-            let _ = timeout(HOLD, self.is_calm.notified()).await;
+        if self.crowd.waiting.load(Ordering::Relaxed) > 0 {
+            let _ = timeout(HOLD, self.crowd.is_calm.notified()).await;
         }
     }
+}
 
+impl Crowd {
     fn look(&self) {
         if self.waiting.load(Ordering::Relaxed) == 0 {
             self.is_calm.notify_waiters();
@@ -83,7 +91,7 @@ impl Gate {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.gate.look();
+        self.gate.crowd.look();
     }
 }
 
@@ -92,15 +100,15 @@ struct Waiting<'a>(&'a Gate);
 
 impl<'a> Waiting<'a> {
     fn new(gate: &'a Gate) -> Self {
-        gate.waiting.fetch_add(1, Ordering::Relaxed);
+        gate.crowd.waiting.fetch_add(1, Ordering::Relaxed);
         Self(gate)
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.0.look();
+        self.0.crowd.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.0.crowd.look();
     }
 }
 
@@ -111,7 +119,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_gate_bounds_what_is_begun_and_the_wait() {
-        let gate = Gate::new();
+        let gate = Gate::new(&Arc::default());
         let mut inside = Vec::new();
         for _ in 0..AT_ONCE {
             inside.push(gate.pass().await.expect("a slot"));
@@ -125,7 +133,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn sessions_begin_when_no_handshake_waits() {
-        let gate = Gate::new();
+        let gate = Gate::new(&Arc::default());
         let begun = Instant::now();
         gate.calm().await;
         assert_eq!(begun.elapsed(), Duration::ZERO);

@@ -120,6 +120,7 @@ impl Server {
         let orphans = slots(settings.upstream.max_pending.min(budget.spare / 4));
         let leftovers = slots(budget.spare / 4);
         let has_doubted = Arc::default();
+        let crowd = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
         let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
@@ -139,7 +140,7 @@ impl Server {
                 traffic: metrics.traffic(),
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
-                gate: Gate::new(),
+                gate: Gate::new(&crowd),
                 admission: admission.clone(),
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),

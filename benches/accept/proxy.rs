@@ -214,7 +214,7 @@ impl<'a> Parts<'a> {
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
             tracker: TaskTracker::new(),
-            gate: Gate::new(),
+            gate: Gate::new(&Arc::default()),
             admission: self.admission.clone(),
             handshakes: Arc::clone(&self.handshakes),
             requests: Arc::clone(&self.requests),
