@@ -29,6 +29,8 @@ pub struct Facts {
     pub reserved_ports: Vec<RangeInclusive<u16>>,
     /// `RLIMIT_NOFILE`.
     pub descriptors: Limit,
+    /// Descriptors open before `run` opens any: the standard three, and what whoever starts us leaves open.
+    pub inherited: Option<u64>,
     /// `fs.nr_open`.
     pub nr_open: Option<u64>,
     /// Open files of the whole host.
@@ -63,6 +65,7 @@ impl Facts {
             port_range: system.ip_local_port_range(),
             reserved_ports: system.ip_local_reserved_ports().unwrap_or_default(),
             descriptors: descriptor_limit(),
+            inherited: system.open_descriptors(),
             nr_open: system.nr_open(),
             host_files: system.host_files(),
             cpu: system.cpu(),

@@ -66,9 +66,9 @@ pub(super) struct Plan {
     pub limited_by: LimitedBy,
 }
 
-/// Descriptors that are open before the first client, besides the accept queues and the admin listener: the standard ones, those
-/// of the main thread's runtime and signals, and those of each worker's.
-const OPEN: u64 = 11;
+/// Descriptors that are open before the first client, besides those that were inherited, the accept queues and the admin
+/// listener: those of the main thread's runtime and signals, and those of each worker's.
+const OPEN: u64 = 6;
 const OPEN_PER_WORKER: u64 = 4;
 
 /// What the process takes before the first client, in bytes. What is used now would be that of whoever runs here already.
@@ -87,7 +87,11 @@ impl Plan {
         let limit = granted.map_or(wishes.backlog, |granted| u32::try_from(granted).unwrap_or(u32::MAX));
         let sockets = wide(wish.sockets(limit));
 
-        let open = sockets + OPEN + OPEN_PER_WORKER * wide(workers) + u64::from(wishes.admin.is_some());
+        let open = facts.inherited.unwrap_or(3)
+            + sockets
+            + OPEN
+            + OPEN_PER_WORKER * wide(workers)
+            + u64::from(wishes.admin.is_some());
         let memory = match wishes.memory {
             Memory::Auto => facts.memory.first().map(|Bounded { limit, .. }| *limit),
             // The lower one counts.

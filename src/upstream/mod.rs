@@ -334,9 +334,10 @@ impl Upstream {
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(true));
             control.begun.store(true, Ordering::Relaxed);
+            let begun = this.inner.connects.begin();
             let stream = this.connect().await?;
             control.connected.store(true, Ordering::Relaxed);
-            let connected = this.inner.connects.connected(turn);
+            let connected = this.inner.connects.connected(turn, begun);
             let answer = exchange::websocket(stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
             control.end_turn();
@@ -359,9 +360,10 @@ impl Upstream {
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
             control.begun.store(true, Ordering::Relaxed);
+            let begun = this.inner.connects.begin();
             let stream = this.connect().await?;
             control.connected.store(true, Ordering::Relaxed);
-            let connected = this.inner.connects.connected(turn);
+            let connected = this.inner.connects.connected(turn, begun);
             let answer = exchange::plain(stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
             answer

@@ -2,7 +2,8 @@
 //!
 //! A backend with a short backlog loses connections when a spike is handed on to it, and `connect()` succeeds long before
 //! the backend accepts. An answer, or an end, is the proof that it did: for that connection, and since an accept queue is
-//! first in, first out, for all that were connected before.
+//! first in, first out, for all that were connected before it was begun. Those that were begun at the same time may be
+//! behind it in the queue, in whatever order this process learnt of them.
 
 use std::{
     collections::BTreeMap,
@@ -33,7 +34,8 @@ pub(super) struct Turns {
 /// Turns of connections that may not be accepted yet.
 #[derive(Debug, Default)]
 struct Waiting {
-    next: u64,
+    /// How many were connected so far, which numbers them.
+    count: u64,
     /// In the order in which they were connected, with the moment.
     turns: BTreeMap<u64, (Instant, OwnedSemaphorePermit)>,
 }
@@ -43,7 +45,12 @@ struct Waiting {
 pub(super) struct Connected<'a> {
     turns: &'a Turns,
     number: u64,
+    begun: Begun,
 }
+
+/// The moment at which a connection is begun: how many were connected by then.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Begun(u64);
 
 impl Turns {
     pub(super) fn new(count: usize, patience: Duration) -> Self {
@@ -84,13 +91,18 @@ impl Turns {
         }
     }
 
+    /// To be called just before a connection is begun.
+    pub(super) fn begin(&self) -> Begun {
+        Begun(self.lock().count)
+    }
+
     /// Keeps the turn of a connection that was just made until it is known to be accepted.
-    pub(super) fn connected(&self, turn: OwnedSemaphorePermit) -> Connected<'_> {
+    pub(super) fn connected(&self, turn: OwnedSemaphorePermit, begun: Begun) -> Connected<'_> {
         let mut connected = self.lock();
-        let number = connected.next;
-        connected.next += 1;
+        let number = connected.count;
+        connected.count += 1;
         connected.turns.insert(number, (Instant::now(), turn));
-        Connected { turns: self, number }
+        Connected { turns: self, number, begun }
     }
 
     /// Ends the turns of those that must be accepted by now; gives the moment of the next one.
@@ -116,11 +128,12 @@ impl Connected<'_> {
     /// The backend has answered, or ended it.
     pub(super) fn was_accepted(&self) {
         let mut connected = self.turns.lock();
-        let later = connected.turns.split_off(&(self.number + 1));
-        let accepted = std::mem::replace(&mut connected.turns, later);
+        let own = connected.turns.remove(&self.number);
+        let later = connected.turns.split_off(&self.begun.0);
+        let earlier = std::mem::replace(&mut connected.turns, later);
         drop(connected);
         // Wakes those whose turn it is, without the lock.
-        drop(accepted);
+        drop((own, earlier));
     }
 }
 
@@ -128,13 +141,18 @@ impl Connected<'_> {
 mod tests {
     use super::*;
 
+    async fn connect(turns: &Turns) -> Connected<'_> {
+        let turn = turns.next(turns.deadline()).await.expect("a turn");
+        turns.connected(turn, turns.begin())
+    }
+
     /// An answer ends the turns of all that were connected before it, and of none that came later.
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_a_sign_for_those_before_it() {
         let turns = Turns::new(3, Duration::from_secs(5));
         let mut connected = Vec::new();
         for _ in 0..3 {
-            connected.push(turns.connected(turns.next(turns.deadline()).await.expect("a turn")));
+            connected.push(connect(&turns).await);
         }
         assert_eq!(turns.free.available_permits(), 0);
         connected[1].was_accepted();
@@ -146,13 +164,28 @@ mod tests {
         assert_eq!(turns.free.available_permits(), 2);
     }
 
+    /// Of two that were begun at the same time, either may be the first in the backend's queue, whichever is seen first here.
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_no_sign_for_those_beside_it() {
+        let turns = Turns::new(2, Duration::from_secs(5));
+        let begun = turns.begin();
+        let mut connected = Vec::new();
+        for _ in 0..2 {
+            connected.push(turns.connected(turns.next(turns.deadline()).await.expect("a turn"), begun));
+        }
+        connected[1].was_accepted();
+        assert_eq!(turns.free.available_permits(), 1);
+        connected[0].was_accepted();
+        assert_eq!(turns.free.available_permits(), 2);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn without_any_answer_turns_end_by_themselves() {
         let turns = Turns::new(1, Duration::from_secs(5));
         for _ in 0..3 {
             let begun = Instant::now();
-            turns.connected(turns.next(turns.deadline()).await.expect("a turn"));
-            turns.connected(turns.next(turns.deadline()).await.expect("a turn"));
+            connect(&turns).await;
+            connect(&turns).await;
             assert_eq!(begun.elapsed().as_secs(), 1);
             tokio::time::sleep(ACCEPTED_BY_NOW).await;
         }
