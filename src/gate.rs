@@ -1,11 +1,13 @@
 //! How many handshakes a worker works on at once. In a spike they are begun in order and each is brought to its end, rather
 //! than all of them being begun and kept waiting for one another: that takes a tenth of the memory, and less time in all.
 //!
-//! Who waits here costs a socket and a small task. A client that does not go on with its request holds nobody up.
+//! Who waits in the lobby costs a socket and nothing else. Workers take from it as they get on, so that one with less of a
+//! processor serves fewer. A client that does not go on with its request holds nobody up.
 
 use std::{
+    collections::VecDeque,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -41,118 +43,201 @@ pub struct Gate {
     crowd: Arc<Crowd>,
 }
 
-/// Those who wait at the gates of all workers: these share the processors.
+/// Those who had to wait for any worker, until they are answered: all workers share the processors.
 #[derive(Debug, Default)]
 pub struct Crowd {
-    waiting: AtomicUsize,
+    size: AtomicUsize,
     is_calm: Notify,
 }
 
 /// One that is worked on, until it is dropped.
 #[derive(Debug)]
 pub struct Pass {
-    _slot: OwnedSemaphorePermit,
-    gate: Arc<Gate>,
+    _slot: Option<OwnedSemaphorePermit>,
+    _crowded: Option<Crowded>,
 }
+
+/// Those for whom nothing was done yet, first come, first served. Its bound is that of all connections.
+#[derive(Debug)]
+pub struct Lobby<T> {
+    queue: Mutex<VecDeque<(T, Crowded)>>,
+    /// A permit for each in the queue.
+    count: Semaphore,
+    crowd: Arc<Crowd>,
+}
+
+/// One of the crowd.
+#[derive(Debug)]
+struct Crowded(Arc<Crowd>);
 
 impl Gate {
     /// Nobody waits.
-    pub fn new(crowd: &Arc<Crowd>) -> Arc<Self> {
-        let slots = Arc::new(Semaphore::new(AT_ONCE));
-        Arc::new(Self { slots, crowd: Arc::clone(crowd) })
+    pub fn new(crowd: &Arc<Crowd>) -> Self {
+        Self { slots: Arc::new(Semaphore::new(AT_ONCE)), crowd: Arc::clone(crowd) }
     }
 
-    /// Waits for a turn, in order; `None`: it was a long wait, so go on without.
-    pub async fn pass(self: &Arc<Self>) -> Option<Pass> {
-        let slot = if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
-            slot
-        } else {
-            let _waiting = Waiting::new(self);
-            timeout(WAIT, Arc::clone(&self.slots).acquire_owned()).await.ok()?.ok()?
-        };
-        Some(Pass { _slot: slot, gate: Arc::clone(self) })
+    /// A turn, if nobody waits for one.
+    pub fn try_pass(&self) -> Option<Pass> {
+        let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        Some(Pass { _slot: Some(slot), _crowded: None })
     }
 
-    /// Resolves when no handshake waits, or after a while: clients that connect give up sooner than those that are connected.
+    /// Waits for a turn, then for somebody in the lobby whose it is; `None`: it was closed, and nobody is left. After a long
+    /// wait for a turn it goes on without.
+    pub async fn next<T>(&self, lobby: &Lobby<T>) -> Option<(T, Pass)> {
+        let slot = timeout(WAIT, Arc::clone(&self.slots).acquire_owned()).await.ok().and_then(Result::ok);
+        let (first, crowded) = lobby.first().await?;
+        Some((first, Pass { _slot: slot, _crowded: Some(crowded) }))
+    }
+
+    /// Resolves when all who had to wait are answered, or after a while: clients that connect give up sooner than those that
+    /// are connected.
     pub async fn calm(&self) {
-        if self.crowd.waiting.load(Ordering::Relaxed) > 0 {
+        if self.crowd.size.load(Ordering::Relaxed) > 0 {
             let _ = timeout(HOLD, self.crowd.is_calm.notified()).await;
         }
     }
 }
 
-impl Crowd {
-    fn look(&self) {
-        if self.waiting.load(Ordering::Relaxed) == 0 {
-            self.is_calm.notify_waiters();
+impl<T> Lobby<T> {
+    /// Nobody is in it.
+    pub fn new(crowd: &Arc<Crowd>) -> Self {
+        Self { queue: Mutex::default(), count: Semaphore::new(0), crowd: Arc::clone(crowd) }
+    }
+
+    /// Whether somebody waits.
+    pub fn is_empty(&self) -> bool {
+        self.count.available_permits() == 0
+    }
+
+    /// Puts one behind the others; it is given back when the lobby is closed.
+    pub fn push(&self, last: T) -> Result<(), T> {
+        let mut queue = self.lock();
+        if self.count.is_closed() {
+            return Err(last);
         }
+        queue.push_back((last, Crowded::new(&self.crowd)));
+        drop(queue);
+        self.count.add_permits(1);
+        Ok(())
+    }
+
+    /// Nobody comes any more. Those inside are still taken.
+    pub fn close(&self) {
+        self.count.close();
+    }
+
+    async fn first(&self) -> Option<(T, Crowded)> {
+        if let Ok(permit) = self.count.acquire().await {
+            permit.forget();
+        }
+        self.lock().pop_front()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(T, Crowded)>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Pass {
+impl Crowded {
+    fn new(crowd: &Arc<Crowd>) -> Self {
+        crowd.size.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(crowd))
+    }
+}
+
+impl Drop for Crowded {
     fn drop(&mut self) {
-        self.gate.crowd.look();
-    }
-}
-
-/// Counted while it waits, also when it is dropped meanwhile.
-struct Waiting<'a>(&'a Gate);
-
-impl<'a> Waiting<'a> {
-    fn new(gate: &'a Gate) -> Self {
-        gate.crowd.waiting.fetch_add(1, Ordering::Relaxed);
-        Self(gate)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.crowd.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.0.crowd.look();
+        if self.0.size.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.is_calm.notify_waiters();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::time::Instant;
+    use tokio::{task::yield_now, time::Instant};
 
-    #[tokio::test(start_paused = true)]
-    async fn the_gate_bounds_what_is_begun_and_the_wait() {
-        let gate = Gate::new(&Arc::default());
-        let mut inside = Vec::new();
-        for _ in 0..AT_ONCE {
-            inside.push(gate.pass().await.expect("a slot"));
-        }
-        let begun = Instant::now();
-        assert!(gate.pass().await.is_none());
-        assert_eq!(begun.elapsed(), WAIT);
-        inside.pop();
-        assert!(gate.pass().await.is_some());
+    fn full(gate: &Gate) -> Vec<Pass> {
+        (0..AT_ONCE).map(|_| gate.try_pass().expect("a slot")).collect()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn sessions_begin_when_no_handshake_waits() {
-        let gate = Gate::new(&Arc::default());
+    async fn the_gate_bounds_what_is_begun_and_the_wait() {
+        let crowd = Arc::default();
+        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
+        let mut inside = full(&gate);
+        assert!(gate.try_pass().is_none());
+        lobby.push(1).expect("it is open");
+        lobby.push(2).expect("it is open");
+        let begun = Instant::now();
+        assert!(gate.next(&lobby).await.is_some());
+        assert_eq!(begun.elapsed(), WAIT);
+        inside.pop();
+        assert!(gate.next(&lobby).await.is_some());
+        assert_eq!(begun.elapsed(), WAIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sessions_begin_when_all_who_waited_are_answered() {
+        let crowd = Arc::default();
+        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
         let begun = Instant::now();
         gate.calm().await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
-        let mut inside = Vec::new();
-        for _ in 0..AT_ONCE {
-            inside.push(gate.pass().await.expect("a slot"));
-        }
+        lobby.push(()).expect("it is open");
         let waits = async {
-            let _pass = gate.pass().await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let _pass = gate.next(&lobby).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         };
         let calm = async {
-            tokio::task::yield_now().await;
             gate.calm().await;
-            assert_eq!(begun.elapsed(), Duration::from_millis(100));
+            assert_eq!(begun.elapsed(), Duration::from_millis(150));
         };
-        let leaves = async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            inside.clear();
-        };
-        tokio::join!(waits, calm, leaves);
+        tokio::join!(waits, calm);
+    }
+
+    /// Whichever worker has room takes the next one, in the order in which they came.
+    #[tokio::test(start_paused = true)]
+    async fn workers_take_from_a_lobby_as_they_get_on() {
+        let crowd = Arc::default();
+        let (busy, free, lobby) = (Gate::new(&crowd), Gate::new(&crowd), Lobby::new(&crowd));
+        let mut inside = full(&busy);
+        for number in 0..4 {
+            lobby.push(number).expect("it is open");
+        }
+        let (busy_one, free_one) = tokio::join!(busy.next(&lobby), async {
+            let mut taken = Vec::new();
+            for _ in 0..2 {
+                taken.push(free.next(&lobby).await.expect("one waits"));
+            }
+            // No timer is due before this.
+            inside.pop();
+            taken
+        });
+        assert_eq!(free_one.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(busy_one.as_ref().map(|(number, _)| *number), Some(2));
+        drop((busy_one, free_one));
+        assert_eq!(crowd.size.load(Ordering::Relaxed), 1, "the one in the lobby");
+    }
+
+    /// Nobody is forgotten in a lobby that is closed.
+    #[tokio::test(start_paused = true)]
+    async fn a_closed_lobby_is_emptied() {
+        let crowd = Arc::default();
+        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
+        lobby.push(1).expect("it is open");
+        lobby.close();
+        assert_eq!(lobby.push(2), Err(2));
+        assert!(matches!(gate.next(&lobby).await, Some((1, _))));
+        assert!(gate.next(&lobby).await.is_none());
+        let waiting = Lobby::<u8>::new(&crowd);
+        let (ended, ()) = tokio::join!(gate.next(&waiting), async {
+            yield_now().await;
+            waiting.close();
+        });
+        assert!(ended.is_none());
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     drain::Drain,
     gate::Gate,
     listen::{self, Crew, Door, Guest},
-    metrics::Metrics,
+    metrics::{Counted, Metrics},
     net::{self, Listener, Wish},
     session::Context,
     system::{self, MemoryWatch, System},
@@ -125,7 +125,7 @@ impl Server {
         let (alive, all_ended) = mpsc::channel(1);
         let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
-        let crew = Crew::new(handles.zip(inboxes), settings.listen.hand_off);
+        let crew = Crew::new(handles.zip(inboxes), &crowd, settings.listen.hand_off);
         let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
@@ -141,6 +141,7 @@ impl Server {
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
                 gate: Gate::new(&crowd),
+                lobby: crew.lobby(index),
                 admission: admission.clone(),
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
@@ -313,12 +314,13 @@ impl Worker {
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
+        context.tracker.spawn(Arc::clone(&context).take_on(crew.seats(index)));
         for listener in listeners {
             let (context, crew, door) = (Arc::clone(&context), crew.clone(), door.clone());
             loops.spawn(async move {
                 let serve = |stream, peer, place| {
                     context.traffic.accept();
-                    match crew.seat(index, stream, peer, place) {
+                    match crew.seat(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
                         Some(guest) => context.accept(guest),
                         None => context.traffic.hand_off(),
                     }

@@ -11,7 +11,7 @@
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpStream as StdStream},
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
@@ -39,15 +39,15 @@ use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load
 use tracing::{debug, info, warn};
 
 use crate::{
-    admission::{Admission, Extra, Place, Reason},
+    admission::{Admission, Extra, Reason},
     close::{self, Lingered},
     downstream::{self, Body, Intent, Refusal, TimedBody, answer, answer_later},
     drain::Drain,
     fields::tokens,
-    gate::{Gate, HANDSHAKE_BYTES, Pass, STAY},
-    listen::{Guest, Seat},
+    gate::{Gate, HANDSHAKE_BYTES, Lobby, Pass, STAY},
+    listen::{Guest, Seats, Stay},
     metrics::{Counted, Handshake, Metrics, Traffic},
-    net::{Kept, Lack, Stream},
+    net::{Kept, Lack, Stream, concat, read_ahead},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
     side::Side,
     sparse::Sparse,
@@ -81,7 +81,9 @@ pub struct Context {
     /// Every task of the worker.
     pub tracker: TaskTracker,
     /// Its handshakes.
-    pub gate: Arc<Gate>,
+    pub gate: Gate,
+    /// Where those wait that it has no room for.
+    pub lobby: Arc<Lobby<Guest>>,
     /// Who is let in.
     pub admission: Admission,
     /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
@@ -134,25 +136,48 @@ enum Next {
     Tunnel(Box<Tunnel>),
 }
 
-/// What is accounted for a client connection, until its last socket is closed.
-#[derive(Debug)]
-struct Stay {
-    place: Place,
-    _seat: Seat,
-    _counted: Counted,
-}
-
 impl Context {
     /// Serves one client connection to its end, in tasks of the worker's tracker. To be called on the worker's runtime.
     pub fn accept(self: &Arc<Self>, guest: Guest) {
-        let Guest { stream, peer, place, seat } = guest;
-        let stay = Stay { place, _seat: seat, _counted: Counted::new(&self.metrics.connections) };
-        match TcpStream::from_std(stream) {
-            Ok(stream) => match stay.place.refused {
-                None => _ = self.tracker.spawn(Arc::clone(self).begin(stream, peer, stay)),
-                Some(reason) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
-            },
-            Err(error) => warn!(client = %peer, %error, "a connection that epoll does not take"),
+        let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
+        let Guest { stream, peer, stay } = guest;
+        if let Some(stream) = registered(stream, peer) {
+            self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason));
+        }
+    }
+
+    /// Takes connections from the lobby as there is room, until that is closed. They then belong to this worker.
+    pub async fn take_on(self: Arc<Self>, seats: Seats) {
+        while let Some((mut guest, pass)) = self.gate.next(&self.lobby).await {
+            guest.stay.seat = seats.one_more();
+            self.begin(guest, Some(pass));
+        }
+    }
+
+    /// Begins with a connection, or leaves it to whichever worker has room first.
+    fn admit(self: &Arc<Self>, guest: Guest) {
+        let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
+        if pass.is_some() {
+            self.begin(guest, pass);
+        } else if let Err(guest) = self.lobby.push(guest) {
+            // All workers are about to end.
+            self.begin(guest, None);
+        }
+    }
+
+    /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
+    fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>) {
+        let Guest { stream, peer, stay } = guest;
+        let early = read_ahead(&stream);
+        let Some(stream) = registered(stream, peer) else { return };
+        let this = Arc::clone(self);
+        if let Some(early) = early {
+            let deadline = Instant::now() + self.downstream.header_timeout;
+            let client = Kept::new(Stream::Tcp(stream), self.relay.write_timeout).read_ahead(early);
+            self.tracker.spawn(this.serve(client, peer, stay, pass, deadline));
+        } else {
+            drop(pass);
+            self.tracker.spawn(this.wait(stream, peer, stay));
         }
     }
 
@@ -163,7 +188,7 @@ impl Context {
             && let Some(place) = self.admission.enter().filter(|place| place.refused.is_none())
         {
             stay.place = place;
-            self.begin(stream, client, stay).await;
+            self.wait(stream, client, stay).await;
             return;
         }
         self.refuse_for(reason, client);
@@ -205,9 +230,8 @@ impl Context {
         close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
     }
 
-    /// Waits for the first bytes of a request, and for its turn. This costs next to nothing; what follows does not.
-    async fn begin(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
-        let mut hurried = pin!(self.drain.hurried());
+    /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
+    async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
         let patience = self.downstream.header_timeout;
         let deadline = Instant::now() + patience;
         let is_silent = tokio::select! {
@@ -219,17 +243,22 @@ impl Context {
             self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
             return;
         }
-        let pass = tokio::select! {
-            pass = self.gate.pass() => pass,
-            () = &mut hurried => None,
-        };
+        let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
+        if pass.is_none() {
+            match stream.into_std() {
+                Ok(stream) => self.admit(Guest { stream, peer: client, stay }),
+                Err(error) => warn!(%client, %error, "a connection that epoll does not let go"),
+            }
+            return;
+        }
+        let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
         Box::pin(self.serve(stream, client, stay, pass, deadline)).await;
     }
 
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
     async fn serve(
         self: Arc<Self>,
-        stream: TcpStream,
+        stream: Kept,
         client: SocketAddr,
         stay: Stay,
         pass: Option<Pass>,
@@ -267,7 +296,7 @@ impl Context {
                 })
             })
         };
-        let io = TokioIo::new(Kept::new(Stream::Tcp(stream), self.relay.write_timeout));
+        let io = TokioIo::new(stream);
         let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
         let (mut begun, mut hurried) = (pin!(self.drain.begun()), pin!(self.drain.hurried()));
         let (mut draining, mut told) = (false, false);
@@ -310,13 +339,13 @@ impl Context {
         })
         .await;
         let parts = connection.into_parts();
-        let stream = parts.io.into_inner().into_inner();
+        let (stream, unread) = parts.io.into_inner().into_parts();
         let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
-                let client = Leg { stream, early: parts.read_buf };
+                let client = Leg { stream, early: concat(parts.read_buf, unread) };
                 let this = Arc::clone(&self);
                 self.tracker.spawn(async move {
                     this.gate.calm().await;
@@ -745,6 +774,13 @@ impl Orphan for Answer {
             }),
         }
     }
+}
+
+/// `None`: it is lost, and that was said.
+fn registered(stream: StdStream, client: SocketAddr) -> Option<TcpStream> {
+    TcpStream::from_std(stream)
+        .inspect_err(|error| warn!(%client, %error, "a connection that epoll does not take"))
+        .ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -24,9 +24,9 @@ use tidegate::{
     admission::{Admission, Capacity, Memory, Reason},
     config::Settings,
     drain::Drain,
-    gate::Gate,
+    gate::{Crowd, Gate},
     listen::{self, Crew, Door},
-    metrics::Metrics,
+    metrics::{Counted, Metrics},
     net::{self, Listener, Wish},
     relay,
     server::Server,
@@ -34,7 +34,7 @@ use tidegate::{
     upstream::Upstream,
 };
 use tokio::{
-    runtime::{self, Handle},
+    runtime::{self, Runtime},
     sync::{Semaphore, mpsc},
 };
 use tokio_util::task::TaskTracker;
@@ -168,6 +168,7 @@ struct Parts<'a> {
     requests: Arc<Semaphore>,
     orphans: Arc<Semaphore>,
     has_doubted: Arc<AtomicBool>,
+    crowd: Arc<Crowd>,
 }
 
 impl<'a> Parts<'a> {
@@ -189,6 +190,7 @@ impl<'a> Parts<'a> {
             handshakes: slots(settings.upstream.max_waiting),
             requests: slots(settings.upstream.max_waiting),
             orphans: slots(settings.upstream.max_pending),
+            crowd: Arc::default(),
             has_doubted: Arc::default(),
             settings,
         }
@@ -204,7 +206,7 @@ impl<'a> Parts<'a> {
     }
 
     /// For each accept loop its own: the counters in it have one writer.
-    fn context(&self) -> Arc<Context> {
+    fn context(&self, crew: &Crew) -> Arc<Context> {
         Arc::new(Context {
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
@@ -214,7 +216,8 @@ impl<'a> Parts<'a> {
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
             tracker: TaskTracker::new(),
-            gate: Gate::new(&Arc::default()),
+            gate: Gate::new(&self.crowd),
+            lobby: crew.lobby(0),
             admission: self.admission.clone(),
             handshakes: Arc::clone(&self.handshakes),
             requests: Arc::clone(&self.requests),
@@ -223,16 +226,19 @@ impl<'a> Parts<'a> {
             has_doubted: Arc::clone(&self.has_doubted),
         })
     }
+
+    /// A crew of one, which nobody gives anything to.
+    fn crew(&self, runtime: &Runtime) -> Crew {
+        Crew::new([(runtime.handle().clone(), mpsc::unbounded_channel().0)], &self.crowd, false)
+    }
 }
 
 /// Accepts, on the runtime that this is called on; whoever accepts serves.
-async fn accept(listener: Arc<Listener>, context: Arc<Context>) {
-    // A crew of one, which nobody gives anything to.
-    let crew = Crew::new([(Handle::current(), mpsc::unbounded_channel().0)], false);
+async fn accept(listener: Arc<Listener>, context: Arc<Context>, crew: Crew) {
     let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
     let serve = |stream, peer, place| {
         context.traffic.accept();
-        if let Some(guest) = crew.seat(0, stream, peer, place) {
+        if let Some(guest) = crew.seat(0, stream, peer, place, Counted::new(&context.metrics.connections)) {
             context.accept(guest);
         }
     };
@@ -253,7 +259,10 @@ fn multi(settings: &Settings, queues: usize) -> anyhow::Result<(SocketAddr, Runn
         .build()?;
     let loops = TaskTracker::new();
     for listener in listeners {
-        loops.spawn_on(accept(listener, parts.context()), runtime.handle());
+        let crew = parts.crew(&runtime);
+        let context = parts.context(&crew);
+        runtime.spawn(Arc::clone(&context).take_on(crew.seats(0)));
+        loops.spawn_on(accept(listener, context, crew), runtime.handle());
     }
     Ok((address, Running::Parts { metrics: parts.metrics, _runtime: Some(runtime) }))
 }
@@ -263,12 +272,14 @@ fn shared(settings: &Settings) -> anyhow::Result<(SocketAddr, Running)> {
     let parts = Parts::new(settings);
     let (address, listeners) = parts.listen(WORKERS)?;
     for index in 0..WORKERS {
-        let (context, listeners) = (parts.context(), listeners.clone());
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        let crew = parts.crew(&runtime);
+        let (context, listeners) = (parts.context(&crew), listeners.clone());
         thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             let loops = TaskTracker::new();
+            runtime.spawn(Arc::clone(&context).take_on(crew.seats(0)));
             for listener in listeners {
-                loops.spawn_on(accept(listener, Arc::clone(&context)), runtime.handle());
+                loops.spawn_on(accept(listener, Arc::clone(&context), crew.clone()), runtime.handle());
             }
             loops.close();
             runtime.block_on(loops.wait());

@@ -14,25 +14,43 @@ use std::{
 
 use tokio::{runtime::Handle, sync::mpsc, time::Instant};
 
-use crate::admission::Place;
+use crate::{
+    admission::Place,
+    gate::{Crowd, Lobby},
+    metrics::Counted,
+};
 
-/// A connection that was accepted, and what is accounted for it until its last socket is closed.
+/// A connection that was accepted.
 #[derive(Debug)]
 pub struct Guest {
-    /// Not registered with any runtime yet.
+    /// Not registered with any runtime.
     pub stream: StdStream,
     /// The client.
     pub peer: SocketAddr,
+    /// What is accounted for it.
+    pub stay: Stay,
+}
+
+/// What is accounted for a connection until its last socket is closed.
+#[derive(Debug)]
+pub struct Stay {
     /// Its place in the limits.
     pub place: Place,
     /// Its place in the count of its worker.
     pub seat: Seat,
+    /// Its place in the metrics.
+    pub counted: Counted,
 }
 
 /// All workers; clones are the same.
 #[derive(Debug, Clone)]
 pub struct Crew {
-    members: Arc<[Member]>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    members: Vec<Member>,
     hand_off: bool,
 }
 
@@ -42,6 +60,8 @@ struct Member {
     connections: Arc<AtomicUsize>,
     /// Bounded by the places that all guests have.
     inbox: mpsc::UnboundedSender<Guest>,
+    /// Where connections wait for a worker: for any of them, unless each keeps its own.
+    lobby: Arc<Lobby<Guest>>,
     pulse: Mutex<Pulse>,
 }
 
@@ -52,6 +72,10 @@ struct Pulse {
     busy: Duration,
     share: f32,
 }
+
+/// The count of one worker.
+#[derive(Debug, Clone)]
+pub struct Seats(Arc<AtomicUsize>);
 
 /// A connection in the count of its worker.
 #[derive(Debug)]
@@ -74,34 +98,54 @@ const MORE: usize = 8;
 
 impl Crew {
     /// For each worker its runtime and where its guests go.
-    pub fn new(workers: impl IntoIterator<Item = (Handle, mpsc::UnboundedSender<Guest>)>, hand_off: bool) -> Self {
+    pub fn new(
+        workers: impl IntoIterator<Item = (Handle, mpsc::UnboundedSender<Guest>)>,
+        crowd: &Arc<Crowd>,
+        hand_off: bool,
+    ) -> Self {
+        let shared = Arc::new(Lobby::new(crowd));
         let member = |(runtime, inbox)| Member {
             runtime,
             connections: Arc::default(),
             inbox,
+            lobby: if hand_off { Arc::clone(&shared) } else { Arc::new(Lobby::new(crowd)) },
             pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0 }),
         };
-        Self { members: workers.into_iter().map(member).collect(), hand_off }
+        Self { inner: Arc::new(Inner { members: workers.into_iter().map(member).collect(), hand_off }) }
+    }
+
+    /// Where connections wait for worker `index`. It is closed with the last clone of this.
+    pub fn lobby(&self, index: usize) -> Arc<Lobby<Guest>> {
+        Arc::clone(&self.inner.members[index].lobby)
+    }
+
+    /// The connections of worker `index`.
+    pub fn seats(&self, index: usize) -> Seats {
+        Seats(Arc::clone(&self.inner.members[index].connections))
     }
 
     /// Gives a connection that worker `by` accepted to whoever is to serve it: `Some` when that is `by` itself.
-    pub fn seat(&self, by: usize, stream: StdStream, peer: SocketAddr, place: Place) -> Option<Guest> {
+    pub fn seat(
+        &self,
+        by: usize,
+        stream: StdStream,
+        peer: SocketAddr,
+        place: Place,
+        counted: Counted,
+    ) -> Option<Guest> {
+        let Inner { members, hand_off } = &*self.inner;
         // Who is turned away is no load.
-        let index =
-            if self.hand_off && place.refused.is_none() && self.members.len() > 1 { self.choose(by) } else { by };
-        let member = &self.members[index];
-        member.connections.fetch_add(1, Ordering::Relaxed);
-        let seat = Seat(Arc::clone(&member.connections));
-        let guest = Guest { stream, peer, place, seat };
+        let index = if *hand_off && place.refused.is_none() && members.len() > 1 { self.choose(by) } else { by };
+        let guest = Guest { stream, peer, stay: Stay { place, seat: self.seats(index).one_more(), counted } };
         if index == by {
             return Some(guest);
         }
         // A worker that takes nobody any more is about to end: so is this one.
-        member.inbox.send(guest).err().map(|unsent| unsent.0)
+        members[index].inbox.send(guest).err().map(|unsent| unsent.0)
     }
 
     fn choose(&self, by: usize) -> usize {
-        let loads: Vec<Load> = self.members.iter().map(Member::load).collect();
+        let loads: Vec<Load> = self.inner.members.iter().map(Member::load).collect();
         least(&loads, by)
     }
 }
@@ -117,6 +161,22 @@ impl Member {
             *pulse = Pulse { at: now, busy, share: share.min(1.0) };
         }
         Load { connections: self.connections.load(Ordering::Relaxed), busy: pulse.share }
+    }
+}
+
+impl Seats {
+    /// One more connection.
+    pub fn one_more(&self) -> Seat {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Seat(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        for member in &self.members {
+            member.lobby.close();
+        }
     }
 }
 

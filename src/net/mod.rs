@@ -15,7 +15,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
     pin::Pin,
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -193,29 +193,20 @@ pub struct Kept {
     /// How long the peer may take nothing of what waits for it.
     write_timeout: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
-    replay: Option<Box<Replay>>,
-}
-
-/// See [`Kept::asked`].
-#[derive(Debug)]
-struct Replay {
-    answer: Bytes,
-    /// The request was written once more: before that hyper would take the answer for one to nothing.
-    is_due: bool,
-    reader: Option<Waker>,
+    /// What was read already.
+    early: Bytes,
 }
 
 impl Kept {
     /// Of a connected stream.
     pub const fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, write_timeout, stalled: None, replay: None }
+        Self { stream, write_timeout, stalled: None, early: Bytes::new() }
     }
 
-    /// From now on it is as if the request that was sent had not been sent, nor `answer` been read: what is written goes
-    /// nowhere, and `answer` is read again.
+    /// What was read already is read again.
     #[must_use]
-    pub fn asked(mut self, answer: Bytes) -> Self {
-        self.replay = Some(Box::new(Replay { answer, is_due: false, reader: None }));
+    pub fn read_ahead(mut self, early: Bytes) -> Self {
+        self.early = early;
         self
     }
 
@@ -224,24 +215,16 @@ impl Kept {
         self.stream
     }
 
-    /// The stream, and what of an answer was not read again.
+    /// The stream, and what was read already and not read again.
     pub fn into_parts(self) -> (Stream, Bytes) {
-        (self.stream, self.replay.map(|replay| replay.answer).unwrap_or_default())
+        (self.stream, self.early)
     }
 
     fn poll_patiently(
         &mut self,
         cx: &mut Context<'_>,
-        length: usize,
         write: impl FnOnce(Pin<&mut Stream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if let Some(replay) = &mut self.replay {
-            replay.is_due = true;
-            if let Some(reader) = replay.reader.take() {
-                reader.wake();
-            }
-            return Poll::Ready(Ok(length));
-        }
         if let Poll::Ready(result) = write(Pin::new(&mut self.stream), cx) {
             self.stalled = None;
             return Poll::Ready(result);
@@ -256,17 +239,9 @@ impl Kept {
 impl AsyncRead for Kept {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        match &mut this.replay {
-            Some(replay) if !replay.is_due => {
-                replay.reader = Some(cx.waker().clone());
-                return Poll::Pending;
-            }
-            Some(replay) if !replay.answer.is_empty() => {
-                let answer = &mut replay.answer;
-                buffer.put_slice(&answer.split_to(answer.len().min(buffer.remaining())));
-                return Poll::Ready(Ok(()));
-            }
-            _ => {}
+        if !this.early.is_empty() {
+            buffer.put_slice(&this.early.split_to(this.early.len().min(buffer.remaining())));
+            return Poll::Ready(Ok(()));
         }
         Pin::new(&mut this.stream).poll_read(cx, buffer)
     }
@@ -274,7 +249,7 @@ impl AsyncRead for Kept {
 
 impl AsyncWrite for Kept {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_patiently(cx, bytes.len(), |stream, cx| stream.poll_write(cx, bytes))
+        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -282,8 +257,7 @@ impl AsyncWrite for Kept {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let length = bytes.iter().map(|bytes| bytes.len()).sum();
-        self.get_mut().poll_patiently(cx, length, |stream, cx| stream.poll_write_vectored(cx, bytes))
+        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write_vectored(cx, bytes))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -296,6 +270,28 @@ impl AsyncWrite for Kept {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+/// What a client has sent already, up to the length of most requests; `None`: nothing yet, else an end or an error, which
+/// shows when it is read from again.
+///
+/// For a socket that is not registered with epoll: one that just was has to be waited for, even if it has something.
+pub fn read_ahead(stream: &std::net::TcpStream) -> Option<Bytes> {
+    const MOST: usize = 4 * 1024;
+    with_scratch(|buffer| match rustix::net::recv(stream, &mut buffer[..MOST], rustix::net::RecvFlags::DONTWAIT) {
+        Ok((length, _)) => Some(Bytes::copy_from_slice(&buffer[..length])),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => None,
+        Err(_) => Some(Bytes::new()),
+    })
+}
+
+/// What came first, and what came after it.
+pub fn concat(first: Bytes, rest: Bytes) -> Bytes {
+    match (first.is_empty(), rest.is_empty()) {
+        (true, _) => rest,
+        (_, true) => first,
+        _ => [first, rest].concat().into(),
     }
 }
 

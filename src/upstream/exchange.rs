@@ -18,7 +18,10 @@ use hyper::{
     client::conn::http1::{self, Connection as Driver},
 };
 use hyper_util::rt::TokioIo;
-use tokio::time::{Instant, timeout_at};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, timeout_at},
+};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::{
@@ -27,19 +30,25 @@ use super::{
 };
 use crate::{
     fields::has_token,
-    net::{Kept, Stream},
+    net::{Kept, Stream, concat},
 };
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// What hyper may work on: the socket can be had back from it.
+trait Transport: AsyncRead + AsyncWrite + Into<Kept> + Unpin + Send + 'static {}
+
+impl<S: AsyncRead + AsyncWrite + Into<Kept> + Unpin + Send + 'static> Transport for S {}
+
 /// A hyper connection that is polled until it is done, and gives its socket back.
-struct Driven<B: Body + 'static> {
-    driver: Option<Driver<TokioIo<Kept>, B>>,
+struct Driven<S: Transport, B: Body + 'static> {
+    driver: Option<Driver<TokioIo<S>, B>>,
     is_done: bool,
 }
 
-impl<B> Driven<B>
+impl<S, B> Driven<S, B>
 where
+    S: Transport,
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
@@ -56,21 +65,21 @@ where
 
     fn into_parts(mut self) -> Option<(Stream, Bytes)> {
         let parts = self.driver.take()?.into_parts();
-        let (stream, unread) = parts.io.into_inner().into_parts();
-        let early = if unread.is_empty() { parts.read_buf } else { [parts.read_buf, unread].concat().into() };
-        Some((stream, early))
+        let (stream, unread) = parts.io.into_inner().into().into_parts();
+        Some((stream, concat(parts.read_buf, unread)))
     }
 }
 
 /// Sends the request and waits for the response's header; a failure gives the socket back.
-async fn send<B>(
-    stream: Kept,
+async fn send<S, B>(
+    stream: S,
     request: Request<B>,
     config: &Config,
     deadline: Instant,
     control: &Control,
-) -> Result<(Response<Incoming>, Driven<B>), Failure>
+) -> Result<(Response<Incoming>, Driven<S, B>), Failure>
 where
+    S: Transport,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
@@ -105,8 +114,9 @@ where
 }
 
 /// What goes on while the body of a response is read.
-fn carry_on<B>(mut driven: Driven<B>) -> Connection
+fn carry_on<S, B>(mut driven: Driven<S, B>) -> Connection
 where
+    S: Transport,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {

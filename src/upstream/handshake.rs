@@ -4,10 +4,16 @@
 //! needed for. Reading the header is httparse's work, as it is in hyper. Any other answer is handed to hyper from its first
 //! byte on, so that bodies are read in one way only.
 
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::{Instant, timeout_at},
 };
 
@@ -25,7 +31,73 @@ pub(super) enum First {
     /// 101, not checked yet: its header, its socket, and what came behind it.
     Switching(Response<()>, Stream, Bytes),
     /// Something else, or nothing that could be read: for hyper to look at.
-    Other(Kept),
+    Other(Replay),
+}
+
+/// A connection on which it is as if the request that was sent had not been sent, nor the answer been read: what is written
+/// goes nowhere, and what was read of the answer is read again.
+#[derive(Debug)]
+pub(super) struct Replay {
+    stream: Kept,
+    /// The request was written once more: before that hyper would take the answer for one to nothing.
+    is_due: bool,
+    reader: Option<Waker>,
+}
+
+impl Replay {
+    fn new(stream: Kept, answer: Bytes) -> Self {
+        Self { stream: stream.read_ahead(answer), is_due: false, reader: None }
+    }
+
+    fn written(&mut self, length: usize) -> Poll<io::Result<usize>> {
+        self.is_due = true;
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
+        Poll::Ready(Ok(length))
+    }
+}
+
+impl From<Replay> for Kept {
+    fn from(replay: Replay) -> Self {
+        replay.stream
+    }
+}
+
+impl AsyncRead for Replay {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.is_due {
+            self.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Replay {
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.written(bytes.len())
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.written(bytes.iter().map(|bytes| bytes.len()).sum())
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
 }
 
 /// Sends the request and reads until the end of the answer's header.
@@ -50,7 +122,7 @@ pub(super) async fn ask(
     };
     match answer {
         Some(response) => Ok(First::Switching(response, stream.into_inner(), read)),
-        None => Ok(First::Other(stream.asked(read))),
+        None => Ok(First::Other(Replay::new(stream, read))),
     }
 }
 
