@@ -11,7 +11,7 @@
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
-    net::{IpAddr, SocketAddr, TcpStream as StdStream},
+    net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
@@ -32,7 +32,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     net::TcpStream,
     sync::Semaphore,
-    time::{Instant, Sleep, sleep, sleep_until, timeout},
+    time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
@@ -45,7 +45,7 @@ use crate::{
     drain::Drain,
     fields::tokens,
     gate::{Gate, HANDSHAKE_BYTES, Lobby, Pass, STAY},
-    listen::{Guest, Seats, Stay},
+    listen::{Accepted, Guest, Seats, Stay},
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Kept, Lack, Stream, concat, read_ahead},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
@@ -64,6 +64,8 @@ const CROWDED_LINGER: Duration = Duration::from_millis(200);
 /// What the sessions of one worker share.
 #[derive(Debug)]
 pub struct Context {
+    /// Which worker this is.
+    pub worker: usize,
     /// The client's leg.
     pub downstream: downstream::Config,
     /// The relay.
@@ -141,7 +143,7 @@ impl Context {
     pub fn accept(self: &Arc<Self>, guest: Guest) {
         let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
         let Guest { stream, peer, stay } = guest;
-        if let Some(stream) = registered(stream, peer) {
+        if let Some(stream) = self.registered(stream, peer) {
             self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason));
         }
     }
@@ -168,17 +170,32 @@ impl Context {
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
     fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>) {
         let Guest { stream, peer, stay } = guest;
-        let early = read_ahead(&stream);
-        let Some(stream) = registered(stream, peer) else { return };
+        let early = match &stream {
+            Accepted::New(stream) => read_ahead(stream),
+            Accepted::Readable(..) => Some(Bytes::new()),
+        };
+        let Some(stream) = self.registered(stream, peer) else { return };
         let this = Arc::clone(self);
         if let Some(early) = early {
-            let deadline = Instant::now() + self.downstream.header_timeout;
             let client = Kept::new(Stream::Tcp(stream), self.relay.write_timeout).read_ahead(early);
-            self.tracker.spawn(this.serve(client, peer, stay, pass, deadline));
+            self.tracker.spawn(this.serve(client, peer, stay, pass));
         } else {
             drop(pass);
             self.tracker.spawn(this.wait(stream, peer, stay));
         }
+    }
+
+    /// With this worker's runtime. `None`: it is lost, and that was said.
+    fn registered(&self, stream: Accepted, client: SocketAddr) -> Option<TcpStream> {
+        let stream = match stream {
+            Accepted::New(stream) => Ok(stream),
+            Accepted::Readable(stream, worker) if worker == self.worker => return Some(stream),
+            Accepted::Readable(stream, _) => stream.into_std(),
+        };
+        let registered = stream.and_then(TcpStream::from_std);
+        registered
+            .inspect_err(|error| warn!(%client, %error, "a connection that epoll does not take, or not let go"))
+            .ok()
     }
 
     /// Answers the first request with a 503, whatever it is, and ends the connection.
@@ -233,7 +250,6 @@ impl Context {
     /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
     async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
         let patience = self.downstream.header_timeout;
-        let deadline = Instant::now() + patience;
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
             // It was accepted, so its request may be on its way: an end now would be one without an answer.
@@ -243,27 +259,11 @@ impl Context {
             self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
             return;
         }
-        let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
-        if pass.is_none() {
-            match stream.into_std() {
-                Ok(stream) => self.admit(Guest { stream, peer: client, stay }),
-                Err(error) => warn!(%client, %error, "a connection that epoll does not let go"),
-            }
-            return;
-        }
-        let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
-        Box::pin(self.serve(stream, client, stay, pass, deadline)).await;
+        self.admit(Guest { stream: Accepted::Readable(stream, self.worker), peer: client, stay });
     }
 
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
-    async fn serve(
-        self: Arc<Self>,
-        stream: Kept,
-        client: SocketAddr,
-        stay: Stay,
-        pass: Option<Pass>,
-        deadline: Instant,
-    ) {
+    async fn serve(self: Arc<Self>, stream: Kept, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
@@ -313,7 +313,8 @@ impl Context {
                     // Others need not wait for the rest.
                     stage.pass = None;
                     let memory = || self.admission.more_memory(self.downstream.header_bytes as u64);
-                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep_until(deadline)), memory()));
+                    let patience = self.downstream.header_timeout;
+                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep(patience)), memory()));
                     if memory.is_none() {
                         self.refuse_for(Reason::Memory, client);
                     }
@@ -774,13 +775,6 @@ impl Orphan for Answer {
             }),
         }
     }
-}
-
-/// `None`: it is lost, and that was said.
-fn registered(stream: StdStream, client: SocketAddr) -> Option<TcpStream> {
-    TcpStream::from_std(stream)
-        .inspect_err(|error| warn!(%client, %error, "a connection that epoll does not take"))
-        .ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
