@@ -132,7 +132,6 @@ impl Server {
         }
         for (index, ((runtime, guests), listeners)) in runtimes.take().into_iter().zip(guests).zip(queues).enumerate() {
             let context = Context {
-                worker: index,
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
                 close: settings.close,

@@ -11,6 +11,7 @@
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
+    io,
     net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
     sync::{
@@ -45,7 +46,7 @@ use crate::{
     drain::Drain,
     fields::tokens,
     gate::{Gate, HANDSHAKE_BYTES, Lobby, Pass, STAY},
-    listen::{Accepted, Guest, Seats, Stay},
+    listen::{Guest, Seats, Stay},
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Kept, Lack, Stream, concat, read_ahead},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
@@ -64,8 +65,6 @@ const CROWDED_LINGER: Duration = Duration::from_millis(200);
 /// What the sessions of one worker share.
 #[derive(Debug)]
 pub struct Context {
-    /// Which worker this is.
-    pub worker: usize,
     /// The client's leg.
     pub downstream: downstream::Config,
     /// The relay.
@@ -143,8 +142,9 @@ impl Context {
     pub fn accept(self: &Arc<Self>, guest: Guest) {
         let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
         let Guest { stream, peer, stay } = guest;
-        if let Some(stream) = self.registered(stream, peer) {
-            self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason));
+        match TcpStream::from_std(stream) {
+            Ok(stream) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
+            Err(error) => lost(peer, &error),
         }
     }
 
@@ -170,32 +170,21 @@ impl Context {
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
     fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>) {
         let Guest { stream, peer, stay } = guest;
-        let early = match &stream {
-            Accepted::New(stream) => read_ahead(stream),
-            Accepted::Readable(..) => Some(Bytes::new()),
-        };
-        let Some(stream) = self.registered(stream, peer) else { return };
         let this = Arc::clone(self);
-        if let Some(early) = early {
-            let client = Kept::new(Stream::Tcp(stream), self.relay.write_timeout).read_ahead(early);
-            self.tracker.spawn(this.serve(client, peer, stay, pass));
-        } else {
-            drop(pass);
-            self.tracker.spawn(this.wait(stream, peer, stay));
+        // Before it is registered: after that it would have to be waited for, even if it has something.
+        let early = read_ahead(&stream);
+        match TcpStream::from_std(stream) {
+            Ok(stream) => {
+                if let Some(early) = early {
+                    let client = Kept::new(Stream::Tcp(stream), self.relay.write_timeout).read_ahead(early);
+                    self.tracker.spawn(this.serve(client, peer, stay, pass));
+                } else {
+                    drop(pass);
+                    self.tracker.spawn(this.wait(stream, peer, stay));
+                }
+            }
+            Err(error) => lost(peer, &error),
         }
-    }
-
-    /// With this worker's runtime. `None`: it is lost, and that was said.
-    fn registered(&self, stream: Accepted, client: SocketAddr) -> Option<TcpStream> {
-        let stream = match stream {
-            Accepted::New(stream) => Ok(stream),
-            Accepted::Readable(stream, worker) if worker == self.worker => return Some(stream),
-            Accepted::Readable(stream, _) => stream.into_std(),
-        };
-        let registered = stream.and_then(TcpStream::from_std);
-        registered
-            .inspect_err(|error| warn!(%client, %error, "a connection that epoll does not take, or not let go"))
-            .ok()
     }
 
     /// Answers the first request with a 503, whatever it is, and ends the connection.
@@ -259,7 +248,11 @@ impl Context {
             self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
             return;
         }
-        self.admit(Guest { stream: Accepted::Readable(stream, self.worker), peer: client, stay });
+        // Whichever worker goes on with it registers it anew.
+        match stream.into_std() {
+            Ok(stream) => self.admit(Guest { stream, peer: client, stay }),
+            Err(error) => lost(client, &error),
+        }
     }
 
     /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
@@ -775,6 +768,10 @@ impl Orphan for Answer {
             }),
         }
     }
+}
+
+fn lost(client: SocketAddr, error: &io::Error) {
+    warn!(%client, %error, "a connection that epoll does not take, or not let go");
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -208,7 +208,6 @@ impl<'a> Parts<'a> {
     /// For each accept loop its own: the counters in it have one writer.
     fn context(&self, crew: &Crew) -> Arc<Context> {
         Arc::new(Context {
-            worker: 0,
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
             close: self.settings.close,

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpStream, runtime::Handle, sync::mpsc, time::Instant};
+use tokio::{runtime::Handle, sync::mpsc, time::Instant};
 
 use crate::{
     admission::Place,
@@ -23,21 +23,12 @@ use crate::{
 /// A connection that was accepted.
 #[derive(Debug)]
 pub struct Guest {
-    /// Its socket.
-    pub stream: Accepted,
+    /// Not registered with any runtime.
+    pub stream: StdStream,
     /// The client.
     pub peer: SocketAddr,
     /// What is accounted for it.
     pub stay: Stay,
-}
-
-/// A client's socket before anything was done with it.
-#[derive(Debug)]
-pub enum Accepted {
-    /// Not registered with any runtime.
-    New(StdStream),
-    /// Registered with the runtime of this worker, and found readable.
-    Readable(TcpStream, usize),
 }
 
 /// What is accounted for a connection until its last socket is closed.
@@ -145,7 +136,6 @@ impl Crew {
         let Inner { members, hand_off } = &*self.inner;
         // Who is turned away is no load.
         let index = if *hand_off && place.refused.is_none() && members.len() > 1 { self.choose(by) } else { by };
-        let stream = Accepted::New(stream);
         let guest = Guest { stream, peer, stay: Stay { place, seat: self.seats(index).one_more(), counted } };
         if index == by {
             return Some(guest);

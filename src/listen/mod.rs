@@ -21,7 +21,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-pub use self::balance::{Accepted, Crew, Guest, Seat, Seats, Stay};
+pub use self::balance::{Crew, Guest, Seat, Seats, Stay};
 use crate::{
     admission::{Admission, Place},
     metrics::Metrics,
