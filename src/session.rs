@@ -31,6 +31,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::{
+    io::AsyncWriteExt,
     net::TcpStream,
     sync::Semaphore,
     time::{Instant, Sleep, sleep, timeout},
@@ -108,6 +109,16 @@ struct About {
     request_id: String,
 }
 
+/// A WebSocket handshake that was there as a whole when its connection was begun with.
+#[derive(Debug)]
+struct Asked {
+    request: Request<()>,
+    /// The same as it came.
+    header: Bytes,
+    /// What came behind it.
+    early: Bytes,
+}
+
 /// What the handshake leaves to the relay.
 #[derive(Debug)]
 struct Tunnel {
@@ -175,12 +186,18 @@ impl Context {
         let early = read_ahead(&stream);
         match TcpStream::from_std(stream) {
             Ok(stream) => {
-                if let Some(early) = early {
-                    let client = Kept::new(Stream::Tcp(stream), self.relay.write_timeout).read_ahead(early);
-                    self.tracker.spawn(this.serve(client, peer, stay, pass));
-                } else {
+                let Some(early) = early else {
                     drop(pass);
                     self.tracker.spawn(this.wait(stream, peer, stay));
+                    return;
+                };
+                let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
+                match downstream::whole_handshake(&early, &self.downstream) {
+                    Some((request, length)) => {
+                        let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
+                        self.tracker.spawn(this.shake_hands(stream, asked, peer, stay, pass));
+                    }
+                    None => _ = self.tracker.spawn(this.serve(stream.read_ahead(early), peer, stay, pass)),
                 }
             }
             Err(error) => lost(peer, &error),
@@ -198,22 +215,37 @@ impl Context {
             return;
         }
         self.refuse_for(reason, client);
-        let service = hyper::service::service_fn(|_| async { Ok::<_, Infallible>(last(self.refusal(reason))) });
         // Others wait for its place: it gets the time that a socket gets without progress.
-        let config = downstream::Config {
-            header_timeout: self.downstream.header_timeout.min(self.close.linger),
-            ..self.downstream.clone()
-        };
-        let io = TokioIo::new(Kept::new(Stream::Tcp(stream), self.close.linger));
-        let mut connection = downstream::server(&config).serve_connection(io, service);
-        let mut hurried = pin!(self.drain.hurried());
-        tokio::select! {
-            served = &mut connection => if let Err(error) = served { debug!(%client, %error, "client connection ended") },
-            () = &mut hurried => {}
-        }
-        let stream = connection.into_parts().io.into_inner().into_inner();
+        let header_timeout = self.downstream.header_timeout.min(self.close.linger);
+        let stream = Kept::new(Stream::Tcp(stream), self.close.linger);
+        let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
         self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
         drop(stay);
+    }
+
+    /// Gives the one answer that a connection gets, to whatever is asked; with whether that was done.
+    async fn answer_and_end(
+        &self,
+        stream: Kept,
+        client: SocketAddr,
+        header_timeout: Duration,
+        response: Response<Body>,
+    ) -> (Stream, bool) {
+        let response = Mutex::new(Some(last(response)));
+        let service = hyper::service::service_fn(|_| {
+            let response = lock(&response).take();
+            async { response.ok_or("this connection has had its answer") }
+        });
+        let config = downstream::Config { header_timeout, ..self.downstream.clone() };
+        let mut connection = downstream::server(&config).serve_connection(TokioIo::new(stream), service);
+        let mut hurried = pin!(self.drain.hurried());
+        let served = tokio::select! {
+            served = &mut connection => {
+                served.inspect_err(|error| debug!(%client, %error, "client connection ended")).is_ok()
+            }
+            () = &mut hurried => false,
+        };
+        (connection.into_parts().io.into_inner().into_inner(), served)
     }
 
     /// Counts a client that gets a 503 of ours, and says so once in a while: in a spike there are thousands.
@@ -255,8 +287,85 @@ impl Context {
         }
     }
 
-    /// The connection as long as it speaks HTTP. What follows runs in a task of its own: this one is large.
+    /// A handshake as it should be. Only an answer that is no 101 is left to hyper.
+    async fn shake_hands(
+        self: Arc<Self>,
+        mut stream: Kept,
+        asked: Asked,
+        client: SocketAddr,
+        stay: Stay,
+        pass: Option<Pass>,
+    ) {
+        let Asked { request, header, mut early } = asked;
+        let stage = Mutex::new(Stage { next: Next::Plain, pass, is_asked: true });
+        let response = {
+            let mut answer = pin!(async {
+                match self.handshakes.try_acquire() {
+                    Ok(_slot) => self.in_time(client, &stage, self.upgrade(request, client, &stage)).await,
+                    Err(_) => self.shed(Intent::WebSocket, client),
+                }
+            });
+            let mut hurried = pin!(self.drain.hurried());
+            // `None`: nobody waits for it any more.
+            poll_fn(|cx| {
+                if let Poll::Ready(response) = answer.as_mut().poll(cx) {
+                    return Poll::Ready(Some(response));
+                }
+                // Who sends more than that before the answer is not watched any longer, and his kernel keeps the rest.
+                if early.is_empty()
+                    && let Poll::Ready(read) = stream.poll_some(cx)
+                {
+                    match read {
+                        Ok(bytes) if !bytes.is_empty() => early = bytes,
+                        _ => return Poll::Ready(None),
+                    }
+                }
+                hurried.as_mut().poll(cx).map(|()| None)
+            })
+            .await
+        };
+        let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
+        match (next, response) {
+            (Next::Tunnel(tunnel), Some(response)) => {
+                let written = stream.write_all(&downstream::switching(&response)).await;
+                if let Err(error) = &written {
+                    debug!(%client, %error, "client connection ended");
+                }
+                let stream = written.is_ok().then(|| stream.into_inner());
+                self.begin_relay(Leg { stream, early }, tunnel, stay);
+            }
+            (_, Some(response)) => {
+                let stream = stream.read_ahead(concat(header, early));
+                let (stream, is_done) =
+                    Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
+                let patience = if is_done { self.close } else { self.short_linger() };
+                self.begin_linger(stream, patience, stay);
+            }
+            (_, None) => self.begin_linger(stream.into_inner(), self.short_linger(), stay),
+        }
+    }
+
+    /// What follows a handshake runs in a task of its own: that of the handshake is larger.
+    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, stay: Stay) {
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            this.gate.calm().await;
+            this.relay(client, *tunnel, stay).await;
+        });
+    }
+
+    /// The same for a connection that becomes no session.
+    fn begin_linger(self: &Arc<Self>, stream: Stream, patience: close::Config, stay: Stay) {
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            this.linger_for(Side::Client, stream, false, &patience).await;
+            drop(stay);
+        });
+    }
+
+    /// The connection as long as it speaks HTTP.
     async fn serve(self: Arc<Self>, stream: Kept, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
+        stream.heard_of().await;
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
@@ -340,22 +449,14 @@ impl Context {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: concat(parts.read_buf, unread) };
-                let this = Arc::clone(&self);
-                self.tracker.spawn(async move {
-                    this.gate.calm().await;
-                    this.relay(client, *tunnel, stay).await;
-                });
+                self.begin_relay(client, tunnel, stay);
             }
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
                 if let Some(Err(error)) = served {
                     debug!(%client, %error, "client connection ended");
                 }
-                let this = Arc::clone(&self);
-                self.tracker.spawn(async move {
-                    this.linger_for(Side::Client, stream, false, &patience).await;
-                    drop(stay);
-                });
+                self.begin_linger(stream, patience, stay);
             }
         }
     }
@@ -368,49 +469,56 @@ impl Context {
         client: SocketAddr,
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
-        let mut handled = pin!(self.handled(request, intent, client, stage));
-        if let Ok(response) = timeout(STAY, &mut handled).await {
-            lock(stage).pass = None;
+        match intent {
+            Intent::Plain => {
+                let response = self.in_time(client, stage, self.plain(request, client)).await;
+                self.metrics.request(response.status().as_u16());
+                response
+            }
+            Intent::WebSocket => self.in_time(client, stage, self.upgrade(request.map(|_| ()), client, stage)).await,
+        }
+    }
+
+    /// An answer may be long in coming: then others have its turn, and there must be memory for it.
+    async fn in_time(
+        &self,
+        client: SocketAddr,
+        stage: &Mutex<Stage>,
+        answer: impl Future<Output = Response<Body>>,
+    ) -> Response<Body> {
+        let mut answer = pin!(answer);
+        let soon = timeout(STAY, &mut answer).await;
+        lock(stage).pass = None;
+        if let Ok(response) = soon {
             return response;
         }
-        lock(stage).pass = None;
         // Beyond those for which the budget has set memory aside.
         if let Some(_memory) = self.admission.more_memory(HANDSHAKE_BYTES) {
-            return handled.await;
+            return answer.await;
         }
         lock(stage).next = Next::Plain;
         self.refuse_for(Reason::Memory, client);
         last(self.refusal(Reason::Memory))
     }
 
-    async fn handled(
+    /// Carries a handshake out.
+    async fn upgrade(
         self: &Arc<Self>,
-        request: Request<Incoming>,
-        intent: Intent,
+        request: Request<()>,
         client: SocketAddr,
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
-        match intent {
-            Intent::Plain => {
-                let response = self.plain(request, client).await;
-                self.metrics.request(response.status().as_u16());
-                response
-            }
-            Intent::WebSocket => {
-                lock(stage).next = Next::Upgrading;
-                let mut outcome =
-                    Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
-                let (result, response, tunnel) = self.websocket(request, client).await;
-                outcome.result = result;
-                drop(outcome);
-                if let Some(tunnel) = tunnel {
-                    lock(stage).next = Next::Tunnel(Box::new(tunnel));
-                    response
-                } else {
-                    lock(stage).next = Next::Plain;
-                    last(response)
-                }
-            }
+        lock(stage).next = Next::Upgrading;
+        let mut outcome = Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
+        let (result, response, tunnel) = self.websocket(request, client).await;
+        outcome.result = result;
+        drop(outcome);
+        if let Some(tunnel) = tunnel {
+            lock(stage).next = Next::Tunnel(Box::new(tunnel));
+            response
+        } else {
+            lock(stage).next = Next::Plain;
+            last(response)
         }
     }
 
@@ -466,7 +574,7 @@ impl Context {
     /// The handshake with the backend, and what the client is told of it.
     async fn websocket(
         self: &Arc<Self>,
-        mut request: Request<Incoming>,
+        mut request: Request<()>,
         client: SocketAddr,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         match self.admission.pace() {
@@ -484,7 +592,7 @@ impl Context {
         if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
-        let exchange = self.upstream.websocket(request.map(|_| ()));
+        let exchange = self.upstream.websocket(request);
         match self.carried_out(exchange).await {
             Ok(Answer::Tunnel { stream, early, mut response }) => {
                 downstream::forward_response(&mut response, true);

@@ -3,11 +3,14 @@
 //! Only what this file calls [`Intent::WebSocket`] can ever become a tunnel.
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Version,
-    header::{CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE},
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version,
+    header::{
+        CONNECTION, CONTENT_LENGTH, EXPECT, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE,
+    },
 };
 
-use crate::fields::{has_token, tokens};
+use super::Config;
+use crate::fields::{has_token, tokens, write_header};
 
 /// Elements that a `Connection` header may have: each costs a look at all headers.
 const MAX_CONNECTION_OPTIONS: usize = 32;
@@ -33,6 +36,44 @@ pub struct Refusal {
 
 const fn refuse(status: StatusCode, reason: &'static str) -> Refusal {
     Refusal { status, reason }
+}
+
+/// Header fields of a handshake that is read here; one with more is hyper's.
+const MAX_HEADERS: usize = 64;
+
+/// The handshake that `bytes` begin with, and the length of its header, when it is there as a whole and valid.
+///
+/// Nearly all are, and then hyper is not needed: no body, no second request. `None`: hyper shall look at it, and say what is
+/// wrong if something is. Reading is httparse's work either way.
+pub fn whole_handshake(bytes: &[u8], config: &Config) -> Option<(Request<()>, usize)> {
+    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut head = httparse::Request::new(&mut fields[..config.header_count.min(MAX_HEADERS)]);
+    let httparse::Status::Complete(length) = head.parse(bytes).ok()? else { return None };
+    let target = head.path.filter(|target| target.starts_with('/'))?;
+    if length > config.header_bytes || head.method != Some("GET") || head.version != Some(1) {
+        return None;
+    }
+    let mut request = Request::new(());
+    *request.uri_mut() = target.parse().ok()?;
+    let headers = request.headers_mut();
+    headers.reserve(head.headers.len());
+    for field in head.headers.iter() {
+        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
+        headers.append(name, HeaderValue::from_bytes(field.value).ok()?);
+    }
+    // Whatever is about a body.
+    if [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT].iter().any(|name| headers.contains_key(name)) {
+        return None;
+    }
+    (intent(&request) == Ok(Intent::WebSocket)).then_some((request, length))
+}
+
+/// A 101 as it goes out.
+pub fn switching<B>(response: &Response<B>) -> Vec<u8> {
+    let mut head = Vec::with_capacity(512);
+    head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
+    write_header(response.headers(), &mut head);
+    head
 }
 
 /// Reads what a request wants (RFC 6455 4.2.1).
@@ -121,4 +162,96 @@ fn is_key(key: &[u8]) -> bool {
 fn names_what_a_handshake_needs(token: &str) -> bool {
     ["host", "origin", "content-length", "transfer-encoding"].iter().any(|name| token.eq_ignore_ascii_case(name))
         || token.get(..14).is_some_and(|start| start.eq_ignore_ascii_case("sec-websocket-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        sync::{Arc, Mutex},
+    };
+
+    use http_body_util::Empty;
+    use hyper::{body::Incoming, service::service_fn};
+    use hyper_util::rt::TokioIo;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::downstream::server;
+
+    fn config() -> Config {
+        crate::config::Settings::default().downstream
+    }
+
+    const FIELDS: &str = "Host: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                          Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+
+    fn handshake(line: &str, more: &str) -> String {
+        format!("{line}\r\n{FIELDS}{more}\r\n")
+    }
+
+    /// What hyper makes of it.
+    async fn by_hyper(bytes: &[u8]) -> Option<Request<()>> {
+        let seen = Arc::new(Mutex::new(None));
+        let service = service_fn(|request: Request<Incoming>| {
+            *seen.lock().unwrap() = Some(request.map(|_| ()));
+            async { Ok::<_, Infallible>(Response::new(Empty::<bytes::Bytes>::new())) }
+        });
+        let (mut client, io) = tokio::io::duplex(64 << 10);
+        client.write_all(bytes).await.unwrap();
+        client.shutdown().await.unwrap();
+        let _ = server(&config()).serve_connection(TokioIo::new(io), service).await;
+        seen.lock().unwrap().take()
+    }
+
+    /// Whichever way a handshake is read, it is the same; and what is no handshake, or not whole, is hyper's.
+    #[tokio::test]
+    async fn a_whole_handshake_is_what_hyper_says() {
+        for (line, more) in [
+            ("GET / HTTP/1.1", ""),
+            ("GET /chat?a=b%20c&d='e' HTTP/1.1", "Cookie: a=b; c=d\r\nCookie:   twice \t\r\nX-Empty:\r\n"),
+            ("GET /\u{e4}\u{f6} HTTP/1.1", "X-Text: \u{e4}\r\nSec-WebSocket-Protocol: a, b\r\n"),
+        ] {
+            for text in [handshake(line, more), handshake(line, more).replace("\r\n", "\n")] {
+                let (request, length) =
+                    whole_handshake(text.as_bytes(), &config()).unwrap_or_else(|| panic!("{text:?}"));
+                let theirs = by_hyper(text.as_bytes()).await.unwrap_or_else(|| panic!("hyper: {text:?}"));
+                assert_eq!((request.uri(), request.headers()), (theirs.uri(), theirs.headers()), "{text}");
+                assert_eq!(length, text.len());
+                let with_frames = [text.as_bytes(), b"\x81\x80abcd"].concat();
+                assert_eq!(whole_handshake(&with_frames, &config()).map(|(_, length)| length), Some(text.len()));
+                for end in 0..text.len() {
+                    assert!(whole_handshake(&text.as_bytes()[..end], &config()).is_none(), "{end} of {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_hypers_to_judge() {
+        let many = "a: b\r\n".repeat(100);
+        let long = format!("a: {}\r\n", "b".repeat(config().header_bytes));
+        for (line, more) in [
+            ("GET http://a/ HTTP/1.1", ""),
+            ("GET * HTTP/1.1", ""),
+            ("GET / HTTP/1.0", ""),
+            ("POST / HTTP/1.1", ""),
+            ("GET /a b HTTP/1.1", ""),
+            ("GET / HTTP/1.1", "Content-Length: 0\r\n"),
+            ("GET / HTTP/1.1", "Content-Length: 5\r\n"),
+            ("GET / HTTP/1.1", "Transfer-Encoding: chunked\r\n"),
+            ("GET / HTTP/1.1", "Expect: 100-continue\r\n"),
+            ("GET / HTTP/1.1", "Host: b\r\n"),
+            ("GET / HTTP/1.1", "Sec-WebSocket-Version: 8\r\n"),
+            ("GET / HTTP/1.1", "a : b\r\n"),
+            ("GET / HTTP/1.1", "a\u{0}: b\r\n"),
+            ("GET / HTTP/1.1", "a: b\r\n c\r\n"),
+            ("GET / HTTP/1.1", &many),
+            ("GET / HTTP/1.1", &long),
+        ] {
+            assert!(whole_handshake(handshake(line, more).as_bytes(), &config()).is_none(), "{line} {more}");
+        }
+        let few = Config { header_count: 4, ..config() };
+        assert!(whole_handshake(handshake("GET / HTTP/1.1", "").as_bytes(), &few).is_none());
+    }
 }

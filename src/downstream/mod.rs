@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 pub use self::{
     body::TimedBody,
-    handshake::{Intent, Refusal, intent},
+    handshake::{Intent, Refusal, intent, switching, whole_handshake},
     headers::{drop_claims, forward_request, forward_response, request_id},
 };
 

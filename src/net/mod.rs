@@ -215,6 +215,22 @@ impl Kept {
         self.stream
     }
 
+    /// What comes next, at most [`READ_AHEAD`] bytes; none: the peer has ended.
+    pub fn poll_some(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        with_scratch(|buffer| {
+            let length = ready!(self.stream.poll_read_slice(cx, &mut buffer[..READ_AHEAD]))?;
+            Poll::Ready(Ok(Bytes::copy_from_slice(&buffer[..length])))
+        })
+    }
+
+    /// Waits for epoll's first word about a socket. Until then a write would be one that has to wait, which hyper does not
+    /// do for an answer to a broken request.
+    pub async fn heard_of(&self) {
+        if let Stream::Tcp(stream) | Stream::Dialled(stream, _) = &self.stream {
+            let _ = stream.writable().await;
+        }
+    }
+
     /// The stream, and what was read already and not read again.
     pub fn into_parts(self) -> (Stream, Bytes) {
         (self.stream, self.early)
@@ -273,16 +289,20 @@ impl AsyncWrite for Kept {
     }
 }
 
-/// What a client has sent already, up to the length of most requests; `None`: nothing yet, else an end or an error, which
+/// What is read at once of a client's first request: most are shorter.
+const READ_AHEAD: usize = 4 * 1024;
+
+/// What a client has sent already, up to [`READ_AHEAD`] bytes; `None`: nothing yet, else an end or an error, which
 /// shows when it is read from again.
 ///
 /// For a socket that is not registered with epoll: one that just was has to be waited for, even if it has something.
 pub fn read_ahead(stream: &std::net::TcpStream) -> Option<Bytes> {
-    const MOST: usize = 4 * 1024;
-    with_scratch(|buffer| match rustix::net::recv(stream, &mut buffer[..MOST], rustix::net::RecvFlags::DONTWAIT) {
-        Ok((length, _)) => Some(Bytes::copy_from_slice(&buffer[..length])),
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => None,
-        Err(_) => Some(Bytes::new()),
+    with_scratch(|buffer| {
+        match rustix::net::recv(stream, &mut buffer[..READ_AHEAD], rustix::net::RecvFlags::DONTWAIT) {
+            Ok((length, _)) => Some(Bytes::copy_from_slice(&buffer[..length])),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => None,
+            Err(_) => Some(Bytes::new()),
+        }
     })
 }
 

@@ -18,7 +18,10 @@ use tokio::{
 };
 
 use super::{Config, Control, Error, Failure};
-use crate::net::{Kept, Stream};
+use crate::{
+    fields::write_header,
+    net::{Kept, Stream},
+};
 
 /// The most header fields of an answer, as in hyper.
 const MAX_HEADERS: usize = 100;
@@ -183,7 +186,7 @@ fn switching(bytes: &[u8]) -> Parsed {
     Parsed::Switching(length, response)
 }
 
-/// The request as it goes out. Its parts are valid by their types.
+/// The request as it goes out.
 fn head(request: &Request<()>) -> Vec<u8> {
     let mut head = Vec::with_capacity(FIRST_READ);
     let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
@@ -192,11 +195,6 @@ fn head(request: &Request<()>) -> Vec<u8> {
     for part in [request.method().as_str(), " ", root, target, " HTTP/1.1\r\n"] {
         head.extend_from_slice(part.as_bytes());
     }
-    for (name, value) in request.headers() {
-        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
-            head.extend_from_slice(part);
-        }
-    }
-    head.extend_from_slice(b"\r\n");
+    write_header(request.headers(), &mut head);
     head
 }
