@@ -7,7 +7,7 @@ use std::{
     fs::File,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -156,6 +156,8 @@ struct Inner {
     freed: Notify,
     memory: Option<Reserved>,
     reserve: Mutex<Reserve>,
+    /// It could not be taken again: others had all descriptors.
+    lacks_reserve: AtomicBool,
     rate: Option<Mutex<Rate>>,
 }
 
@@ -200,6 +202,7 @@ impl Admission {
             freed: Notify::new(),
             memory,
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
+            lacks_reserve: AtomicBool::new(false),
             rate,
         };
         Self { inner: Arc::new(inner) }
@@ -299,7 +302,12 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.inner.give_back(self.memory);
         if self.has_reserve {
-            *lock(&self.inner.reserve) = Reserve { file: open_any(), is_in_use: false };
+            self.inner.take_reserve(&mut lock(&self.inner.reserve));
+        } else if self.inner.lacks_reserve.load(Ordering::Relaxed) {
+            let mut reserve = lock(&self.inner.reserve);
+            if !reserve.is_in_use && reserve.file.is_none() {
+                self.inner.take_reserve(&mut reserve);
+            }
         }
         // Given back before somebody is told.
         self.permit = None;
@@ -315,6 +323,12 @@ impl Drop for Extra {
 }
 
 impl Inner {
+    /// When there is none now, whoever gives his own descriptor back tries again.
+    fn take_reserve(&self, reserve: &mut Reserve) {
+        *reserve = Reserve { file: open_any(), is_in_use: false };
+        self.lacks_reserve.store(reserve.file.is_none(), Ordering::Relaxed);
+    }
+
     fn give_back(&self, bytes: u64) {
         if let Some(memory) = &self.memory {
             memory.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -518,6 +532,18 @@ mod tests {
         assert!(admission.last_resort().is_none());
         drop(place);
         assert!(admission.last_resort().is_some());
+    }
+
+    #[test]
+    fn a_reserve_that_could_not_be_taken_again_is_taken_later() {
+        let admission = admission(1, 1, None);
+        let place = admission.enter().expect("a place");
+        // As if all descriptors had been in use when it was to be taken.
+        *lock(&admission.inner.reserve) = Reserve { file: None, is_in_use: false };
+        admission.inner.lacks_reserve.store(true, Ordering::Relaxed);
+        drop(place);
+        assert!(lock(&admission.inner.reserve).file.is_some());
+        assert!(!admission.inner.lacks_reserve.load(Ordering::Relaxed));
     }
 
     #[tokio::test(start_paused = true)]

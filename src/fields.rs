@@ -1,6 +1,6 @@
-//! Header fields that are lists (RFC 9110 5.6.1).
+//! Header fields: those that are lists (RFC 9110 5.6.1), and how all are read and written.
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// The comma-separated elements of a field, over all its lines; what is no visible ASCII is passed over.
 pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
@@ -12,6 +12,17 @@ pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<It
 pub fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
 }
+
+/// What httparse has found; `None`: a name or value that http does not take.
+pub fn read_header(fields: &[httparse::Header<'_>]) -> Option<HeaderMap> {
+    let mut headers = HeaderMap::with_capacity(fields.len());
+    for field in fields {
+        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
+        headers.append(name, HeaderValue::from_bytes(field.value).ok()?);
+    }
+    Some(headers)
+}
+
 /// Appends the lines of a header, and the empty one behind it. Its parts are valid by their types.
 pub fn write_header(headers: &HeaderMap, to: &mut Vec<u8>) {
     for (name, value) in headers {

@@ -1,6 +1,6 @@
 //! The process; everything is in [`tidegate::cli`].
 
-/// Sessions come and go by the thousand, on whichever worker: docs/benchmarks.md has what that is worth.
+/// Sessions come and go by the thousand; docs/benchmarks.md has what it is worth.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

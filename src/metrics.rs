@@ -98,6 +98,8 @@ pub struct Metrics {
     pub sessions: Gauge,
     /// Client connections, those in their handshake included.
     pub connections: Gauge,
+    /// Of them, those that wait for a worker to have room.
+    pub connections_queued: Gauge,
     /// Sockets in their last wait.
     pub lingering: Gauge,
     /// 0: running; 1: draining, still accepting; 2: draining, listeners closed.
@@ -156,6 +158,7 @@ impl Metrics {
             }),
             sessions: Gauge::default(),
             connections: Gauge::default(),
+            connections_queued: Gauge::default(),
             lingering: Gauge::default(),
             drain_state: Gauge::default(),
             backend_up: Gauge::default(),
@@ -176,6 +179,8 @@ impl Metrics {
             "Client connections, also those in their handshake",
             connections.clone(),
         );
+        let help = "Client connections that wait for a worker to have room for their handshake";
+        registry.register("connections_queued", help, metrics.connections_queued.clone());
         let help = "Client connections at most: limits.max_connections, or what was derived for it";
         registry.register("max_connections", help, metrics.max_connections.clone());
         let [wanted, somaxconn, effective] = &metrics.backlog;
@@ -214,7 +219,7 @@ impl Metrics {
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
         registry.register_with_unit(
             "handshake_duration",
-            "From the client's request to the 101",
+            "From the beginning of a handshake to the backend's 101; the wait of connections_queued comes before it",
             Unit::Seconds,
             metrics.handshake_duration.clone(),
         );
@@ -475,7 +480,8 @@ impl Collector for TrafficCollector {
             let value = ConstCounter::new(worker.accepted.load(Ordering::Relaxed));
             value.encode(accepted.encode_family(&[("worker", index.to_string())])?)?;
         }
-        let help = "Of them, those that the worker gave to a less busy one";
+        let help =
+            "Of them, those that the worker gave to a less busy one at once; what waits goes to whichever has room";
         let mut handed_off = encoder.encode_descriptor("handed_off", help, None, MetricType::Counter)?;
         for (index, worker) in workers.iter().enumerate() {
             let value = ConstCounter::new(worker.handed_off.load(Ordering::Relaxed));

@@ -1,9 +1,12 @@
 //! The one place that knows the order of a session:
 //!
 //! ```text
-//! accept -> request, under a deadline -> the backend's handshake -> 101 to the client
+//! accept -> lobby, while no worker has room -> request, under a deadline -> the backend's handshake -> 101 to the client
 //!        -> relay until both legs have ended -> each leg lingers -> closed
 //! ```
+//!
+//! A handshake that is there as a whole (one read, 4 KiB) and is answered with 101 goes this way without hyper (`shake_hands`);
+//! everything else is hyper's (`serve`).
 //!
 //! Whatever goes wrong on the way, no socket is dropped with something still to be said or read on it: a client that
 //! is turned away lingers, and so does a backend whose client left before its answer.
@@ -47,7 +50,7 @@ use crate::{
     drain::Drain,
     fields::tokens,
     gate::{Gate, HANDSHAKE_BYTES, Lobby, Pass, STAY},
-    listen::{Guest, Seats, Stay},
+    listen::{Guest, Queued, Seats, Stay},
     metrics::{Counted, Handshake, Metrics, Traffic},
     net::{Kept, Lack, Stream, concat, read_ahead},
     relay::{self, Cause, Ended, Gone, Initiator, Leg, Relay, Report},
@@ -84,8 +87,8 @@ pub struct Context {
     pub tracker: TaskTracker,
     /// Its handshakes.
     pub gate: Gate,
-    /// Where those wait that it has no room for.
-    pub lobby: Arc<Lobby<Guest>>,
+    /// Where those wait that no worker has room for.
+    pub lobby: Arc<Lobby<Queued>>,
     /// Who is let in.
     pub admission: Admission,
     /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
@@ -149,7 +152,7 @@ enum Next {
 }
 
 impl Context {
-    /// Serves one client connection to its end, in tasks of the worker's tracker. To be called on the worker's runtime.
+    /// Turns a connection away, begins with it, or leaves it in the lobby. To be called on the worker's runtime.
     pub fn accept(self: &Arc<Self>, guest: Guest) {
         let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
         let Guest { stream, peer, stay } = guest;
@@ -161,9 +164,9 @@ impl Context {
 
     /// Takes connections from the lobby as there is room, until that is closed. They then belong to this worker.
     pub async fn take_on(self: Arc<Self>, seats: Seats) {
-        while let Some((mut guest, pass)) = self.gate.next(&self.lobby).await {
+        while let Some((Queued { mut guest, .. }, pass)) = self.gate.next(&self.lobby).await {
             guest.stay.seat = seats.one_more();
-            self.begin(guest, Some(pass));
+            self.begin(guest, Some(pass), true);
         }
     }
 
@@ -171,19 +174,29 @@ impl Context {
     fn admit(self: &Arc<Self>, guest: Guest) {
         let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
         if pass.is_some() {
-            self.begin(guest, pass);
-        } else if let Err(guest) = self.lobby.push(guest) {
+            self.begin(guest, pass, false);
+            return;
+        }
+        let counted = Counted::new(&self.metrics.connections_queued);
+        if let Err(Queued { guest, .. }) = self.lobby.push(Queued { guest, counted }) {
             // All workers are about to end.
-            self.begin(guest, None);
+            self.begin(guest, None, false);
         }
     }
 
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
-    fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>) {
+    fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>, has_waited: bool) {
         let Guest { stream, peer, stay } = guest;
         let this = Arc::clone(self);
         // Before it is registered: after that it would have to be waited for, even if it has something.
-        let early = read_ahead(&stream);
+        let mut early = read_ahead(&stream);
+        // It may have lost its patience: then the backend need not hear of it.
+        if has_waited
+            && let Some(first) = &early
+            && let Some(more) = read_ahead(&stream)
+        {
+            early = Some(if more.is_empty() { more } else { concat(first.clone(), more) });
+        }
         match TcpStream::from_std(stream) {
             Ok(stream) => {
                 let Some(early) = early else {
@@ -192,13 +205,14 @@ impl Context {
                     return;
                 };
                 let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
-                match downstream::whole_handshake(&early, &self.downstream) {
-                    Some((request, length)) => {
+                self.tracker.spawn(async move {
+                    if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
-                        self.tracker.spawn(this.shake_hands(stream, asked, peer, stay, pass));
+                        this.shake_hands(stream, asked, peer, stay, pass).await;
+                    } else {
+                        Box::pin(this.serve(stream.rewind(early), peer, stay, pass)).await;
                     }
-                    None => _ = self.tracker.spawn(this.serve(stream.read_ahead(early), peer, stay, pass)),
-                }
+                });
             }
             Err(error) => lost(peer, &error),
         }
@@ -311,7 +325,7 @@ impl Context {
                 if let Poll::Ready(response) = answer.as_mut().poll(cx) {
                     return Poll::Ready(Some(response));
                 }
-                // Who sends more than that before the answer is not watched any longer, and his kernel keeps the rest.
+                // A client that sends more before the answer is not watched any longer, and its kernel keeps the rest.
                 if early.is_empty()
                     && let Poll::Ready(read) = stream.poll_some(cx)
                 {
@@ -324,10 +338,12 @@ impl Context {
             })
             .await
         };
-        let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
+        let Stage { next, pass, .. } = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Also of one that was shed.
+        drop(pass);
         match (next, response) {
             (Next::Tunnel(tunnel), Some(response)) => {
-                let written = stream.write_all(&downstream::switching(&response)).await;
+                let written = stream.write_all(&downstream::encode_switching(&response)).await;
                 if let Err(error) = &written {
                     debug!(%client, %error, "client connection ended");
                 }
@@ -335,7 +351,7 @@ impl Context {
                 self.begin_relay(Leg { stream, early }, tunnel, stay);
             }
             (_, Some(response)) => {
-                let stream = stream.read_ahead(concat(header, early));
+                let stream = stream.rewind(concat(header, early));
                 let (stream, is_done) =
                     Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
                 let patience = if is_done { self.close } else { self.short_linger() };
@@ -365,7 +381,7 @@ impl Context {
 
     /// The connection as long as it speaks HTTP.
     async fn serve(self: Arc<Self>, stream: Kept, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
-        stream.heard_of().await;
+        stream.writable().await;
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
@@ -381,7 +397,7 @@ impl Context {
             let (this, stage) = (Arc::clone(&self), Arc::clone(&stage));
             hyper::service::service_fn(move |request: Request<Incoming>| {
                 lock(&stage).is_asked = true;
-                let (this, intent) = (Arc::clone(&this), downstream::intent(&request));
+                let (this, stage, intent) = (Arc::clone(&this), Arc::clone(&stage), downstream::intent(&request));
                 let stack = intent.map(|intent| match intent {
                     Intent::WebSocket => (intent, handshakes.clone()),
                     Intent::Plain => (intent, requests.clone()),
@@ -394,6 +410,8 @@ impl Context {
                         }
                         Err(refusal) => this.refuse(client, &request, refusal),
                     };
+                    // Also of those that were shed or refused.
+                    lock(&stage).pass = None;
                     Ok::<_, Infallible>(response)
                 })
             })
@@ -879,7 +897,11 @@ impl Orphan for Answer {
 }
 
 fn lost(client: SocketAddr, error: &io::Error) {
-    warn!(%client, %error, "a connection that epoll does not take, or not let go");
+    static SAID: Sparse = Sparse::new();
+    if let Some(unsaid) = SAID.is_due() {
+        let fix = "raise fs.epoll.max_user_watches, or the memory limit";
+        warn!(%client, %error, fix, unsaid, "cannot watch a client's socket: it is closed without an answer");
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

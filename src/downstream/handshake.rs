@@ -10,7 +10,7 @@ use http::{
 };
 
 use super::Config;
-use crate::fields::{has_token, tokens, write_header};
+use crate::fields::{has_token, read_header, tokens, write_header};
 
 /// Elements that a `Connection` header may have: each costs a look at all headers.
 const MAX_CONNECTION_OPTIONS: usize = 32;
@@ -55,21 +55,16 @@ pub fn whole_handshake(bytes: &[u8], config: &Config) -> Option<(Request<()>, us
     }
     let mut request = Request::new(());
     *request.uri_mut() = target.parse().ok()?;
-    let headers = request.headers_mut();
-    headers.reserve(head.headers.len());
-    for field in head.headers.iter() {
-        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
-        headers.append(name, HeaderValue::from_bytes(field.value).ok()?);
-    }
+    *request.headers_mut() = read_header(head.headers)?;
     // Whatever is about a body.
-    if [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT].iter().any(|name| headers.contains_key(name)) {
+    if [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT].iter().any(|name| request.headers().contains_key(name)) {
         return None;
     }
     (intent(&request) == Ok(Intent::WebSocket)).then_some((request, length))
 }
 
 /// A 101 as it goes out.
-pub fn switching<B>(response: &Response<B>) -> Vec<u8> {
+pub fn encode_switching<B>(response: &Response<B>) -> Vec<u8> {
     let mut head = Vec::with_capacity(512);
     head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
     write_header(response.headers(), &mut head);
@@ -225,6 +220,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_101_says_nothing_of_a_body() {
+        let mut response = Response::new(());
+        for (name, value) in [("content-length", "0"), ("transfer-encoding", "chunked"), ("trailer", "a"), ("b", "c")] {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        crate::downstream::forward_response(&mut response, true);
+        let expected = "HTTP/1.1 101 Switching Protocols\r\nb: c\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+        assert_eq!(String::from_utf8_lossy(&encode_switching(&response)), expected);
     }
 
     #[test]

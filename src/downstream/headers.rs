@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
     header::{
-        CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+        CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
+        UPGRADE,
     },
     uri::PathAndQuery,
 };
@@ -132,6 +133,10 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
         headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
     }
     if upgrade {
+        // Neither is allowed in a 1xx (RFC 9110 8.6, RFC 9112 6.1), and some clients refuse one that has them.
+        for name in [CONTENT_LENGTH, TRANSFER_ENCODING, TRAILER] {
+            headers.remove(name);
+        }
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }

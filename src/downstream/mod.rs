@@ -15,14 +15,15 @@ use ipnet::IpNet;
 
 pub use self::{
     body::TimedBody,
-    handshake::{Intent, Refusal, intent, switching, whole_handshake},
+    handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{drop_claims, forward_request, forward_response, request_id},
 };
 
 /// What the client's leg needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// From the connection, or the last response, to the end of a request's header.
+    /// To the first byte of a connection, and from there, or from the last response, to the end of a request's header. What a
+    /// client waits for its turn does not count.
     pub header_timeout: Duration,
     /// The largest request header, in bytes.
     pub header_bytes: usize,

@@ -31,6 +31,15 @@ pub struct Guest {
     pub stay: Stay,
 }
 
+/// One that waits for a worker to have room.
+#[derive(Debug)]
+pub struct Queued {
+    /// It.
+    pub guest: Guest,
+    /// Its place in the metrics of those.
+    pub counted: Counted,
+}
+
 /// What is accounted for a connection until its last socket is closed.
 #[derive(Debug)]
 pub struct Stay {
@@ -61,7 +70,7 @@ struct Member {
     /// Bounded by the places that all guests have.
     inbox: mpsc::UnboundedSender<Guest>,
     /// Where connections wait for a worker: for any of them, unless each keeps its own.
-    lobby: Arc<Lobby<Guest>>,
+    lobby: Arc<Lobby<Queued>>,
     pulse: Mutex<Pulse>,
 }
 
@@ -115,7 +124,7 @@ impl Crew {
     }
 
     /// Where connections wait for worker `index`. It is closed with the last clone of this.
-    pub fn lobby(&self, index: usize) -> Arc<Lobby<Guest>> {
+    pub fn lobby(&self, index: usize) -> Arc<Lobby<Queued>> {
         Arc::clone(&self.inner.members[index].lobby)
     }
 

@@ -1,7 +1,8 @@
 //! Accepting: the loop of one accept queue, from its first connection to its last.
 //!
-//! An accept loop waits for nothing but its queue and a place: requests are read elsewhere. It takes a batch, then lets
-//! others have their turn, so that neither a flood of clients nor a worker that relays at full speed keeps the other out.
+//! An accept loop waits for nothing but its queue and a place; whoever serves may look at what has arrived already, and never
+//! waits. It takes a batch, then lets others have their turn, so that neither a flood of clients nor a worker that relays at
+//! full speed keeps the other out.
 
 mod balance;
 
@@ -21,7 +22,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-pub use self::balance::{Crew, Guest, Seat, Seats, Stay};
+pub use self::balance::{Crew, Guest, Queued, Seat, Seats, Stay};
 use crate::{
     admission::{Admission, Place},
     metrics::Metrics,

@@ -205,7 +205,7 @@ impl Kept {
 
     /// What was read already is read again.
     #[must_use]
-    pub fn read_ahead(mut self, early: Bytes) -> Self {
+    pub fn rewind(mut self, early: Bytes) -> Self {
         self.early = early;
         self
     }
@@ -225,7 +225,7 @@ impl Kept {
 
     /// Waits for epoll's first word about a socket. Until then a write would be one that has to wait, which hyper does not
     /// do for an answer to a broken request.
-    pub async fn heard_of(&self) {
+    pub async fn writable(&self) {
         if let Stream::Tcp(stream) | Stream::Dialled(stream, _) = &self.stream {
             let _ = stream.writable().await;
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version};
+use http::{Request, Response, StatusCode, Version};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::{Instant, timeout_at},
@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{Config, Control, Error, Failure};
 use crate::{
-    fields::write_header,
+    fields::{read_header, write_header},
     net::{Kept, Stream},
 };
 
@@ -49,7 +49,7 @@ pub(super) struct Replay {
 
 impl Replay {
     fn new(stream: Kept, answer: Bytes) -> Self {
-        Self { stream: stream.read_ahead(answer), is_due: false, reader: None }
+        Self { stream: stream.rewind(answer), is_due: false, reader: None }
     }
 
     fn written(&mut self, length: usize) -> Poll<io::Result<usize>> {
@@ -140,7 +140,7 @@ async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (By
             Ok(0) | Err(_) => return (read.freeze(), None),
             Ok(_) => {}
         }
-        match switching(&read) {
+        match parse_switching(&read) {
             Parsed::Switching(length, response) if length <= limit => {
                 read.advance(length);
                 return (read.freeze(), Some(response));
@@ -158,7 +158,7 @@ enum Parsed {
     Other,
 }
 
-fn switching(bytes: &[u8]) -> Parsed {
+fn parse_switching(bytes: &[u8]) -> Parsed {
     let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut fields);
     let length = match head.parse(bytes) {
@@ -170,15 +170,7 @@ fn switching(bytes: &[u8]) -> Parsed {
     if head.code != Some(101) {
         return Parsed::Other;
     }
-    let mut headers = HeaderMap::with_capacity(head.headers.len());
-    for field in head.headers.iter() {
-        let (Ok(name), Ok(value)) =
-            (HeaderName::from_bytes(field.name.as_bytes()), HeaderValue::from_bytes(field.value))
-        else {
-            return Parsed::Other;
-        };
-        headers.append(name, value);
-    }
+    let Some(headers) = read_header(head.headers) else { return Parsed::Other };
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *response.version_mut() = if head.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };

@@ -165,9 +165,9 @@ impl fmt::Debug for Answer {
 }
 
 impl Connected<'_> {
-    /// Whatever came back, only silence is no sign that the backend has accepted.
+    /// Whatever came back is a sign that the backend has accepted; silence is none, nor is what the client did wrong.
     fn heard<T>(&self, answer: &Result<T, Failure>) {
-        if !matches!(answer, Err(Failure { error: Error::Timeout(_), .. })) {
+        if !matches!(answer, Err(Failure { error: Error::Timeout(_) | Error::Body(_), .. })) {
             self.was_accepted();
         }
     }

@@ -146,7 +146,7 @@ mod tests {
         turns.connected(turn, turns.begin())
     }
 
-    /// An answer ends the turns of all that were connected before it, and of none that came later.
+    /// An answer ends the turns of all that were connected before it was begun, and of none that came later.
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_a_sign_for_those_before_it() {
         let turns = Turns::new(3, Duration::from_secs(5));
