@@ -330,40 +330,49 @@ fn a_wrong_101_is_a_502() {
 fn nothing_is_tunnelled_before_the_101() {
     const FRAMES: usize = 60;
     let text = |index: usize| format!("{index:04}{}", "x".repeat(1020));
-    let sent = Gate::new("all is sent");
-    let all_sent = sent.clone();
-    let script = async move |c: &mut Peer| {
-        let request = c.read_head().await;
-        all_sent.passed().await;
-        // Whatever comes within this time came too early. Nothing depends on its length.
-        let early = c.transcript_until_end(Duration::from_millis(100)).await;
-        let (_, head) = Message::parse_head(&early.raw).unwrap();
-        assert_eq!(early.raw.len(), head, "bytes before the 101");
-        c.reply(Message::switching(&request).then(Frame::text("first").bytes(None))).await;
-        for index in 0..FRAMES {
-            assert_eq!(c.read_text().await, text(index));
-        }
-        c.send_text("all").await;
-        backend::echo_on(c).await;
-    };
-    let t = Scene::new("").backend(script).start();
-    let seen = t.client(async |c| {
-        let frames: Vec<_> = (0..FRAMES).map(|index| c.frame_bytes(&Frame::text(&text(index)))).collect();
-        let (first, rest) = frames.split_at(3);
-        c.send_bytes(&Message::websocket("/").then(first.concat()).bytes()).await;
-        for frames in rest.chunks(19) {
-            c.send_bytes(&frames.concat()).await;
-        }
-        sent.open();
-        assert_eq!(c.read_response().await.code(), 101);
-        assert_eq!(c.read_text().await, "first");
-        assert_eq!(c.read_text().await, "all");
-        c.send_close(1000, "").await;
-        c.until_end().await
-    });
-    seen.assert_closed_with(1000);
-    t.connection(0).seen().assert_closed_with(1000);
-    t.no_rst();
+    // One that is there as a whole goes another way than one that is not.
+    for in_pieces in [false, true] {
+        let sent = Gate::new("all is sent");
+        let all_sent = sent.clone();
+        let script = async move |c: &mut Peer| {
+            let request = c.read_head().await;
+            all_sent.passed().await;
+            // Whatever comes within this time came too early. Nothing depends on its length.
+            let early = c.transcript_until_end(Duration::from_millis(100)).await;
+            let (_, head) = Message::parse_head(&early.raw).unwrap();
+            assert_eq!(early.raw.len(), head, "bytes before the 101");
+            c.reply(Message::switching(&request).then(Frame::text("first").bytes(None))).await;
+            for index in 0..FRAMES {
+                assert_eq!(c.read_text().await, text(index));
+            }
+            c.send_text("all").await;
+            backend::echo_on(c).await;
+        };
+        let t = Scene::new("").backend(script).start();
+        let seen = t.client(async |c| {
+            let frames: Vec<_> = (0..FRAMES).map(|index| c.frame_bytes(&Frame::text(&text(index)))).collect();
+            let (first, rest) = frames.split_at(3);
+            let handshake = Message::websocket("/").then(first.concat()).bytes();
+            let (begin, end) = handshake.split_at(if in_pieces { 20 } else { 0 });
+            if in_pieces {
+                c.send_bytes(begin).await;
+                c.sent_is_acked().await;
+            }
+            c.send_bytes(end).await;
+            for frames in rest.chunks(19) {
+                c.send_bytes(&frames.concat()).await;
+            }
+            sent.open();
+            assert_eq!(c.read_response().await.code(), 101);
+            assert_eq!(c.read_text().await, "first");
+            assert_eq!(c.read_text().await, "all");
+            c.send_close(1000, "").await;
+            c.until_end().await
+        });
+        seen.assert_closed_with(1000);
+        t.connection(0).seen().assert_closed_with(1000);
+        t.no_rst();
+    }
 }
 
 /// What client and backend agree on is theirs: offers and choices of extensions and subprotocols pass verbatim, and with
@@ -884,6 +893,50 @@ fn one_handshake_too_many() {
         }
         t.no_rst();
     }
+}
+
+/// Clients that were shed and keep their connections open hold nobody up: neither others that ask for the same, nor handshakes.
+#[test]
+fn who_was_shed_keeps_nobody_out() {
+    // Twice what a worker works on at once.
+    const SHED: usize = 130;
+    static TOLD: AtomicUsize = AtomicUsize::new(0);
+    let (arrived, told, go) =
+        (Gate::new("the first has arrived"), Gate::new("all are told"), Gate::new("all may leave"));
+    let (has_arrived, answer) = (arrived.clone(), go.clone());
+    let script = async move |c: &mut Peer| {
+        let request = c.read_head().await;
+        if request.target() == "/wait" {
+            has_arrived.open();
+            answer.passed().await;
+            c.reply(Message::status(200, "OK", "at last")).await;
+            c.until_end().await;
+        } else {
+            c.reply(Message::switching(&request)).await;
+            backend::echo_on(c).await;
+        }
+    };
+    let t = Scene::new("upstream.max_waiting = 1\nlisten.workers = 1").backend(script).start();
+    let first = t.start_client(async |c| assert_eq!(c.request(Message::get("/wait")).await.code(), 200));
+    arrived.pass();
+    let mut shed = Vec::new();
+    for _ in 0..SHED {
+        let (told, go) = (told.clone(), go.clone());
+        shed.push(t.start_client(async move |c| {
+            assert_eq!(c.request(Message::get("/")).await.code(), 503);
+            if TOLD.fetch_add(1, Ordering::SeqCst) + 1 == SHED {
+                told.open();
+            }
+            go.passed().await;
+        }));
+    }
+    told.pass();
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/")).await.code(), 101));
+    go.open();
+    for client in shed.into_iter().chain([first]) {
+        client.join();
+    }
+    t.no_rst();
 }
 
 /// With `upstream.max_pending` = 2 the backend never has more than two handshakes to answer, and those who wait get their
