@@ -132,6 +132,7 @@ impl<T> Lobby<T> {
     async fn first(&self) -> Option<(T, Crowded)> {
         match self.count.acquire().await {
             Ok(permit) => permit.forget(),
+            // Closed: the rest goes without waiting.
             Err(_) => _ = self.count.forget_permits(1),
         }
         self.lock().pop_front()

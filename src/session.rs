@@ -250,8 +250,9 @@ impl Context {
             let response = lock(&response).take();
             async { response.ok_or("this connection has had its answer") }
         });
-        let config = downstream::Config { header_timeout, ..self.downstream.clone() };
-        let mut connection = downstream::server(&config).serve_connection(TokioIo::new(stream), service);
+        let mut http = downstream::server(&self.downstream);
+        http.header_read_timeout(header_timeout);
+        let mut connection = http.serve_connection(TokioIo::new(stream), service);
         let mut hurried = pin!(self.drain.hurried());
         let served = tokio::select! {
             served = &mut connection => {

@@ -51,14 +51,6 @@ impl Replay {
     fn new(stream: Kept, answer: Bytes) -> Self {
         Self { stream: stream.rewind(answer), is_due: false, reader: None }
     }
-
-    fn written(&mut self, length: usize) -> Poll<io::Result<usize>> {
-        self.is_due = true;
-        if let Some(reader) = self.reader.take() {
-            reader.wake();
-        }
-        Poll::Ready(Ok(length))
-    }
 }
 
 impl From<Replay> for Kept {
@@ -79,19 +71,11 @@ impl AsyncRead for Replay {
 
 impl AsyncWrite for Replay {
     fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.written(bytes.len())
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.written(bytes.iter().map(|bytes| bytes.len()).sum())
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
+        self.is_due = true;
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
+        Poll::Ready(Ok(bytes.len()))
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
