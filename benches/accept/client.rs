@@ -231,9 +231,24 @@ fn read_answer(stream: &mut StdStream) -> io::Result<()> {
     Ok(())
 }
 
+/// The session that saturates its worker.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Flood {
+    /// Payload of a frame.
+    pub bytes: usize,
+    /// `SO_SNDBUF`; 0: the kernel's choice, up to `net.ipv4.tcp_wmem`.
+    pub send_buffer: usize,
+}
+
 /// One session that sends as fast as it is read. Asked, it says how many bytes it has sent.
-pub fn flood(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
+pub fn flood(address: SocketAddr, flood: Flood) -> anyhow::Result<()> {
+    let Flood { bytes, send_buffer } = flood;
     let mut stream = StdStream::connect(address)?;
+    // A client elsewhere takes none of the proxy's processors. This one does, for as long as its kernel takes its bytes, and whoever
+    // is to be woken there waits for it: milliseconds when its buffer holds megabytes.
+    if send_buffer > 0 {
+        socket2::SockRef::from(&stream).set_send_buffer_size(send_buffer)?;
+    }
     stream.write_all(request("/sink", address, 0).as_bytes())?;
     read_answer(&mut stream)?;
     let message = frame(Role::Client, BINARY, &vec![b'x'; bytes]);

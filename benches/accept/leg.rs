@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Options, Workload,
     backend::Handshakes,
-    client::{Connected, Connects, Sample, Talk, Talked},
+    client::{Connected, Connects, Flood, Sample, Talk, Talked},
     process::{Process, say},
     procfs::{Counters, Cpu, only_listener},
     proxy::{Assembly, Opened, Told, WORKERS},
@@ -125,7 +125,8 @@ fn run(order: &Order) -> anyhow::Result<Outcome> {
         Workload::Busy => busy(&mut stage, &order.options),
         Workload::Alone => steady(&mut stage, order, None),
         Workload::Saturated => {
-            let flood = stage.start("flood", &order.options.flood_bytes)?;
+            let Options { flood_bytes, flood_buffer, .. } = order.options;
+            let flood = stage.start("flood", &Flood { bytes: flood_bytes, send_buffer: flood_buffer })?;
             steady(&mut stage, order, Some(flood))
         }
         Workload::Echo => echo(&mut stage, &order.options),

@@ -106,7 +106,7 @@ enum Role {
     #[command(hide = true)]
     Connects { address: SocketAddr, connects: String },
     #[command(hide = true)]
-    Flood { address: SocketAddr, bytes: usize },
+    Flood { address: SocketAddr, flood: String },
     #[command(hide = true)]
     Talk { address: SocketAddr, talk: String },
     #[command(hide = true)]
@@ -135,6 +135,9 @@ pub struct Options {
     /// Payload of the saturating session's frames
     #[arg(long, default_value_t = 16)]
     flood_bytes: usize,
+    /// Its client's `SO_SNDBUF` (doubled by the kernel), so that no write of it takes long; 0: as large as the kernel likes
+    #[arg(long, default_value_t = 65_536)]
+    flood_buffer: usize,
     /// How long `echo` is measured
     #[arg(long, default_value_t = 3.0)]
     echo_seconds: f64,
@@ -200,7 +203,7 @@ fn be(role: Role) -> anyhow::Result<()> {
         Role::Proxy { assembly, backend } => proxy::main(assembly, backend),
         Role::Backend => backend::main(),
         Role::Connects { address, connects } => client::connects(address, serde_json::from_str(&connects)?),
-        Role::Flood { address, bytes } => client::flood(address, bytes),
+        Role::Flood { address, flood } => client::flood(address, serde_json::from_str(&flood)?),
         Role::Talk { address, talk } => client::talk(address, serde_json::from_str(&talk)?),
         Role::Echo { address, bytes } => client::echo(address, bytes),
     }

@@ -238,7 +238,10 @@ impl Report {
             (Workload::Alone, format!("{} connects per second for {} s", o.rate, o.seconds), STEADY),
             (
                 Workload::Saturated,
-                format!("the same beside a session that saturates a thread (frames of {} B)", o.flood_bytes),
+                format!(
+                    "the same beside a session that saturates a thread (frames of {} B, SO_SNDBUF {})",
+                    o.flood_bytes, o.flood_buffer
+                ),
                 SPLIT,
             ),
             (Workload::Echo, "steady echo: 64 sessions, 64 B, closed loop".to_owned(), ECHO),

@@ -1,0 +1,150 @@
+//! The answers that are tidegate's own, and what the log says of them.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use http::{
+    HeaderValue, Request, Response, StatusCode,
+    header::{ALLOW, CONNECTION, SEC_WEBSOCKET_VERSION, UPGRADE},
+};
+use tracing::{debug, warn};
+
+use super::Context;
+use crate::{
+    admission::Reason,
+    downstream::{Body, Intent, Refusal, answer, answer_later},
+    metrics::Handshake,
+    net::Lack,
+    sparse::Sparse,
+    upstream::Error,
+};
+
+impl Context {
+    /// Counts a client that gets a 503 of ours, and says so once in a while: in a spike there are thousands.
+    fn refuse_for(&self, reason: Reason, client: SocketAddr) {
+        static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
+        self.traffic.refuse(reason);
+        if let Some(unsaid) = SAID[reason as usize].is_due() {
+            warn!(%client, reason = reason.as_str(), fix = reason.fix(), unsaid, "clients are turned away with 503");
+        }
+    }
+
+    /// What a client is told for whom there is no room now.
+    fn refusal(&self, reason: Reason) -> Response<Body> {
+        answer_later(StatusCode::SERVICE_UNAVAILABLE, reason.told(), self.downstream.retry_after)
+    }
+
+    /// Says once in a process that somebody's `X-Forwarded-For` is not believed: it may be the user's own ingress.
+    fn doubt(&self, client: IpAddr) {
+        if !self.has_doubted.swap(true, Ordering::Relaxed) {
+            warn!(%client, "X-Forwarded-* of a client that is not in http.trusted_proxies is replaced; said once");
+        }
+    }
+
+    /// A request that the backend never sees.
+    fn refuse<B>(&self, client: SocketAddr, request: &Request<B>, refusal: Refusal) -> Response<Body> {
+        if request.headers().contains_key(UPGRADE) {
+            self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
+        } else {
+            self.metrics.request(refusal.status.as_u16());
+        }
+        debug!(%client, reason = refusal.reason, "request refused");
+        let mut response = answer(refusal.status, refusal.reason);
+        let headers = response.headers_mut();
+        match refusal.status {
+            StatusCode::UPGRADE_REQUIRED => {
+                // "the server MUST ... include a |Sec-WebSocket-Version| header" (RFC 6455 4.2.2), and "MUST send
+                // an Upgrade header field in a 426 response" (RFC 9110 15.5.22), which Connection must name.
+                headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+                headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+                headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {
+                headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
+            }
+            _ => {}
+        }
+        last(response)
+    }
+
+    /// A request too many.
+    fn shed(&self, intent: Intent, client: SocketAddr) -> Response<Body> {
+        self.refuse_for(Reason::MaxWaiting, client);
+        let response = self.refusal(Reason::MaxWaiting);
+        match intent {
+            Intent::WebSocket => {
+                self.metrics.handshake(Handshake::Shed, Duration::ZERO);
+                last(response)
+            }
+            Intent::Plain => {
+                self.metrics.request(response.status().as_u16());
+                response
+            }
+        }
+    }
+
+    /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
+    fn complain(&self, error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str) {
+        static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
+        let kind = match error {
+            // Said as a client that is turned away, and here with its cause.
+            Error::Shortage { .. } => 0,
+            Error::QueueTimeout => return,
+            Error::Unreachable { .. } => 1,
+            Error::Timeout(_) => 2,
+            Error::NoAnswer(_) | Error::BadAccept(_) => 3,
+            Error::Body(_) => 4,
+        };
+        if let Some(unsaid) = SAID[kind].is_due() {
+            let backend = &self.upstream.config().address;
+            warn!(%client, path, request_id, %backend, %error, unsaid, "request failed");
+        } else {
+            debug!(%client, path, request_id, %error, "request failed");
+        }
+    }
+
+    /// What a client is told when the backend gave no answer: no addresses, no system errors.
+    fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
+        let (status, reason) = match error {
+            // Not its fault.
+            Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
+            Error::Shortage { lack, .. } => {
+                let reason = match lack {
+                    Lack::Ports => Reason::Ports,
+                    Lack::Descriptors => Reason::Descriptors,
+                    Lack::Memory => Reason::Memory,
+                };
+                self.refuse_for(reason, client);
+                return self.refusal(reason);
+            }
+            Error::QueueTimeout => {
+                self.refuse_for(Reason::QueueTimeout, client);
+                return self.refusal(Reason::QueueTimeout);
+            }
+            Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
+            Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
+            Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
+            Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
+        };
+        answer_later(status, reason, self.downstream.retry_after)
+    }
+}
+
+fn lost(client: SocketAddr, error: &io::Error) {
+    static SAID: Sparse = Sparse::new();
+    if let Some(unsaid) = SAID.is_due() {
+        let fix = "raise fs.epoll.max_user_watches, or the memory limit";
+        warn!(%client, %error, fix, unsaid, "cannot watch a client's socket: it is closed without an answer");
+    }
+}
+
+/// Makes it the last response of its connection: behind a handshake that failed, what the client has sent already may be
+/// the frames of the tunnel that it hoped for, and must not be read as requests.
+fn last(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().entry(CONNECTION).or_insert(HeaderValue::from_static("close"));
+    response
+}

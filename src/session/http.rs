@@ -1,0 +1,448 @@
+//! A client's connection as long as it speaks HTTP: its requests, and the handshake that ends that.
+
+use std::{
+    convert::Infallible,
+    future::{Future, poll_fn},
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, PoisonError},
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, header::SEC_WEBSOCKET_EXTENSIONS};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::AsyncWriteExt,
+    sync::Semaphore,
+    time::{Instant, Sleep, sleep, timeout},
+};
+use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
+use tracing::{debug, info};
+
+use super::{About, Context, Tunnel, answer::last, orphan::{Guarded, Orphan}};
+use crate::{
+    admission::{Extra, Reason},
+    downstream::{self, Body, Intent, TimedBody},
+    fields::tokens,
+    gate::{HANDSHAKE_BYTES, Pass, STAY},
+    listen::Stay,
+    metrics::{Handshake, Metrics},
+    net::{Kept, Stream, concat},
+    relay::Leg,
+    upstream::{Answer, Error, Exchange, Failure, Reply},
+    ws::Rsv,
+};
+
+/// A WebSocket handshake that was there as a whole when its connection was begun with.
+#[derive(Debug)]
+struct Asked {
+    request: Request<()>,
+    /// The same as it came.
+    header: Bytes,
+    /// What came behind it.
+    early: Bytes,
+}
+
+/// A client's connection as long as it speaks HTTP.
+#[derive(Debug)]
+struct Stage {
+    next: Next,
+    /// Until its first request is answered, or turns out to be long in coming.
+    pass: Option<Pass>,
+    /// A request is here.
+    is_asked: bool,
+}
+
+/// What becomes of it.
+#[derive(Debug)]
+enum Next {
+    /// Requests and answers.
+    Plain,
+    /// A WebSocket handshake is under way.
+    Upgrading,
+    /// The 101 is on its way to the client.
+    Tunnel(Box<Tunnel>),
+}
+
+impl Context {
+    /// Gives the one answer that a connection gets, to whatever is asked; with whether that was done.
+    async fn answer_and_end(
+        &self,
+        stream: Kept,
+        client: SocketAddr,
+        header_timeout: Duration,
+        response: Response<Body>,
+    ) -> (Stream, bool) {
+        let response = Mutex::new(Some(last(response)));
+        let service = hyper::service::service_fn(|_| {
+            let response = lock(&response).take();
+            async { response.ok_or("this connection has had its answer") }
+        });
+        let mut http = downstream::server(&self.downstream);
+        http.header_read_timeout(header_timeout);
+        let mut connection = http.serve_connection(TokioIo::new(stream), service);
+        let mut hurried = pin!(self.drain.hurried());
+        let served = tokio::select! {
+            served = &mut connection => {
+                served.inspect_err(|error| debug!(%client, %error, "client connection ended")).is_ok()
+            }
+            () = &mut hurried => false,
+        };
+        (connection.into_parts().io.into_inner().into_inner(), served)
+    }
+
+    /// A handshake as it should be. Only an answer that is no 101 is left to hyper.
+    async fn shake_hands(
+        self: Arc<Self>,
+        mut stream: Kept,
+        asked: Asked,
+        client: SocketAddr,
+        stay: Stay,
+        pass: Option<Pass>,
+    ) {
+        let Asked { request, header, mut early } = asked;
+        let stage = Mutex::new(Stage { next: Next::Plain, pass, is_asked: true });
+        let response = {
+            let mut answer = pin!(async {
+                match self.handshakes.try_acquire() {
+                    Ok(_slot) => self.in_time(client, &stage, self.upgrade(request, client, &stage)).await,
+                    Err(_) => self.shed(Intent::WebSocket, client),
+                }
+            });
+            let mut hurried = pin!(self.drain.hurried());
+            // `None`: nobody waits for it any more.
+            poll_fn(|cx| {
+                if let Poll::Ready(response) = answer.as_mut().poll(cx) {
+                    return Poll::Ready(Some(response));
+                }
+                // A client that sends more before the answer is not watched any longer, and its kernel keeps the rest.
+                if early.is_empty()
+                    && let Poll::Ready(read) = stream.poll_some(cx)
+                {
+                    match read {
+                        Ok(bytes) if !bytes.is_empty() => early = bytes,
+                        _ => return Poll::Ready(None),
+                    }
+                }
+                hurried.as_mut().poll(cx).map(|()| None)
+            })
+            .await
+        };
+        let Stage { next, pass, .. } = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Also of one that was shed.
+        drop(pass);
+        match (next, response) {
+            (Next::Tunnel(tunnel), Some(response)) => {
+                let written = stream.write_all(&downstream::encode_switching(&response)).await;
+                if let Err(error) = &written {
+                    debug!(%client, %error, "client connection ended");
+                }
+                let stream = written.is_ok().then(|| stream.into_inner());
+                self.begin_relay(Leg { stream, early }, tunnel, stay);
+            }
+            (_, Some(response)) => {
+                let stream = stream.rewind(concat(header, early));
+                let (stream, is_done) =
+                    Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
+                let patience = if is_done { self.close } else { self.short_linger() };
+                self.begin_linger(stream, patience, stay);
+            }
+            (_, None) => self.begin_linger(stream.into_inner(), self.short_linger(), stay),
+        }
+    }
+
+    /// The connection as long as it speaks HTTP.
+    async fn serve(self: Arc<Self>, stream: Kept, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
+        stream.writable().await;
+        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
+        let service = {
+            let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
+            let handle = tower::service_fn(move |(request, intent)| {
+                let (this, stage) = (Arc::clone(&this), Arc::clone(&shared));
+                async move { Ok::<_, Infallible>(this.handle(request, intent, client, &stage).await) }
+            });
+            let limited = |slots: &Arc<Semaphore>| {
+                let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(slots));
+                ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle.clone())
+            };
+            let (handshakes, requests) = (limited(&self.handshakes), limited(&self.requests));
+            let (this, stage) = (Arc::clone(&self), Arc::clone(&stage));
+            hyper::service::service_fn(move |request: Request<Incoming>| {
+                lock(&stage).is_asked = true;
+                let (this, stage, intent) = (Arc::clone(&this), Arc::clone(&stage), downstream::intent(&request));
+                let stack = intent.map(|intent| match intent {
+                    Intent::WebSocket => (intent, handshakes.clone()),
+                    Intent::Plain => (intent, requests.clone()),
+                });
+                Box::pin(async move {
+                    let response = match stack {
+                        // The stack itself fails only when it sheds.
+                        Ok((intent, stack)) => {
+                            stack.oneshot((request, intent)).await.unwrap_or_else(|_| this.shed(intent, client))
+                        }
+                        Err(refusal) => this.refuse(client, &request, refusal),
+                    };
+                    // Also of those that were shed or refused.
+                    lock(&stage).pass = None;
+                    Ok::<_, Infallible>(response)
+                })
+            })
+        };
+        let io = TokioIo::new(stream);
+        let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
+        let (mut begun, mut hurried) = (pin!(self.drain.begun()), pin!(self.drain.hurried()));
+        let (mut draining, mut told) = (false, false);
+        // Of a first request that comes in pieces: its deadline, and memory for them.
+        let mut pieces: Option<(Pin<Box<Sleep>>, Option<Extra>)> = None;
+        let mut is_first = true;
+        // `None`: nobody waits for an answer any more, since a second signal came, or the first request did not in time.
+        let served = poll_fn(|cx| {
+            let mut result = Pin::new(&mut connection).poll(cx);
+            if is_first && result.is_pending() {
+                let mut stage = lock(&stage);
+                is_first = !stage.is_asked;
+                if is_first {
+                    // Others need not wait for the rest.
+                    stage.pass = None;
+                    let memory = || self.admission.more_memory(self.downstream.header_bytes as u64);
+                    let patience = self.downstream.header_timeout;
+                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep(patience)), memory()));
+                    if memory.is_none() {
+                        self.refuse_for(Reason::Memory, client);
+                    }
+                    if memory.is_none() || late.as_mut().poll(cx).is_ready() {
+                        return Poll::Ready(None);
+                    }
+                } else {
+                    pieces = None;
+                }
+            }
+            draining = draining || begun.as_mut().poll(cx).is_ready();
+            // A handshake under way is finished: its session is then ended with a Close like the others. Looked at after the
+            // connection, which may just have read a request, or answered one.
+            if draining && !told && result.is_pending() && !matches!(lock(&stage).next, Next::Upgrading) {
+                told = true;
+                Pin::new(&mut connection).graceful_shutdown();
+                result = Pin::new(&mut connection).poll(cx);
+            }
+            if result.is_pending() && hurried.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            result.map(Some)
+        })
+        .await;
+        let parts = connection.into_parts();
+        let (stream, unread) = parts.io.into_inner().into_parts();
+        let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
+        match next {
+            Next::Tunnel(tunnel) => {
+                // When the 101 could not be written the client is gone; the backend must hear of it.
+                let stream = matches!(served, Some(Ok(()))).then_some(stream);
+                let client = Leg { stream, early: concat(parts.read_buf, unread) };
+                self.begin_relay(client, tunnel, stay);
+            }
+            Next::Plain | Next::Upgrading => {
+                let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
+                if let Some(Err(error)) = served {
+                    debug!(%client, %error, "client connection ended");
+                }
+                self.begin_linger(stream, patience, stay);
+            }
+        }
+    }
+
+    /// Answers one request.
+    async fn handle(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        intent: Intent,
+        client: SocketAddr,
+        stage: &Mutex<Stage>,
+    ) -> Response<Body> {
+        match intent {
+            Intent::Plain => {
+                let response = self.in_time(client, stage, self.plain(request, client)).await;
+                self.metrics.request(response.status().as_u16());
+                response
+            }
+            Intent::WebSocket => self.in_time(client, stage, self.upgrade(request.map(|_| ()), client, stage)).await,
+        }
+    }
+
+    /// An answer may be long in coming: then others have its turn, and there must be memory for it.
+    async fn in_time(
+        &self,
+        client: SocketAddr,
+        stage: &Mutex<Stage>,
+        answer: impl Future<Output = Response<Body>>,
+    ) -> Response<Body> {
+        let mut answer = pin!(answer);
+        let soon = timeout(STAY, &mut answer).await;
+        lock(stage).pass = None;
+        if let Ok(response) = soon {
+            return response;
+        }
+        // Beyond those for which the budget has set memory aside.
+        if let Some(_memory) = self.admission.more_memory(HANDSHAKE_BYTES) {
+            return answer.await;
+        }
+        lock(stage).next = Next::Plain;
+        self.refuse_for(Reason::Memory, client);
+        last(self.refusal(Reason::Memory))
+    }
+
+    /// Carries a handshake out.
+    async fn upgrade(
+        self: &Arc<Self>,
+        request: Request<()>,
+        client: SocketAddr,
+        stage: &Mutex<Stage>,
+    ) -> Response<Body> {
+        lock(stage).next = Next::Upgrading;
+        let mut outcome = Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
+        let (result, response, tunnel) = self.websocket(request, client).await;
+        outcome.result = result;
+        drop(outcome);
+        if let Some(tunnel) = tunnel {
+            lock(stage).next = Next::Tunnel(Box::new(tunnel));
+            response
+        } else {
+            lock(stage).next = Next::Plain;
+            last(response)
+        }
+    }
+
+    /// The handshake with the backend, and what the client is told of it.
+    async fn websocket(
+        self: &Arc<Self>,
+        mut request: Request<()>,
+        client: SocketAddr,
+    ) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        match self.admission.pace() {
+            Ok(Duration::ZERO) => {}
+            Ok(delay) => sleep(delay).await,
+            Err(reason) => {
+                self.refuse_for(reason, client);
+                return (Handshake::Shed, self.refusal(reason), None);
+            }
+        }
+        let mut path = request.uri().path().to_owned();
+        path.truncate(path.floor_char_boundary(256));
+        let about = About { client, path, request_id: downstream::request_id(request.headers()) };
+        let trusted = &self.downstream.trusted_proxies;
+        if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
+            self.doubt(client.ip());
+        }
+        let exchange = self.upstream.websocket(request);
+        match self.carried_out(exchange).await {
+            Ok(Answer::Tunnel { stream, early, mut response }) => {
+                downstream::forward_response(&mut response, true);
+                let tunnel =
+                    Tunnel { backend: Leg { stream: Some(stream), early }, rsv: rsv(response.headers()), about };
+                (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
+            }
+            Ok(Answer::Refusal(reply)) => {
+                let status = reply.response.status().as_u16();
+                info!(%client, path = about.path, request_id = about.request_id, status, "the backend refused a handshake");
+                (Handshake::Refused, self.pass_on(reply), None)
+            }
+            Err(error) => {
+                let About { path, request_id, .. } = &about;
+                self.complain(&error, client, Some(path), request_id);
+                let result = match error {
+                    Error::Unreachable { .. } => Handshake::Unreachable,
+                    Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
+                    Error::Timeout(_) => Handshake::Timeout,
+                    Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
+                    Error::Body(_) => Handshake::Invalid,
+                };
+                (result, self.blame(&error, client), None)
+            }
+        }
+    }
+
+    /// A request that is no upgrade, streamed both ways.
+    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: SocketAddr) -> Response<Body> {
+        let id = downstream::request_id(request.headers());
+        if downstream::forward_request(&mut request, client.ip(), &self.downstream.trusted_proxies, &id, false) {
+            self.doubt(client.ip());
+        }
+        // A request's body must come as its header must: whoever waits for it holds a place.
+        let patience = self.upstream.config().body_timeout.min(self.downstream.header_timeout);
+        let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
+        let exchange = self.upstream.plain(request.map(body));
+        match self.carried_out(exchange).await {
+            Ok(reply) => self.pass_on(reply),
+            Err(error) => {
+                self.complain(&error, client, None, &id);
+                self.blame(&error, client)
+            }
+        }
+    }
+
+    /// Waits for an exchange for as long as the client does; then it is ended behind our back.
+    async fn carried_out<T: Orphan>(self: &Arc<Self>, exchange: Exchange<T>) -> Result<T, Error> {
+        let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
+        guarded.await.map_err(|Failure { error, stream }| {
+            if let Some(stream) = stream {
+                self.tracker.spawn(Arc::clone(self).linger_owned(stream));
+            }
+            error
+        })
+    }
+
+    /// Passes a backend's answer on; its connection is driven, and ended, by a task of its own.
+    fn pass_on(self: &Arc<Self>, reply: Reply) -> Response<Body> {
+        let Reply { mut response, connection } = reply;
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            if let Some(stream) = connection.await {
+                // Its answer may have been cut short by a client that left: then it may go on writing for long.
+                this.linger_left(stream, false).await;
+            }
+        });
+        downstream::forward_response(&mut response, false);
+        let patience = self.upstream.config().body_timeout;
+        response.map(|body| TimedBody::new(body, patience).boxed())
+    }
+}
+
+/// Counts a handshake when it is over, also when its client left and the future was dropped.
+struct Outcome<'a> {
+    metrics: &'a Metrics,
+    begun: Instant,
+    result: Handshake,
+}
+
+impl Drop for Outcome<'_> {
+    fn drop(&mut self) {
+        self.metrics.handshake(self.result, self.begun.elapsed());
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing under these locks can panic half-way.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn empty() -> Body {
+    Empty::new().map_err(|never| match never {}).boxed()
+}
+
+/// Which reserved bits the extensions of a 101 allow.
+pub(super) fn rsv(headers: &HeaderMap) -> Rsv {
+    let mut rsv = Rsv::None;
+    for extension in tokens(headers, &SEC_WEBSOCKET_EXTENSIONS) {
+        let name = extension.split(';').next().unwrap_or_default().trim();
+        match name {
+            "" => {}
+            "permessage-deflate" => rsv = Rsv::Deflate,
+            _ => return Rsv::Any,
+        }
+    }
+    rsv
+}

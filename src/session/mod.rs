@@ -1,0 +1,293 @@
+//! The one place that knows the order of a session:
+//!
+//! ```text
+//! accept -> lobby, while no worker has room -> request, under a deadline -> the backend's handshake -> 101 to the client
+//!        -> relay until both legs have ended -> each leg lingers -> closed
+//! ```
+//!
+//! A handshake that is there as a whole (one read, 4 KiB) and is answered with 101 goes this way without hyper (`shake_hands`);
+//! everything else is hyper's (`serve`).
+//!
+//! Whatever goes wrong on the way, no socket is dropped with something still to be said or read on it: a client that
+//! is turned away lingers, and so does a backend whose client left before its answer.
+
+mod answer;
+mod http;
+mod orphan;
+mod report;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+
+use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
+use tokio_util::task::TaskTracker;
+
+use self::{answer::lost, http::Asked, report::Open};
+use crate::{
+    admission::{Admission, Reason},
+    close::{self, Lingered},
+    downstream,
+    drain::Drain,
+    gate::{Gate, Lobby, Pass},
+    listen::{Guest, Queued, Seats, Stay},
+    metrics::{Counted, Metrics, Traffic},
+    net::{Kept, Stream, concat, read_ahead},
+    relay::{self, Ended, Leg, Relay},
+    side::Side,
+    upstream::Upstream,
+    ws::Rsv,
+};
+
+/// The longest last wait for a client that got as far as no request.
+const REFUSED_LINGER: Duration = Duration::from_secs(1);
+
+/// The same for a backend's socket when there are too many of them.
+const CROWDED_LINGER: Duration = Duration::from_millis(200);
+
+/// What the sessions of one worker share.
+#[derive(Debug)]
+pub struct Context {
+    /// The client's leg.
+    pub downstream: downstream::Config,
+    /// The relay.
+    pub relay: Arc<relay::Config>,
+    /// The last wait of each socket.
+    pub close: close::Config,
+    /// The way to the backend.
+    pub upstream: Upstream,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// What this worker counts with every message.
+    pub traffic: Arc<Traffic>,
+    /// The order to end.
+    pub drain: Drain,
+    /// Every task of the worker.
+    pub tracker: TaskTracker,
+    /// Its handshakes.
+    pub gate: Gate,
+    /// Where those wait that no worker has room for.
+    pub lobby: Arc<Lobby<Queued>>,
+    /// Who is let in.
+    pub admission: Admission,
+    /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
+    pub handshakes: Arc<Semaphore>,
+    /// The same for plain requests: neither kind can use up the other's.
+    pub requests: Arc<Semaphore>,
+    /// See [`Context::doubt`].
+    pub has_doubted: Arc<AtomicBool>,
+    /// Handshakes that are carried on although their client has left.
+    pub orphans: Arc<Semaphore>,
+    /// Backends' sockets that linger although their client may have left.
+    pub leftovers: Arc<Semaphore>,
+}
+
+/// Who a session belongs to, for its log lines.
+#[derive(Debug)]
+struct About {
+    client: SocketAddr,
+    /// Without the query, which may hold secrets; at most 256 bytes.
+    path: String,
+    request_id: String,
+}
+
+/// What the handshake leaves to the relay.
+#[derive(Debug)]
+struct Tunnel {
+    backend: Leg,
+    rsv: Rsv,
+    about: About,
+}
+
+impl Context {
+    /// Turns a connection away, begins with it, or leaves it in the lobby. To be called on the worker's runtime.
+    pub fn accept(self: &Arc<Self>, guest: Guest) {
+        let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
+        let Guest { stream, peer, stay } = guest;
+        match TcpStream::from_std(stream) {
+            Ok(stream) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
+            Err(error) => lost(peer, &error),
+        }
+    }
+
+    /// Takes connections from the lobby as there is room, until that is closed. They then belong to this worker.
+    pub async fn take_on(self: Arc<Self>, seats: Seats) {
+        while let Some((Queued { mut guest, .. }, pass)) = self.gate.next(&self.lobby).await {
+            guest.stay.seat = seats.one_more();
+            self.begin(guest, Some(pass), true);
+        }
+    }
+
+    /// Begins with a connection, or leaves it to whichever worker has room first.
+    fn admit(self: &Arc<Self>, guest: Guest) {
+        let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
+        if pass.is_some() {
+            self.begin(guest, pass, false);
+            return;
+        }
+        let counted = Counted::new(&self.metrics.connections_queued);
+        if let Err(Queued { guest, .. }) = self.lobby.push(Queued { guest, counted }) {
+            // All workers are about to end.
+            self.begin(guest, None, false);
+        }
+    }
+
+    /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
+    fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>, has_waited: bool) {
+        let Guest { stream, peer, stay } = guest;
+        let this = Arc::clone(self);
+        // Before it is registered: after that it would have to be waited for, even if it has something.
+        let mut early = read_ahead(&stream);
+        // It may have lost its patience: then the backend need not hear of it.
+        if has_waited
+            && let Some(first) = &early
+            && let Some(more) = read_ahead(&stream)
+        {
+            early = Some(if more.is_empty() { more } else { concat(first.clone(), more) });
+        }
+        match TcpStream::from_std(stream) {
+            Ok(stream) => {
+                let Some(early) = early else {
+                    drop(pass);
+                    self.tracker.spawn(this.wait(stream, peer, stay));
+                    return;
+                };
+                let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
+                self.tracker.spawn(async move {
+                    if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
+                        let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
+                        this.shake_hands(stream, asked, peer, stay, pass).await;
+                    } else {
+                        Box::pin(this.serve(stream.rewind(early), peer, stay, pass)).await;
+                    }
+                });
+            }
+            Err(error) => lost(peer, &error),
+        }
+    }
+
+    /// Answers the first request with a 503, whatever it is, and ends the connection.
+    async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, mut stay: Stay, reason: Reason) {
+        // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
+        if !stay.place.is_last_resort()
+            && let Some(place) = self.admission.enter().filter(|place| place.refused.is_none())
+        {
+            stay.place = place;
+            self.wait(stream, client, stay).await;
+            return;
+        }
+        self.refuse_for(reason, client);
+        // Others wait for its place: it gets the time that a socket gets without progress.
+        let header_timeout = self.downstream.header_timeout.min(self.close.linger);
+        let stream = Kept::new(Stream::Tcp(stream), self.close.linger);
+        let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
+        self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
+        drop(stay);
+    }
+
+    /// For who sends no request, or a broken one, or one that is refused: our answer and little of our time.
+    fn short_linger(&self) -> close::Config {
+        let short = |time: Duration| time.min(REFUSED_LINGER);
+        close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
+    }
+
+    /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
+    async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
+        let patience = self.downstream.header_timeout;
+        let is_silent = tokio::select! {
+            readable = timeout(patience, stream.readable()) => readable.is_err(),
+            // It was accepted, so its request may be on its way: an end now would be one without an answer.
+            () = self.drain.begun() => timeout(patience.min(REFUSED_LINGER), stream.readable()).await.is_err(),
+        };
+        if is_silent {
+            self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
+            return;
+        }
+        // Whichever worker goes on with it registers it anew.
+        match stream.into_std() {
+            Ok(stream) => self.admit(Guest { stream, peer: client, stay }),
+            Err(error) => lost(client, &error),
+        }
+    }
+
+    /// What follows a handshake runs in a task of its own: that of the handshake is larger.
+    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, stay: Stay) {
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            this.gate.calm().await;
+            this.relay(client, *tunnel, stay).await;
+        });
+    }
+
+    /// The same for a connection that becomes no session.
+    fn begin_linger(self: &Arc<Self>, stream: Stream, patience: close::Config, stay: Stay) {
+        let this = Arc::clone(self);
+        self.tracker.spawn(async move {
+            this.linger_for(Side::Client, stream, false, &patience).await;
+            drop(stay);
+        });
+    }
+
+    /// A session from its 101 to the FINs on both legs, and its log lines.
+    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, stay: Stay) {
+        let Tunnel { backend, rsv, about } = tunnel;
+        let mut open = Open::new(&self.metrics, about);
+        let traffic = Arc::clone(&self.traffic);
+        let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
+        let first = relay.next_ended().await;
+        // Boxed: this state is needed for the last seconds of a session only.
+        Box::pin(async {
+            let rest = async {
+                let second = relay.next_ended().await;
+                let report = relay.report();
+                self.count(&report);
+                open.close(&report);
+                drop(open);
+                self.let_go(second).await;
+            };
+            tokio::join!(self.let_go(first), rest);
+        })
+        .await;
+        drop(stay);
+    }
+
+    async fn let_go(&self, ended: Ended) {
+        if let Some(stream) = ended.stream {
+            self.linger(ended.side, stream, ended.is_done).await;
+        }
+    }
+
+    async fn linger(&self, side: Side, stream: Stream, peer_is_done: bool) {
+        self.linger_for(side, stream, peer_is_done, &self.close).await;
+    }
+
+    async fn linger_for(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &close::Config) {
+        let counted = Counted::new(&self.metrics.lingering);
+        let how = match close::linger(stream, peer_is_done, patience).await {
+            Lingered::Fin => "fin",
+            Lingered::Acked => "acked",
+            Lingered::Reset => "reset",
+            Lingered::Expired => "expired",
+        };
+        drop(counted);
+        self.metrics.lingered(side, how);
+    }
+
+    async fn linger_owned(self: Arc<Self>, stream: Stream) {
+        self.linger_left(stream, false).await;
+    }
+
+    /// For a backend's socket whose client need not be there any more, and so has no place: of these there are only so many.
+    async fn linger_left(&self, stream: Stream, peer_is_done: bool) {
+        let slot = self.leftovers.try_acquire().ok();
+        let mut patience = self.short_linger();
+        if slot.is_none() {
+            let short = |time: Duration| time.min(CROWDED_LINGER);
+            patience = close::Config { linger: short(patience.linger), linger_max: short(patience.linger_max) };
+        }
+        self.linger_for(Side::Backend, stream, peer_is_done, &patience).await;
+        drop(slot);
+    }
+}

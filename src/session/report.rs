@@ -1,0 +1,150 @@
+//! What is said and counted of a session.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{About, Context};
+use crate::{
+    metrics::{Counted, Metrics},
+    relay::{Cause, Gone, Initiator, Report},
+    side::Side,
+};
+
+impl Context {
+    fn count(&self, report: &Report) {
+        let clean = abnormal(report).next().is_none();
+        self.metrics.close(initiator(report.initiator), report.code, clean, report.ending);
+        for cause in abnormal(report) {
+            self.metrics.abnormal(cause);
+        }
+        self.metrics.crossed_messages.inc_by(report.counts[Side::Client as usize].crossed);
+    }
+}
+
+const fn initiator(initiator: Initiator) -> &'static str {
+    match initiator {
+        Initiator::Client => "client",
+        Initiator::Backend => "backend",
+        Initiator::Tidegate => "tidegate",
+    }
+}
+
+/// The causes for which a session counts as abnormal, of `metrics::ABNORMAL`.
+fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
+    let sides = Side::BOTH.into_iter().filter_map(|side| {
+        let index = side as usize;
+        let unanswered = report.told[index] && !report.heard[index];
+        let [fin, reset, silent, stalled, violation, no_answer] = match side {
+            Side::Client => [
+                "client_fin",
+                "client_reset",
+                "client_silent",
+                "client_stalled",
+                "client_violation",
+                "client_no_answer",
+            ],
+            Side::Backend => [
+                "backend_fin",
+                "backend_reset",
+                "backend_silent",
+                "backend_stalled",
+                "backend_violation",
+                "backend_no_answer",
+            ],
+        };
+        // How it left is told by its first sign: a RST for our data after its Close and FIN is normal.
+        let first = match report.cause {
+            Cause::Gone(gone, how) if gone == side => Some(how),
+            _ => None,
+        };
+        match first.or(report.gone[index]) {
+            Some(Gone::Silent) => Some(silent),
+            Some(Gone::Stalled) => Some(stalled),
+            Some(Gone::Broke(_)) => Some(violation),
+            Some(Gone::Reset) if first.is_some() => Some(reset),
+            Some(Gone::Fin) if first.is_some() => Some(fin),
+            _ if unanswered => Some(no_answer),
+            _ => None,
+        }
+    });
+    sides.chain((report.cut != [false; 2]).then_some("cut_inside_frame"))
+}
+
+/// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
+struct Open<'a> {
+    about: About,
+    begun: Instant,
+    metrics: &'a Metrics,
+    is_closed: bool,
+    _counted: Counted,
+}
+
+impl<'a> Open<'a> {
+    fn new(metrics: &'a Metrics, about: About) -> Self {
+        let About { client, path, request_id } = &about;
+        info!(%client, path, request_id, "open");
+        let counted = Counted::new(&metrics.sessions);
+        Self { about, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+    }
+
+    fn close(&mut self, report: &Report) {
+        self.is_closed = true;
+        let [from_client, from_backend] = report.counts;
+        let [client_sent, backend_sent] = report.sent;
+        let [client_got, backend_got] = report.got;
+        let causes = abnormal(report).collect::<Vec<_>>().join(",");
+        let why = match report.cause {
+            Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()),
+            Cause::Drain => "drain".to_owned(),
+            _ => String::new(),
+        };
+        info!(
+            client = %self.about.client,
+            path = self.about.path,
+            request_id = self.about.request_id,
+            initiator = initiator(report.initiator),
+            code = report.code,
+            reason = %report.reason.escape_debug(),
+            client_sent,
+            client_got,
+            backend_sent,
+            backend_got,
+            clean = causes.is_empty(),
+            abnormal = causes,
+            why,
+            duration_ms = millis(self.begun.elapsed()),
+            ending_ms = millis(report.ending),
+            messages_from_client = from_client.messages,
+            messages_from_backend = from_backend.messages,
+            bytes_from_client = from_client.bytes,
+            bytes_from_backend = from_backend.bytes,
+            crossed = from_client.crossed,
+            "close"
+        );
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if self.is_closed {
+            return;
+        }
+        let (cause, why) = if std::thread::panicking() {
+            ("panic", "a bug in tidegate: please report it")
+        } else {
+            ("drain_cut", "drain.timeout was over")
+        };
+        self.metrics.close("tidegate", None, false, Duration::ZERO);
+        self.metrics.abnormal(cause);
+        let About { client, path, request_id } = &self.about;
+        let duration_ms = millis(self.begun.elapsed());
+        warn!(%client, path, request_id, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+    }
+}
+
+/// A number for the log.
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
