@@ -1,7 +1,7 @@
 //! How many handshakes a worker works on at once. In a spike they are begun in order and each is brought to its end, rather
 //! than all of them being begun and kept waiting for one another: that takes a tenth of the memory, and less time in all.
 //!
-//! Who waits in the lobby costs a socket and nothing else. Workers that share one take from it as they get on, so that one with
+//! Who waits in the pending queue costs a socket and nothing else. Workers that share one take from it as they get on, so that one with
 //! less of a processor serves fewer. A client that does not go on with its request holds nobody up.
 
 use std::{
@@ -25,13 +25,13 @@ pub const AT_ONCE: usize = 64;
 /// headers, measured at 43 KiB where hyper reads both legs; one that is there as a whole takes less.
 pub const HANDSHAKE_BYTES: u64 = 48 << 10;
 
-/// The longest for which a worker takes nobody from the lobby. It is for accidents: since nobody keeps a place for longer than
-/// [`STAY`], 640 begin per second and worker even when the backend answers none.
+/// The longest for which a worker takes nobody from the pending queue. It is for accidents: since nobody keeps a place for longer than
+/// [`PROMPT`], 640 begin per second and worker even when the backend answers none.
 const WAIT: Duration = Duration::from_secs(5);
 
 /// The longest that one keeps its place while it waits, for its turn or an answer: others may want something else of the
 /// backend, or nothing of it.
-pub const STAY: Duration = Duration::from_millis(100);
+pub const PROMPT: Duration = Duration::from_millis(100);
 
 /// The longest that the first message of a new session waits for the handshakes of others.
 const HOLD: Duration = Duration::from_secs(2);
@@ -40,71 +40,71 @@ const HOLD: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Gate {
     slots: Arc<Semaphore>,
-    crowd: Arc<Crowd>,
+    waiters: Arc<Waiters>,
 }
 
-/// Those who had to wait for any worker, until they are answered or have had [`STAY`]: all workers share the processors.
+/// Those who had to wait for any worker, until they are answered or have had [`PROMPT`]: all workers share the processors.
 #[derive(Debug, Default)]
-pub struct Crowd {
+pub struct Waiters {
     size: AtomicUsize,
     is_calm: Notify,
 }
 
 /// One that is worked on, until it is dropped.
 #[derive(Debug)]
-pub struct Pass {
+pub struct Permit {
     _slot: Option<OwnedSemaphorePermit>,
-    _crowded: Option<Crowded>,
+    _waiter: Option<Waiter>,
 }
 
 /// Those for whom nothing was done yet, first come, first served. Its bound is that of all connections.
 #[derive(Debug)]
-pub struct Lobby<T> {
-    queue: Mutex<VecDeque<(T, Crowded)>>,
+pub struct PendingQueue<T> {
+    queue: Mutex<VecDeque<(T, Waiter)>>,
     /// A permit for each in the queue.
     count: Semaphore,
-    crowd: Arc<Crowd>,
+    waiters: Arc<Waiters>,
 }
 
-/// One of the crowd.
+/// One of the waiters.
 #[derive(Debug)]
-struct Crowded(Arc<Crowd>);
+struct Waiter(Arc<Waiters>);
 
 impl Gate {
     /// Nobody waits.
-    pub fn new(crowd: &Arc<Crowd>) -> Self {
-        Self { slots: Arc::new(Semaphore::new(AT_ONCE)), crowd: Arc::clone(crowd) }
+    pub fn new(waiters: &Arc<Waiters>) -> Self {
+        Self { slots: Arc::new(Semaphore::new(AT_ONCE)), waiters: Arc::clone(waiters) }
     }
 
-    /// A place, if one is free. One of them is always with whoever waits for somebody in the lobby.
-    pub fn try_pass(&self) -> Option<Pass> {
+    /// A place, if one is free. One of them is always with whoever waits for somebody in the pending queue.
+    pub fn try_permit(&self) -> Option<Permit> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
-        Some(Pass { _slot: Some(slot), _crowded: None })
+        Some(Permit { _slot: Some(slot), _waiter: None })
     }
 
-    /// Waits for a turn, then for somebody in the lobby whose it is; `None`: it was closed, and nobody is left. After a long
+    /// Waits for a turn, then for somebody in the pending queue whose it is; `None`: it was closed, and nobody is left. After a long
     /// wait for a turn it goes on without.
-    pub async fn next<T>(&self, lobby: &Lobby<T>) -> Option<(T, Pass)> {
+    pub async fn next<T>(&self, pending: &PendingQueue<T>) -> Option<(T, Permit)> {
         let slot = timeout(WAIT, Arc::clone(&self.slots).acquire_owned()).await.ok().and_then(Result::ok);
-        let (first, crowded) = lobby.first().await?;
-        Some((first, Pass { _slot: slot, _crowded: Some(crowded) }))
+        let (first, waiter) = pending.first().await?;
+        Some((first, Permit { _slot: slot, _waiter: Some(waiter) }))
     }
 
     /// Resolves when all who had to wait are answered, or after a while: clients that connect give up sooner than those that
     /// are connected.
     pub async fn calm(&self) {
         // Made before it is looked at: the last of them may be answered in between, on another thread.
-        let calm = self.crowd.is_calm.notified();
-        if self.crowd.size.load(Ordering::Acquire) > 0 {
+        let calm = self.waiters.is_calm.notified();
+        if self.waiters.size.load(Ordering::Acquire) > 0 {
             let _ = timeout(HOLD, calm).await;
         }
     }
 }
 
-impl<T> Lobby<T> {
+impl<T> PendingQueue<T> {
     /// Nobody is in it.
-    pub fn new(crowd: &Arc<Crowd>) -> Self {
-        Self { queue: Mutex::default(), count: Semaphore::new(0), crowd: Arc::clone(crowd) }
+    pub fn new(waiters: &Arc<Waiters>) -> Self {
+        Self { queue: Mutex::default(), count: Semaphore::new(0), waiters: Arc::clone(waiters) }
     }
 
     /// Whether somebody waits.
@@ -112,13 +112,13 @@ impl<T> Lobby<T> {
         self.count.available_permits() == 0
     }
 
-    /// Puts one behind the others; it is given back when the lobby is closed.
+    /// Puts one behind the others; it is given back when the pending queue is closed.
     pub fn push(&self, last: T) -> Result<(), T> {
         let mut queue = self.lock();
         if self.count.is_closed() {
             return Err(last);
         }
-        queue.push_back((last, Crowded::new(&self.crowd)));
+        queue.push_back((last, Waiter::new(&self.waiters)));
         drop(queue);
         self.count.add_permits(1);
         Ok(())
@@ -129,7 +129,7 @@ impl<T> Lobby<T> {
         self.count.close();
     }
 
-    async fn first(&self) -> Option<(T, Crowded)> {
+    async fn first(&self) -> Option<(T, Waiter)> {
         match self.count.acquire().await {
             Ok(permit) => permit.forget(),
             // Closed: the rest goes without waiting.
@@ -138,19 +138,19 @@ impl<T> Lobby<T> {
         self.lock().pop_front()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(T, Crowded)>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(T, Waiter)>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Crowded {
-    fn new(crowd: &Arc<Crowd>) -> Self {
-        crowd.size.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(crowd))
+impl Waiter {
+    fn new(waiters: &Arc<Waiters>) -> Self {
+        waiters.size.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(waiters))
     }
 }
 
-impl Drop for Crowded {
+impl Drop for Waiter {
     fn drop(&mut self) {
         if self.0.size.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.0.is_calm.notify_waiters();
@@ -163,37 +163,37 @@ mod tests {
     use super::*;
     use tokio::{task::yield_now, time::Instant};
 
-    fn full(gate: &Gate) -> Vec<Pass> {
-        (0..AT_ONCE).map(|_| gate.try_pass().expect("a slot")).collect()
+    fn full(gate: &Gate) -> Vec<Permit> {
+        (0..AT_ONCE).map(|_| gate.try_permit().expect("a slot")).collect()
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_gate_bounds_what_is_begun_and_the_wait() {
-        let crowd = Arc::default();
-        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
+        let waiters = Arc::default();
+        let (gate, pending) = (Gate::new(&waiters), PendingQueue::new(&waiters));
         let mut inside = full(&gate);
-        assert!(gate.try_pass().is_none());
-        lobby.push(1).expect("it is open");
-        lobby.push(2).expect("it is open");
+        assert!(gate.try_permit().is_none());
+        pending.push(1).expect("it is open");
+        pending.push(2).expect("it is open");
         let begun = Instant::now();
-        assert!(gate.next(&lobby).await.is_some());
+        assert!(gate.next(&pending).await.is_some());
         assert_eq!(begun.elapsed(), WAIT);
         inside.pop();
-        assert!(gate.next(&lobby).await.is_some());
+        assert!(gate.next(&pending).await.is_some());
         assert_eq!(begun.elapsed(), WAIT);
     }
 
     #[tokio::test(start_paused = true)]
     async fn sessions_begin_when_all_who_waited_are_answered() {
-        let crowd = Arc::default();
-        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
+        let waiters = Arc::default();
+        let (gate, pending) = (Gate::new(&waiters), PendingQueue::new(&waiters));
         let begun = Instant::now();
         gate.calm().await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
-        lobby.push(()).expect("it is open");
+        pending.push(()).expect("it is open");
         let waits = async {
             tokio::time::sleep(Duration::from_millis(100)).await;
-            let _pass = gate.next(&lobby).await;
+            let _permit = gate.next(&pending).await;
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         let calm = async {
@@ -206,16 +206,16 @@ mod tests {
     /// Whichever worker has room takes the next one, in the order in which they came.
     #[tokio::test(start_paused = true)]
     async fn workers_take_from_a_lobby_as_they_get_on() {
-        let crowd = Arc::default();
-        let (busy, free, lobby) = (Gate::new(&crowd), Gate::new(&crowd), Lobby::new(&crowd));
+        let waiters = Arc::default();
+        let (busy, free, pending) = (Gate::new(&waiters), Gate::new(&waiters), PendingQueue::new(&waiters));
         let mut inside = full(&busy);
         for number in 0..4 {
-            lobby.push(number).expect("it is open");
+            pending.push(number).expect("it is open");
         }
-        let (busy_one, free_one) = tokio::join!(busy.next(&lobby), async {
+        let (busy_one, free_one) = tokio::join!(busy.next(&pending), async {
             let mut taken = Vec::new();
             for _ in 0..2 {
-                taken.push(free.next(&lobby).await.expect("one waits"));
+                taken.push(free.next(&pending).await.expect("one waits"));
             }
             // No timer is due before this.
             inside.pop();
@@ -224,21 +224,21 @@ mod tests {
         assert_eq!(free_one.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1]);
         assert_eq!(busy_one.as_ref().map(|(number, _)| *number), Some(2));
         drop((busy_one, free_one));
-        assert_eq!(crowd.size.load(Ordering::Relaxed), 1, "the one in the lobby");
+        assert_eq!(waiters.size.load(Ordering::Relaxed), 1, "the one in the queue");
     }
 
-    /// Nobody is forgotten in a lobby that is closed.
+    /// Nobody is forgotten in a pending queue that is closed.
     #[tokio::test(start_paused = true)]
     async fn a_closed_lobby_is_emptied() {
-        let crowd = Arc::default();
-        let (gate, lobby) = (Gate::new(&crowd), Lobby::new(&crowd));
-        lobby.push(1).expect("it is open");
-        lobby.close();
-        assert_eq!(lobby.push(2), Err(2));
-        assert!(matches!(gate.next(&lobby).await, Some((1, _))));
-        assert!(lobby.is_empty());
-        assert!(gate.next(&lobby).await.is_none());
-        let waiting = Lobby::<u8>::new(&crowd);
+        let waiters = Arc::default();
+        let (gate, pending) = (Gate::new(&waiters), PendingQueue::new(&waiters));
+        pending.push(1).expect("it is open");
+        pending.close();
+        assert_eq!(pending.push(2), Err(2));
+        assert!(matches!(gate.next(&pending).await, Some((1, _))));
+        assert!(pending.is_empty());
+        assert!(gate.next(&pending).await.is_none());
+        let waiting = PendingQueue::<u8>::new(&waiters);
         let (ended, ()) = tokio::join!(gate.next(&waiting), async {
             yield_now().await;
             waiting.close();

@@ -1,13 +1,8 @@
-//! Assembly: workers, their listeners, the admin listener, signals, and the phases of the process's end.
-//!
-//! ```text
-//! Running --SIGTERM--> delay: goes on accepting --> window: listeners closed, sessions end one by one
-//!         --second signal, at any time--> every session ends now, still with Close frames
-//!         --all ended, or `drain.timeout` after the window--> exit 0
-//! ```
+//! Assembly: workers, their listeners, the admin listener, signals. The way to the process's end is in [`crate::drain`]; here
+//! it is gone.
 
 use std::{
-    io,
+    future, io,
     net::{SocketAddr, TcpListener as StdListener},
     sync::{Arc, Weak},
     thread,
@@ -27,19 +22,22 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
-    admin,
+    admin::{self, Order},
     admission::{self, Admission, Memory},
     budget::{self, Budget, Host, NoRoom},
     config::Settings,
-    drain::Drain,
+    drain::{Act, Drain, Phase, Phases, Status},
     gate::Gate,
-    listen::{self, Crew, Door, Guest},
+    listen::{self, Accepted, Balancer, Door},
     metrics::{Counted, Metrics},
     net::{self, Listener, Wish},
     session::Context,
     system::{self, MemoryWatch, System},
     upstream::Upstream,
 };
+
+/// While sessions end: how often it is looked whether somebody is still served.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What runs.
 #[derive(Debug)]
@@ -51,6 +49,10 @@ pub struct Server {
     /// Threads that serve: as many as were asked for, or as descriptors allow.
     pub workers: usize,
     drain: Drain,
+    /// When the drain began, and with how many sessions.
+    drained: (Instant, i64),
+    /// What is asked for at the admin listener.
+    orders: mpsc::Receiver<Order>,
     metrics: Arc<Metrics>,
     /// Ends what is left without waiting any longer.
     abort: CancellationToken,
@@ -120,17 +122,19 @@ impl Server {
         let orphans = slots(settings.upstream.max_pending.min(budget.spare / 4));
         let leftovers = slots(budget.spare / 4);
         let has_doubted = Arc::default();
-        let crowd = Arc::default();
+        let waiters = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
-        let (inboxes, guests): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
+        let (inboxes, accepted): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
-        let crew = Crew::new(handles.zip(inboxes), &crowd, settings.listen.hand_off);
+        let balancer = Balancer::new(handles.zip(inboxes), &waiters, settings.listen.hand_off);
         let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
-        for (index, ((runtime, guests), listeners)) in runtimes.take().into_iter().zip(guests).zip(queues).enumerate() {
+        for (index, ((runtime, accepted), listeners)) in
+            runtimes.take().into_iter().zip(accepted).zip(queues).enumerate()
+        {
             let context = Context {
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
@@ -140,8 +144,8 @@ impl Server {
                 traffic: metrics.traffic(),
                 drain: drain.clone(),
                 tracker: TaskTracker::new(),
-                gate: Gate::new(&crowd),
-                lobby: crew.lobby(index),
+                gate: Gate::new(&waiters),
+                pending: balancer.pending(index),
                 admission: admission.clone(),
                 handshakes: Arc::clone(&handshakes),
                 requests: Arc::clone(&requests),
@@ -149,7 +153,7 @@ impl Server {
                 leftovers: Arc::clone(&leftovers),
                 has_doubted: Arc::clone(&has_doubted),
             };
-            let worker = Worker { index, context: Arc::new(context), crew: crew.clone(), listeners, guests };
+            let worker = Worker { index, context: Arc::new(context), balancer: balancer.clone(), listeners, accepted };
             let (abort, alive) = (abort.clone(), alive.clone());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
@@ -177,11 +181,11 @@ impl Server {
                 }
             });
         }
+        let (control, orders) = admin::Control::new(drain.clone());
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin =
-                    admin::Admin::new(Arc::clone(&metrics), upstream, drain.clone(), settings.close, tracker.clone());
+                let admin = admin::Admin::new(Arc::clone(&metrics), upstream, control, settings.close, tracker.clone());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
@@ -191,70 +195,106 @@ impl Server {
             + settings.relay.close_handshake_timeout * 3
             + settings.close.linger_max
             + Duration::from_secs(1);
-        Ok(Self { address, admin, workers, drain, metrics, abort, alive: all_ended, ending })
+        let drained = (Instant::now(), 0);
+        Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, ending })
     }
 
-    /// Ends everything: the delay, the window, what is left after it. Each further item of `signals` leaves less time: the
-    /// second one ends every session now, the third does not wait for that. Returns when all sessions have ended, or their
-    /// time has.
-    pub async fn drain(&mut self, signals: &mut Signals) {
-        let config = self.drain.config().clone();
-        let begun = Instant::now();
-        let total = config.delay + config.window + config.timeout;
-        let sessions = self.metrics.sessions.get();
-        info!(
-            delay_ms = millis(config.delay),
-            window_ms = millis(config.window),
-            latest_exit_ms = millis(total),
-            sessions,
-            hint = "the same signal again ends everything now",
-            "draining"
-        );
-        self.metrics.drain_state.set(1);
-        let hurried = tokio::select! {
-            () = sleep(config.delay) => false,
-            () = signals.next() => true,
-        };
-        self.metrics.drain_state.set(2);
-        self.drain.begin();
-        info!(sessions = self.metrics.sessions.get(), "listeners close, sessions end");
-        let last = Instant::now() + config.window + config.timeout;
-        let (drain, ending) = (&self.drain, self.ending);
-        let late = async {
-            if !hurried {
-                tokio::select! {
-                    // By the end of the window every session was told.
-                    () = sleep_until(last) => return,
-                    () = signals.next() => {}
+    /// Serves until a signal, or whoever asked for it, has drained it and a signal has ended it.
+    ///
+    /// # Errors
+    ///
+    /// The workers ended by themselves.
+    pub async fn run(mut self, signals: &mut Signals) -> anyhow::Result<()> {
+        let mut phases = Phases::new(&self.drain.config(), self.ending, Instant::now());
+        let mut has_ended = false;
+        loop {
+            while let Some(act) = phases.next(Instant::now()) {
+                match act {
+                    Act::Begin => {
+                        self.drain.begin();
+                        info!(sessions = self.metrics.sessions.get(), "listeners close, sessions end");
+                    }
+                    Act::Hurry => {
+                        info!("second signal: ending everything now");
+                        self.drain.hurry();
+                    }
+                    Act::Cut => {
+                        warn!(
+                            sessions = self.metrics.sessions.get(),
+                            lingering = self.metrics.lingering.get(),
+                            connections = self.metrics.connections.get(),
+                            "out of time (drain.timeout): what is left is cut"
+                        );
+                        self.abort.cancel();
+                    }
+                    Act::Exit => return Ok(()),
                 }
             }
-            info!("second signal: ending everything now");
-            drain.hurry();
+            self.tell(phases.status());
+            let (wake, is_open) = (phases.wake(), phases.status().phase == Phase::Window);
             tokio::select! {
-                () = sleep_until(last.min(Instant::now() + ending)) => {}
-                () = signals.next() => {}
+                () = signals.next() => phases.signal(Instant::now()),
+                Some(order) = self.orders.recv() => match order {
+                    Order::Drain(told) => {
+                        phases.drain(Instant::now());
+                        self.tell(phases.status());
+                        // Whoever asked may have left.
+                        let _ = told.send(());
+                    }
+                    Order::Undo(told) => {
+                        let is_undone = phases.undo(Instant::now());
+                        self.tell(phases.status());
+                        let _ = told.send(is_undone);
+                    }
+                },
+                _ = self.alive.recv(), if !has_ended => {
+                    anyhow::ensure!(phases.status().phase >= Phase::Window, "the workers ended by themselves");
+                    has_ended = true;
+                    phases.all_ended(Instant::now());
+                }
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+                () = sleep(LOOK), if is_open && self.metrics.connections.get() > 0 => {}
+                () = future::ready(()), if is_open && self.metrics.connections.get() == 0 => {
+                    phases.nobody_is_served(Instant::now());
+                }
             }
-        };
-        let is_late = tokio::select! {
-            _ = self.alive.recv() => false,
-            () = late => true,
-        };
-        if is_late {
-            warn!(
-                sessions = self.metrics.sessions.get(),
-                lingering = self.metrics.lingering.get(),
-                connections = self.metrics.connections.get(),
-                "out of time (drain.timeout): what is left is cut"
-            );
-            self.abort.cancel();
-            self.alive.recv().await;
         }
-        info!(took_ms = millis(begun.elapsed()), sessions, "drained");
     }
 
-    /// Resolves when no worker is left, which before a drain means that they failed.
-    pub async fn failed(&mut self) {
-        self.alive.recv().await;
+    /// Tells everybody where the process is on its way.
+    fn tell(&mut self, status: Status) {
+        let was = *self.drain.status().borrow();
+        if was == status {
+            return;
+        }
+        self.metrics.drain_state.set(status.phase as i64);
+        self.drain.publish(status);
+        if was.phase == status.phase {
+            return;
+        }
+        let config = self.drain.config();
+        match status.phase {
+            Phase::Running => info!("the drain is undone"),
+            Phase::Delay => {
+                let sessions = self.metrics.sessions.get();
+                self.drained = (status.since, sessions);
+                let total = config.delay + config.window + config.timeout;
+                info!(
+                    delay_ms = millis(config.delay),
+                    window_ms = millis(config.window),
+                    latest_exit_ms = millis(total),
+                    sessions,
+                    hint = "the same signal again ends everything now",
+                    "draining"
+                );
+            }
+            Phase::Window => {}
+            Phase::Lingering => info!(lingering = self.metrics.lingering.get(), "all sessions have ended"),
+            Phase::Drained => {
+                let (begun, sessions) = self.drained;
+                info!(took_ms = millis(status.since - begun), sessions, "drained");
+            }
+        }
     }
 }
 
@@ -263,18 +303,13 @@ pub fn run(settings: &Settings, started: impl FnOnce(&Server)) -> anyhow::Result
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut signals = Signals::new()?;
-        let mut server = Server::start(settings)?;
+        let server = Server::start(settings)?;
         info!(address = %server.address, workers = server.workers, backend = %settings.upstream.address, "listening");
         if let Some(address) = server.admin {
             info!(%address, "admin listening");
         }
         started(&server);
-        tokio::select! {
-            () = signals.next() => {}
-            () = server.failed() => anyhow::bail!("the workers ended by themselves"),
-        }
-        server.drain(&mut signals).await;
-        Ok(())
+        server.run(&mut signals).await
     })
 }
 
@@ -302,26 +337,26 @@ impl Signals {
 struct Worker {
     index: usize,
     context: Arc<Context>,
-    crew: Crew,
+    balancer: Balancer,
     listeners: Vec<Arc<Listener>>,
     /// Those that other workers have accepted for it.
-    guests: mpsc::UnboundedReceiver<Guest>,
+    accepted: mpsc::UnboundedReceiver<Accepted>,
 }
 
 impl Worker {
     async fn run(self) {
-        let Self { index, context, crew, listeners, mut guests } = self;
+        let Self { index, context, balancer, listeners, mut accepted } = self;
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
-        context.tracker.spawn(Arc::clone(&context).take_on(crew.seats(index)));
+        context.tracker.spawn(Arc::clone(&context).take_on(balancer.counter(index)));
         for listener in listeners {
-            let (context, crew, door) = (Arc::clone(&context), crew.clone(), door.clone());
+            let (context, balancer, door) = (Arc::clone(&context), balancer.clone(), door.clone());
             loops.spawn(async move {
                 let serve = |stream, peer, place| {
                     context.traffic.accept();
-                    match crew.seat(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
-                        Some(guest) => context.accept(guest),
+                    match balancer.place(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
+                        Some(accepted) => context.accept(accepted),
                         None => context.traffic.hand_off(),
                     }
                 };
@@ -335,14 +370,14 @@ impl Worker {
         tokio::pin!(accepting);
         loop {
             tokio::select! {
-                Some(guest) = guests.recv() => context.accept(guest),
+                Some(accepted) = accepted.recv() => context.accept(accepted),
                 () = &mut accepting => break,
             }
         }
         // The loops of other workers may still have a client for this one: theirs end at the same time.
-        drop(crew);
-        while let Some(guest) = guests.recv().await {
-            context.accept(guest);
+        drop(balancer);
+        while let Some(accepted) = accepted.recv().await {
+            context.accept(accepted);
         }
         context.tracker.close();
         context.tracker.wait().await;

@@ -24,8 +24,8 @@ use tidegate::{
     admission::{Admission, Capacity, Memory, Reason},
     config::Settings,
     drain::Drain,
-    gate::{Crowd, Gate},
-    listen::{self, Crew, Door},
+    gate::{Gate, Waiters},
+    listen::{self, Balancer, Door},
     metrics::{Counted, Metrics},
     net::{self, Listener, Wish},
     relay,
@@ -168,7 +168,7 @@ struct Parts<'a> {
     requests: Arc<Semaphore>,
     orphans: Arc<Semaphore>,
     has_doubted: Arc<AtomicBool>,
-    crowd: Arc<Crowd>,
+    waiters: Arc<Waiters>,
 }
 
 impl<'a> Parts<'a> {
@@ -190,7 +190,7 @@ impl<'a> Parts<'a> {
             handshakes: slots(settings.upstream.max_waiting),
             requests: slots(settings.upstream.max_waiting),
             orphans: slots(settings.upstream.max_pending),
-            crowd: Arc::default(),
+            waiters: Arc::default(),
             has_doubted: Arc::default(),
             settings,
         }
@@ -206,7 +206,7 @@ impl<'a> Parts<'a> {
     }
 
     /// For each accept loop its own: the counters in it have one writer.
-    fn context(&self, crew: &Crew) -> Arc<Context> {
+    fn context(&self, balancer: &Balancer) -> Arc<Context> {
         Arc::new(Context {
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
@@ -216,8 +216,8 @@ impl<'a> Parts<'a> {
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
             tracker: TaskTracker::new(),
-            gate: Gate::new(&self.crowd),
-            lobby: crew.lobby(0),
+            gate: Gate::new(&self.waiters),
+            pending: balancer.pending(0),
             admission: self.admission.clone(),
             handshakes: Arc::clone(&self.handshakes),
             requests: Arc::clone(&self.requests),
@@ -227,19 +227,19 @@ impl<'a> Parts<'a> {
         })
     }
 
-    /// A crew of one, which nobody gives anything to.
-    fn crew(&self, runtime: &Runtime) -> Crew {
-        Crew::new([(runtime.handle().clone(), mpsc::unbounded_channel().0)], &self.crowd, false)
+    /// For one worker, which nobody gives anything to.
+    fn balancer(&self, runtime: &Runtime) -> Balancer {
+        Balancer::new([(runtime.handle().clone(), mpsc::unbounded_channel().0)], &self.waiters, false)
     }
 }
 
 /// Accepts, on the runtime that this is called on; whoever accepts serves.
-async fn accept(listener: Arc<Listener>, context: Arc<Context>, crew: Crew) {
+async fn accept(listener: Arc<Listener>, context: Arc<Context>, balancer: Balancer) {
     let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
     let serve = |stream, peer, place| {
         context.traffic.accept();
-        if let Some(guest) = crew.seat(0, stream, peer, place, Counted::new(&context.metrics.connections)) {
-            context.accept(guest);
+        if let Some(accepted) = balancer.place(0, stream, peer, place, Counted::new(&context.metrics.connections)) {
+            context.accept(accepted);
         }
     };
     if let Err(error) = listen::accept_loop(listener, context.drain.begun(), &door, serve).await {
@@ -259,10 +259,10 @@ fn multi(settings: &Settings, queues: usize) -> anyhow::Result<(SocketAddr, Runn
         .build()?;
     let loops = TaskTracker::new();
     for listener in listeners {
-        let crew = parts.crew(&runtime);
-        let context = parts.context(&crew);
-        runtime.spawn(Arc::clone(&context).take_on(crew.seats(0)));
-        loops.spawn_on(accept(listener, context, crew), runtime.handle());
+        let balancer = parts.balancer(&runtime);
+        let context = parts.context(&balancer);
+        runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));
+        loops.spawn_on(accept(listener, context, balancer), runtime.handle());
     }
     Ok((address, Running::Parts { metrics: parts.metrics, _runtime: Some(runtime) }))
 }
@@ -273,13 +273,13 @@ fn shared(settings: &Settings) -> anyhow::Result<(SocketAddr, Running)> {
     let (address, listeners) = parts.listen(WORKERS)?;
     for index in 0..WORKERS {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-        let crew = parts.crew(&runtime);
-        let (context, listeners) = (parts.context(&crew), listeners.clone());
+        let balancer = parts.balancer(&runtime);
+        let (context, listeners) = (parts.context(&balancer), listeners.clone());
         thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             let loops = TaskTracker::new();
-            runtime.spawn(Arc::clone(&context).take_on(crew.seats(0)));
+            runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));
             for listener in listeners {
-                loops.spawn_on(accept(listener, Arc::clone(&context), crew.clone()), runtime.handle());
+                loops.spawn_on(accept(listener, Arc::clone(&context), balancer.clone()), runtime.handle());
             }
             loops.close();
             runtime.block_on(loops.wait());

@@ -1,14 +1,26 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`. Nothing here changes anything.
+//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, and the drain.
 //!
-//! It runs on a thread of its own, so a busy worker does not delay a probe.
+//! It runs on a thread of its own, so a busy worker does not delay a probe. GET changes nothing. POST does, and is taken only
+//! from loopback addresses, and not from web pages: whoever can reach the port from elsewhere can look, and nothing else.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+mod control;
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Mutex, OwnedSemaphorePermit, Semaphore},
@@ -17,9 +29,10 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
+pub use self::control::{Control, Order};
 use crate::{
     close,
-    drain::Drain,
+    drain::Phase,
     metrics::Metrics,
     net::{Kept, Stream},
     upstream::Upstream,
@@ -35,16 +48,49 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 /// The backend is dialled at most this often, however many ask.
 const READINESS_AGE: Duration = Duration::from_secs(5);
 
+/// `/drain/wait`: those that may wait at once, and how long it waits for a drain to begin. A backend's preStop hook asks it,
+/// also when only the backend is restarted.
+const MAX_WAITING: usize = 64;
+const NO_DRAIN: Duration = Duration::from_secs(3);
+
 /// See the module.
 #[derive(Debug)]
 pub struct Admin {
     metrics: Arc<Metrics>,
     upstream: Upstream,
-    drain: Drain,
+    control: Control,
     close: close::Config,
+    waiting: Semaphore,
     /// When the backend was last dialled, and what came of it.
     readiness: Mutex<Option<(Instant, Result<(), String>)>>,
     tracker: TaskTracker,
+}
+
+/// What `/status` says.
+#[derive(Debug, Serialize)]
+struct Status {
+    version: &'static str,
+    /// `running`, `delay`, `window`, `lingering` or `drained`.
+    phase: &'static str,
+    /// Since when, and for how long at most.
+    phase_ms: u64,
+    phase_left_ms: Option<u64>,
+    /// Whether new clients should be sent here, as far as a drain goes.
+    accepts: bool,
+    /// WebSocket sessions.
+    sessions: i64,
+    /// Connections of clients, sessions among them.
+    connections: i64,
+    /// Sockets after our FIN.
+    lingering: i64,
+}
+
+/// One request, and where it came from.
+struct Asked<'a> {
+    request: &'a Request<Incoming>,
+    peer: SocketAddr,
+    /// Set while the answer is one that may take long.
+    is_waiting: &'a AtomicBool,
 }
 
 impl Admin {
@@ -52,11 +98,12 @@ impl Admin {
     pub fn new(
         metrics: Arc<Metrics>,
         upstream: Upstream,
-        drain: Drain,
+        control: Control,
         close: close::Config,
         tracker: TaskTracker,
     ) -> Self {
-        Self { metrics, upstream, drain, close, readiness: Mutex::new(None), tracker }
+        let waiting = Semaphore::new(MAX_WAITING);
+        Self { metrics, upstream, control, close, waiting, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends.
@@ -66,8 +113,8 @@ impl Admin {
         loop {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
             match listener.accept().await {
-                Ok((stream, _)) => {
-                    let connection = Arc::clone(&this).connection(stream, slot);
+                Ok((stream, peer)) => {
+                    let connection = Arc::clone(&this).connection(stream, peer, slot);
                     this.tracker.spawn(connection);
                 }
                 Err(error) => {
@@ -78,12 +125,16 @@ impl Admin {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, slot: OwnedSemaphorePermit) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+        let is_waiting = Arc::new(AtomicBool::new(false));
         let service = {
-            let this = Arc::clone(&self);
+            let (this, is_waiting) = (Arc::clone(&self), Arc::clone(&is_waiting));
             service_fn(move |request| {
-                let this = Arc::clone(&this);
-                Box::pin(async move { Ok::<_, Infallible>(this.answer(&request).await) })
+                let (this, is_waiting) = (Arc::clone(&this), Arc::clone(&is_waiting));
+                Box::pin(async move {
+                    let asked = Asked { request: &request, peer, is_waiting: &is_waiting };
+                    Ok::<_, Infallible>(this.answer(asked).await)
+                })
             })
         };
         let mut connection = http1::Builder::new()
@@ -93,36 +144,95 @@ impl Admin {
             .header_read_timeout(HEADER_TIMEOUT)
             .max_header_size(16 * 1024)
             .serve_connection(TokioIo::new(Kept::new(Stream::Tcp(stream), CONNECTION_TIMEOUT)), service);
-        if let Ok(Err(error)) = timeout(CONNECTION_TIMEOUT, &mut connection).await {
-            debug!(%error, "admin connection ended");
+        loop {
+            match timeout(CONNECTION_TIMEOUT, &mut connection).await {
+                Ok(served) => {
+                    if let Err(error) = served {
+                        debug!(%error, "admin connection ended");
+                    }
+                    break;
+                }
+                Err(_) if is_waiting.load(Ordering::Relaxed) => {}
+                Err(_) => break,
+            }
         }
         drop(slot);
         close::linger(connection.into_parts().io.into_inner().into_inner(), false, &self.close).await;
     }
 
-    async fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+    async fn answer(self: &Arc<Self>, asked: Asked<'_>) -> Response<Full<Bytes>> {
+        let Asked { request, peer, is_waiting } = asked;
+        let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
+        let changes = match request.uri().path() {
+            "/drain" | "/undrain" => true,
+            "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/drain/wait" => false,
+            _ => return plain(StatusCode::NOT_FOUND, format!("not found: there are {PATHS}\n")),
+        };
+        let (is_right, allow) =
+            if changes { (*request.method() == Method::POST, "POST") } else { (is_look, "GET, HEAD") };
+        if !is_right {
+            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, format!("only {allow}\n"));
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return response;
+        }
+        if changes && let Err(reason) = may_change(request.headers(), peer) {
+            warn!(%peer, path = request.uri().path(), reason, "admin: refused");
+            return plain(StatusCode::FORBIDDEN, format!("{reason}\n"));
         }
         match request.uri().path() {
             "/livez" => plain(StatusCode::OK, "ok\n"),
             "/readyz" => self.readyz().await,
-            "/metrics" => {
-                let mut response = plain(StatusCode::OK, self.metrics.encode());
-                let open_metrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(open_metrics));
-                response
+            "/metrics" => typed("application/openmetrics-text; version=1.0.0; charset=utf-8", self.metrics.encode()),
+            "/status" => self.status(StatusCode::OK),
+            "/drain" => {
+                info!(%peer, "a drain is asked for");
+                self.control.drain().await;
+                self.status(StatusCode::ACCEPTED)
             }
-            "/" => plain(StatusCode::OK, "tidegate: /livez /readyz /metrics\n"),
-            _ => plain(StatusCode::NOT_FOUND, "not found: there are /livez /readyz /metrics\n"),
+            "/undrain" => {
+                info!(%peer, "the drain is to be undone");
+                if self.control.undo().await {
+                    return self.status(StatusCode::OK);
+                }
+                plain(StatusCode::CONFLICT, "too late: listeners are closed, or the process is to end\n")
+            }
+            "/drain/wait" => {
+                let Ok(_slot) = self.waiting.try_acquire() else {
+                    return plain(StatusCode::SERVICE_UNAVAILABLE, "too many wait already\n");
+                };
+                is_waiting.store(true, Ordering::Relaxed);
+                let is_drained = self.control.drained(NO_DRAIN).await;
+                is_waiting.store(false, Ordering::Relaxed);
+                plain(StatusCode::OK, if is_drained { "drained\n" } else { "not draining\n" })
+            }
+            _ => plain(StatusCode::OK, format!("tidegate: {PATHS}\n")),
         }
+    }
+
+    fn status(&self, code: StatusCode) -> Response<Full<Bytes>> {
+        let status = self.control.status();
+        let now = Instant::now();
+        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let status = Status {
+            version: env!("CARGO_PKG_VERSION"),
+            phase: status.phase.as_str(),
+            phase_ms: millis(now.saturating_duration_since(status.since)),
+            phase_left_ms: status.until.map(|until| millis(until.saturating_duration_since(now))),
+            accepts: status.phase <= Phase::Delay,
+            sessions: self.metrics.sessions.get(),
+            connections: self.metrics.connections.get(),
+            lingering: self.metrics.lingering.get(),
+        };
+        let mut text = serde_json::to_string(&status).expect("numbers and texts are JSON");
+        text.push('\n');
+        let mut response = typed("application/json", text);
+        *response.status_mut() = code;
+        response
     }
 
     /// 200 when a new client would be served: not draining (after the delay), and the backend takes connections.
     async fn readyz(self: &Arc<Self>) -> Response<Full<Bytes>> {
-        if self.drain.has_begun() {
+        if !self.control.is_ready() {
             return plain(StatusCode::SERVICE_UNAVAILABLE, "draining\n");
         }
         // In a task of its own: a prober that does not wait must not make the next one dial again.
@@ -164,11 +274,29 @@ impl Admin {
     }
 }
 
-fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain";
+
+/// Who may change something. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
+fn may_change(headers: &HeaderMap, peer: SocketAddr) -> Result<(), &'static str> {
+    if !peer.ip().to_canonical().is_loopback() {
+        return Err("only from a loopback address: run `tidegate drain` where the proxy runs");
+    }
+    if headers.contains_key(header::ORIGIN) {
+        return Err("not from a web page");
+    }
+    Ok(())
+}
+
+fn typed(content_type: &'static str, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(text.into()));
-    *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = typed("text/plain; charset=utf-8", text);
+    *response.status_mut() = status;
     response
 }

@@ -4,16 +4,20 @@
 //! understood; 78 (`EX_CONFIG` of sysexits.h) for a configuration that cannot be used.
 
 mod log;
+mod operate;
 
 use std::{
     io::{self, Write as _},
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
 };
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio_util::sync::CancellationToken;
 
+use self::operate::Way;
 use crate::{
     config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
     demo,
@@ -81,6 +85,29 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Form::Text)]
         format: Form,
     },
+    /// Drain the proxy that runs here: clients are sent away one by one, with a Close
+    #[command(
+        after_help = "It asks the admin listener (POST /drain). The drained process stays until SIGTERM ends it.\n\
+                            Exit codes: 0 done, 1 it can't be reached, or it is too late to undo"
+    )]
+    Drain {
+        #[command(flatten)]
+        admin: AdminAt,
+        /// Wait until it is drained [the default]
+        #[arg(long)]
+        wait: bool,
+        /// Only begin it
+        #[arg(long, conflicts_with = "wait")]
+        no_wait: bool,
+        /// Go on as if nothing had been: until the listeners are closed (drain.delay)
+        #[arg(long, conflicts_with_all = ["wait", "no_wait"])]
+        undo: bool,
+    },
+    /// Print what the proxy that runs here is doing: its phase, sessions, sockets, as JSON
+    Status {
+        #[command(flatten)]
+        admin: AdminAt,
+    },
     /// Print settings
     Config {
         #[command(flatten)]
@@ -102,6 +129,15 @@ struct File {
     #[arg(short, long, value_name = "FILE")]
     #[arg(help = "The configuration file [default: $TIDEGATE_CONFIG, ./proxy.toml, /etc/tidegate/proxy.toml]")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct AdminAt {
+    #[command(flatten)]
+    file: File,
+    /// The admin listener, over admin.address: "127.0.0.1:9090"
+    #[arg(long, value_name = "ADDR")]
+    admin: Option<SocketAddr>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -146,6 +182,15 @@ pub fn main() -> ExitCode {
                 other => other.map(|printed| printed.map(drop)),
             }
         }
+        Command::Drain { admin, wait: _, no_wait, undo } => Ok(admin.find().and_then(|admin| {
+            let way = match (no_wait, undo) {
+                (_, true) => Way::Undo,
+                (true, false) => Way::NoWait,
+                (false, false) => Way::Wait,
+            };
+            print(&operate::drain(admin, way)?)
+        })),
+        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(admin)?))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),
@@ -167,6 +212,24 @@ pub fn main() -> ExitCode {
             complain(&findings);
             ExitCode::from(CONFIGURATION)
         }
+    }
+}
+
+impl AdminAt {
+    /// A file that is broken by now does not keep the process from being drained: it runs on what it read before.
+    fn find(self) -> anyhow::Result<SocketAddr> {
+        if let Some(admin) = self.admin {
+            return Ok(admin);
+        }
+        let settings = match config::load(&Sources::from_process(self.file.config, None, None)) {
+            Ok(loaded) => loaded.settings,
+            Err(findings) => {
+                complain(&findings);
+                complain(&"warning: trying the default of admin.address; --admin ADDR names another");
+                Settings::default()
+            }
+        };
+        settings.admin.address.context("admin.address is \"off\": there is nobody to ask")
     }
 }
 

@@ -22,7 +22,9 @@ use super::{
 };
 use crate::{
     admission::{self, Memory},
-    close, downstream, drain, listen,
+    close, downstream,
+    drain::{self, Readiness},
+    listen,
     net::{Address, SocketConfig},
     relay, upstream,
 };
@@ -60,6 +62,8 @@ pub(super) enum Slot<'a> {
     Memory(&'a mut Memory, u64),
     /// Text of at most so many bytes.
     Text(&'a mut String, usize),
+    /// "after-delay" or "immediate".
+    Readiness(&'a mut Readiness),
     /// "auto", "json" or "text".
     Format(&'a mut LogFormat),
     /// Directives of tracing's `EnvFilter`.
@@ -87,6 +91,7 @@ const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const NINE_HOURS: Duration = Duration::from_hours(9);
 const DAY: Duration = Duration::from_hours(24);
+const LONGEST_AGE: Duration = Duration::from_hours(24 * 365);
 /// For a wait that may be left out.
 const FROM_ZERO: RangeInclusive<Duration> = Duration::ZERO..=DAY;
 /// For a wait that always has to be.
@@ -154,6 +159,9 @@ impl Settings {
                 ping_interval: seconds(25),
                 pong_timeout: seconds(20),
                 write_timeout: seconds(30),
+                max_age: None,
+                max_age_jitter: 10,
+                idle_timeout: None,
                 close_delay: Duration::from_millis(100),
                 close_handshake_timeout: seconds(2),
                 client_lost_code: 1001,
@@ -168,6 +176,7 @@ impl Settings {
                 timeout: seconds(4),
                 close_code: 1001,
                 reason: "server is going away".to_owned(),
+                readiness: Readiness::AfterDelay,
             },
             admin: Admin { address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)) },
             socket: SocketConfig {
@@ -202,10 +211,10 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     } = upstream;
     let relay::Config {
         max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
-        close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
+        max_age, max_age_jitter, idle_timeout, close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
     } = relay;
     let close::Config { linger, linger_max } = close;
-    let drain::Config { delay, window, quiet, timeout, close_code, reason } = drain;
+    let drain::Config { delay, window, quiet, timeout, close_code, reason, readiness } = drain;
     let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
     let Log { format, filter } = log;
 
@@ -249,6 +258,9 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         row("websocket", "ping_interval", time(ping_interval, FROM_ZERO)),
         row("websocket", "pong_timeout", time(pong_timeout, ABOVE_ZERO)),
         row("websocket", "write_timeout", time(write_timeout, ABOVE_ZERO)),
+        row("websocket", "max_age", Slot::Time(OrOff(max_age), SECOND..=LONGEST_AGE, MS)),
+        row("websocket", "max_age_jitter", Count(U32(max_age_jitter), 0..=100)),
+        row("websocket", "idle_timeout", Slot::Time(OrOff(idle_timeout), SECOND..=DAY, MS)),
         row("websocket", "recv_buffer", Size(OptionUsize(recv_buffer), 4 * KIB..=64 * MIB)),
         row("websocket", "send_buffer", Size(OptionUsize(send_buffer), 4 * KIB..=64 * MIB)),
 
@@ -266,6 +278,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         row("drain", "timeout", time(timeout, ABOVE_ZERO)),
         row("drain", "close_code", Code(close_code, DRAIN_CODES)),
         row("drain", "reason", Text(reason, REASON_BYTES)),
+        row("drain", "readiness", Slot::Readiness(readiness)),
 
         row("admin", "address", ListenOrOff(admin)),
 
@@ -484,6 +497,14 @@ impl Slot<'_> {
                 }
                 text.clone_into(to);
             }
+            Slot::Readiness(to) => {
+                let text = value.text("a text", "after-delay")?;
+                **to = match text {
+                    "after-delay" => Readiness::AfterDelay,
+                    "immediate" => Readiness::Immediate,
+                    _ => return refuse(format!("is neither of both: {text:?}"), r#"use "after-delay" or "immediate""#),
+                };
+            }
             Slot::Format(to) => {
                 let text = value.text("a text", "auto")?;
                 let Some(format) = LogFormat::ALL.into_iter().find(|format| format.as_str() == text) else {
@@ -522,6 +543,13 @@ impl Slot<'_> {
             }),
             Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Text(from, _) | Slot::Filter(from) => Plain::Text((*from).clone()),
+            Slot::Readiness(from) => Plain::Text(
+                match from {
+                    Readiness::AfterDelay => "after-delay",
+                    Readiness::Immediate => "immediate",
+                }
+                .to_owned(),
+            ),
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
         }
     }

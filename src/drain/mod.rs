@@ -1,18 +1,22 @@
 //! How the process tells its sessions to end.
 //!
 //! One [`Drain`] is shared by all. It is asked twice at most: politely, with a plan, and then urgently. It knows
-//! nothing of sessions; each of them takes its own moment from the plan.
+//! nothing of sessions; each of them takes its own moment from the plan. When it is asked what, is said by [`Phases`].
+
+mod phases;
 
 use std::{
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+pub use self::phases::{Act, Phase, Phases, Status};
 
 /// How a drain goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +33,17 @@ pub struct Config {
     pub close_code: u16,
     /// Its reason text, at most 123 bytes.
     pub reason: String,
+    /// From when on `/readyz` says no.
+    pub readiness: Readiness,
+}
+
+/// When a draining process stops to be ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// With its listeners: Kubernetes takes a terminating pod out of its endpoints by itself.
+    AfterDelay,
+    /// At once: for balancers that know it from the probe alone.
+    Immediate,
 }
 
 /// The moments of one session's end.
@@ -48,9 +63,10 @@ pub struct Drain {
 
 #[derive(Debug)]
 struct Inner {
-    config: Config,
-    /// When the window began; set before `begun` is cancelled.
-    window: OnceLock<Instant>,
+    config: RwLock<Arc<Config>>,
+    status: watch::Sender<Status>,
+    /// When the window began, and how long it is; set before `begun` is cancelled.
+    window: OnceLock<(Instant, Duration)>,
     /// What the tokens say, readable without their locks: sessions look with every message.
     has_begun: AtomicBool,
     is_hurried: AtomicBool,
@@ -61,8 +77,10 @@ struct Inner {
 impl Drain {
     /// Nobody is told anything yet.
     pub fn new(config: Config) -> Self {
+        let running = Status { phase: Phase::Running, since: Instant::now(), until: None };
         let inner = Inner {
-            config,
+            config: RwLock::new(Arc::new(config)),
+            status: watch::Sender::new(running),
             window: OnceLock::new(),
             has_begun: AtomicBool::new(false),
             is_hurried: AtomicBool::new(false),
@@ -72,14 +90,39 @@ impl Drain {
         Self { inner: Arc::new(inner) }
     }
 
-    /// What was configured.
-    pub fn config(&self) -> &Config {
-        &self.inner.config
+    /// What is configured.
+    pub fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.inner.config.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on this; a window that is open stays as long as it is.
+    pub fn reconfigure(&self, config: Config) {
+        *self.inner.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+    }
+
+    /// Says where the process is on its way.
+    pub fn publish(&self, status: Status) {
+        self.inner.status.send_if_modified(|old| std::mem::replace(old, status) != status);
+    }
+
+    /// Where the process is on its way; it can be waited for a change.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.inner.status.subscribe()
+    }
+
+    /// Whether new clients should be sent here, as far as a drain goes.
+    pub fn is_ready(&self) -> bool {
+        let phase = self.inner.status.borrow().phase;
+        match self.config().readiness {
+            _ if self.has_begun() => false,
+            Readiness::AfterDelay => phase <= Phase::Delay,
+            Readiness::Immediate => phase == Phase::Running,
+        }
     }
 
     /// Opens the window: sessions begin to end, listeners stop. Idempotent.
     pub fn begin(&self) {
-        self.inner.window.get_or_init(Instant::now);
+        self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
         self.inner.has_begun.store(true, Ordering::Release);
         self.inner.begun.cancel();
     }
@@ -113,8 +156,7 @@ impl Drain {
 
     /// A session's own moments: `share`, 0 to 1, is its place in the window.
     pub fn moments(&self, share: f64) -> Moments {
-        let start = self.inner.window.get().copied().unwrap_or_else(Instant::now);
-        let window = self.inner.config.window;
+        let (start, window) = *self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
         Moments { from: start + window.mul_f64(share.clamp(0.0, 1.0)), until: start + window }
     }
 }

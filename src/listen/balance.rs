@@ -16,44 +16,44 @@ use tokio::{runtime::Handle, sync::mpsc, time::Instant};
 
 use crate::{
     admission::Place,
-    gate::{Crowd, Lobby},
+    gate::{PendingQueue, Waiters},
     metrics::Counted,
 };
 
 /// A connection that was accepted.
 #[derive(Debug)]
-pub struct Guest {
+pub struct Accepted {
     /// Not registered with any runtime.
     pub stream: StdStream,
     /// The client.
     pub peer: SocketAddr,
     /// What is accounted for it.
-    pub stay: Stay,
+    pub accounting: Accounting,
 }
 
 /// One that waits for a worker to have room.
 #[derive(Debug)]
-pub struct Queued {
+pub struct Pending {
     /// It.
-    pub guest: Guest,
+    pub accepted: Accepted,
     /// Its place in the metrics of those.
     pub counted: Counted,
 }
 
 /// What is accounted for a connection until its last socket is closed.
 #[derive(Debug)]
-pub struct Stay {
+pub struct Accounting {
     /// Its place in the limits.
     pub place: Place,
     /// Its place in the count of its worker.
-    pub seat: Seat,
+    pub guard: ConnectionGuard,
     /// Its place in the metrics.
     pub counted: Counted,
 }
 
 /// All workers; clones are the same.
 #[derive(Debug, Clone)]
-pub struct Crew {
+pub struct Balancer {
     inner: Arc<Inner>,
 }
 
@@ -67,10 +67,10 @@ struct Inner {
 struct Member {
     runtime: Handle,
     connections: Arc<AtomicUsize>,
-    /// Bounded by the places that all guests have.
-    inbox: mpsc::UnboundedSender<Guest>,
+    /// Bounded by the places that all accepted connections have.
+    inbox: mpsc::UnboundedSender<Accepted>,
     /// Where connections wait for a worker: for any of them, unless each keeps its own.
-    lobby: Arc<Lobby<Queued>>,
+    pending: Arc<PendingQueue<Pending>>,
     pulse: Mutex<Pulse>,
 }
 
@@ -84,11 +84,11 @@ struct Pulse {
 
 /// The count of one worker.
 #[derive(Debug, Clone)]
-pub struct Seats(Arc<AtomicUsize>);
+pub struct ConnectionCounter(Arc<AtomicUsize>);
 
 /// A connection in the count of its worker.
 #[derive(Debug)]
-pub struct Seat(Arc<AtomicUsize>);
+pub struct ConnectionGuard(Arc<AtomicUsize>);
 
 /// What is known of a worker's load.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -105,52 +105,53 @@ const PULSE: Duration = Duration::from_millis(20);
 const BUSIER: f32 = 0.25;
 const MORE: usize = 8;
 
-impl Crew {
-    /// For each worker its runtime and where its guests go.
+impl Balancer {
+    /// For each worker its runtime and where what others accept for it goes.
     pub fn new(
-        workers: impl IntoIterator<Item = (Handle, mpsc::UnboundedSender<Guest>)>,
-        crowd: &Arc<Crowd>,
+        workers: impl IntoIterator<Item = (Handle, mpsc::UnboundedSender<Accepted>)>,
+        waiters: &Arc<Waiters>,
         hand_off: bool,
     ) -> Self {
-        let shared = Arc::new(Lobby::new(crowd));
+        let shared = Arc::new(PendingQueue::new(waiters));
         let member = |(runtime, inbox)| Member {
             runtime,
             connections: Arc::default(),
             inbox,
-            lobby: if hand_off { Arc::clone(&shared) } else { Arc::new(Lobby::new(crowd)) },
+            pending: if hand_off { Arc::clone(&shared) } else { Arc::new(PendingQueue::new(waiters)) },
             pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0 }),
         };
         Self { inner: Arc::new(Inner { members: workers.into_iter().map(member).collect(), hand_off }) }
     }
 
     /// Where connections wait for worker `index`. It is closed with the last clone of this.
-    pub fn lobby(&self, index: usize) -> Arc<Lobby<Queued>> {
-        Arc::clone(&self.inner.members[index].lobby)
+    pub fn pending(&self, index: usize) -> Arc<PendingQueue<Pending>> {
+        Arc::clone(&self.inner.members[index].pending)
     }
 
     /// The connections of worker `index`.
-    pub fn seats(&self, index: usize) -> Seats {
-        Seats(Arc::clone(&self.inner.members[index].connections))
+    pub fn counter(&self, index: usize) -> ConnectionCounter {
+        ConnectionCounter(Arc::clone(&self.inner.members[index].connections))
     }
 
     /// Gives a connection that worker `by` accepted to whoever is to serve it: `Some` when that is `by` itself.
-    pub fn seat(
+    pub fn place(
         &self,
         by: usize,
         stream: StdStream,
         peer: SocketAddr,
         place: Place,
         counted: Counted,
-    ) -> Option<Guest> {
+    ) -> Option<Accepted> {
         let Inner { members, hand_off } = &*self.inner;
         // Who is turned away is no load.
         let index = if *hand_off && place.refused.is_none() && members.len() > 1 { self.choose(by) } else { by };
-        let guest = Guest { stream, peer, stay: Stay { place, seat: self.seats(index).one_more(), counted } };
+        let accepted =
+            Accepted { stream, peer, accounting: Accounting { place, guard: self.counter(index).one_more(), counted } };
         if index == by {
-            return Some(guest);
+            return Some(accepted);
         }
         // A worker that takes nobody any more is about to end: so is this one.
-        members[index].inbox.send(guest).err().map(|unsent| unsent.0)
+        members[index].inbox.send(accepted).err().map(|unsent| unsent.0)
     }
 
     fn choose(&self, by: usize) -> usize {
@@ -173,23 +174,23 @@ impl Member {
     }
 }
 
-impl Seats {
+impl ConnectionCounter {
     /// One more connection.
-    pub fn one_more(&self) -> Seat {
+    pub fn one_more(&self) -> ConnectionGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
-        Seat(Arc::clone(&self.0))
+        ConnectionGuard(Arc::clone(&self.0))
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         for member in &self.members {
-            member.lobby.close();
+            member.pending.close();
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

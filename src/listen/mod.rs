@@ -22,7 +22,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-pub use self::balance::{Crew, Guest, Queued, Seat, Seats, Stay};
+pub use self::balance::{Accepted, Accounting, Balancer, ConnectionCounter, ConnectionGuard, Pending};
 use crate::{
     admission::{Admission, Place},
     metrics::Metrics,

@@ -49,6 +49,10 @@ pub enum Cause {
     Gone(Side, Gone),
     /// The process drains.
     Drain,
+    /// It was `websocket.max_age` old.
+    Age,
+    /// Nothing was said for `websocket.idle_timeout`.
+    Idle,
 }
 
 /// Which Close is to be sent.
@@ -124,8 +128,8 @@ pub(super) struct Ending {
     legs: [Leg; 2],
     /// The client's Close was heard, but whether it waits for an answer is being looked at.
     unsettled: bool,
-    /// A drain reached this session.
-    drain: Option<(Instant, CloseFrame)>,
+    /// It is to end because we say so.
+    leave: Option<(Instant, CloseFrame)>,
     first: Option<(Initiator, Cause, Instant)>,
 }
 
@@ -143,7 +147,7 @@ impl Ending {
             said: None,
             cut: false,
         };
-        Self { legs: [leg; 2], unsettled: false, drain: None, first: None }
+        Self { legs: [leg; 2], unsettled: false, leave: None, first: None }
     }
 
     const fn leg(&self, side: Side) -> &Leg {
@@ -288,11 +292,11 @@ impl Ending {
         self.heard_gone(side, Gone::Stalled, false, now);
     }
 
-    /// The process drains, and this is the session's moment.
-    pub(super) fn drain(&mut self, close: CloseFrame, now: Instant) {
+    /// We want it to end, of no fault of anybody: this is its moment.
+    pub(super) fn leave(&mut self, close: CloseFrame, cause: Cause, now: Instant) {
         if !self.has_begun() {
-            self.begin(Initiator::Tidegate, Cause::Drain, now);
-            self.drain = Some((now, close));
+            self.begin(Initiator::Tidegate, cause, now);
+            self.leave = Some((now, close));
         }
     }
 
@@ -400,7 +404,7 @@ impl Ending {
                         },
                     ));
                 }
-                if let Some((at, _)) = self.drain {
+                if let Some((at, _)) = self.leave {
                     return Some((at, own(Code::GOING_AWAY)));
                 }
                 match (leg.close, other.close, other.gone) {
@@ -425,7 +429,7 @@ impl Ending {
                 if leg.gone == Some(Gone::Silent) {
                     return Some((leg.gone_at?, own(Code::GOING_AWAY)));
                 }
-                let ours = match (self.drain, leg.gone) {
+                let ours = match (self.leave, leg.gone) {
                     (_, Some(Gone::Broke(violation))) => Some(blame(violation)),
                     (Some((_, close)), _) => Some(What::Own(close)),
                     _ => None,

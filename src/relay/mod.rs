@@ -62,6 +62,12 @@ pub struct Config {
     pub close_delay: Duration,
     /// For a peer's answering Close.
     pub close_handshake_timeout: Duration,
+    /// The longest that a session lasts; `None`: for ever.
+    pub max_age: Option<Duration>,
+    /// The part of `max_age`, in per cent, by which one is shorter than another.
+    pub max_age_jitter: u32,
+    /// A session without data for this long is ended; `None`: never.
+    pub idle_timeout: Option<Duration>,
     /// What the backend gets when the client left without a Close.
     pub client_lost_code: u16,
     /// What the client gets when the backend left without a Close.
@@ -76,6 +82,10 @@ const READ: usize = 64 * 1024;
 /// The longest turn of one session. The runtime's own bound is 128 reads and writes, which may take milliseconds, and each
 /// connect on the same worker waits for several turns, each message for one.
 const TURN: Duration = Duration::from_micros(100);
+
+/// What a client is told.
+const TOO_OLD: &str = "the session has reached its age";
+const IDLE: &str = "nothing was said for long";
 
 /// What keeps one client waiting longer than `drain.quiet`: its was the last word, so an answer may be in the making.
 const ANSWER_PATIENCE: u32 = 10;
@@ -161,6 +171,8 @@ pub struct Relay {
     /// A side's Close frame as it came.
     closes: [Option<Box<[u8]>>; 2],
     last_data: (Side, Instant),
+    /// When it is old enough.
+    retires_at: Option<Instant>,
     order: Order,
     /// The client's Close was heard, and its socket is looked at once more in the next turn.
     settling: bool,
@@ -213,6 +225,7 @@ impl Relay {
             broken: [false; 2],
             closes: [None, None],
             last_data: (Side::Backend, now),
+            retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
             settling: false,
             timer: Box::pin(tokio::time::sleep_until(now)),
             timer_is_late: true,
@@ -238,6 +251,8 @@ impl Relay {
             (Initiator::Client, Cause::Close) => self.reason_of(Side::Client),
             (Initiator::Backend, Cause::Close) => self.reason_of(Side::Backend),
             (_, Cause::Drain) => self.drain.config().reason.clone(),
+            (_, Cause::Age) => TOO_OLD.to_owned(),
+            (_, Cause::Idle) => IDLE.to_owned(),
             _ => String::new(),
         };
         Report {
@@ -268,7 +283,7 @@ impl Relay {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let now = Instant::now();
         self.hear_order(cx);
-        let mut due = Due { timer: self.timer.deadline() <= now, drain: true };
+        let mut due = Due { timer: self.timer.deadline() <= now, leave: true };
         // Only in a later turn than the one that set it, and only after everything that had come was read.
         let settling = self.settling;
         let mut wake = None;
@@ -307,7 +322,7 @@ impl Relay {
             if std::mem::take(&mut due.timer) {
                 self.timer_is_late = true;
                 self.check_due(cx, now);
-            } else if !(std::mem::take(&mut due.drain) && self.drain_now(now)) {
+            } else if !(std::mem::take(&mut due.leave) && self.leave(now)) {
                 if is_over {
                     // Later: the runtime looks at what else has come first, also from the kernel.
                     let _ = pin!(yield_now()).poll(cx);
@@ -315,8 +330,12 @@ impl Relay {
                 break;
             }
         }
-        // A drain waits for quiet: its moment moves with every byte.
-        self.timer_is_late |= matches!(self.order, Order::Drain { .. });
+        // Who waits for quiet has a moment that moves with every byte.
+        self.timer_is_late |= match self.order {
+            Order::None(_) => self.retires_at.is_some_and(|at| at <= now),
+            Order::Drain { .. } => true,
+            Order::Done => false,
+        };
         if self.timer_is_late {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
@@ -629,30 +648,52 @@ impl Relay {
         }
     }
 
-    /// Ends the session when a drain says so; true: it did.
-    fn drain_now(&mut self, now: Instant) -> bool {
-        if !self.drain_due(now).is_some_and(|at| at <= now || self.drain.is_hurried()) {
+    /// Ends the session when a drain, its age or its silence says so; true: it did.
+    fn leave(&mut self, now: Instant) -> bool {
+        let Some((at, cause)) = self.leave_due(now) else { return false };
+        if at > now && !(cause == Cause::Drain && self.drain.is_hurried()) {
             return false;
         }
         let config = self.drain.config();
+        let reason = match cause {
+            Cause::Age => TOO_OLD,
+            Cause::Idle => IDLE,
+            _ => &config.reason,
+        };
         let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
-        self.ending.drain(CloseFrame::new(code, &config.reason), now);
+        self.ending.leave(CloseFrame::new(code, reason), cause, now);
         self.order = Order::Done;
         true
     }
 
-    /// When the drain may close this session: at a quiet point from its moment on, or at its own deadline.
-    fn drain_due(&self, now: Instant) -> Option<Instant> {
-        let Order::Drain { moments, .. } = &self.order else { return None };
-        let lanes_quiet = self.lanes.iter().all(|lane| {
-            lane.tracker.at_boundary() && !lane.tracker.in_message() && !lane.has_pending() && lane.held.is_empty()
-        });
-        if !lanes_quiet {
-            return Some(moments.until.max(now));
+    /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
+    /// has begun, comes before all else.
+    fn leave_due(&self, now: Instant) -> Option<(Instant, Cause)> {
+        let moments = match &self.order {
+            Order::Done => return None,
+            Order::Drain { moments, .. } => return Some((self.quiet_at(*moments, now), Cause::Drain)),
+            Order::None(_) => self.retires_at.map(|from| Moments { from, until: from + self.drain.config().window }),
+        };
+        let age = moments.map(|moments| (self.quiet_at(moments, now), Cause::Age));
+        let idle = self.config.idle_timeout.filter(|_| self.is_between_messages());
+        let idle = idle.map(|timeout| (self.last_data.1 + timeout, Cause::Idle));
+        age.into_iter().chain(idle).min_by_key(|(at, _)| *at)
+    }
+
+    /// The first quiet point within `moments`, as far as can be said now.
+    fn quiet_at(&self, moments: Moments, now: Instant) -> Instant {
+        if !self.is_between_messages() {
+            return moments.until.max(now);
         }
         let (side, at) = self.last_data;
         let quiet = self.drain.config().quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
-        Some((at + quiet).max(moments.from).min(moments.until))
+        (at + quiet).max(moments.from).min(moments.until)
+    }
+
+    fn is_between_messages(&self) -> bool {
+        self.lanes.iter().all(|lane| {
+            lane.tracker.at_boundary() && !lane.tracker.in_message() && !lane.has_pending() && lane.held.is_empty()
+        })
     }
 
     /// Does what is due before an end has begun: pings, and deadlines of held and stalled bytes.
@@ -722,7 +763,7 @@ impl Relay {
         }
     }
 
-    /// When [`Self::check_due`] or [`Self::drain_now`] has something to do.
+    /// When [`Self::check_due`] or [`Self::leave`] has something to do.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         if self.ending.has_begun() {
             return None;
@@ -738,14 +779,19 @@ impl Relay {
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
             Some(if due <= now { now + self.config.ping_interval } else { due })
         });
-        lanes.chain(probes).chain([self.drain_due(now)]).flatten().map(|at| at.max(now + TICK)).min()
+        lanes.chain(probes).chain([self.leave_due(now).map(|(at, _)| at)]).flatten().map(|at| at.max(now + TICK)).min()
     }
+}
+
+/// How long a session lasts. `share`, 0 to 1, is its place among those that began at the same time.
+fn lifetime(max: Duration, jitter_percent: u32, share: f64) -> Duration {
+    max.mul_f64(1.0 - share.clamp(0.0, 1.0) * f64::from(jitter_percent.min(100)) / 100.0)
 }
 
 /// What is still to be looked at in one poll, once each.
 struct Due {
     timer: bool,
-    drain: bool,
+    leave: bool,
 }
 
 /// What stands for no deadline.
@@ -775,4 +821,34 @@ fn clear(payload: &[u8], mask: Option<[u8; 4]>) -> Box<[u8]> {
         frame::apply_mask(&mut payload, mask);
     }
     payload
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+    /// What began together ends evenly spread over the jitter: chi-square over 20 parts, p > 0.001.
+    #[test]
+    fn lifetimes_are_spread_evenly() {
+        const PARTS: u32 = 20;
+        const COUNT: u32 = 1000;
+        let (max, jitter) = (Duration::from_hours(1), 10);
+        let mut random = StdRng::seed_from_u64(4);
+        let mut counts = [0_u32; PARTS as usize];
+        for _ in 0..COUNT {
+            let lifetime = lifetime(max, jitter, random.random());
+            assert!(lifetime <= max && lifetime >= max.mul_f64(0.9), "{lifetime:?}");
+            let part = max.saturating_sub(lifetime).div_duration_f64(max.mul_f64(0.1));
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 20")]
+            let part = (part * f64::from(PARTS)) as usize;
+            counts[part.min(counts.len() - 1)] += 1;
+        }
+        let expected = f64::from(COUNT) / f64::from(PARTS);
+        let chi_square: f64 = counts.iter().map(|count| (f64::from(*count) - expected).powi(2) / expected).sum();
+        // The 0.999 quantile for 19 degrees of freedom.
+        assert!(chi_square < 43.82, "{chi_square}: {counts:?}");
+        assert_eq!(lifetime(max, 0, 0.7), max);
+        assert_eq!(lifetime(max, 100, 1.0), Duration::ZERO);
+    }
 }

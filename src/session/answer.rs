@@ -25,7 +25,7 @@ use crate::{
 
 impl Context {
     /// Counts a client that gets a 503 of ours, and says so once in a while: in a spike there are thousands.
-    fn refuse_for(&self, reason: Reason, client: SocketAddr) {
+    pub(super) fn refuse_for(&self, reason: Reason, client: SocketAddr) {
         static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
         self.traffic.refuse(reason);
         if let Some(unsaid) = SAID[reason as usize].is_due() {
@@ -34,19 +34,19 @@ impl Context {
     }
 
     /// What a client is told for whom there is no room now.
-    fn refusal(&self, reason: Reason) -> Response<Body> {
+    pub(super) fn refusal(&self, reason: Reason) -> Response<Body> {
         answer_later(StatusCode::SERVICE_UNAVAILABLE, reason.told(), self.downstream.retry_after)
     }
 
     /// Says once in a process that somebody's `X-Forwarded-For` is not believed: it may be the user's own ingress.
-    fn doubt(&self, client: IpAddr) {
+    pub(super) fn doubt(&self, client: IpAddr) {
         if !self.has_doubted.swap(true, Ordering::Relaxed) {
             warn!(%client, "X-Forwarded-* of a client that is not in http.trusted_proxies is replaced; said once");
         }
     }
 
     /// A request that the backend never sees.
-    fn refuse<B>(&self, client: SocketAddr, request: &Request<B>, refusal: Refusal) -> Response<Body> {
+    pub(super) fn refuse<B>(&self, client: SocketAddr, request: &Request<B>, refusal: Refusal) -> Response<Body> {
         if request.headers().contains_key(UPGRADE) {
             self.metrics.handshake(Handshake::Invalid, Duration::ZERO);
         } else {
@@ -72,7 +72,7 @@ impl Context {
     }
 
     /// A request too many.
-    fn shed(&self, intent: Intent, client: SocketAddr) -> Response<Body> {
+    pub(super) fn shed(&self, intent: Intent, client: SocketAddr) -> Response<Body> {
         self.refuse_for(Reason::MaxWaiting, client);
         let response = self.refusal(Reason::MaxWaiting);
         match intent {
@@ -88,7 +88,7 @@ impl Context {
     }
 
     /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
-    fn complain(&self, error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str) {
+    pub(super) fn complain(&self, error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str) {
         static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
         let kind = match error {
             // Said as a client that is turned away, and here with its cause.
@@ -108,7 +108,7 @@ impl Context {
     }
 
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
-    fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
+    pub(super) fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
         let (status, reason) = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
@@ -134,7 +134,7 @@ impl Context {
     }
 }
 
-fn lost(client: SocketAddr, error: &io::Error) {
+pub(super) fn lost(client: SocketAddr, error: &io::Error) {
     static SAID: Sparse = Sparse::new();
     if let Some(unsaid) = SAID.is_due() {
         let fix = "raise fs.epoll.max_user_watches, or the memory limit";
@@ -144,7 +144,7 @@ fn lost(client: SocketAddr, error: &io::Error) {
 
 /// Makes it the last response of its connection: behind a handshake that failed, what the client has sent already may be
 /// the frames of the tunnel that it hoped for, and must not be read as requests.
-fn last(mut response: Response<Body>) -> Response<Body> {
+pub(super) fn last(mut response: Response<Body>) -> Response<Body> {
     response.headers_mut().entry(CONNECTION).or_insert(HeaderValue::from_static("close"));
     response
 }

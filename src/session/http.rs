@@ -23,28 +23,28 @@ use tokio::{
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, info};
 
-use super::{About, Context, Tunnel, answer::last, orphan::{Guarded, Orphan}};
+use super::{About, Context, Tunnel, answer::last};
 use crate::{
     admission::{Extra, Reason},
     downstream::{self, Body, Intent, TimedBody},
     fields::tokens,
-    gate::{HANDSHAKE_BYTES, Pass, STAY},
-    listen::Stay,
+    gate::{HANDSHAKE_BYTES, PROMPT, Permit},
+    listen::Accounting,
     metrics::{Handshake, Metrics},
     net::{Kept, Stream, concat},
     relay::Leg,
-    upstream::{Answer, Error, Exchange, Failure, Reply},
+    upstream::{Answer, Error, Reply},
     ws::Rsv,
 };
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
-struct Asked {
-    request: Request<()>,
+pub(super) struct Asked {
+    pub(super) request: Request<()>,
     /// The same as it came.
-    header: Bytes,
+    pub(super) header: Bytes,
     /// What came behind it.
-    early: Bytes,
+    pub(super) early: Bytes,
 }
 
 /// A client's connection as long as it speaks HTTP.
@@ -52,7 +52,7 @@ struct Asked {
 struct Stage {
     next: Next,
     /// Until its first request is answered, or turns out to be long in coming.
-    pass: Option<Pass>,
+    permit: Option<Permit>,
     /// A request is here.
     is_asked: bool,
 }
@@ -70,7 +70,7 @@ enum Next {
 
 impl Context {
     /// Gives the one answer that a connection gets, to whatever is asked; with whether that was done.
-    async fn answer_and_end(
+    pub(super) async fn answer_and_end(
         &self,
         stream: Kept,
         client: SocketAddr,
@@ -96,16 +96,16 @@ impl Context {
     }
 
     /// A handshake as it should be. Only an answer that is no 101 is left to hyper.
-    async fn shake_hands(
+    pub(super) async fn shake_hands(
         self: Arc<Self>,
         mut stream: Kept,
         asked: Asked,
         client: SocketAddr,
-        stay: Stay,
-        pass: Option<Pass>,
+        accounting: Accounting,
+        permit: Option<Permit>,
     ) {
         let Asked { request, header, mut early } = asked;
-        let stage = Mutex::new(Stage { next: Next::Plain, pass, is_asked: true });
+        let stage = Mutex::new(Stage { next: Next::Plain, permit, is_asked: true });
         let response = {
             let mut answer = pin!(async {
                 match self.handshakes.try_acquire() {
@@ -132,9 +132,9 @@ impl Context {
             })
             .await
         };
-        let Stage { next, pass, .. } = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Stage { next, permit, .. } = stage.into_inner().unwrap_or_else(PoisonError::into_inner);
         // Also of one that was shed.
-        drop(pass);
+        drop(permit);
         match (next, response) {
             (Next::Tunnel(tunnel), Some(response)) => {
                 let written = stream.write_all(&downstream::encode_switching(&response)).await;
@@ -142,23 +142,29 @@ impl Context {
                     debug!(%client, %error, "client connection ended");
                 }
                 let stream = written.is_ok().then(|| stream.into_inner());
-                self.begin_relay(Leg { stream, early }, tunnel, stay);
+                self.begin_relay(Leg { stream, early }, tunnel, accounting);
             }
             (_, Some(response)) => {
                 let stream = stream.rewind(concat(header, early));
                 let (stream, is_done) =
                     Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
                 let patience = if is_done { self.close } else { self.short_linger() };
-                self.begin_linger(stream, patience, stay);
+                self.begin_linger(stream, patience, accounting);
             }
-            (_, None) => self.begin_linger(stream.into_inner(), self.short_linger(), stay),
+            (_, None) => self.begin_linger(stream.into_inner(), self.short_linger(), accounting),
         }
     }
 
     /// The connection as long as it speaks HTTP.
-    async fn serve(self: Arc<Self>, stream: Kept, client: SocketAddr, stay: Stay, pass: Option<Pass>) {
+    pub(super) async fn serve(
+        self: Arc<Self>,
+        stream: Kept,
+        client: SocketAddr,
+        accounting: Accounting,
+        permit: Option<Permit>,
+    ) {
         stream.writable().await;
-        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, pass, is_asked: false }));
+        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, permit, is_asked: false }));
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
             let handle = tower::service_fn(move |(request, intent)| {
@@ -187,7 +193,7 @@ impl Context {
                         Err(refusal) => this.refuse(client, &request, refusal),
                     };
                     // Also of those that were shed or refused.
-                    lock(&stage).pass = None;
+                    lock(&stage).permit = None;
                     Ok::<_, Infallible>(response)
                 })
             })
@@ -207,7 +213,7 @@ impl Context {
                 is_first = !stage.is_asked;
                 if is_first {
                     // Others need not wait for the rest.
-                    stage.pass = None;
+                    stage.permit = None;
                     let memory = || self.admission.more_memory(self.downstream.header_bytes as u64);
                     let patience = self.downstream.header_timeout;
                     let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep(patience)), memory()));
@@ -243,14 +249,14 @@ impl Context {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: concat(parts.read_buf, unread) };
-                self.begin_relay(client, tunnel, stay);
+                self.begin_relay(client, tunnel, accounting);
             }
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
                 if let Some(Err(error)) = served {
                     debug!(%client, %error, "client connection ended");
                 }
-                self.begin_linger(stream, patience, stay);
+                self.begin_linger(stream, patience, accounting);
             }
         }
     }
@@ -281,8 +287,8 @@ impl Context {
         answer: impl Future<Output = Response<Body>>,
     ) -> Response<Body> {
         let mut answer = pin!(answer);
-        let soon = timeout(STAY, &mut answer).await;
-        lock(stage).pass = None;
+        let soon = timeout(PROMPT, &mut answer).await;
+        lock(stage).permit = None;
         if let Ok(response) = soon {
             return response;
         }
@@ -382,17 +388,6 @@ impl Context {
                 self.blame(&error, client)
             }
         }
-    }
-
-    /// Waits for an exchange for as long as the client does; then it is ended behind our back.
-    async fn carried_out<T: Orphan>(self: &Arc<Self>, exchange: Exchange<T>) -> Result<T, Error> {
-        let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
-        guarded.await.map_err(|Failure { error, stream }| {
-            if let Some(stream) = stream {
-                self.tracker.spawn(Arc::clone(self).linger_owned(stream));
-            }
-            error
-        })
     }
 
     /// Passes a backend's answer on; its connection is driven, and ended, by a task of its own.

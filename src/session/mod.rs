@@ -1,7 +1,7 @@
 //! The one place that knows the order of a session:
 //!
 //! ```text
-//! accept -> lobby, while no worker has room -> request, under a deadline -> the backend's handshake -> 101 to the client
+//! accept -> pending queue, while no worker has room -> request, under a deadline -> the backend's handshake -> 101 to the client
 //!        -> relay until both legs have ended -> each leg lingers -> closed
 //! ```
 //!
@@ -31,8 +31,8 @@ use crate::{
     close::{self, Lingered},
     downstream,
     drain::Drain,
-    gate::{Gate, Lobby, Pass},
-    listen::{Guest, Queued, Seats, Stay},
+    gate::{Gate, PendingQueue, Permit},
+    listen::{Accepted, Accounting, ConnectionCounter, Pending},
     metrics::{Counted, Metrics, Traffic},
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
@@ -69,7 +69,7 @@ pub struct Context {
     /// Its handshakes.
     pub gate: Gate,
     /// Where those wait that no worker has room for.
-    pub lobby: Arc<Lobby<Queued>>,
+    pub pending: Arc<PendingQueue<Pending>>,
     /// Who is let in.
     pub admission: Admission,
     /// `upstream.max_waiting` for WebSocket handshakes, for all workers together.
@@ -102,41 +102,41 @@ struct Tunnel {
 }
 
 impl Context {
-    /// Turns a connection away, begins with it, or leaves it in the lobby. To be called on the worker's runtime.
-    pub fn accept(self: &Arc<Self>, guest: Guest) {
-        let Some(reason) = guest.stay.place.refused else { return self.admit(guest) };
-        let Guest { stream, peer, stay } = guest;
+    /// Turns a connection away, begins with it, or leaves it in the pending queue. To be called on the worker's runtime.
+    pub fn accept(self: &Arc<Self>, accepted: Accepted) {
+        let Some(reason) = accepted.accounting.place.refused else { return self.admit(accepted) };
+        let Accepted { stream, peer, accounting } = accepted;
         match TcpStream::from_std(stream) {
-            Ok(stream) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, stay, reason)),
+            Ok(stream) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, accounting, reason)),
             Err(error) => lost(peer, &error),
         }
     }
 
-    /// Takes connections from the lobby as there is room, until that is closed. They then belong to this worker.
-    pub async fn take_on(self: Arc<Self>, seats: Seats) {
-        while let Some((Queued { mut guest, .. }, pass)) = self.gate.next(&self.lobby).await {
-            guest.stay.seat = seats.one_more();
-            self.begin(guest, Some(pass), true);
+    /// Takes connections from the pending queue as there is room, until that is closed. They then belong to this worker.
+    pub async fn take_on(self: Arc<Self>, counter: ConnectionCounter) {
+        while let Some((Pending { mut accepted, .. }, permit)) = self.gate.next(&self.pending).await {
+            accepted.accounting.guard = counter.one_more();
+            self.begin(accepted, Some(permit), true);
         }
     }
 
     /// Begins with a connection, or leaves it to whichever worker has room first.
-    fn admit(self: &Arc<Self>, guest: Guest) {
-        let pass = if self.lobby.is_empty() { self.gate.try_pass() } else { None };
-        if pass.is_some() {
-            self.begin(guest, pass, false);
+    fn admit(self: &Arc<Self>, accepted: Accepted) {
+        let permit = if self.pending.is_empty() { self.gate.try_permit() } else { None };
+        if permit.is_some() {
+            self.begin(accepted, permit, false);
             return;
         }
         let counted = Counted::new(&self.metrics.connections_queued);
-        if let Err(Queued { guest, .. }) = self.lobby.push(Queued { guest, counted }) {
+        if let Err(Pending { accepted, .. }) = self.pending.push(Pending { accepted, counted }) {
             // All workers are about to end.
-            self.begin(guest, None, false);
+            self.begin(accepted, None, false);
         }
     }
 
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
-    fn begin(self: &Arc<Self>, guest: Guest, pass: Option<Pass>, has_waited: bool) {
-        let Guest { stream, peer, stay } = guest;
+    fn begin(self: &Arc<Self>, accepted: Accepted, permit: Option<Permit>, has_waited: bool) {
+        let Accepted { stream, peer, accounting } = accepted;
         let this = Arc::clone(self);
         // Before it is registered: after that it would have to be waited for, even if it has something.
         let mut early = read_ahead(&stream);
@@ -150,17 +150,17 @@ impl Context {
         match TcpStream::from_std(stream) {
             Ok(stream) => {
                 let Some(early) = early else {
-                    drop(pass);
-                    self.tracker.spawn(this.wait(stream, peer, stay));
+                    drop(permit);
+                    self.tracker.spawn(this.wait(stream, peer, accounting));
                     return;
                 };
                 let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
                 self.tracker.spawn(async move {
                     if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
-                        this.shake_hands(stream, asked, peer, stay, pass).await;
+                        this.shake_hands(stream, asked, peer, accounting, permit).await;
                     } else {
-                        Box::pin(this.serve(stream.rewind(early), peer, stay, pass)).await;
+                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit)).await;
                     }
                 });
             }
@@ -169,13 +169,19 @@ impl Context {
     }
 
     /// Answers the first request with a 503, whatever it is, and ends the connection.
-    async fn turn_away(self: Arc<Self>, stream: TcpStream, client: SocketAddr, mut stay: Stay, reason: Reason) {
+    async fn turn_away(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        mut accounting: Accounting,
+        reason: Reason,
+    ) {
         // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
-        if !stay.place.is_last_resort()
+        if !accounting.place.is_last_resort()
             && let Some(place) = self.admission.enter().filter(|place| place.refused.is_none())
         {
-            stay.place = place;
-            self.wait(stream, client, stay).await;
+            accounting.place = place;
+            self.wait(stream, client, accounting).await;
             return;
         }
         self.refuse_for(reason, client);
@@ -184,7 +190,7 @@ impl Context {
         let stream = Kept::new(Stream::Tcp(stream), self.close.linger);
         let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
         self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
-        drop(stay);
+        drop(accounting);
     }
 
     /// For who sends no request, or a broken one, or one that is refused: our answer and little of our time.
@@ -194,7 +200,7 @@ impl Context {
     }
 
     /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
-    async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, stay: Stay) {
+    async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, accounting: Accounting) {
         let patience = self.downstream.header_timeout;
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
@@ -207,31 +213,31 @@ impl Context {
         }
         // Whichever worker goes on with it registers it anew.
         match stream.into_std() {
-            Ok(stream) => self.admit(Guest { stream, peer: client, stay }),
+            Ok(stream) => self.admit(Accepted { stream, peer: client, accounting }),
             Err(error) => lost(client, &error),
         }
     }
 
     /// What follows a handshake runs in a task of its own: that of the handshake is larger.
-    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, stay: Stay) {
+    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, accounting: Accounting) {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             this.gate.calm().await;
-            this.relay(client, *tunnel, stay).await;
+            this.relay(client, *tunnel, accounting).await;
         });
     }
 
     /// The same for a connection that becomes no session.
-    fn begin_linger(self: &Arc<Self>, stream: Stream, patience: close::Config, stay: Stay) {
+    fn begin_linger(self: &Arc<Self>, stream: Stream, patience: close::Config, accounting: Accounting) {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             this.linger_for(Side::Client, stream, false, &patience).await;
-            drop(stay);
+            drop(accounting);
         });
     }
 
     /// A session from its 101 to the FINs on both legs, and its log lines.
-    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, stay: Stay) {
+    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, accounting: Accounting) {
         let Tunnel { backend, rsv, about } = tunnel;
         let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
@@ -250,7 +256,7 @@ impl Context {
             tokio::join!(self.let_go(first), rest);
         })
         .await;
-        drop(stay);
+        drop(accounting);
     }
 
     async fn let_go(&self, ended: Ended) {

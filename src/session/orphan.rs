@@ -16,8 +16,21 @@ use crate::{
     upstream::{Answer, Error, Exchange, Failure, Reply},
 };
 
+impl Context {
+    /// Waits for an exchange for as long as the client does; then it is ended behind our back.
+    pub(super) async fn carried_out<T: Orphan>(self: &Arc<Self>, exchange: Exchange<T>) -> Result<T, Error> {
+        let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
+        guarded.await.map_err(|Failure { error, stream }| {
+            if let Some(stream) = stream {
+                self.tracker.spawn(Arc::clone(self).linger_owned(stream));
+            }
+            error
+        })
+    }
+}
+
 /// An exchange whose client may leave: what the backend has begun is then brought to an orderly end all the same.
-struct Guarded<T: Orphan> {
+pub(super) struct Guarded<T: Orphan> {
     exchange: Option<Exchange<T>>,
     context: Arc<Context>,
 }
@@ -56,7 +69,7 @@ impl<T: Orphan> Drop for Guarded<T> {
 }
 
 /// What a backend gave to a client that is gone.
-trait Orphan: Send + 'static {
+pub(super) trait Orphan: Send + 'static {
     /// The backend's answer obliges us to something: a 101 to a Close.
     const IS_WORTH_WAITING: bool;
 

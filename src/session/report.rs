@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Context {
-    fn count(&self, report: &Report) {
+    pub(super) fn count(&self, report: &Report) {
         let clean = abnormal(report).next().is_none();
         self.metrics.close(initiator(report.initiator), report.code, clean, report.ending);
         for cause in abnormal(report) {
@@ -73,7 +73,7 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
 }
 
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
-struct Open<'a> {
+pub(super) struct Open<'a> {
     about: About,
     begun: Instant,
     metrics: &'a Metrics,
@@ -82,14 +82,14 @@ struct Open<'a> {
 }
 
 impl<'a> Open<'a> {
-    fn new(metrics: &'a Metrics, about: About) -> Self {
+    pub(super) fn new(metrics: &'a Metrics, about: About) -> Self {
         let About { client, path, request_id } = &about;
         info!(%client, path, request_id, "open");
         let counted = Counted::new(&metrics.sessions);
         Self { about, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
     }
 
-    fn close(&mut self, report: &Report) {
+    pub(super) fn close(&mut self, report: &Report) {
         self.is_closed = true;
         let [from_client, from_backend] = report.counts;
         let [client_sent, backend_sent] = report.sent;
@@ -98,6 +98,8 @@ impl<'a> Open<'a> {
         let why = match report.cause {
             Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()),
             Cause::Drain => "drain".to_owned(),
+            Cause::Age => "websocket.max_age".to_owned(),
+            Cause::Idle => "websocket.idle_timeout".to_owned(),
             _ => String::new(),
         };
         info!(

@@ -160,6 +160,9 @@ fn config(hold_frame: usize, way: Way) -> Config {
         ping_interval: Duration::ZERO,
         pong_timeout: TOO_LONG,
         write_timeout: TOO_LONG,
+        max_age: None,
+        max_age_jitter: 0,
+        idle_timeout: None,
         close_delay: Duration::ZERO,
         // Where somebody is to be silent it is waited for; where nobody is, nobody is to be taken for it.
         close_handshake_timeout: if way == Way::DrainSilent { Duration::from_millis(40) } else { TOO_LONG },
@@ -177,6 +180,7 @@ fn drain() -> Drain {
         timeout: TOO_LONG,
         close_code: 1001,
         reason: "bye".to_owned(),
+        readiness: drain::Readiness::AfterDelay,
     })
 }
 

@@ -28,6 +28,9 @@ fn config() -> Config {
         ping_interval: Duration::from_secs(30),
         pong_timeout: Duration::from_secs(10),
         write_timeout: Duration::from_millis(STALL),
+        max_age: None,
+        max_age_jitter: 0,
+        idle_timeout: None,
         close_delay: Duration::from_millis(DELAY),
         close_handshake_timeout: Duration::from_millis(ANSWER),
         client_lost_code: 1001,
@@ -204,7 +207,7 @@ impl Scene {
                     self.ending.heard_gone(side, Gone::Broke(violation), false, now);
                 }
             }
-            Event::Drain => self.ending.drain(CloseFrame::new(Code::GOING_AWAY, "bye"), now),
+            Event::Drain => self.ending.leave(CloseFrame::new(Code::GOING_AWAY, "bye"), Cause::Drain, now),
             Event::Frame(side) => {
                 if self.listens(side) && !self.mid_frame[side as usize] && self.ending.forwards(side) {
                     self.write(side.other());

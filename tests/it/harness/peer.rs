@@ -166,6 +166,14 @@ impl Peer {
         }
     }
 
+    /// Waits for the other side's first bytes; false: it leaves without any, as a readiness probe does.
+    pub async fn is_asked(&mut self) -> bool {
+        while self.buffer.is_empty() && self.end.is_none() {
+            timeout(DEADLINE, self.fill()).await.expect("bytes, or the end");
+        }
+        self.end.is_none()
+    }
+
     /// A server's part of the handshake; returns the request.
     pub async fn accept_websocket(&mut self) -> Message {
         let request = self.read_head().await;
