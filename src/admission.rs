@@ -158,7 +158,7 @@ struct Inner {
     reserve: Mutex<Reserve>,
     /// It could not be taken again: others had all descriptors.
     lacks_reserve: AtomicBool,
-    rate: Option<Mutex<Rate>>,
+    rate: Mutex<Option<Rate>>,
 }
 
 /// Memory that was promised to connections.
@@ -194,7 +194,7 @@ impl Admission {
             ceiling: AtomicU64::new(budget),
             used: AtomicU64::new(0),
         });
-        let rate = config.handshakes_per_second.map(|rate| Mutex::new(Rate::new(rate, config.handshake_delay)));
+        let rate = Mutex::new(Rate::of(config, None));
         let inner = Inner {
             full: capacity.full,
             connections: slots(capacity.connections),
@@ -271,10 +271,16 @@ impl Admission {
 
     /// How long a handshake has to wait for its turn at the configured rate; `Err`: too long.
     pub fn pace(&self) -> Result<Duration, Reason> {
-        match &self.inner.rate {
+        match &mut *lock(&self.inner.rate) {
             None => Ok(Duration::ZERO),
-            Some(rate) => lock(rate).next(Instant::now()).ok_or(Reason::Rate),
+            Some(rate) => rate.next(Instant::now()).ok_or(Reason::Rate),
         }
+    }
+
+    /// Another rate from now on; whoever has his moment keeps it. Everything else is given out once, by the budget.
+    pub fn reconfigure(&self, config: &Config) {
+        let mut rate = lock(&self.inner.rate);
+        *rate = Rate::of(config, rate.as_ref());
     }
 
     /// What is used now of what may be used at all. To be told every so often; lowers and lifts what is given.
@@ -383,6 +389,12 @@ struct Rate {
 }
 
 impl Rate {
+    /// What is configured, if anything; the first moment is free that was free `before`.
+    fn of(config: &Config, before: Option<&Self>) -> Option<Self> {
+        let rate = Self::new(config.handshakes_per_second?, config.handshake_delay);
+        Some(Self { free: before.and_then(|before| before.free), ..rate })
+    }
+
     fn new(per_second: u32, longest: Duration) -> Self {
         Self { interval: Duration::from_secs(1) / per_second.max(1), longest, free: None }
     }

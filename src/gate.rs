@@ -36,8 +36,8 @@ pub const PROMPT: Duration = Duration::from_millis(100);
 /// The longest that the first message of a new session waits for the handshakes of others.
 const HOLD: Duration = Duration::from_secs(2);
 
-/// One for each worker.
-#[derive(Debug)]
+/// One for each worker; clones are the same.
+#[derive(Debug, Clone)]
 pub struct Gate {
     slots: Arc<Semaphore>,
     waiters: Arc<Waiters>,

@@ -6,12 +6,12 @@
 //!
 //! ```text
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
-//! 5  server.rs                                         assembly, signals, phases
+//! 5  server.rs  reload.rs                              assembly, signals, phases; the configuration, read again
 //! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
 //! 1  admission.rs  budget.rs  drain.rs  gate.rs
-//!    metrics.rs  net/  system.rs                       mechanisms that everybody shares
+//!    metrics.rs  net/  slots.rs  system.rs             mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
@@ -31,9 +31,11 @@ pub mod listen;
 pub mod metrics;
 pub mod net;
 pub mod relay;
+pub mod reload;
 pub mod server;
 pub mod session;
 pub mod side;
+pub mod slots;
 pub mod sparse;
 pub mod system;
 pub mod upstream;

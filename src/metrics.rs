@@ -77,6 +77,30 @@ impl Handshake {
     }
 }
 
+/// What came of a reload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReloadResult {
+    /// Everything that may change while it runs is as it was written.
+    Applied,
+    /// Something is wrong with it; all is as it was.
+    Rejected,
+    /// It was not read, or not looked at: the process is about to end.
+    Refused,
+}
+
+impl ReloadResult {
+    const ALL: [Self; 3] = [Self::Applied, Self::Rejected, Self::Refused];
+
+    /// For people and programs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Rejected => "rejected",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// All of it.
 pub struct Metrics {
     registry: Registry,
@@ -108,6 +132,10 @@ pub struct Metrics {
     pub backend_up: Gauge,
     /// Data messages that came from a client after its session's end had begun; they were not forwarded.
     pub crossed_messages: Counter,
+    /// Keys that were written otherwise than they run, until a restart.
+    pub restart_required: Gauge,
+    reload_is_good: Gauge,
+    reloads: Family<Labels<1>, Counter>,
     handshakes: Family<Labels<1>, Counter>,
     handshake_duration: Histogram,
     requests: Family<Labels<1>, Counter>,
@@ -163,6 +191,9 @@ impl Metrics {
             drain_state: Gauge::default(),
             backend_up: Gauge::default(),
             crossed_messages: Counter::default(),
+            restart_required: Gauge::default(),
+            reload_is_good: Gauge::default(),
+            reloads: Family::default(),
             handshakes: Family::default(),
             handshake_duration,
             requests: Family::default(),
@@ -216,6 +247,15 @@ impl Metrics {
             "Client messages that came after the end of their session had begun and were not forwarded",
             crossed_messages.clone(),
         );
+        registry.register(
+            "reloads",
+            "Readings of the configuration after the start, by result",
+            metrics.reloads.clone(),
+        );
+        let help = "1: what was read last of the configuration is what runs, but for keys that take a restart; 0: it was rejected";
+        registry.register("config_last_reload_successful", help, metrics.reload_is_good.clone());
+        let help = "Keys of the configuration that are written otherwise than they run, until a restart";
+        registry.register("config_restart_required_keys", help, metrics.restart_required.clone());
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
         registry.register_with_unit(
             "handshake_duration",
@@ -242,6 +282,10 @@ impl Metrics {
         // A series that alerts are built on must be there before it counts.
         for result in Handshake::ALL {
             let _ = metrics.handshakes.get_or_create(&[("result", result.as_str())]);
+        }
+        metrics.reload_is_good.set(1);
+        for result in ReloadResult::ALL {
+            let _ = metrics.reloads.get_or_create(&[("result", result.as_str())]);
         }
         for side in Side::BOTH {
             for how in ["fin", "acked", "reset", "expired"] {
@@ -295,6 +339,14 @@ impl Metrics {
         self.handshakes.get_or_create(&[("result", result.as_str())]).inc();
         if result == Handshake::Accepted {
             self.handshake_duration.observe(took.as_secs_f64());
+        }
+    }
+
+    /// The configuration was to be read again.
+    pub fn reload(&self, result: ReloadResult) {
+        self.reloads.get_or_create(&[("result", result.as_str())]).inc();
+        if result != ReloadResult::Refused {
+            self.reload_is_good.set((result == ReloadResult::Applied).into());
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::{
     net::TcpListener,
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -31,7 +31,8 @@ use crate::{
     listen::{self, Accepted, Balancer, Door},
     metrics::{Counted, Metrics},
     net::{self, Listener, Wish},
-    session::Context,
+    reload::{self, Parts, Reload},
+    session::{Context, Current},
     system::{self, MemoryWatch, System},
     upstream::Upstream,
 };
@@ -58,8 +59,8 @@ pub struct Server {
     abort: CancellationToken,
     /// Closed when the last worker has ended.
     alive: mpsc::Receiver<()>,
-    /// The longest that a session takes to end once it was told, with peers that answer nothing.
-    ending: Duration,
+    /// What can be changed while it runs.
+    reload: Reload,
 }
 
 impl Server {
@@ -129,13 +130,16 @@ impl Server {
         let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
         let balancer = Balancer::new(handles.zip(inboxes), &waiters, settings.listen.hand_off);
         let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+        let bound = listeners.iter().map(Arc::downgrade).collect();
+        let mut contexts = Vec::new();
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
         for (index, ((runtime, accepted), listeners)) in
             runtimes.take().into_iter().zip(accepted).zip(queues).enumerate()
         {
-            let context = Context {
+            let context = Arc::new(Context {
+                current: Current::default(),
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
                 close: settings.close,
@@ -152,8 +156,9 @@ impl Server {
                 orphans: Arc::clone(&orphans),
                 leftovers: Arc::clone(&leftovers),
                 has_doubted: Arc::clone(&has_doubted),
-            };
-            let worker = Worker { index, context: Arc::new(context), balancer: balancer.clone(), listeners, accepted };
+            });
+            contexts.push(Arc::clone(&context));
+            let worker = Worker { index, context, balancer: balancer.clone(), listeners, accepted };
             let (abort, alive) = (abort.clone(), alive.clone());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
@@ -182,21 +187,21 @@ impl Server {
             });
         }
         let (control, orders) = admin::Control::new(drain.clone());
+        let parts = watch::Sender::new(admin::Parts { upstream, close: settings.close });
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(Arc::clone(&metrics), upstream, control, settings.close, tracker.clone());
+                let admin = admin::Admin::new(Arc::clone(&metrics), parts.subscribe(), control, tracker.clone());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
             None => None,
         };
-        let ending = settings.relay.close_delay
-            + settings.relay.close_handshake_timeout * 3
-            + settings.close.linger_max
-            + Duration::from_secs(1);
+        let most_orphans = budget.spare / 4;
+        let parts = Parts { contexts, listeners: bound, admin: parts, ports, most_orphans, tracker };
+        let reload = Reload::new(settings.clone(), parts);
         let drained = (Instant::now(), 0);
-        Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, ending })
+        Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, reload })
     }
 
     /// Serves until a signal, or whoever asked for it, has drained it and a signal has ended it.
@@ -205,7 +210,7 @@ impl Server {
     ///
     /// The workers ended by themselves.
     pub async fn run(mut self, signals: &mut Signals) -> anyhow::Result<()> {
-        let mut phases = Phases::new(&self.drain.config(), self.ending, Instant::now());
+        let mut phases = Phases::new(&self.drain.config(), ending(self.reload.settings()), Instant::now());
         let mut has_ended = false;
         loop {
             while let Some(act) = phases.next(Instant::now()) {
@@ -243,10 +248,18 @@ impl Server {
                     }
                     Order::Undo(told) => {
                         let is_undone = phases.undo(Instant::now());
+                        // What was reloaded meanwhile.
+                        phases.reconfigure(&self.drain.config(), ending(self.reload.settings()));
                         self.tell(phases.status());
                         let _ = told.send(is_undone);
                     }
+                    Order::Reload(told) => self.reload.ask(told, phases.status().phase >= Phase::Window),
                 },
+                event = self.reload.next() => {
+                    if self.reload.go_on(event, phases.status().phase >= Phase::Window) {
+                        phases.reconfigure(&self.drain.config(), ending(self.reload.settings()));
+                    }
+                }
                 _ = self.alive.recv(), if !has_ended => {
                     anyhow::ensure!(phases.status().phase >= Phase::Window, "the workers ended by themselves");
                     has_ended = true;
@@ -298,12 +311,30 @@ impl Server {
     }
 }
 
-/// Serves until SIGTERM or SIGINT, then drains. The calling thread serves the admin listener.
-pub fn run(settings: &Settings, started: impl FnOnce(&Server)) -> anyhow::Result<()> {
+/// The longest that a session takes to end once it was told, with peers that answer nothing.
+fn ending(settings: &Settings) -> Duration {
+    settings.relay.close_delay
+        + settings.relay.close_handshake_timeout * 3
+        + settings.close.linger_max
+        + Duration::from_secs(1)
+}
+
+/// Serves until SIGTERM or SIGINT, then drains. The calling thread serves the admin listener. Without a source to read again
+/// there are no reloads.
+pub fn run(
+    settings: &Settings,
+    source: Option<(reload::Source, reload::SetFilter)>,
+    started: impl FnOnce(&Server),
+) -> anyhow::Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut signals = Signals::new()?;
-        let server = Server::start(settings)?;
+        let reader =
+            source.map(|(source, set_filter)| reload::Reader::start(source, set_filter, settings)).transpose()?;
+        let mut server = Server::start(settings)?;
+        if let Some(reader) = reader {
+            server.reload.read_by(reader);
+        }
         info!(address = %server.address, workers = server.workers, backend = %settings.upstream.address, "listening");
         if let Some(address) = server.admin {
             info!(%address, "admin listening");
@@ -356,7 +387,7 @@ impl Worker {
                 let serve = |stream, peer, place| {
                     context.traffic.accept();
                     match balancer.place(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
-                        Some(accepted) => context.accept(accepted),
+                        Some(accepted) => context.latest().accept(accepted),
                         None => context.traffic.hand_off(),
                     }
                 };
@@ -370,14 +401,14 @@ impl Worker {
         tokio::pin!(accepting);
         loop {
             tokio::select! {
-                Some(accepted) = accepted.recv() => context.accept(accepted),
+                Some(accepted) = accepted.recv() => context.latest().accept(accepted),
                 () = &mut accepting => break,
             }
         }
         // The loops of other workers may still have a client for this one: theirs end at the same time.
         drop(balancer);
         while let Some(accepted) = accepted.recv().await {
-            context.accept(accepted);
+            context.latest().accept(accepted);
         }
         context.tracker.close();
         context.tracker.wait().await;

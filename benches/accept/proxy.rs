@@ -30,7 +30,7 @@ use tidegate::{
     net::{self, Listener, Wish},
     relay,
     server::Server,
-    session::Context,
+    session::{Context, Current},
     upstream::Upstream,
 };
 use tokio::{
@@ -208,6 +208,7 @@ impl<'a> Parts<'a> {
     /// For each accept loop its own: the counters in it have one writer.
     fn context(&self, balancer: &Balancer) -> Arc<Context> {
         Arc::new(Context {
+            current: Current::default(),
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
             close: self.settings.close,

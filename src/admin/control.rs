@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use http::StatusCode;
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -16,6 +17,17 @@ pub enum Order {
     Drain(oneshot::Sender<()>),
     /// Undo it; false: it is too late.
     Undo(oneshot::Sender<bool>),
+    /// Read the configuration again.
+    Reload(oneshot::Sender<Reloaded>),
+}
+
+/// What came of a reload.
+#[derive(Debug)]
+pub struct Reloaded {
+    /// What it amounts to.
+    pub status: StatusCode,
+    /// The rest of it.
+    pub json: String,
 }
 
 /// The way to who decides.
@@ -46,6 +58,10 @@ impl Control {
 
     pub(super) async fn undo(&self) -> bool {
         self.ask(Order::Undo).await.unwrap_or(false)
+    }
+
+    pub(super) async fn reload(&self) -> Option<Reloaded> {
+        self.ask(Order::Reload).await
     }
 
     /// Waits for the end of the drain; false: none began within `patience`, or it was undone.

@@ -1,4 +1,4 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, and the drain.
+//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, the drain, and the reload.
 //!
 //! It runs on a thread of its own, so a busy worker does not delay a probe. GET changes nothing. POST does, and is taken only
 //! from loopback addresses, and not from web pages: whoever can reach the port from elsewhere can look, and nothing else.
@@ -23,13 +23,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-pub use self::control::{Control, Order};
+pub use self::control::{Control, Order, Reloaded};
 use crate::{
     close,
     drain::Phase,
@@ -57,13 +57,28 @@ const NO_DRAIN: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct Admin {
     metrics: Arc<Metrics>,
-    upstream: Upstream,
+    parts: watch::Receiver<Parts>,
     control: Control,
-    close: close::Config,
     waiting: Semaphore,
-    /// When the backend was last dialled, and what came of it.
-    readiness: Mutex<Option<(Instant, Result<(), String>)>>,
+    /// What came of the last dial of a backend.
+    readiness: Mutex<Option<Dialled>>,
     tracker: TaskTracker,
+}
+
+/// What a reload may replace.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// The way to the backend.
+    pub upstream: Upstream,
+    /// The last wait of a socket.
+    pub close: close::Config,
+}
+
+#[derive(Debug)]
+struct Dialled {
+    upstream: Upstream,
+    at: Instant,
+    result: Result<(), String>,
 }
 
 /// What `/status` says.
@@ -95,15 +110,9 @@ struct Asked<'a> {
 
 impl Admin {
     /// Of a process with these parts.
-    pub fn new(
-        metrics: Arc<Metrics>,
-        upstream: Upstream,
-        control: Control,
-        close: close::Config,
-        tracker: TaskTracker,
-    ) -> Self {
+    pub fn new(metrics: Arc<Metrics>, parts: watch::Receiver<Parts>, control: Control, tracker: TaskTracker) -> Self {
         let waiting = Semaphore::new(MAX_WAITING);
-        Self { metrics, upstream, control, close, waiting, readiness: Mutex::new(None), tracker }
+        Self { metrics, parts, control, waiting, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends.
@@ -157,14 +166,15 @@ impl Admin {
             }
         }
         drop(slot);
-        close::linger(connection.into_parts().io.into_inner().into_inner(), false, &self.close).await;
+        let patience = self.parts.borrow().close;
+        close::linger(connection.into_parts().io.into_inner().into_inner(), false, &patience).await;
     }
 
     async fn answer(self: &Arc<Self>, asked: Asked<'_>) -> Response<Full<Bytes>> {
         let Asked { request, peer, is_waiting } = asked;
         let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
         let changes = match request.uri().path() {
-            "/drain" | "/undrain" => true,
+            "/drain" | "/undrain" | "/reload" => true,
             "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/drain/wait" => false,
             _ => return plain(StatusCode::NOT_FOUND, format!("not found: there are {PATHS}\n")),
         };
@@ -195,6 +205,18 @@ impl Admin {
                     return self.status(StatusCode::OK);
                 }
                 plain(StatusCode::CONFLICT, "too late: listeners are closed, or the process is to end\n")
+            }
+            "/reload" => {
+                info!(%peer, "a reload is asked for");
+                let Some(Reloaded { status, json }) = self.control.reload().await else {
+                    return plain(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        "not reloaded: too many ask, or it is about to end\n",
+                    );
+                };
+                let mut response = typed("application/json", json);
+                *response.status_mut() = status;
+                response
             }
             "/drain/wait" => {
                 let Ok(_slot) = self.waiting.try_acquire() else {
@@ -240,18 +262,21 @@ impl Admin {
         let asked = self.tracker.spawn(async move {
             // Held during the dial, so that those who ask at once share one.
             let mut readiness = this.readiness.lock().await;
+            let upstream = this.parts.borrow().upstream.clone();
             match &*readiness {
-                Some((at, result)) if at.elapsed() < READINESS_AGE => result.clone(),
+                Some(Dialled { upstream: of, at, result }) if of.is(&upstream) && at.elapsed() < READINESS_AGE => {
+                    result.clone()
+                }
                 _ => {
-                    let result = this.dial().await;
-                    let was = readiness.as_ref().is_none_or(|(_, result)| result.is_ok());
+                    let result = dial(&upstream).await;
+                    let was = readiness.as_ref().is_none_or(|dialled| dialled.result.is_ok());
                     match &result {
                         Err(error) if was => warn!(error, "not ready"),
                         Ok(()) if !was => info!("ready again"),
                         _ => {}
                     }
                     this.metrics.backend_up.set(result.is_ok().into());
-                    *readiness = Some((Instant::now(), result.clone()));
+                    *readiness = Some(Dialled { upstream, at: Instant::now(), result: result.clone() });
                     result
                 }
             }
@@ -262,19 +287,19 @@ impl Admin {
             Err(error) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
         }
     }
-
-    /// Connects to the backend and leaves again by FIN.
-    async fn dial(&self) -> Result<(), String> {
-        let stream = self.upstream.connect().await.map_err(|error| error.to_string())?;
-        // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
-        // end is waited for, but not for long.
-        let patience = close::Config { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
-        close::linger(stream, false, &patience).await;
-        Ok(())
-    }
 }
 
-const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain";
+/// Connects to the backend and leaves again by FIN.
+async fn dial(upstream: &Upstream) -> Result<(), String> {
+    let stream = upstream.connect().await.map_err(|error| error.to_string())?;
+    // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
+    // end is waited for, but not for long.
+    let patience = close::Config { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
+    close::linger(stream, false, &patience).await;
+    Ok(())
+}
+
+const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain /reload";
 
 /// Who may change something. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
 fn may_change(headers: &HeaderMap, peer: SocketAddr) -> Result<(), &'static str> {

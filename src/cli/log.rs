@@ -9,13 +9,16 @@ use anyhow::Context as _;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Log, LogFormat};
+use crate::{
+    config::{Log, LogFormat},
+    reload::SetFilter,
+};
 
 /// Lines that may wait for the reader.
 const QUEUE: usize = 16 * 1024;
 
-/// Sets the process's log up; what waits is written when the guard is dropped.
-pub(super) fn init(config: &Log) -> anyhow::Result<WorkerGuard> {
+/// Sets the process's log up; what waits is written when the guard is dropped. The filter can be replaced.
+pub(super) fn init(config: &Log) -> anyhow::Result<(WorkerGuard, SetFilter)> {
     let filter = EnvFilter::try_new(&config.filter).context("log.filter")?;
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE).thread_name("log").finish(io::stdout());
@@ -25,11 +28,23 @@ pub(super) fn init(config: &Log) -> anyhow::Result<WorkerGuard> {
         LogFormat::Text => false,
         LogFormat::Auto => !io::stdout().is_terminal(),
     };
-    let result = if json {
-        subscriber.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init()
+    let (result, set_filter) = if json {
+        let subscriber = subscriber.json().flatten_event(true).with_current_span(false).with_span_list(false);
+        let subscriber = subscriber.with_filter_reloading();
+        let filter = subscriber.reload_handle();
+        (subscriber.try_init(), replacing(move |new| filter.reload(new).map_err(Into::into)))
     } else {
-        subscriber.with_ansi(io::stdout().is_terminal()).try_init()
+        let subscriber = subscriber.with_ansi(io::stdout().is_terminal()).with_filter_reloading();
+        let filter = subscriber.reload_handle();
+        (subscriber.try_init(), replacing(move |new| filter.reload(new).map_err(Into::into)))
     };
     result.map_err(|error| anyhow::anyhow!("the log is set up already: {error}"))?;
-    Ok(guard)
+    Ok((guard, set_filter))
+}
+
+fn replacing(replace: impl Fn(EnvFilter) -> anyhow::Result<()> + Send + 'static) -> SetFilter {
+    SetFilter::new(move |text| {
+        let filter = EnvFilter::try_new(text).map_err(anyhow::Error::from);
+        filter.and_then(&replace).map_err(|error| error.to_string())
+    })
 }

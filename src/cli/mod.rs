@@ -23,7 +23,7 @@ use crate::{
     demo,
     doctor::{Facts, Report, diagnose},
     net::Address,
-    server,
+    reload, server,
     system::System,
 };
 
@@ -168,7 +168,9 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Run { file, listen, upstream } => {
-            load(&Sources::from_process(file.config, listen, upstream)).map(|loaded| serve(&loaded.settings))
+            let sources = Sources::from_process(file.config, listen, upstream);
+            let source = reload::Source::new(sources.clone());
+            load(&sources).map(|loaded| serve(&loaded, source))
         }
         Command::Demo { config, listen } => {
             let file = config.map_or(FileSource::Shipped, |path| FileSource::Named { path, by: "--config" });
@@ -233,15 +235,17 @@ impl AdminAt {
     }
 }
 
-fn serve(settings: &Settings) -> anyhow::Result<()> {
-    let _flushed_at_the_end = log::init(&settings.log)?;
+fn serve(loaded: &Loaded, mut source: reload::Source) -> anyhow::Result<()> {
+    let settings = &loaded.settings;
+    let (_flushed_at_the_end, set_filter) = log::init(&settings.log)?;
     tracing::info!(settings = settings.summary(), "effective");
-    server::run(settings, |_| {})
+    source.keep_to(loaded.file.as_deref());
+    server::run(settings, Some((source, set_filter)), |_| {})
 }
 
 /// The proxy in front of the demo backend, which runs on a thread of its own like the separate program it stands for.
 fn demo(mut settings: Settings) -> anyhow::Result<()> {
-    let _flushed_at_the_end = log::init(&settings.log)?;
+    let (_flushed_at_the_end, _) = log::init(&settings.log)?;
     let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
@@ -261,7 +265,7 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
     // People try a demo with Ctrl-C: it need not wait for endpoints to propagate.
     settings.drain.delay = std::time::Duration::ZERO;
     settings.drain.window = settings.drain.window.min(std::time::Duration::from_secs(1));
-    let result = server::run(&settings, |server| {
+    let result = server::run(&settings, None, |server| {
         // Data, and so on stdout: what the user came for.
         let _ = print(&demo::instructions(server.address, server.admin));
     });

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Admin, Log, LogFormat, Plain, Settings,
+    Admin, Log, LogFormat, Plain, Reload, Settings,
     units::{
         Refusal, either, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network,
         parse_size, refuse,
@@ -33,6 +33,8 @@ use crate::{
 pub(super) struct Key<'a> {
     pub section: &'static str,
     pub name: &'static str,
+    /// A reload applies it: to sessions, and whatever else, that begins after it. Else it takes a restart.
+    pub is_live: bool,
     pub slot: Slot<'a>,
 }
 
@@ -90,6 +92,7 @@ const GIB: u64 = 1 << 30;
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const NINE_HOURS: Duration = Duration::from_hours(9);
+const HOUR: Duration = Duration::from_hours(1);
 const DAY: Duration = Duration::from_hours(24);
 const LONGEST_AGE: Duration = Duration::from_hours(24 * 365);
 /// For a wait that may be left out.
@@ -179,6 +182,7 @@ impl Settings {
                 readiness: Readiness::AfterDelay,
             },
             admin: Admin { address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)) },
+            reload: Reload { watch: Some(seconds(5)) },
             socket: SocketConfig {
                 keepalive: Some(seconds(60)),
                 recv_buffer: Some(128 << 10),
@@ -201,7 +205,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, socket, log } = settings;
+    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, socket, log } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
@@ -218,72 +222,76 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
     let Log { format, filter } = log;
 
-    let row = |section, name, slot| Key { section, name, slot };
+    let live = |section, name, slot| Key { section, name, is_live: true, slot };
+    // What sockets, threads, memory and ports are given out by at the start.
+    let fixed = |section, name, slot| Key { section, name, is_live: false, slot };
     vec![
-        row("listen", "address", Listen(address)),
-        row("listen", "backlog", Count(U32(backlog), 1..=MIB)),
-        row("listen", "max_sockets", Count(Usize(max_sockets), 1..=4096)),
-        row("listen", "accept_loops", Count(Usize(accept_loops), 0..=4096)),
-        row("listen", "workers", Count(Usize(workers), 0..=64)),
-        row("listen", "hand_off", Switch(hand_off)),
+        fixed("listen", "address", Listen(address)),
+        fixed("listen", "backlog", Count(U32(backlog), 1..=MIB)),
+        fixed("listen", "max_sockets", Count(Usize(max_sockets), 1..=4096)),
+        fixed("listen", "accept_loops", Count(Usize(accept_loops), 0..=4096)),
+        fixed("listen", "workers", Count(Usize(workers), 0..=64)),
+        fixed("listen", "hand_off", Switch(hand_off)),
         // TCP_KEEPIDLE: whole seconds, at most 32767 of them (MAX_TCP_KEEPIDLE, include/net/tcp.h).
-        row("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
+        live("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
 
-        row("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
-        row("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
-        row("limits", "handshake_delay", time(handshake_delay, FROM_ZERO)),
-        row("limits", "memory", Slot::Memory(memory, 16 * MIB)),
+        fixed("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
+        live("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
+        live("limits", "handshake_delay", time(handshake_delay, FROM_ZERO)),
+        fixed("limits", "memory", Slot::Memory(memory, 16 * MIB)),
 
-        row("http", "header_timeout", time(header_timeout, ABOVE_ZERO)),
-        row("http", "header_bytes", Size(Usize(header_bytes), 8 * KIB..=MIB)),
-        row("http", "header_count", Count(Usize(header_count), 16..=1024)),
+        live("http", "header_timeout", time(header_timeout, ABOVE_ZERO)),
+        live("http", "header_bytes", Size(Usize(header_bytes), 8 * KIB..=MIB)),
+        live("http", "header_count", Count(Usize(header_count), 16..=1024)),
         // Retry-After is in whole seconds (RFC 9110 10.2.3).
-        row("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
-        row("http", "trusted_proxies", Networks(trusted_proxies)),
+        live("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
+        live("http", "trusted_proxies", Networks(trusted_proxies)),
 
-        row("upstream", "address", Backend(backend)),
-        row("upstream", "connect_timeout", time(connect_timeout, ABOVE_ZERO)),
-        row("upstream", "handshake_timeout", time(handshake_timeout, ABOVE_ZERO)),
-        row("upstream", "response_timeout", time(response_timeout, ABOVE_ZERO)),
-        row("upstream", "body_timeout", time(body_timeout, ABOVE_ZERO)),
-        row("upstream", "max_pending", Count(Usize(max_pending), 1..=65_536)),
-        row("upstream", "max_waiting", Count(Usize(max_waiting), 1..=1_000_000)),
-        row("upstream", "queue_timeout", time(queue_timeout, ABOVE_ZERO)),
-        row("upstream", "source_addresses", Addresses(source_addresses)),
+        live("upstream", "address", Backend(backend)),
+        live("upstream", "connect_timeout", time(connect_timeout, ABOVE_ZERO)),
+        live("upstream", "handshake_timeout", time(handshake_timeout, ABOVE_ZERO)),
+        live("upstream", "response_timeout", time(response_timeout, ABOVE_ZERO)),
+        live("upstream", "body_timeout", time(body_timeout, ABOVE_ZERO)),
+        live("upstream", "max_pending", Count(Usize(max_pending), 1..=65_536)),
+        live("upstream", "max_waiting", Count(Usize(max_waiting), 1..=1_000_000)),
+        live("upstream", "queue_timeout", time(queue_timeout, ABOVE_ZERO)),
+        live("upstream", "source_addresses", Addresses(source_addresses)),
 
-        row("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
-        row("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
-        row("websocket", "hold_frame", Size(Usize(hold_frame), KIB..=32 * KIB)),
-        row("websocket", "hold_timeout", time(hold_timeout, ABOVE_ZERO)),
-        row("websocket", "ping_interval", time(ping_interval, FROM_ZERO)),
-        row("websocket", "pong_timeout", time(pong_timeout, ABOVE_ZERO)),
-        row("websocket", "write_timeout", time(write_timeout, ABOVE_ZERO)),
-        row("websocket", "max_age", Slot::Time(OrOff(max_age), SECOND..=LONGEST_AGE, MS)),
-        row("websocket", "max_age_jitter", Count(U32(max_age_jitter), 0..=100)),
-        row("websocket", "idle_timeout", Slot::Time(OrOff(idle_timeout), SECOND..=DAY, MS)),
-        row("websocket", "recv_buffer", Size(OptionUsize(recv_buffer), 4 * KIB..=64 * MIB)),
-        row("websocket", "send_buffer", Size(OptionUsize(send_buffer), 4 * KIB..=64 * MIB)),
+        live("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
+        live("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
+        live("websocket", "hold_frame", Size(Usize(hold_frame), KIB..=32 * KIB)),
+        live("websocket", "hold_timeout", time(hold_timeout, ABOVE_ZERO)),
+        live("websocket", "ping_interval", time(ping_interval, FROM_ZERO)),
+        live("websocket", "pong_timeout", time(pong_timeout, ABOVE_ZERO)),
+        live("websocket", "write_timeout", time(write_timeout, ABOVE_ZERO)),
+        live("websocket", "max_age", Slot::Time(OrOff(max_age), SECOND..=LONGEST_AGE, MS)),
+        live("websocket", "max_age_jitter", Count(U32(max_age_jitter), 0..=100)),
+        live("websocket", "idle_timeout", Slot::Time(OrOff(idle_timeout), SECOND..=DAY, MS)),
+        live("websocket", "recv_buffer", Size(OptionUsize(recv_buffer), 4 * KIB..=64 * MIB)),
+        live("websocket", "send_buffer", Size(OptionUsize(send_buffer), 4 * KIB..=64 * MIB)),
 
-        row("close", "delay", time(close_delay, FROM_ZERO)),
-        row("close", "handshake_timeout", time(close_handshake_timeout, ABOVE_ZERO)),
-        row("close", "linger", time(linger, ABOVE_ZERO)),
-        row("close", "linger_max", time(linger_max, ABOVE_ZERO)),
-        row("close", "client_lost_code", Code(client_lost_code, ANY_CODE)),
-        row("close", "backend_lost_code", Code(backend_lost_code, BACKEND_CODES)),
-        row("close", "backend_error_code", Code(backend_error_code, BACKEND_CODES)),
+        live("close", "delay", time(close_delay, FROM_ZERO)),
+        live("close", "handshake_timeout", time(close_handshake_timeout, ABOVE_ZERO)),
+        live("close", "linger", time(linger, ABOVE_ZERO)),
+        live("close", "linger_max", time(linger_max, ABOVE_ZERO)),
+        live("close", "client_lost_code", Code(client_lost_code, ANY_CODE)),
+        live("close", "backend_lost_code", Code(backend_lost_code, BACKEND_CODES)),
+        live("close", "backend_error_code", Code(backend_error_code, BACKEND_CODES)),
 
-        row("drain", "delay", time(delay, FROM_ZERO)),
-        row("drain", "window", time(window, FROM_ZERO)),
-        row("drain", "quiet", time(quiet, FROM_ZERO)),
-        row("drain", "timeout", time(timeout, ABOVE_ZERO)),
-        row("drain", "close_code", Code(close_code, DRAIN_CODES)),
-        row("drain", "reason", Text(reason, REASON_BYTES)),
-        row("drain", "readiness", Slot::Readiness(readiness)),
+        live("drain", "delay", time(delay, FROM_ZERO)),
+        live("drain", "window", time(window, FROM_ZERO)),
+        live("drain", "quiet", time(quiet, FROM_ZERO)),
+        live("drain", "timeout", time(timeout, ABOVE_ZERO)),
+        live("drain", "close_code", Code(close_code, DRAIN_CODES)),
+        live("drain", "reason", Text(reason, REASON_BYTES)),
+        live("drain", "readiness", Slot::Readiness(readiness)),
 
-        row("admin", "address", ListenOrOff(admin)),
+        fixed("admin", "address", ListenOrOff(admin)),
 
-        row("log", "format", Format(format)),
-        row("log", "filter", Filter(filter)),
+        live("reload", "watch", Slot::Time(OrOff(watch), MS * 100..=HOUR, MS)),
+
+        fixed("log", "format", Format(format)),
+        live("log", "filter", Filter(filter)),
     ]
 }
 

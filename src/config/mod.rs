@@ -9,6 +9,7 @@
 mod checks;
 mod finding;
 mod keys;
+mod reload;
 mod units;
 mod written;
 
@@ -25,7 +26,11 @@ use serde::{
     ser::{SerializeMap as _, Serializer},
 };
 
-pub use self::finding::{Finding, Findings, Level, Place};
+pub use self::{
+    finding::{Finding, Findings, Level, Place},
+    reload::{Change, Read, Rejected, Reloaded, read, reload},
+    written::Seen,
+};
 use crate::{admission, close, downstream, drain, listen, net::SocketConfig, relay, upstream};
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
@@ -52,6 +57,8 @@ pub struct Settings {
     pub drain: drain::Config,
     /// `[admin]`.
     pub admin: Admin,
+    /// `[reload]`.
+    pub reload: Reload,
     /// `listen.keepalive` and the buffers of `[websocket]`.
     pub socket: SocketConfig,
     /// `[log]`.
@@ -63,6 +70,13 @@ pub struct Settings {
 pub struct Admin {
     /// Where it listens; port 0 means any free one.
     pub address: Option<std::net::SocketAddr>,
+}
+
+/// `[reload]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reload {
+    /// How often it is looked whether the file has changed; `None`: never.
+    pub watch: Option<Duration>,
 }
 
 /// `[log]`.
@@ -152,6 +166,14 @@ pub enum Plain {
     List(Vec<String>),
 }
 
+impl FileSource {
+    /// How it looks now: whether it is another one than at another time. It is found anew, so also behind symlinks that were
+    /// swapped, as in a Kubernetes ConfigMap.
+    pub fn look(&self) -> Seen {
+        written::look(self)
+    }
+}
+
 impl Sources {
     /// As a process finds them: `config`, else `$TIDEGATE_CONFIG`, else `./proxy.toml`, else `/etc/tidegate/proxy.toml`.
     ///
@@ -178,6 +200,24 @@ impl Sources {
 ///
 /// Everything that is wrong, together with the warnings there would have been.
 pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
+    judge(sources, survey(sources))
+}
+
+/// What all sources come to, good or not.
+#[derive(Debug)]
+struct Survey {
+    settings: Settings,
+    file: Option<String>,
+    /// Errors and warnings.
+    findings: Vec<Finding>,
+    origins: HashMap<(&'static str, &'static str), Place>,
+    /// Keys whose value could not be used.
+    refused: Vec<(&'static str, &'static str)>,
+    /// The file could be read.
+    is_complete: bool,
+}
+
+fn survey(sources: &Sources) -> Survey {
     let mut findings = Vec::new();
     let written::Everything { written, file, complete } = written::read(sources, &mut findings);
 
@@ -215,7 +255,11 @@ pub fn load(sources: &Sources) -> Result<Loaded, Findings> {
         let origins = checks::Origins { written: &origins, refused: &refused };
         checks::check(&settings, &origins, &mut findings);
     }
+    Survey { settings, file, findings, origins, refused, is_complete: complete }
+}
 
+fn judge(sources: &Sources, survey: Survey) -> Result<Loaded, Findings> {
+    let Survey { settings, file, mut findings, origins, .. } = survey;
     if findings.iter().any(|finding| finding.level == Level::Error) {
         findings.sort_by(|a, b| (a.level, &a.place).cmp(&(b.level, &b.place)));
         return Err(Findings(findings));

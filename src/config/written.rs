@@ -171,6 +171,31 @@ pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything
     Everything { written, file: file.ok().flatten().map(|(path, _)| path), complete }
 }
 
+/// A file at some moment, to be compared with it at another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen(Vec<Result<Vec<u8>, io::ErrorKind>>);
+
+/// Up to the first file that exists.
+pub(super) fn look(source: &FileSource) -> Seen {
+    let paths = match source {
+        FileSource::Shipped => &[][..],
+        FileSource::Named { path, .. } => std::slice::from_ref(path),
+        FileSource::Search(paths) => paths,
+    };
+    let mut seen = Vec::new();
+    for path in paths {
+        let mut bytes = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        let read = read.map(|_| bytes).map_err(|error| error.kind());
+        let is_last = !matches!(read, Err(io::ErrorKind::NotFound));
+        seen.push(read);
+        if is_last {
+            break;
+        }
+    }
+    Seen(seen)
+}
+
 /// The findings say why.
 struct Unreadable;
 

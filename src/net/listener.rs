@@ -136,6 +136,19 @@ impl Listener {
         self.is_inherited
     }
 
+    /// For connections that are accepted from now on. Those that the kernel already holds may be as they were.
+    pub fn reconfigure(&self, config: &SocketConfig) -> io::Result<()> {
+        let socket = SockRef::from(&self.socket);
+        if config.keepalive.is_none() {
+            socket.set_keepalive(false)?;
+        }
+        // Whichever has a size gets it again.
+        if config.recv_buffer.is_none() || config.send_buffer.is_none() {
+            sys::unlock_buffers(self.as_fd())?;
+        }
+        config.apply(&socket)
+    }
+
     /// The same socket, and so the same queue, for one more accept loop.
     pub fn share(&self) -> io::Result<Self> {
         Ok(Self { socket: self.socket.try_clone()?, is_inherited: self.is_inherited })

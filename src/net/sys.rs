@@ -60,6 +60,23 @@ pub(super) fn accept_queue(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     Ok((info.tcpi_unacked, info.tcpi_sacked))
 }
 
+/// Gives a socket's buffers back to autotuning, after a size was set (`SO_BUF_LOCK`, Linux 5.15, include/uapi/asm-generic/socket.h).
+pub(super) fn unlock_buffers(fd: BorrowedFd<'_>) -> io::Result<()> {
+    const SO_BUF_LOCK: libc::c_int = 72;
+    let nothing: libc::c_int = 0;
+    // SAFETY: the kernel reads one int from its argument, which outlives the call; the descriptor is open while borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_BUF_LOCK,
+            (&raw const nothing).cast::<libc::c_void>(),
+            libc::socklen_t::try_from(mem::size_of_val(&nothing)).expect("an int"),
+        )
+    };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// The port is chosen by `connect()`, when the peer is known, rather than by `bind()`: so one address has all its ports
 /// toward each peer, and not once for all (`IP_BIND_ADDRESS_NO_PORT` in ip(7), also for IPv6).
 pub(super) fn bind_without_port(fd: BorrowedFd<'_>) -> io::Result<()> {

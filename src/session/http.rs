@@ -168,7 +168,8 @@ impl Context {
         let service = {
             let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
             let handle = tower::service_fn(move |(request, intent)| {
-                let (this, stage) = (Arc::clone(&this), Arc::clone(&shared));
+                // A connection that is kept alive may outlive many reloads.
+                let (this, stage) = (this.latest(), Arc::clone(&shared));
                 async move { Ok::<_, Infallible>(this.handle(request, intent, client, &stage).await) }
             });
             let limited = |slots: &Arc<Semaphore>| {
@@ -249,7 +250,7 @@ impl Context {
                 // When the 101 could not be written the client is gone; the backend must hear of it.
                 let stream = matches!(served, Some(Ok(()))).then_some(stream);
                 let client = Leg { stream, early: concat(parts.read_buf, unread) };
-                self.begin_relay(client, tunnel, accounting);
+                self.latest().begin_relay(client, tunnel, accounting);
             }
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };

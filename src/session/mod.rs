@@ -12,6 +12,7 @@
 //! is turned away lingers, and so does a backend whose client left before its answer.
 
 mod answer;
+mod current;
 mod http;
 mod orphan;
 mod report;
@@ -25,6 +26,7 @@ use std::{
 use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 use tokio_util::task::TaskTracker;
 
+pub use self::current::Current;
 use self::{answer::lost, http::Asked, report::Open};
 use crate::{
     admission::{Admission, Reason},
@@ -47,9 +49,12 @@ const REFUSED_LINGER: Duration = Duration::from_secs(1);
 /// The same for a backend's socket when there are too many of them.
 const CROWDED_LINGER: Duration = Duration::from_millis(200);
 
-/// What the sessions of one worker share.
-#[derive(Debug)]
+/// What the sessions of one worker share. Each keeps the one that it began with; a clone with other settings counts and limits
+/// together with it.
+#[derive(Debug, Clone)]
 pub struct Context {
+    /// The one for whatever begins now.
+    pub current: Current,
     /// The client's leg.
     pub downstream: downstream::Config,
     /// The relay.
@@ -102,6 +107,11 @@ struct Tunnel {
 }
 
 impl Context {
+    /// The one for whatever begins now: another one after a reload.
+    pub fn latest(self: &Arc<Self>) -> Arc<Self> {
+        self.current.get().unwrap_or_else(|| Arc::clone(self))
+    }
+
     /// Turns a connection away, begins with it, or leaves it in the pending queue. To be called on the worker's runtime.
     pub fn accept(self: &Arc<Self>, accepted: Accepted) {
         let Some(reason) = accepted.accounting.place.refused else { return self.admit(accepted) };
@@ -116,7 +126,7 @@ impl Context {
     pub async fn take_on(self: Arc<Self>, counter: ConnectionCounter) {
         while let Some((Pending { mut accepted, .. }, permit)) = self.gate.next(&self.pending).await {
             accepted.accounting.guard = counter.one_more();
-            self.begin(accepted, Some(permit), true);
+            self.latest().begin(accepted, Some(permit), true);
         }
     }
 
@@ -213,7 +223,7 @@ impl Context {
         }
         // Whichever worker goes on with it registers it anew.
         match stream.into_std() {
-            Ok(stream) => self.admit(Accepted { stream, peer: client, accounting }),
+            Ok(stream) => self.latest().admit(Accepted { stream, peer: client, accounting }),
             Err(error) => lost(client, &error),
         }
     }

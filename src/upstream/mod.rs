@@ -25,7 +25,11 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Body;
 use hyper::body::Incoming;
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit},
+    time::Instant,
+};
+use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use self::turns::{Connected, Turns};
@@ -251,10 +255,10 @@ struct Inner {
     config: Config,
     socket: SocketConfig,
     /// Connections that the backend may not have accepted yet, of both kinds.
-    connects: Turns,
+    connects: Arc<Turns>,
     /// WebSocket handshakes until they are answered. Plain requests have no part in these: an answer may be long in coming
     /// (long polling).
-    handshakes: Turns,
+    handshakes: Arc<Turns>,
     sources: Sources,
     metrics: Arc<Metrics>,
     /// Ports toward the backend, for all sources together; 0: it takes none, or nobody knows.
@@ -266,8 +270,38 @@ struct Inner {
 impl Upstream {
     /// Nothing is connected yet. `ports` is how many ephemeral ports one address has, if that is known.
     pub fn new(config: Config, socket: SocketConfig, metrics: Arc<Metrics>, ports: Option<u64>) -> Self {
-        let turns = || Turns::new(config.max_pending, config.queue_timeout);
-        let (connects, handshakes) = (turns(), turns());
+        let turns = [(); 2].map(|()| Arc::new(Turns::new(config.max_pending)));
+        Self::with(config, socket, metrics, ports, turns)
+    }
+
+    /// The way from now on; this one remains for those who have begun with it. To the same backend both share their turns: what
+    /// it can bear has not changed.
+    #[must_use]
+    pub fn reconfigured(
+        &self,
+        config: Config,
+        socket: SocketConfig,
+        ports: Option<u64>,
+        tracker: &TaskTracker,
+    ) -> Self {
+        let Inner { config: old, connects, handshakes, metrics, .. } = &*self.inner;
+        let turns = [connects, handshakes].map(|turns| {
+            if old.address != config.address {
+                return Arc::new(Turns::new(config.max_pending));
+            }
+            turns.resize(old.max_pending, config.max_pending, tracker);
+            Arc::clone(turns)
+        });
+        Self::with(config, socket, Arc::clone(metrics), ports, turns)
+    }
+
+    fn with(
+        config: Config,
+        socket: SocketConfig,
+        metrics: Arc<Metrics>,
+        ports: Option<u64>,
+        [connects, handshakes]: [Arc<Turns>; 2],
+    ) -> Self {
         let sources = Sources::new(&config.source_addresses);
         let ports = match config.address {
             Address::Tcp { .. } => ports.unwrap_or(0).saturating_mul(sources.count() as u64),
@@ -277,6 +311,15 @@ impl Upstream {
         let has_warned = AtomicBool::new(false);
         let inner = Inner { config, socket, connects, handshakes, sources, metrics, ports, has_warned };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// It is this very one, and not one that took its place.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.inner.config.queue_timeout
     }
 
     /// What was configured.
@@ -328,7 +371,7 @@ impl Upstream {
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             let waiting = Counted::new(this.inner.metrics.upstream_waiting(true));
-            let deadline = this.inner.handshakes.deadline();
+            let deadline = this.deadline();
             control.begin_turn(this.inner.handshakes.next(deadline).await.ok_or(Error::QueueTimeout)?);
             let turn = this.inner.connects.next(deadline).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
@@ -356,7 +399,7 @@ impl Upstream {
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             let waiting = Counted::new(this.inner.metrics.upstream_waiting(false));
-            let turn = this.inner.connects.next(this.inner.connects.deadline()).await.ok_or(Error::QueueTimeout)?;
+            let turn = this.inner.connects.next(this.deadline()).await.ok_or(Error::QueueTimeout)?;
             drop(waiting);
             let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
             control.begun.store(true, Ordering::Relaxed);

@@ -16,6 +16,9 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until},
 };
+use tokio_util::task::TaskTracker;
+
+use crate::slots;
 
 /// A connection on which nothing was heard for this long is held to be accepted: a backend that serves long polls alone
 /// would otherwise be paced to a standstill. One that accepts nobody for longer may see its queue overflow.
@@ -25,7 +28,6 @@ const ACCEPTED_BY_NOW: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Turns {
     free: Arc<Semaphore>,
-    patience: Duration,
     connected: Mutex<Waiting>,
     /// Held by the one who looks for turns that are overdue.
     sweeper: tokio::sync::Mutex<()>,
@@ -53,18 +55,17 @@ pub(super) struct Connected<'a> {
 pub(super) struct Begun(u64);
 
 impl Turns {
-    pub(super) fn new(count: usize, patience: Duration) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         Self {
             free: Arc::new(Semaphore::new(count)),
-            patience,
             connected: Mutex::default(),
             sweeper: tokio::sync::Mutex::default(),
         }
     }
 
-    /// By when a turn must come that is asked for now.
-    pub(super) fn deadline(&self) -> Instant {
-        Instant::now() + self.patience
+    /// `to` of them from now on, where there were `from`; those that are taken stay so.
+    pub(super) fn resize(&self, from: usize, to: usize, tracker: &TaskTracker) {
+        slots::resize(&self.free, from, to, tracker);
     }
 
     /// A turn; `None`: none came in time.
@@ -141,15 +142,19 @@ impl Connected<'_> {
 mod tests {
     use super::*;
 
+    fn deadline() -> Instant {
+        Instant::now() + Duration::from_secs(5)
+    }
+
     async fn connect(turns: &Turns) -> Connected<'_> {
-        let turn = turns.next(turns.deadline()).await.expect("a turn");
+        let turn = turns.next(deadline()).await.expect("a turn");
         turns.connected(turn, turns.begin())
     }
 
     /// An answer ends the turns of all that were connected before it was begun, and of none that came later.
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_a_sign_for_those_before_it() {
-        let turns = Turns::new(3, Duration::from_secs(5));
+        let turns = Turns::new(3);
         let mut connected = Vec::new();
         for _ in 0..3 {
             connected.push(connect(&turns).await);
@@ -167,11 +172,11 @@ mod tests {
     /// Of two that were begun at the same time, either may be the first in the backend's queue, whichever is seen first here.
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_no_sign_for_those_beside_it() {
-        let turns = Turns::new(2, Duration::from_secs(5));
+        let turns = Turns::new(2);
         let begun = turns.begin();
         let mut connected = Vec::new();
         for _ in 0..2 {
-            connected.push(turns.connected(turns.next(turns.deadline()).await.expect("a turn"), begun));
+            connected.push(turns.connected(turns.next(deadline()).await.expect("a turn"), begun));
         }
         connected[1].was_accepted();
         assert_eq!(turns.free.available_permits(), 1);
@@ -181,7 +186,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn without_any_answer_turns_end_by_themselves() {
-        let turns = Turns::new(1, Duration::from_secs(5));
+        let turns = Turns::new(1);
         for _ in 0..3 {
             let begun = Instant::now();
             connect(&turns).await;
@@ -193,10 +198,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_wait_for_a_turn_is_bounded() {
-        let turns = Turns::new(1, Duration::from_secs(5));
-        let turn = turns.next(turns.deadline()).await;
+        let turns = Turns::new(1);
+        let turn = turns.next(deadline()).await;
         let begun = Instant::now();
-        assert!(turn.is_some() && turns.next(turns.deadline()).await.is_none());
+        assert!(turn.is_some() && turns.next(deadline()).await.is_none());
         assert_eq!(begun.elapsed(), Duration::from_secs(5));
     }
 }

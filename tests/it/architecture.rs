@@ -9,11 +9,11 @@ use std::{fs, path::Path};
 /// floor of rooms.
 const FLOORS: [&[&str]; 7] = [
     &["ws", "side", "fields", "sparse"],
-    &["admission", "budget", "drain", "gate", "metrics", "net", "system"],
+    &["admission", "budget", "drain", "gate", "metrics", "net", "slots", "system"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
     &["admin", "config", "demo", "doctor"],
-    &["server"],
+    &["server", "reload"],
     &["main", "cli"],
 ];
 

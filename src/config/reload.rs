@@ -1,0 +1,236 @@
+//! What another reading of the same sources changes: all that can be changed while it runs, or, with a mistake in it, nothing.
+//!
+//! Which keys can be is said in `keys.rs`, key by key. Nothing is applied here; that is the caller's.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use super::{
+    Loaded, Plain, Settings, Sources, Survey, checks,
+    finding::{Finding, Findings, Level, Place},
+    judge, keys, survey,
+    written::Value,
+};
+
+/// A key whose value is another one than what runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// `section.key`.
+    pub key: String,
+    /// What runs.
+    pub from: Plain,
+    /// What was written; `None`: nothing that could be understood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<Plain>,
+}
+
+/// What was read, and nobody has judged yet.
+#[derive(Debug)]
+pub struct Read {
+    sources: Sources,
+    survey: Survey,
+}
+
+/// What is to run from now on.
+#[derive(Debug)]
+pub struct Reloaded {
+    /// What was written, but for keys that take a restart: these are as they were.
+    pub settings: Settings,
+    /// The file that was read.
+    pub file: Option<String>,
+    /// What changes now.
+    pub applied: Vec<Change>,
+    /// What was written, and changes with a restart.
+    pub restart_required: Vec<Change>,
+    /// Warnings and notes.
+    pub findings: Vec<Finding>,
+    places: HashMap<checks::Name, Place>,
+}
+
+/// Why everything stays as it is.
+#[derive(Debug)]
+pub struct Rejected {
+    /// The file, if it could be read.
+    pub file: Option<String>,
+    /// What would have changed, and keys whose value can't be used.
+    pub rejected: Vec<Change>,
+    /// What is wrong.
+    pub findings: Findings,
+}
+
+/// Reads; this may take as long as the disk does.
+pub fn read(sources: &Sources) -> Read {
+    Read { sources: sources.clone(), survey: survey(sources) }
+}
+
+/// What comes of a [`read`] next to `running`.
+///
+/// # Errors
+///
+/// Something is wrong with what was written, or with it next to what can't be changed without a restart.
+pub fn reload(running: &Settings, read: Read) -> Result<Reloaded, Box<Rejected>> {
+    let Read { sources, survey } = read;
+    let mut settings = merge(running, &survey.settings);
+    let (refused, file) = (survey.refused.clone(), survey.file.clone());
+    // Of a file that could not be read nobody knows what it would have changed.
+    let rejected = if survey.is_complete {
+        let mut all = changes(running, &survey.settings);
+        for (section, name) in &refused {
+            let key = format!("{section}.{name}");
+            all.retain(|change| change.key != key);
+            let entries = running.entries();
+            let from = entries.into_iter().find(|entry| (entry.section, entry.key) == (*section, *name));
+            all.extend(from.map(|entry| Change { key, from: entry.value, to: None }));
+        }
+        all
+    } else {
+        Vec::new()
+    };
+    let written = survey.settings.clone();
+    let reject = |findings| Box::new(Rejected { file: file.clone(), rejected: rejected.clone(), findings });
+    let Loaded { findings, file: _, origins, .. } = judge(&sources, survey).map_err(&reject)?;
+
+    // Each alone is as it should be. Together they need not: a backend may be where this process still listens.
+    let live: Vec<_> = keys::keys(&mut settings).iter().filter(|key| key.is_live).map(name_of).collect();
+    let places: HashMap<_, _> = origins.into_iter().filter(|(name, _)| live.contains(name)).collect();
+    let mut together = Vec::new();
+    checks::check(&settings, &checks::Origins { written: &places, refused: &[] }, &mut together);
+    together.retain(|finding| finding.level == Level::Error);
+    if !together.is_empty() {
+        for finding in &mut together {
+            finding.fix.push_str("; or restart: until then some keys are as they were at the start");
+        }
+        return Err(reject(Findings(together)));
+    }
+
+    let (applied, restart_required) = changes(running, &written)
+        .into_iter()
+        .partition(|change| live.iter().any(|(section, name)| change.key == format!("{section}.{name}")));
+    Ok(Reloaded { settings, file, applied, restart_required, findings, places })
+}
+
+impl Read {
+    /// The file, if it could be read.
+    pub fn file(&self) -> Option<&str> {
+        self.survey.file.as_deref()
+    }
+}
+
+impl Reloaded {
+    /// Where a key was written.
+    pub fn place(&self, section: &'static str, key: &'static str) -> Place {
+        self.places.get(&(section, key)).cloned().unwrap_or(Place::Default)
+    }
+}
+
+impl Rejected {
+    /// Good as a file, and still not to be used here.
+    pub fn of(reloaded: Reloaded, finding: Finding) -> Self {
+        let Reloaded { file, mut applied, restart_required, .. } = reloaded;
+        applied.extend(restart_required);
+        Self { file, rejected: applied, findings: Findings(vec![finding]) }
+    }
+}
+
+/// `written`, with all that takes a restart as it is in `running`.
+fn merge(running: &Settings, written: &Settings) -> Settings {
+    let (mut running, mut merged) = (running.clone(), written.clone());
+    for (from, mut to) in keys::keys(&mut running).into_iter().zip(keys::keys(&mut merged)) {
+        if !from.is_live {
+            to.slot.read(&value(from.slot.write())).expect("what was written by a key is read by the same key");
+        }
+    }
+    merged.resolve();
+    merged
+}
+
+fn changes(from: &Settings, to: &Settings) -> Vec<Change> {
+    let pairs = from.entries().into_iter().zip(to.entries()).filter(|(from, to)| from != to);
+    pairs
+        .map(|(from, to)| Change {
+            key: format!("{}.{}", from.section, from.key),
+            from: from.value,
+            to: Some(to.value),
+        })
+        .collect()
+}
+
+fn name_of(key: &keys::Key<'_>) -> checks::Name {
+    (key.section, key.name)
+}
+
+fn value(plain: Plain) -> Value {
+    match plain {
+        Plain::Text(text) => Value::Text(text),
+        Plain::Integer(number) => Value::Integer(i64::try_from(number).expect("no bound of a key is beyond it")),
+        Plain::Switch(on) => Value::Switch(on),
+        Plain::List(items) => Value::List(items.into_iter().map(Value::Text).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::FileSource;
+    use std::path::PathBuf;
+
+    fn of(name: &str) -> Read {
+        let path = PathBuf::from(format!("tests/config/valid/{name}.toml"));
+        let file = FileSource::Named { path, by: "--config" };
+        read(&Sources { file, env: Vec::new(), listen: None, upstream: None })
+    }
+
+    /// Each key is on one side or the other, and stays there: what takes a restart is as it was, and all else as it was written.
+    /// Method: two files that differ in every key.
+    #[test]
+    fn each_key_is_applied_or_takes_a_restart() {
+        let (least, most) = (of("least").survey.settings, of("most"));
+        let written = most.survey.settings.clone();
+        let Reloaded { settings, applied, restart_required, findings, .. } = reload(&least, most).expect("valid");
+        assert_eq!(findings, []);
+        let all = least.entries().len();
+        assert_eq!(applied.len() + restart_required.len(), all, "a key is the same in both files");
+        let value_of = |settings: &Settings, key: &str| {
+            let mut entries = settings.entries().into_iter();
+            entries.find(|entry| format!("{}.{}", entry.section, entry.key) == key).expect("a key").value
+        };
+        for change in &applied {
+            assert_eq!(value_of(&settings, &change.key), value_of(&written, &change.key), "{}", change.key);
+        }
+        for change in &restart_required {
+            assert_eq!(value_of(&settings, &change.key), value_of(&least, &change.key), "{}", change.key);
+        }
+        let fixed: Vec<_> = restart_required.iter().map(|change| change.key.as_str()).collect();
+        let expected = [
+            "listen.address",
+            "listen.backlog",
+            "listen.max_sockets",
+            "listen.accept_loops",
+            "listen.workers",
+            "listen.hand_off",
+            "limits.max_connections",
+            "limits.memory",
+            "admin.address",
+            "log.format",
+        ];
+        assert_eq!(fixed, expected);
+        // What takes a restart is said again each time, and the rest is done.
+        let again = reload(&settings, of("most")).expect("valid");
+        assert_eq!((again.applied, again.restart_required), (Vec::new(), restart_required));
+        assert_eq!(again.settings, settings);
+    }
+
+    /// What can't be changed yet counts, not what was written for it: else a backend could be this process itself.
+    #[test]
+    fn what_is_written_has_to_fit_what_runs() {
+        let running = Settings::default();
+        let mut read = of("empty");
+        read.survey.settings.listen.address.set_port(8081);
+        read.survey.settings.upstream.address = super::super::units::parse_backend("127.0.0.1:8080").expect("one");
+        let rejected = reload(&running, read).expect_err("a loop");
+        assert!(rejected.findings.to_string().contains("restart"), "{}", rejected.findings);
+        let keys: Vec<_> = rejected.rejected.iter().map(|change| change.key.as_str()).collect();
+        assert_eq!(keys, ["listen.address", "upstream.address"]);
+    }
+}

@@ -1,0 +1,462 @@
+//! The configuration, read again while it runs: who asks for that, the reading, and what is done about it.
+//!
+//! It is asked for by SIGHUP, at the admin listener, or by a file that is not as it was when it was read. No session is cut, whatever
+//! has changed: sessions, and handshakes that have begun, keep what they began with; what begins later has the new. What is
+//! counted or limited over all of them stays the same object. When the listeners are about to close it is too late.
+//!
+//! Not here: which keys can be changed (`config/keys.rs`), and what is wrong with a file (`config/`).
+
+use std::{
+    fmt, future, io,
+    path::PathBuf,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use http::StatusCode;
+use serde::Serialize;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+};
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use crate::{
+    admin,
+    config::{self, Change, FileSource, Finding, Findings, Level, Place, Rejected, Seen, Settings, Sources},
+    metrics::ReloadResult,
+    net::{self, Listener},
+    session::Context,
+    slots,
+    upstream::Upstream,
+};
+
+/// Those that may wait for the reading; as many as may ask at the admin listener, and one signal.
+const MAX_ASKING: usize = 256;
+
+/// Replaces the filter of the log.
+pub struct SetFilter(Box<dyn Fn(&str) -> Result<(), String> + Send>);
+
+impl SetFilter {
+    /// Whatever does it.
+    pub fn new(set: impl Fn(&str) -> Result<(), String> + Send + 'static) -> Self {
+        Self(Box::new(set))
+    }
+}
+
+impl fmt::Debug for SetFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SetFilter").finish_non_exhaustive()
+    }
+}
+
+/// Where the configuration comes from, and how its file looked before it was read.
+#[derive(Debug)]
+pub struct Source {
+    sources: Sources,
+    seen: Seen,
+}
+
+impl Source {
+    /// To be made before the first reading: what changes while that goes on is then found by the first look.
+    pub fn new(sources: Sources) -> Self {
+        let seen = sources.file.look();
+        Self { sources, seen }
+    }
+
+    /// A file that was read once is looked for in no other place. Where it is gone for a moment, as in some ways to replace it,
+    /// the defaults must not take its place.
+    pub fn keep_to(&mut self, file: Option<&str>) {
+        if let (FileSource::Search(_), Some(file)) = (&self.sources.file, file) {
+            self.sources.file = FileSource::Named { path: PathBuf::from(file), by: "its last reading" };
+        }
+    }
+}
+
+/// Who asked.
+#[derive(Debug)]
+enum By {
+    Signal,
+    Admin(oneshot::Sender<admin::Reloaded>),
+    Change,
+}
+
+impl By {
+    fn as_str(&self) -> &'static str {
+        match self {
+            Self::Signal => "SIGHUP",
+            Self::Admin(_) => "POST /reload",
+            Self::Change => "a change of the file",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Ask {
+    Read(By),
+    /// `reload.watch` has changed.
+    Wake,
+}
+
+/// What was read, and for whom.
+#[derive(Debug)]
+pub struct Done {
+    by: By,
+    read: config::Read,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// SIGHUP.
+    HangUp,
+    /// The configuration was read.
+    Read(Box<Done>),
+}
+
+/// The way to the thread that reads, and looks at the file. A disk that does not answer keeps that thread waiting, and nobody
+/// else.
+#[derive(Debug)]
+pub struct Reader {
+    hang_up: Signal,
+    ask: SyncSender<Ask>,
+    done: mpsc::Receiver<Done>,
+    /// `reload.watch` in milliseconds; 0: off.
+    watch: Arc<AtomicU64>,
+    set_filter: SetFilter,
+}
+
+impl Reader {
+    /// From now on SIGHUP does not end the process. To be called on the runtime of the main thread.
+    pub fn start(source: Source, set_filter: SetFilter, settings: &Settings) -> io::Result<Self> {
+        let hang_up = signal(SignalKind::hangup())?;
+        let (ask, asked) = sync_channel(MAX_ASKING);
+        let (read, done) = mpsc::channel(1);
+        let watch = Arc::new(AtomicU64::new(millis(settings.reload.watch)));
+        let every = Arc::clone(&watch);
+        // It ends with the process, or when nobody is there to ask it.
+        thread::Builder::new().name("config".to_owned()).spawn(move || serve(source, &asked, &every, &read))?;
+        Ok(Self { hang_up, ask, done, watch, set_filter })
+    }
+}
+
+fn millis(watch: Option<Duration>) -> u64 {
+    u64::try_from(watch.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads when asked, and when the file is not as it was read, but as it was at the last look: in the middle of being
+/// written it may look like a whole one that says less.
+fn serve(mut source: Source, asked: &Receiver<Ask>, watch: &AtomicU64, read: &mpsc::Sender<Done>) {
+    let mut last = source.seen.clone();
+    loop {
+        let ask = match watch.load(Ordering::Relaxed) {
+            0 => asked.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            every => asked.recv_timeout(Duration::from_millis(every)),
+        };
+        let by = match ask {
+            Ok(Ask::Read(by)) => by,
+            Ok(Ask::Wake) => continue,
+            Err(RecvTimeoutError::Timeout) => By::Change,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let before = std::mem::replace(&mut last, source.sources.file.look());
+        let is_look = matches!(by, By::Change);
+        if is_look && (last == source.seen || last != before) {
+            continue;
+        }
+        let survey = config::read(&source.sources);
+        // Written to in this very moment: by the next look it will have been another change.
+        if is_look && last != source.sources.file.look() {
+            continue;
+        }
+        source.seen = last.clone();
+        source.keep_to(survey.file());
+        if read.blocking_send(Done { by, read: survey }).is_err() {
+            return;
+        }
+    }
+}
+
+/// What a reload changes, and what it is changed to.
+#[derive(Debug)]
+pub struct Reload {
+    /// What runs.
+    settings: Settings,
+    parts: Parts,
+    /// `None`: nothing is read again.
+    reader: Option<Reader>,
+}
+
+/// Where settings are in use.
+#[derive(Debug)]
+pub struct Parts {
+    /// One of each worker, one at least.
+    pub contexts: Vec<Arc<Context>>,
+    /// All that clients connect to.
+    pub listeners: Vec<Weak<Listener>>,
+    /// What the admin listener uses.
+    pub admin: watch::Sender<admin::Parts>,
+    /// Ephemeral ports of one address, if that is known.
+    pub ports: Option<u64>,
+    /// The most handshakes that may be carried on without their client, whatever `upstream.max_pending` is.
+    pub most_orphans: usize,
+    /// For what outlives a reload.
+    pub tracker: TaskTracker,
+}
+
+/// What is said about it.
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    result: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    applied: Vec<Change>,
+    restart_required: Vec<Change>,
+    rejected: Vec<Change>,
+    findings: Vec<Said>,
+}
+
+/// A finding.
+#[derive(Debug, Serialize)]
+struct Said {
+    level: String,
+    place: String,
+    what: String,
+    fix: String,
+    /// As `tidegate check` prints it.
+    text: String,
+}
+
+impl From<&Finding> for Said {
+    fn from(finding: &Finding) -> Self {
+        let Finding { level, what, place, fix } = finding;
+        let (level, place, text) = (level.to_string(), place.to_string(), finding.to_string());
+        Self { level, place, what: what.clone(), fix: fix.clone(), text }
+    }
+}
+
+impl Reload {
+    /// Of a process that runs with these settings.
+    pub fn new(settings: Settings, parts: Parts) -> Self {
+        Self { settings, parts, reader: None }
+    }
+
+    /// From now on it can be asked for.
+    pub fn read_by(&mut self, reader: Reader) {
+        self.reader = Some(reader);
+    }
+
+    /// What runs.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The next thing that happens. Nothing is lost when it is not waited for.
+    pub async fn next(&mut self) -> Event {
+        let Some(reader) = &mut self.reader else { return future::pending().await };
+        tokio::select! {
+            Some(()) = reader.hang_up.recv() => Event::HangUp,
+            Some(done) = reader.done.recv() => Event::Read(Box::new(done)),
+            else => future::pending().await,
+        }
+    }
+
+    /// Somebody at the admin listener wants it.
+    pub fn ask(&self, told: oneshot::Sender<admin::Reloaded>, is_ending: bool) {
+        self.ask_by(By::Admin(told), is_ending);
+    }
+
+    fn ask_by(&self, by: By, is_ending: bool) {
+        let Some(reader) = &self.reader else { return self.refuse(by, "there is no file to read again") };
+        if is_ending {
+            return self.refuse(by, ENDING);
+        }
+        if let Err(TrySendError::Full(Ask::Read(by)) | TrySendError::Disconnected(Ask::Read(by))) =
+            reader.ask.try_send(Ask::Read(by))
+        {
+            self.refuse(by, "the file is still being read");
+        }
+    }
+
+    /// Goes on with what happened; true: other settings than before may be in force. `is_ending`: nobody will be served any
+    /// more, so there is nothing that a reload could change.
+    pub fn go_on(&mut self, event: Event, is_ending: bool) -> bool {
+        let Done { by, read } = match event {
+            Event::HangUp => {
+                info!("SIGHUP");
+                self.ask_by(By::Signal, is_ending);
+                return false;
+            }
+            Event::Read(done) => *done,
+        };
+        if is_ending {
+            self.refuse(by, ENDING);
+            return false;
+        }
+        let reloaded = config::reload(&self.settings, read).and_then(|reloaded| {
+            // Bound once, which can't be seen from the file alone.
+            match net::check_sources(&reloaded.settings.upstream.source_addresses) {
+                Ok(()) => Ok(reloaded),
+                Err(error) => {
+                    let (level, place) = (Level::Error, reloaded.place("upstream", "source_addresses"));
+                    let fix = "name addresses of this host".to_owned();
+                    let finding = Finding { level, what: error.to_string(), place, fix };
+                    Err(Box::new(Rejected::of(reloaded, finding)))
+                }
+            }
+        });
+        match reloaded {
+            Ok(config::Reloaded { settings, file, applied, restart_required, findings, .. }) => {
+                info!(
+                    by = by.as_str(),
+                    file,
+                    applied = list(&applied),
+                    restart_required = list(&restart_required),
+                    "reloaded"
+                );
+                for finding in findings.iter().filter(|finding| finding.level < Level::Note) {
+                    warn!(finding = finding.line(), "reloaded");
+                }
+                self.metrics().reload(ReloadResult::Applied);
+                self.metrics().restart_required.set(i64::try_from(restart_required.len()).unwrap_or(i64::MAX));
+                self.apply(settings);
+                let findings = findings.iter().map(Said::from).collect();
+                let result = ReloadResult::Applied.as_str();
+                let report = Report { result, file, applied, restart_required, findings, ..Report::default() };
+                by.tell(StatusCode::OK, &report);
+                true
+            }
+            Err(rejected) => {
+                let Rejected { file, rejected, findings: Findings(findings) } = *rejected;
+                for finding in &findings {
+                    warn!(finding = finding.line(), "reload");
+                }
+                warn!(
+                    by = by.as_str(),
+                    file,
+                    rejected = list(&rejected),
+                    findings = findings.len(),
+                    "the reload is rejected: everything stays as it is"
+                );
+                self.metrics().reload(ReloadResult::Rejected);
+                let findings = findings.iter().map(Said::from).collect();
+                let result = ReloadResult::Rejected.as_str();
+                let report = Report { result, file, rejected, findings, ..Report::default() };
+                by.tell(StatusCode::UNPROCESSABLE_ENTITY, &report);
+                false
+            }
+        }
+    }
+
+    fn refuse(&self, by: By, why: &'static str) {
+        warn!(by = by.as_str(), why, "no reload");
+        self.metrics().reload(ReloadResult::Refused);
+        let what = why.to_owned();
+        let finding =
+            Finding { level: Level::Error, what, place: Place::Default, fix: "ask again, or restart".to_owned() };
+        let result = ReloadResult::Refused.as_str();
+        by.tell(StatusCode::CONFLICT, &Report { result, findings: vec![Said::from(&finding)], ..Report::default() });
+    }
+
+    /// Puts new settings in the place of the old ones, each where it is in use.
+    fn apply(&mut self, new: Settings) {
+        let Self { settings: old, parts, reader } = self;
+        let Parts { contexts, listeners, admin, ports, most_orphans, tracker } = parts;
+        let first = contexts.first().expect("there is a worker").latest();
+        let upstream = if new.upstream == old.upstream && new.socket == old.socket {
+            first.upstream.clone()
+        } else {
+            first.upstream.reconfigured(new.upstream.clone(), new.socket.clone(), *ports, tracker)
+        };
+        for (slots, from, to) in [
+            (&first.handshakes, old.upstream.max_waiting, new.upstream.max_waiting),
+            (&first.requests, old.upstream.max_waiting, new.upstream.max_waiting),
+            (&first.orphans, old.upstream.max_pending.min(*most_orphans), new.upstream.max_pending.min(*most_orphans)),
+        ] {
+            slots::resize(slots, from, to, tracker);
+        }
+        if new.socket != old.socket {
+            for listener in listeners.iter().filter_map(Weak::upgrade) {
+                if let Err(error) = listener.reconfigure(&new.socket) {
+                    warn!(%error, "new clients have the old socket options, until a restart");
+                }
+            }
+        }
+        let is_same_for_sessions = new.downstream == old.downstream
+            && new.relay == old.relay
+            && new.close == old.close
+            && upstream.is(&first.upstream);
+        if !is_same_for_sessions {
+            warn_of_ports(&upstream, first.metrics.max_connections.get());
+            let relay = Arc::new(new.relay.clone());
+            for context in contexts {
+                let context = context.latest();
+                context.current.set(Arc::new(Context {
+                    downstream: new.downstream.clone(),
+                    relay: Arc::clone(&relay),
+                    close: new.close,
+                    upstream: upstream.clone(),
+                    ..Context::clone(&context)
+                }));
+            }
+            // Nobody may be there to see it.
+            admin.send_replace(admin::Parts { upstream, close: new.close });
+        }
+        first.admission.reconfigure(&new.limits);
+        first.drain.reconfigure(new.drain.clone());
+        if let Some(Reader { ask, watch, set_filter, .. }) = reader {
+            if new.log.filter != old.log.filter
+                && let Err(error) = (set_filter.0)(&new.log.filter)
+            {
+                warn!(error, "the log keeps its filter");
+            }
+            if watch.swap(millis(new.reload.watch), Ordering::Relaxed) != millis(new.reload.watch) {
+                // When it is full, the thread is awake.
+                let _ = ask.try_send(Ask::Wake);
+            }
+        }
+        *old = new;
+    }
+
+    fn metrics(&self) -> &crate::metrics::Metrics {
+        &self.parts.contexts.first().expect("there is a worker").metrics
+    }
+}
+
+const ENDING: &str = "too late: listeners are closed, or the process is to end";
+
+impl By {
+    fn tell(self, status: StatusCode, report: &Report) {
+        if let Self::Admin(told) = self {
+            let mut json = serde_json::to_string(report).expect("texts, numbers and lists are JSON");
+            json.push('\n');
+            // Whoever asked may have left.
+            let _ = told.send(admin::Reloaded { status, json });
+        }
+    }
+}
+
+/// For a line of the log.
+fn list(changes: &[Change]) -> String {
+    let one = |Change { key, from, to }: &Change| match to {
+        Some(to) => format!("{key}: {from} -> {to}"),
+        None => key.clone(),
+    };
+    changes.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// How many connections there may be was computed at the start, for the ports of that time.
+fn warn_of_ports(upstream: &Upstream, max_connections: i64) {
+    let max_connections = u64::try_from(max_connections).unwrap_or(0);
+    if let Some(ports) = upstream.ports().filter(|ports| *ports < max_connections) {
+        let fix = "restart, so that clients beyond that are turned away before the backend is dialled, or name more \
+                   addresses of this host in upstream.source_addresses";
+        warn!(ports, max_connections, fix, "fewer ports toward the backend than connections at once");
+    }
+}
