@@ -15,5 +15,6 @@ mod injection;
 mod lifetime;
 mod listeners;
 mod memory;
+mod reload;
 mod resources;
 mod spike;

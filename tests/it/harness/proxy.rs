@@ -13,6 +13,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     os::fd::OwnedFd,
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, PoisonError},
     thread::{self, JoinHandle},
@@ -111,7 +112,9 @@ pub struct Proxy {
     output: Board<Output>,
     readers: Vec<JoinHandle<()>>,
     place: Place,
-    _config: TempDir,
+    /// The settings of every test, with the address of its backend.
+    base: Table,
+    config: TempDir,
 }
 
 impl Proxy {
@@ -128,11 +131,10 @@ impl Proxy {
         backend: SocketAddr,
         started: Instant,
     ) -> Self {
-        let mut config = base(lab, backend);
-        merge(&mut config, settings.parse().expect("the test's TOML"));
+        let base = base(lab, backend);
         let folder = tempfile::tempdir().expect("a folder for the configuration");
         let file = folder.path().join("proxy.toml");
-        fs::write(&file, config.to_string()).expect("room for the configuration");
+        fs::write(&file, over(&base, settings)).expect("room for the configuration");
 
         let mut command = surroundings.command(lab, env!("CARGO_BIN_EXE_tidegate"));
         command.args(["run", "-c"]).arg(&file);
@@ -143,10 +145,10 @@ impl Proxy {
                 command.env_remove(name);
             }
         }
-        Self::spawn(lab, command, folder, started)
+        Self::spawn(lab, command, base, folder, started)
     }
 
-    fn spawn(lab: &Lab, mut command: Command, config: TempDir, started: Instant) -> Self {
+    fn spawn(lab: &Lab, mut command: Command, base: Table, config: TempDir, started: Instant) -> Self {
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary that was just built");
         let output = Board::new(Output::default());
@@ -164,7 +166,8 @@ impl Proxy {
             output,
             readers,
             place: lab.place(Side::Proxy),
-            _config: config,
+            base,
+            config,
         };
         proxy.address = proxy.address_in("listening");
         proxy.admin = proxy.address_in("admin listening");
@@ -222,6 +225,23 @@ impl Proxy {
     pub fn limit_descriptors(&self, count: u64) {
         let limit = Rlimit { current: Some(count), maximum: Some(count) };
         prlimit(Some(self.pid), Resource::Nofile, limit).expect("our own child");
+    }
+
+    /// Where its configuration is.
+    pub fn config(&self) -> PathBuf {
+        self.config.path().join("proxy.toml")
+    }
+
+    /// What is in the file with these settings over those of every test.
+    pub fn configuration(&self, settings: &str) -> String {
+        over(&self.base, settings)
+    }
+
+    /// Puts a file with other settings in the place of the old one, in one step.
+    pub fn configure(&self, settings: &str) {
+        let new = self.config.path().join("new.toml");
+        fs::write(&new, self.configuration(settings)).expect("room for the configuration");
+        fs::rename(new, self.config()).expect("the same folder");
     }
 
     pub fn sigterm(&self) {
@@ -359,6 +379,12 @@ fn base(lab: &Lab, backend: SocketAddr) -> Table {
          log.filter = 'info,tidegate=debug'\n"
     );
     text.parse().expect("valid TOML")
+}
+
+fn over(base: &Table, settings: &str) -> String {
+    let mut config = base.clone();
+    merge(&mut config, settings.parse().expect("the test's TOML"));
+    config.to_string()
 }
 
 fn merge(into: &mut Table, from: Table) {
