@@ -1,7 +1,7 @@
 //! The configuration, read again under way: by whom, what of it changes for whom, and that nobody is cut for it.
 
 use crate::harness::{
-    Board, DEADLINE, Frame, Side,
+    Board, DEADLINE, Frame, LIMIT, Side,
     backend::{self, Backend, Options},
     crowd::{self, Member, Stage, connect, is_strict, tally, together},
     http::Message,
@@ -17,6 +17,7 @@ use std::{
     collections::BTreeMap,
     fs,
     os::unix::fs::symlink,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     thread,
     time::{Duration, Instant},
 };
@@ -503,47 +504,58 @@ fn reloads_under_busy_sessions() {
         }
         (begun.elapsed(), resident, t.resident())
     };
-    let ((took, before, after), (talks, visits)) = thread::scope(|scope| {
-        let begun = Board::new(false);
-        let (has_begun, over) = (begun.clone(), is_over.clone());
-        let reloads = scope.spawn(move || {
-            has_begun.wait(DEADLINE, |begun| begun.then_some(())).expect("clients that talk");
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reloading));
-            over.change(|is_over| *is_over = true);
-            outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    let has_begun = Board::new(false);
+    let begun = |of: &Board<bool>| of.wait(DEADLINE, |begun| begun.then_some(())).expect("clients that talk");
+    let ((took, before, after), talks, visits) = thread::scope(|scope| {
+        let reloading = scope.spawn(|| {
+            begun(&has_begun);
+            let outcome = catch_unwind(AssertUnwindSafe(reloading));
+            is_over.change(|is_over| *is_over = true);
+            outcome.unwrap_or_else(|panic| resume_unwind(panic))
         });
-        let clients = stage.clients(async || {
+        // Apart from the others, which keep a thread busy.
+        let visiting = scope.spawn(|| {
+            begun(&has_begun);
+            stage.clients(async || {
+                let mut visits = Vec::new();
+                while is_over.until(Duration::from_millis(20), |is_over| is_over.then_some(())).await.is_none() {
+                    let begun = Instant::now();
+                    let mut visitor = connect(t.address, 1).await.pop().expect("there is one");
+                    visitor.send(&Frame::text("hello")).await.expect("an open session");
+                    assert_eq!(visitor.frame().await.expect("an echo").text(), "hello");
+                    visitor.send(&Frame::close(1000, "")).await.expect("an open session");
+                    assert_eq!(visitor.rest().await.summary(), "Close 1000, Fin");
+                    visits.push(begun.elapsed());
+                }
+                visits
+            })
+        });
+        let talks = stage.clients(async || {
             let clients = connect(t.address, count).await;
-            begun.change(|begun| *begun = true);
+            has_begun.change(|begun| *begun = true);
             let (over, paces) = (Cell::new(false), Cell::new(0));
             let talking = together(clients, async |client| {
                 // From 100 to 200 ms, so that they do not speak in unison.
                 let pace = paces.replace((paces.get() + 1) % 101);
                 talk(client, Duration::from_millis(100 + pace), &over).await
             });
-            let visiting = async {
-                let mut visits = 0;
-                while is_over.until(Duration::from_millis(20), |is_over| is_over.then_some(())).await.is_none() {
-                    let mut visitor = connect(t.address, 1).await.pop().expect("there is one");
-                    visitor.send(&Frame::text("hello")).await.expect("an open session");
-                    assert_eq!(visitor.frame().await.expect("an echo").text(), "hello");
-                    visitor.send(&Frame::close(1000, "")).await.expect("an open session");
-                    assert_eq!(visitor.rest().await.summary(), "Close 1000, Fin");
-                    visits += 1;
-                }
+            let ending = async {
+                is_over.until(LIMIT, |is_over| is_over.then_some(())).await.expect("the last reload");
                 over.set(true);
-                visits
             };
-            tokio::join!(talking, visiting)
+            tokio::join!(talking, ending).0
         });
-        (reloads.join().expect("its assertions hold"), clients)
+        let reloads = reloading.join().unwrap_or_else(|panic| resume_unwind(panic));
+        (reloads, talks, visiting.join().unwrap_or_else(|panic| resume_unwind(panic)))
     });
+    let longest = visits.iter().max().copied().unwrap_or_default();
     let messages: u64 = talks.iter().map(|(echoed, _)| echoed).sum();
     assert_eq!(tally(talks.into_iter().map(|(_, end)| end)), BTreeMap::from([("Close 1000, Fin".to_owned(), count)]));
     assert_eq!(t.metrics().count("tidegate_reloads_total{result=\"applied\"}"), reloads as u64);
     println!(
-        "{reloads} reloads in {took:.1?} under {count} sessions: {messages} messages, all answered; {visits} came and went; \
+        "{reloads} reloads in {took:.1?} under {count} sessions: {messages} messages, all answered; {} came and went, in {longest:.1?} at most; \
          {} KiB of memory after {settled} reloads, {} KiB after the last",
+        visits.len(),
         before / 1024,
         after / 1024,
     );
