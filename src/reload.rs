@@ -41,7 +41,9 @@ use crate::{
 const MAX_ASKING: usize = 256;
 
 /// Replaces the filter of the log.
-pub struct SetFilter(Box<dyn Fn(&str) -> Result<(), String> + Send>);
+pub struct SetFilter(Box<Set>);
+
+type Set = dyn Fn(&str) -> Result<(), String> + Send;
 
 impl SetFilter {
     /// Whatever does it.

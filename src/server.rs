@@ -60,7 +60,7 @@ pub struct Server {
     /// Closed when the last worker has ended.
     alive: mpsc::Receiver<()>,
     /// What can be changed while it runs.
-    reload: Reload,
+    reload: Box<Reload>,
 }
 
 impl Server {
@@ -187,19 +187,19 @@ impl Server {
             });
         }
         let (control, orders) = admin::Control::new(drain.clone());
-        let parts = watch::Sender::new(admin::Parts { upstream, close: settings.close });
+        let for_admin = watch::Sender::new(admin::Parts { upstream, close: settings.close });
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(Arc::clone(&metrics), parts.subscribe(), control, tracker.clone());
+                let admin = admin::Admin::new(Arc::clone(&metrics), for_admin.subscribe(), control, tracker.clone());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
             None => None,
         };
         let most_orphans = budget.spare / 4;
-        let parts = Parts { contexts, listeners: bound, admin: parts, ports, most_orphans, tracker };
-        let reload = Reload::new(settings.clone(), parts);
+        let in_use = Parts { contexts, listeners: bound, admin: for_admin, ports, most_orphans, tracker };
+        let reload = Box::new(Reload::new(settings.clone(), in_use));
         let drained = (Instant::now(), 0);
         Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, reload })
     }

@@ -168,7 +168,7 @@ pub enum Plain {
 
 impl FileSource {
     /// How it looks now: whether it is another one than at another time. It is found anew, so also behind symlinks that were
-    /// swapped, as in a Kubernetes ConfigMap.
+    /// swapped, as in a `ConfigMap` of Kubernetes.
     pub fn look(&self) -> Seen {
         written::look(self)
     }
