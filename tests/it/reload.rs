@@ -409,7 +409,7 @@ fn a_reload_during_a_drain() {
     t.no_rst();
 }
 
-/// A ConfigMap's directory: the file is a symlink into `..data`, which is a symlink to a directory that is put in the place of the
+/// The directory of a Kubernetes config map: the file is a symlink into `..data`, which is a symlink to a directory that is put in the place of the
 /// one before. A file that is being written is left alone until it stands still.
 #[test]
 fn a_config_map_is_swapped() {
@@ -471,7 +471,7 @@ async fn talk(mut client: Member, pace: Duration, is_over: &Cell<bool>) -> (u64,
 /// leaves behind does not add up. With `TIDEGATE_STRICT=1`: 1,000 of them under 1,000 sessions.
 #[test]
 fn reloads_under_busy_sessions() {
-    let (count, reloads) = if is_strict() { (1000, 1000) } else { (200, 100) };
+    let (count, reloads): (usize, u64) = if is_strict() { (1000, 1000) } else { (200, 100) };
     // Enough of them that the allocator has what it needs.
     let settled = reloads / 4;
     let stage = Stage::new();
@@ -551,7 +551,7 @@ fn reloads_under_busy_sessions() {
     let longest = visits.iter().max().copied().unwrap_or_default();
     let messages: u64 = talks.iter().map(|(echoed, _)| echoed).sum();
     assert_eq!(tally(talks.into_iter().map(|(_, end)| end)), BTreeMap::from([("Close 1000, Fin".to_owned(), count)]));
-    assert_eq!(t.metrics().count("tidegate_reloads_total{result=\"applied\"}"), reloads as u64);
+    assert_eq!(t.metrics().count("tidegate_reloads_total{result=\"applied\"}"), reloads);
     println!(
         "{reloads} reloads in {took:.1?} under {count} sessions: {messages} messages, all answered; {} came and went, in {longest:.1?} at most; \
          {} KiB of memory after {settled} reloads, {} KiB after the last",
