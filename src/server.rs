@@ -25,6 +25,7 @@ use crate::{
     admin::{self, Order},
     admission::{self, Admission, Memory},
     budget::{self, Budget, Host, NoRoom},
+    close::{self, Linger},
     config::Settings,
     drain::{Act, Drain, Phase, Phases, Status},
     gate::Gate,
@@ -90,6 +91,11 @@ impl Server {
                 format!("a worker of {workers} cannot begin with {descriptors} descriptors (RLIMIT_NOFILE): raise the limit (ulimit -Hn)")
             })?);
         }
+        // Each has a descriptor, which has to be open before they are counted.
+        let bounds = Arc::new(close::Bounds::new(settings.close.max_lingering));
+        let lingers = (0..workers).map(|_| Linger::new(&bounds, Some(Arc::clone(&metrics))));
+        let lingers: Vec<_> = lingers.collect::<io::Result<_>>().context("epoll, for sockets in their last wait")?;
+        let admin_linger = Linger::new(&bounds, None).context("epoll, for sockets in their last wait")?;
         let mut memory = memory_watch(&settings.limits, &system)?;
         let host = Host {
             descriptors,
@@ -115,6 +121,10 @@ impl Server {
         metrics.max_connections.set(i64::try_from(budget.capacity.connections).unwrap_or(i64::MAX));
         let admission = Admission::new(budget.capacity, &settings.limits);
 
+        for linger in &lingers {
+            linger.make_room_for(&admission);
+        }
+
         let drain = Drain::new(settings.drain.clone());
         let abort = CancellationToken::new();
         let slots = |count| Arc::new(Semaphore::new(count));
@@ -132,13 +142,13 @@ impl Server {
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
-        for (index, ((runtime, accepted), listeners)) in
-            runtimes.take().into_iter().zip(accepted).zip(queues).enumerate()
-        {
+        let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
+        for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let context = Context {
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
-                close: settings.close,
+                close: settings.close.patience,
+                linger,
                 upstream: upstream.clone(),
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
@@ -185,7 +195,15 @@ impl Server {
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(Arc::clone(&metrics), upstream, control, settings.close, tracker.clone());
+                let admin = admin::Admin::new(
+                    Arc::clone(&metrics),
+                    upstream,
+                    control,
+                    admin_linger.clone(),
+                    settings.close.patience,
+                    tracker.clone(),
+                );
+                tracker.spawn(admin_linger.run());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
@@ -193,7 +211,7 @@ impl Server {
         };
         let ending = settings.relay.close_delay
             + settings.relay.close_handshake_timeout * 3
-            + settings.close.linger_max
+            + settings.close.patience.linger_max
             + Duration::from_secs(1);
         let drained = (Instant::now(), 0);
         Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, ending })
@@ -349,6 +367,8 @@ impl Worker {
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
+        let lingering = TaskTracker::new();
+        lingering.spawn(context.linger.clone().run());
         context.tracker.spawn(Arc::clone(&context).take_on(balancer.counter(index)));
         for listener in listeners {
             let (context, balancer, door) = (Arc::clone(&context), balancer.clone(), door.clone());
@@ -381,6 +401,10 @@ impl Worker {
         }
         context.tracker.close();
         context.tracker.wait().await;
+        // Whoever could add to them has ended.
+        context.linger.close();
+        lingering.close();
+        lingering.wait().await;
     }
 }
 

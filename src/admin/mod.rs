@@ -31,10 +31,11 @@ use tracing::{debug, info, warn};
 
 pub use self::control::{Control, Order};
 use crate::{
-    close,
+    close::{Keeps, Linger, Patience},
     drain::Phase,
     metrics::Metrics,
     net::{Kept, Stream},
+    side::Side,
     upstream::Upstream,
 };
 
@@ -53,13 +54,17 @@ const READINESS_AGE: Duration = Duration::from_secs(5);
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
 
+/// For the backend's side of the end of a look at it.
+const PROBE_LINGER: Duration = Duration::from_millis(200);
+
 /// See the module.
 #[derive(Debug)]
 pub struct Admin {
     metrics: Arc<Metrics>,
     upstream: Upstream,
     control: Control,
-    close: close::Config,
+    linger: Linger,
+    patience: Patience,
     waiting: Semaphore,
     /// When the backend was last dialled, and what came of it.
     readiness: Mutex<Option<(Instant, Result<(), String>)>>,
@@ -99,11 +104,12 @@ impl Admin {
         metrics: Arc<Metrics>,
         upstream: Upstream,
         control: Control,
-        close: close::Config,
+        linger: Linger,
+        patience: Patience,
         tracker: TaskTracker,
     ) -> Self {
         let waiting = Semaphore::new(MAX_WAITING);
-        Self { metrics, upstream, control, close, waiting, readiness: Mutex::new(None), tracker }
+        Self { metrics, upstream, control, linger, patience, waiting, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends.
@@ -157,7 +163,8 @@ impl Admin {
             }
         }
         drop(slot);
-        close::linger(connection.into_parts().io.into_inner().into_inner(), false, &self.close).await;
+        let stream = connection.into_parts().io.into_inner().into_inner();
+        self.linger.add(Side::Client, stream, false, &self.patience, Keeps::Nothing);
     }
 
     async fn answer(self: &Arc<Self>, asked: Asked<'_>) -> Response<Full<Bytes>> {
@@ -268,8 +275,8 @@ impl Admin {
         let stream = self.upstream.connect().await.map_err(|error| error.to_string())?;
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.
-        let patience = close::Config { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
-        close::linger(stream, false, &patience).await;
+        let patience = Patience { linger: PROBE_LINGER, linger_max: PROBE_LINGER };
+        self.linger.add(Side::Backend, stream, false, &patience, Keeps::Nothing);
         Ok(())
     }
 }
