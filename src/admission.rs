@@ -4,9 +4,10 @@
 //! that get a 503, and when these are all taken too, it waits in the accept queue.
 
 use std::{
+    fmt,
     fs::File,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -116,6 +117,9 @@ impl Reason {
 /// kept alive, the rest the kernel's two sockets.
 pub const CONNECTION_BYTES: u64 = 16 << 10;
 
+/// A place is for two sockets, and each of them may linger without the other.
+const HALVES: u32 = 2;
+
 /// Per cent of the memory limit: from the first on nobody more is let in, below the second all are again; in between they are
 /// little by little.
 const MEMORY_FULL: u64 = 90;
@@ -154,11 +158,22 @@ struct Inner {
     turned_away: Arc<Semaphore>,
     /// A place was given back.
     freed: Notify,
+    /// Those who have places that they can do without.
+    spares: RwLock<Vec<Weak<dyn Spares>>>,
     memory: Option<Reserved>,
     reserve: Mutex<Reserve>,
     /// It could not be taken again: others had all descriptors.
     lacks_reserve: AtomicBool,
     rate: Mutex<Option<Rate>>,
+}
+
+/// Who keeps places that are worth less than a new client's.
+pub trait Spares: fmt::Debug + Send + Sync {
+    /// How many.
+    fn count(&self) -> usize;
+
+    /// Gives one back; false: there is none.
+    fn give_one_up(&self) -> bool;
 }
 
 /// Memory that was promised to connections.
@@ -197,9 +212,10 @@ impl Admission {
         let rate = Mutex::new(Rate::of(config, None));
         let inner = Inner {
             full: capacity.full,
-            connections: slots(capacity.connections),
+            connections: slots(capacity.connections.saturating_mul(HALVES as usize)),
             turned_away: slots(capacity.turned_away),
             freed: Notify::new(),
+            spares: RwLock::default(),
             memory,
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             lacks_reserve: AtomicBool::new(false),
@@ -213,8 +229,13 @@ impl Admission {
         let inner = &self.inner;
         let reason = match self.reserve_memory() {
             Some(bytes) => {
-                if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_owned() {
-                    return Some(self.place(permit, bytes, None));
+                loop {
+                    if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_many_owned(HALVES) {
+                        return Some(self.place(permit, bytes, None));
+                    }
+                    if !self.make_room() {
+                        break;
+                    }
                 }
                 inner.give_back(bytes);
                 inner.full
@@ -229,6 +250,17 @@ impl Admission {
     /// no use for it, the next one is.
     pub async fn room(&self) {
         self.inner.freed.notified().await;
+    }
+
+    /// `spares` is asked for a place when there is none for a new client.
+    pub fn ask_for_room(&self, spares: Weak<dyn Spares>) {
+        self.inner.spares.write().unwrap_or_else(PoisonError::into_inner).push(spares);
+    }
+
+    fn make_room(&self) -> bool {
+        let spares = self.inner.spares.read().unwrap_or_else(PoisonError::into_inner);
+        let with_most = spares.iter().filter_map(Weak::upgrade).max_by_key(|spares| spares.count());
+        with_most.is_some_and(|spares| spares.give_one_up())
     }
 
     /// Memory for what a connection takes beyond its own; `None`: there is not enough.
@@ -298,6 +330,23 @@ impl Admission {
 }
 
 impl Place {
+    /// Half of it, for one of the two sockets of a session that lingers before the other: it takes a descriptor and no memory
+    /// that was promised. `None`: it has no two.
+    pub fn split(&mut self) -> Option<Self> {
+        let permit = self.permit.as_mut().filter(|permit| permit.num_permits() > 1)?.split(1)?;
+        let inner = Arc::clone(&self.inner);
+        Some(Self { inner, permit: Some(permit), memory: 0, has_reserve: false, refused: self.refused })
+    }
+
+    /// What its last socket needs while it lingers.
+    #[must_use]
+    pub fn last_half(mut self) -> Self {
+        let spare = self.split();
+        self.inner.give_back(std::mem::take(&mut self.memory));
+        drop(spare);
+        self
+    }
+
     /// It has the descriptor that was kept in reserve.
     pub fn is_last_resort(&self) -> bool {
         self.has_reserve

@@ -8,10 +8,10 @@
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
 //! 5  server.rs  reload.rs                              assembly, signals, phases; the configuration, read again
 //! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
-//! 3  session.rs                                        the one place that knows the order of a session
-//! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
-//! 1  admission.rs  budget.rs  drain.rs  gate.rs
-//!    metrics.rs  net/  slots.rs  system.rs             mechanisms that everybody shares
+//! 3  session/                                          the one place that knows the order of a session
+//! 2  listen/  downstream/  upstream/  relay/  close/    rooms that do not import one another
+//! 1  admission.rs  budget.rs  drain/  gate.rs
+//!    metrics.rs  net/  slots.rs  system.rs            mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 

@@ -288,7 +288,7 @@ impl Metrics {
             let _ = metrics.reloads.get_or_create(&[("result", result.as_str())]);
         }
         for side in Side::BOTH {
-            for how in ["fin", "acked", "reset", "expired"] {
+            for how in ["fin", "acked", "reset", "expired", "evicted"] {
                 let _ = metrics.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]);
             }
         }

@@ -28,7 +28,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::{
-    admin,
+    admin, close,
     config::{self, Change, FileSource, Finding, Findings, Level, Place, Rejected, Seen, Settings, Sources},
     metrics::ReloadResult,
     net::{self, Listener},
@@ -202,6 +202,8 @@ pub struct Parts {
     pub contexts: Vec<Arc<Context>>,
     /// All that clients connect to.
     pub listeners: Vec<Weak<Listener>>,
+    /// Of sockets in their last wait.
+    pub bounds: Arc<close::Bounds>,
     /// What the admin listener uses.
     pub admin: watch::Sender<admin::Parts>,
     /// Ephemeral ports of one address, if that is known.
@@ -369,7 +371,7 @@ impl Reload {
     /// Puts new settings in the place of the old ones, each where it is in use.
     fn apply(&mut self, new: Settings) {
         let Self { settings: old, parts, reader } = self;
-        let Parts { contexts, listeners, admin, ports, most_orphans, tracker } = parts;
+        let Parts { contexts, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
         let first = contexts.first().expect("there is a worker").latest();
         let upstream = if new.upstream == old.upstream && new.socket == old.socket {
             first.upstream.clone()
@@ -392,7 +394,7 @@ impl Reload {
         }
         let is_same_for_sessions = new.downstream == old.downstream
             && new.relay == old.relay
-            && new.close == old.close
+            && new.close.patience == old.close.patience
             && upstream.is(&first.upstream);
         if !is_same_for_sessions {
             warn_of_ports(&upstream, first.metrics.max_connections.get());
@@ -402,14 +404,15 @@ impl Reload {
                 context.current.set(Arc::new(Context {
                     downstream: new.downstream.clone(),
                     relay: Arc::clone(&relay),
-                    close: new.close,
+                    close: new.close.patience,
                     upstream: upstream.clone(),
                     ..Context::clone(&context)
                 }));
             }
             // Nobody may be there to see it.
-            admin.send_replace(admin::Parts { upstream, close: new.close });
+            admin.send_replace(admin::Parts { upstream, close: new.close.patience });
         }
+        bounds.reconfigure(new.close.max_lingering);
         first.admission.reconfigure(&new.limits);
         first.drain.reconfigure(new.drain.clone());
         if let Some(Reader { ask, watch, set_filter, .. }) = reader {

@@ -25,6 +25,7 @@ use crate::{
     admin::{self, Order},
     admission::{self, Admission, Memory},
     budget::{self, Budget, Host, NoRoom},
+    close::{self, Linger},
     config::Settings,
     drain::{Act, Drain, Phase, Phases, Status},
     gate::Gate,
@@ -91,6 +92,11 @@ impl Server {
                 format!("a worker of {workers} cannot begin with {descriptors} descriptors (RLIMIT_NOFILE): raise the limit (ulimit -Hn)")
             })?);
         }
+        // Each has a descriptor, which has to be open before they are counted.
+        let bounds = Arc::new(close::Bounds::new(settings.close.max_lingering));
+        let lingers = (0..workers).map(|_| Linger::new(&bounds, Some(Arc::clone(&metrics))));
+        let lingers: Vec<_> = lingers.collect::<io::Result<_>>().context("epoll, for sockets in their last wait")?;
+        let admin_linger = Linger::new(&bounds, None).context("epoll, for sockets in their last wait")?;
         let mut memory = memory_watch(&settings.limits, &system)?;
         let host = Host {
             descriptors,
@@ -116,6 +122,10 @@ impl Server {
         metrics.max_connections.set(i64::try_from(budget.capacity.connections).unwrap_or(i64::MAX));
         let admission = Admission::new(budget.capacity, &settings.limits);
 
+        for linger in &lingers {
+            linger.make_room_for(&admission);
+        }
+
         let drain = Drain::new(settings.drain.clone());
         let abort = CancellationToken::new();
         let slots = |count| Arc::new(Semaphore::new(count));
@@ -135,14 +145,14 @@ impl Server {
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
-        for (index, ((runtime, accepted), listeners)) in
-            runtimes.take().into_iter().zip(accepted).zip(queues).enumerate()
-        {
+        let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
+        for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
-                close: settings.close,
+                close: settings.close.patience,
+                linger,
                 upstream: upstream.clone(),
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
@@ -187,18 +197,25 @@ impl Server {
             });
         }
         let (control, orders) = admin::Control::new(drain.clone());
-        let for_admin = watch::Sender::new(admin::Parts { upstream, close: settings.close });
+        let for_admin = watch::Sender::new(admin::Parts { upstream, close: settings.close.patience });
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
-                let admin = admin::Admin::new(Arc::clone(&metrics), for_admin.subscribe(), control, tracker.clone());
+                let admin = admin::Admin::new(
+                    Arc::clone(&metrics),
+                    for_admin.subscribe(),
+                    control,
+                    admin_linger.clone(),
+                    tracker.clone(),
+                );
+                tracker.spawn(admin_linger.run());
                 tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
                 Some(address)
             }
             None => None,
         };
         let most_orphans = budget.spare / 4;
-        let in_use = Parts { contexts, listeners: bound, admin: for_admin, ports, most_orphans, tracker };
+        let in_use = Parts { contexts, listeners: bound, bounds, admin: for_admin, ports, most_orphans, tracker };
         let reload = Box::new(Reload::new(settings.clone(), in_use));
         let drained = (Instant::now(), 0);
         Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, reload })
@@ -315,7 +332,7 @@ impl Server {
 fn ending(settings: &Settings) -> Duration {
     settings.relay.close_delay
         + settings.relay.close_handshake_timeout * 3
-        + settings.close.linger_max
+        + settings.close.patience.linger_max
         + Duration::from_secs(1)
 }
 
@@ -380,6 +397,8 @@ impl Worker {
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
+        let lingering = TaskTracker::new();
+        lingering.spawn(context.linger.clone().run());
         context.tracker.spawn(Arc::clone(&context).take_on(balancer.counter(index)));
         for listener in listeners {
             let (context, balancer, door) = (Arc::clone(&context), balancer.clone(), door.clone());
@@ -412,6 +431,10 @@ impl Worker {
         }
         context.tracker.close();
         context.tracker.wait().await;
+        // Whoever could add to them has ended.
+        context.linger.close();
+        lingering.close();
+        lingering.wait().await;
     }
 }
 

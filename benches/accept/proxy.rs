@@ -22,6 +22,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use tidegate::{
     admission::{Admission, Capacity, Memory, Reason},
+    close::{Bounds, Linger},
     config::Settings,
     drain::Drain,
     gate::{Gate, Waiters},
@@ -169,6 +170,7 @@ struct Parts<'a> {
     orphans: Arc<Semaphore>,
     has_doubted: Arc<AtomicBool>,
     waiters: Arc<Waiters>,
+    bounds: Arc<Bounds>,
 }
 
 impl<'a> Parts<'a> {
@@ -191,6 +193,7 @@ impl<'a> Parts<'a> {
             requests: slots(settings.upstream.max_waiting),
             orphans: slots(settings.upstream.max_pending),
             waiters: Arc::default(),
+            bounds: Arc::new(Bounds::new(settings.close.max_lingering)),
             has_doubted: Arc::default(),
             settings,
         }
@@ -211,7 +214,8 @@ impl<'a> Parts<'a> {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
-            close: self.settings.close,
+            close: self.settings.close.patience,
+            linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
             upstream: self.upstream.clone(),
             metrics: Arc::clone(&self.metrics),
             traffic: self.metrics.traffic(),
@@ -263,6 +267,7 @@ fn multi(settings: &Settings, queues: usize) -> anyhow::Result<(SocketAddr, Runn
         let balancer = parts.balancer(&runtime);
         let context = parts.context(&balancer);
         runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));
+        runtime.spawn(context.linger.clone().run());
         loops.spawn_on(accept(listener, context, balancer), runtime.handle());
     }
     Ok((address, Running::Parts { metrics: parts.metrics, _runtime: Some(runtime) }))
@@ -279,6 +284,7 @@ fn shared(settings: &Settings) -> anyhow::Result<(SocketAddr, Running)> {
         thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             let loops = TaskTracker::new();
             runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));
+            runtime.spawn(context.linger.clone().run());
             for listener in listeners {
                 loops.spawn_on(accept(listener, Arc::clone(&context), balancer.clone()), runtime.handle());
             }

@@ -31,10 +31,11 @@ use tracing::{debug, info, warn};
 
 pub use self::control::{Control, Order, Reloaded};
 use crate::{
-    close,
+    close::{Keeps, Linger, Patience},
     drain::Phase,
     metrics::Metrics,
     net::{Kept, Stream},
+    side::Side,
     upstream::Upstream,
 };
 
@@ -53,12 +54,16 @@ const READINESS_AGE: Duration = Duration::from_secs(5);
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
 
+/// For the backend's side of the end of a look at it.
+const PROBE_LINGER: Duration = Duration::from_millis(200);
+
 /// See the module.
 #[derive(Debug)]
 pub struct Admin {
     metrics: Arc<Metrics>,
     parts: watch::Receiver<Parts>,
     control: Control,
+    linger: Linger,
     waiting: Semaphore,
     /// What came of the last dial of a backend.
     readiness: Mutex<Option<Dialled>>,
@@ -71,7 +76,7 @@ pub struct Parts {
     /// The way to the backend.
     pub upstream: Upstream,
     /// The last wait of a socket.
-    pub close: close::Config,
+    pub close: Patience,
 }
 
 #[derive(Debug)]
@@ -110,9 +115,15 @@ struct Asked<'a> {
 
 impl Admin {
     /// Of a process with these parts.
-    pub fn new(metrics: Arc<Metrics>, parts: watch::Receiver<Parts>, control: Control, tracker: TaskTracker) -> Self {
+    pub fn new(
+        metrics: Arc<Metrics>,
+        parts: watch::Receiver<Parts>,
+        control: Control,
+        linger: Linger,
+        tracker: TaskTracker,
+    ) -> Self {
         let waiting = Semaphore::new(MAX_WAITING);
-        Self { metrics, parts, control, waiting, readiness: Mutex::new(None), tracker }
+        Self { metrics, parts, control, linger, waiting, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends.
@@ -166,8 +177,8 @@ impl Admin {
             }
         }
         drop(slot);
-        let patience = self.parts.borrow().close;
-        close::linger(connection.into_parts().io.into_inner().into_inner(), false, &patience).await;
+        let (patience, stream) = (self.parts.borrow().close, connection.into_parts().io.into_inner().into_inner());
+        self.linger.add(Side::Client, stream, false, &patience, Keeps::Nothing);
     }
 
     async fn answer(self: &Arc<Self>, asked: Asked<'_>) -> Response<Full<Bytes>> {
@@ -268,7 +279,7 @@ impl Admin {
                     result.clone()
                 }
                 _ => {
-                    let result = dial(&upstream).await;
+                    let result = this.dial(&upstream).await;
                     let was = readiness.as_ref().is_none_or(|dialled| dialled.result.is_ok());
                     match &result {
                         Err(error) if was => warn!(error, "not ready"),
@@ -287,16 +298,16 @@ impl Admin {
             Err(error) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
         }
     }
-}
 
-/// Connects to the backend and leaves again by FIN.
-async fn dial(upstream: &Upstream) -> Result<(), String> {
-    let stream = upstream.connect().await.map_err(|error| error.to_string())?;
-    // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
-    // end is waited for, but not for long.
-    let patience = close::Config { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
-    close::linger(stream, false, &patience).await;
-    Ok(())
+    /// Connects to the backend and leaves again by FIN.
+    async fn dial(&self, upstream: &Upstream) -> Result<(), String> {
+        let stream = upstream.connect().await.map_err(|error| error.to_string())?;
+        // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
+        // end is waited for, but not for long.
+        let patience = Patience { linger: PROBE_LINGER, linger_max: PROBE_LINGER };
+        self.linger.add(Side::Backend, stream, false, &patience, Keeps::Nothing);
+        Ok(())
+    }
 }
 
 const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain /reload";

@@ -115,8 +115,8 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
 
     let close = &settings.close;
-    if close.linger > close.linger_max && origins.judged(&[LINGER, LINGER_MAX]) {
-        let (linger, max) = (format_duration(close.linger), format_duration(close.linger_max));
+    if close.patience.linger > close.patience.linger_max && origins.judged(&[LINGER, LINGER_MAX]) {
+        let (linger, max) = (format_duration(close.patience.linger), format_duration(close.patience.linger_max));
         let (what, place) = origins.pair((LINGER, &linger), "is longer than", (LINGER_MAX, &max));
         let fix =
             format!("linger is a part of the wait and linger_max the whole: set linger_max to \"{linger}\" or more");

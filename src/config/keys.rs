@@ -171,7 +171,10 @@ impl Settings {
                 backend_lost_code: 1012,
                 backend_error_code: 1014,
             },
-            close: close::Config { linger: seconds(2), linger_max: seconds(10) },
+            close: close::Config {
+                patience: close::Patience { linger: seconds(2), linger_max: seconds(10) },
+                max_lingering: 16_384,
+            },
             drain: drain::Config {
                 delay: seconds(5),
                 window: seconds(20),
@@ -217,7 +220,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
         max_age, max_age_jitter, idle_timeout, close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
     } = relay;
-    let close::Config { linger, linger_max } = close;
+    let close::Config { patience: close::Patience { linger, linger_max }, max_lingering } = close;
     let drain::Config { delay, window, quiet, timeout, close_code, reason, readiness } = drain;
     let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
     let Log { format, filter } = log;
@@ -274,6 +277,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("close", "handshake_timeout", time(close_handshake_timeout, ABOVE_ZERO)),
         live("close", "linger", time(linger, ABOVE_ZERO)),
         live("close", "linger_max", time(linger_max, ABOVE_ZERO)),
+        live("close", "max_lingering", Count(Usize(max_lingering), 1..=1_000_000)),
         live("close", "client_lost_code", Code(client_lost_code, ANY_CODE)),
         live("close", "backend_lost_code", Code(backend_lost_code, BACKEND_CODES)),
         live("close", "backend_error_code", Code(backend_error_code, BACKEND_CODES)),

@@ -312,7 +312,7 @@ impl Settings {
         self.socket.user_timeout = Some(
             self.relay.write_timeout
                 + self.relay.close_handshake_timeout
-                + self.close.linger_max
+                + self.close.patience.linger_max
                 + Duration::from_secs(15),
         );
     }

@@ -1,10 +1,11 @@
 //! Sockets: addresses, options, listening, dialling, and the buffer that all reads go through.
 //!
-//! `sys.rs` has the few calls that no crate offers safely. `SO_LINGER` is deliberately absent: `close.rs` says what is
+//! `sys.rs` has the few calls that no crate offers safely. `SO_LINGER` is deliberately absent: `close` says what is
 //! done instead.
 
 mod dial;
 mod listener;
+mod poller;
 mod sys;
 
 use std::{
@@ -12,7 +13,7 @@ use std::{
     fmt,
     future::Future,
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -30,6 +31,7 @@ use tokio::{
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     listener::{Listener, Wish, inherit, listen},
+    poller::Poller,
 };
 use crate::metrics::Counted;
 
@@ -113,10 +115,19 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
+/// Bytes that the peer's kernel has not acknowledged, a FIN of ours counted as one (`SIOCOUTQ` in tcp(7)).
+pub fn unacked(fd: impl AsFd) -> io::Result<usize> {
+    sys::out_queue(fd.as_fd())
+}
+
 impl Stream {
-    /// Bytes that the peer's kernel has not acknowledged, a FIN of ours counted as one (`SIOCOUTQ` in tcp(7)).
-    pub fn unacked(&self) -> io::Result<usize> {
-        sys::out_queue(self.as_fd())
+    /// Takes it away from its runtime. It stays non-blocking.
+    pub fn into_raw(self) -> io::Result<(OwnedFd, Option<Counted>)> {
+        Ok(match self {
+            Self::Tcp(stream) => (stream.into_std()?.into(), None),
+            Self::Dialled(stream, counted) => (stream.into_std()?.into(), Some(counted)),
+            Self::Unix(stream) => (stream.into_std()?.into(), None),
+        })
     }
 
     /// Reads into `buffer` at once or not at all; 0 is the peer's FIN.

@@ -149,9 +149,9 @@ impl Context {
                 let (stream, is_done) =
                     Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
                 let patience = if is_done { self.close } else { self.short_linger() };
-                self.begin_linger(stream, patience, accounting);
+                self.linger(stream, &patience, accounting);
             }
-            (_, None) => self.begin_linger(stream.into_inner(), self.short_linger(), accounting),
+            (_, None) => self.linger(stream.into_inner(), &self.short_linger(), accounting),
         }
     }
 
@@ -257,7 +257,7 @@ impl Context {
                 if let Some(Err(error)) = served {
                     debug!(%client, %error, "client connection ended");
                 }
-                self.begin_linger(stream, patience, accounting);
+                self.linger(stream, &patience, accounting);
             }
         }
     }
@@ -398,7 +398,7 @@ impl Context {
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
                 // Its answer may have been cut short by a client that left: then it may go on writing for long.
-                this.linger_left(stream, false).await;
+                this.linger_left(stream);
             }
         });
         downstream::forward_response(&mut response, false);

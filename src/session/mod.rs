@@ -30,7 +30,7 @@ pub use self::current::Current;
 use self::{answer::lost, http::Asked, report::Open};
 use crate::{
     admission::{Admission, Reason},
-    close::{self, Lingered},
+    close::{self, Keeps, Linger},
     downstream,
     drain::Drain,
     gate::{Gate, PendingQueue, Permit},
@@ -59,8 +59,10 @@ pub struct Context {
     pub downstream: downstream::Config,
     /// The relay.
     pub relay: Arc<relay::Config>,
-    /// The last wait of each socket.
-    pub close: close::Config,
+    /// The last wait of each socket, and who waits.
+    pub close: close::Patience,
+    /// The sockets in it.
+    pub linger: Linger,
     /// The way to the backend.
     pub upstream: Upstream,
     /// What is counted.
@@ -199,14 +201,13 @@ impl Context {
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
         let stream = Kept::new(Stream::Tcp(stream), self.close.linger);
         let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
-        self.linger_for(Side::Client, stream, false, &self.short_linger()).await;
-        drop(accounting);
+        self.linger(stream, &self.short_linger(), accounting);
     }
 
     /// For who sends no request, or a broken one, or one that is refused: our answer and little of our time.
-    fn short_linger(&self) -> close::Config {
+    fn short_linger(&self) -> close::Patience {
         let short = |time: Duration| time.min(REFUSED_LINGER);
-        close::Config { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
+        close::Patience { linger: short(self.close.linger), linger_max: short(self.close.linger_max) }
     }
 
     /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
@@ -218,7 +219,7 @@ impl Context {
             () = self.drain.begun() => timeout(patience.min(REFUSED_LINGER), stream.readable()).await.is_err(),
         };
         if is_silent {
-            self.linger_for(Side::Client, Stream::Tcp(stream), false, &self.short_linger()).await;
+            self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
             return;
         }
         // Whichever worker goes on with it registers it anew.
@@ -237,73 +238,45 @@ impl Context {
         });
     }
 
-    /// The same for a connection that becomes no session.
-    fn begin_linger(self: &Arc<Self>, stream: Stream, patience: close::Config, accounting: Accounting) {
-        let this = Arc::clone(self);
-        self.tracker.spawn(async move {
-            this.linger_for(Side::Client, stream, false, &patience).await;
-            drop(accounting);
-        });
-    }
-
     /// A session from its 101 to the FINs on both legs, and its log lines.
-    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, accounting: Accounting) {
+    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
         let Tunnel { backend, rsv, about } = tunnel;
         let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
         let first = relay.next_ended().await;
-        // Boxed: this state is needed for the last seconds of a session only.
-        Box::pin(async {
-            let rest = async {
-                let second = relay.next_ended().await;
-                let report = relay.report();
-                self.count(&report);
-                open.close(&report);
-                drop(open);
-                self.let_go(second).await;
-            };
-            tokio::join!(self.let_go(first), rest);
-        })
-        .await;
-        drop(accounting);
+        self.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
+        let second = relay.next_ended().await;
+        let report = relay.report();
+        self.count(&report);
+        open.close(&report);
+        drop(open);
+        let Accounting { place, guard, counted } = accounting;
+        self.let_go(second, Keeps::Place(place.last_half()));
+        drop((guard, counted));
     }
 
-    async fn let_go(&self, ended: Ended) {
+    fn let_go(&self, ended: Ended, keeps: Keeps) {
         if let Some(stream) = ended.stream {
-            self.linger(ended.side, stream, ended.is_done).await;
+            self.linger.add(ended.side, stream, ended.is_done, &self.close, keeps);
         }
     }
 
-    async fn linger(&self, side: Side, stream: Stream, peer_is_done: bool) {
-        self.linger_for(side, stream, peer_is_done, &self.close).await;
-    }
-
-    async fn linger_for(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &close::Config) {
-        let counted = Counted::new(&self.metrics.lingering);
-        let how = match close::linger(stream, peer_is_done, patience).await {
-            Lingered::Fin => "fin",
-            Lingered::Acked => "acked",
-            Lingered::Reset => "reset",
-            Lingered::Expired => "expired",
-        };
-        drop(counted);
-        self.metrics.lingered(side, how);
-    }
-
-    async fn linger_owned(self: Arc<Self>, stream: Stream) {
-        self.linger_left(stream, false).await;
+    /// The end of a client's connection that becomes no session.
+    fn linger(&self, stream: Stream, patience: &close::Patience, accounting: Accounting) {
+        let Accounting { place, guard, counted } = accounting;
+        self.linger.add(Side::Client, stream, false, patience, Keeps::Place(place.last_half()));
+        drop((guard, counted));
     }
 
     /// For a backend's socket whose client need not be there any more, and so has no place: of these there are only so many.
-    async fn linger_left(&self, stream: Stream, peer_is_done: bool) {
-        let slot = self.leftovers.try_acquire().ok();
+    fn linger_left(&self, stream: Stream) {
+        let slot = Arc::clone(&self.leftovers).try_acquire_owned().ok();
         let mut patience = self.short_linger();
         if slot.is_none() {
             let short = |time: Duration| time.min(CROWDED_LINGER);
-            patience = close::Config { linger: short(patience.linger), linger_max: short(patience.linger_max) };
+            patience = close::Patience { linger: short(patience.linger), linger_max: short(patience.linger_max) };
         }
-        self.linger_for(Side::Backend, stream, peer_is_done, &patience).await;
-        drop(slot);
+        self.linger.add(Side::Backend, stream, false, &patience, slot.map_or(Keeps::Nothing, Keeps::Slot));
     }
 }

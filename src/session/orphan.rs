@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use super::{Context, http::rsv};
 use crate::{
+    close::Keeps,
     relay::{Leg, Relay},
     side::Side,
     upstream::{Answer, Error, Exchange, Failure, Reply},
@@ -22,7 +23,7 @@ impl Context {
         let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
         guarded.await.map_err(|Failure { error, stream }| {
             if let Some(stream) = stream {
-                self.tracker.spawn(Arc::clone(self).linger_owned(stream));
+                self.linger_left(stream);
             }
             error
         })
@@ -60,7 +61,7 @@ impl<T: Orphan> Drop for Guarded<T> {
         self.context.tracker.spawn(async move {
             match exchange.await {
                 Ok(orphan) => orphan.end(context).await,
-                Err(Failure { stream: Some(stream), .. }) => context.linger_left(stream, false).await,
+                Err(Failure { stream: Some(stream), .. }) => context.linger_left(stream),
                 Err(Failure { stream: None, .. }) => {}
             }
             drop(slot);
@@ -84,7 +85,7 @@ impl Orphan for Reply {
         Box::pin(async move {
             drop(self.response);
             if let Some(stream) = self.connection.await {
-                context.linger_left(stream, false).await;
+                context.linger_left(stream);
             }
         })
     }
@@ -105,7 +106,7 @@ impl Orphan for Answer {
                 let mut relay = Relay::new(config, traffic, context.drain.clone(), rsv, client, backend);
                 for _ in Side::BOTH {
                     let ended = relay.next_ended().await;
-                    context.let_go(ended).await;
+                    context.let_go(ended, Keeps::Nothing);
                 }
             }),
         }

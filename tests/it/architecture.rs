@@ -312,7 +312,7 @@ fn planted_violations_are_found() {
         ("net/sys.rs", "use crate::relay::Relay;", "uses crate::relay"),
         ("relay/a.rs", "use crate::{drain::Drain, upstream};", "uses crate::upstream"),
         ("relay/a.rs", "use crate::{ws::{Code, Rsv}, close::linger};", "uses crate::close"),
-        ("close.rs", "fn f(c: &crate::config::Config) {}", "uses crate::config"),
+        ("close/mod.rs", "fn f(c: &crate::config::Config) {}", "uses crate::config"),
         ("listen/mod.rs", "use crate::session::Session;", "uses crate::session"),
         ("upstream/mod.rs", "use crate::server;", "uses crate::server"),
         ("downstream/a.rs", "pub use crate::admin::x;", "uses crate::admin"),

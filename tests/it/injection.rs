@@ -14,7 +14,7 @@ use proptest::{
 };
 use std::{io, ops::Range, sync::Arc, time::Duration};
 use tidegate::{
-    close::{self, linger},
+    close::{Bounds, Keeps, Linger, Patience},
     drain::{self, Drain},
     metrics::Metrics,
     net::Stream,
@@ -232,7 +232,7 @@ impl Peer {
 
     /// The relay has everything up to the cut.
     fn is_taken(&self) -> bool {
-        let queued = self.socket.as_ref().expect("open").unacked().expect("a number");
+        let queued = tidegate::net::unacked(self.socket.as_ref().expect("open")).expect("a number");
         self.written == self.cut && queued == 0
     }
 
@@ -328,15 +328,18 @@ impl Session {
 
 /// The relay, and what a session does with its legs.
 async fn relay(mut relay: Relay) -> Report {
-    let limits = close::Config { linger: TOO_LONG, linger_max: TOO_LONG };
-    let mut lingering = JoinSet::new();
-    for _ in 0..2 {
-        let ended = relay.next_ended().await;
-        if let Some(stream) = ended.stream {
-            lingering.spawn(async move { linger(stream, ended.is_done, &limits).await });
+    let patience = Patience { linger: TOO_LONG, linger_max: TOO_LONG };
+    let linger = Linger::new(&Arc::new(Bounds::new(2)), None).expect("a descriptor");
+    let ends = async {
+        for _ in 0..2 {
+            let ended = relay.next_ended().await;
+            if let Some(stream) = ended.stream {
+                linger.add(ended.side, stream, ended.is_done, &patience, Keeps::Nothing);
+            }
         }
-    }
-    lingering.join_all().await;
+        linger.close();
+    };
+    tokio::join!(ends, linger.clone().run());
     relay.report()
 }
 

@@ -13,6 +13,7 @@ mod harness_self;
 mod http;
 mod injection;
 mod lifetime;
+mod linger;
 mod listeners;
 mod memory;
 mod reload;

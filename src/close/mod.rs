@@ -1,0 +1,457 @@
+//! The end of a socket: FIN, reading on until the peer's FIN, and only then `close()`.
+//!
+//! Linux answers with RST when a socket is closed with unread input, and again when the peer sends to a closed one;
+//! a RST can overtake and destroy what the peer has not read yet. So nothing is closed before its peer has had its
+//! say, within a deadline. `SO_LINGER` is not used: it only chooses between blocking and RST.
+//!
+//! Waiting must cost next to nothing, or it is the waiting that brings a server down. All sockets that a thread lets go of are
+//! held by one [`Linger`]: for each a descriptor and a few words, no task, no timer, no buffer. When there are too many,
+//! or somebody else needs their room, the oldest go first.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, Shutdown, recv, shutdown},
+};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    admission::{Admission, Place, Spares},
+    metrics::{Counted, Metrics},
+    net::{self, Poller, Stream, with_scratch},
+    side::Side,
+    sparse::Sparse,
+};
+
+/// What is configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Config {
+    /// Of each socket.
+    pub patience: Patience,
+    /// Sockets at once.
+    pub max_lingering: usize,
+}
+
+/// How long a socket may linger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// Without progress.
+    pub linger: Duration,
+    /// At all.
+    pub linger_max: Duration,
+}
+
+/// How a socket went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lingered {
+    /// Both FINs have passed.
+    Fin,
+    /// Nothing was unread or unacknowledged and the peer had said that it is done; its FIN had not come.
+    Acked,
+    /// The peer reset the connection.
+    Reset,
+    /// The deadline came first. A peer that sends on gets a RST from the kernel.
+    Expired,
+    /// The same, before the deadline: its room was needed.
+    Evicted,
+}
+
+impl Lingered {
+    /// For metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fin => "fin",
+            Self::Acked => "acked",
+            Self::Reset => "reset",
+            Self::Expired => "expired",
+            Self::Evicted => "evicted",
+        }
+    }
+}
+
+/// What a lingering socket keeps from others until it is closed.
+#[derive(Debug)]
+pub enum Keeps {
+    /// What is left of its client's place.
+    Place(Place),
+    /// One of a number of slots.
+    Slot(OwnedSemaphorePermit),
+    /// Nothing that is counted.
+    Nothing,
+}
+
+/// Bounds that all [`Linger`]s of a process share.
+#[derive(Debug)]
+pub struct Bounds {
+    /// Sockets at once, of all threads.
+    max: AtomicUsize,
+    count: AtomicUsize,
+}
+
+/// The sockets of one thread in their last wait; clones are the same.
+#[derive(Debug, Clone)]
+pub struct Linger {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    poller: Poller,
+    bounds: Arc<Bounds>,
+    metrics: Option<Arc<Metrics>>,
+    sockets: Mutex<Sockets>,
+    /// Something is due earlier than was said, or it is over.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Sockets {
+    /// By the order in which they came.
+    by_age: BTreeMap<u64, Socket>,
+    /// When each is to be looked at.
+    due: BTreeSet<(Instant, u64)>,
+    next: u64,
+    /// Nobody comes any more.
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct Socket {
+    fd: OwnedFd,
+    side: Side,
+    /// Its Close frame (or the end of its last message) was received: it sends nothing more of its own accord.
+    peer_is_done: bool,
+    linger: Duration,
+    /// When it is closed at the latest.
+    last: Instant,
+    /// When its peer last took or sent something.
+    progress_at: Instant,
+    unacked: usize,
+    /// Until the kernel is asked again what the peer has acknowledged.
+    tick: Duration,
+    due: Instant,
+    _keeps: Keeps,
+    _port: Option<Counted>,
+    _counted: Option<Counted>,
+}
+
+/// How often the kernel is asked what the peer has acknowledged: first and longest interval. Only as long as something is not.
+const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// Reads of one socket before others have their turn.
+const READS: usize = 16;
+
+/// Sockets of one look at the kernel.
+const EVENTS: usize = 256;
+
+impl Bounds {
+    /// Nobody lingers; at most `max` may at once.
+    pub fn new(max: usize) -> Self {
+        Self { max: AtomicUsize::new(max), count: AtomicUsize::new(0) }
+    }
+
+    /// At most `max` from now on. Those that are too many go with the next one that comes.
+    pub fn reconfigure(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
+    }
+
+    fn is_exceeded(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > self.max.load(Ordering::Relaxed)
+    }
+}
+
+impl Linger {
+    /// For the sockets of a thread. Takes a descriptor.
+    pub fn new(bounds: &Arc<Bounds>, metrics: Option<Arc<Metrics>>) -> io::Result<Self> {
+        let inner = Inner {
+            poller: Poller::new()?,
+            bounds: Arc::clone(bounds),
+            metrics,
+            sockets: Mutex::default(),
+            changed: Notify::new(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Ends a socket: `shutdown(WR)`, then reads and discards until the peer's FIN or a deadline of `patience`, then
+    /// `close()`.
+    ///
+    /// `peer_is_done`: its Close frame (or the end of its last message) was received, so it sends nothing more of
+    /// its own accord, and the wait may end when the peer's kernel has everything.
+    pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
+        let now = Instant::now();
+        let Ok((fd, port)) = stream.into_raw() else { return };
+        if shutdown(&fd, Shutdown::Write).is_err() {
+            // ENOTCONN: the connection is dead already and has no FIN to send.
+            return self.inner.count(side, Lingered::Reset);
+        }
+        // Often all has been said by now.
+        match discard(&fd) {
+            Discarded::Fin => return self.inner.count(side, Lingered::Fin),
+            Discarded::Reset => return self.inner.count(side, Lingered::Reset),
+            Discarded::Bytes | Discarded::Nothing => {}
+        }
+        let mut sockets = self.inner.lock();
+        let id = sockets.next;
+        sockets.next += 1;
+        if let Err(error) = self.inner.poller.add(&fd, id) {
+            static SAID: Sparse = Sparse::new();
+            if let Some(unsaid) = SAID.is_due() {
+                let fix = "raise fs.epoll.max_user_watches, or the memory limit";
+                tracing::warn!(%error, fix, unsaid, "cannot watch a socket in its last wait: it is closed at once");
+            }
+            drop(sockets);
+            return self.inner.count(side, Lingered::Evicted);
+        }
+        let mut socket = Socket {
+            unacked: net::unacked(&fd).unwrap_or(0),
+            fd,
+            side,
+            peer_is_done,
+            linger: patience.linger,
+            last: now + patience.linger_max,
+            progress_at: now,
+            tick: TICK.0,
+            due: now,
+            _keeps: keeps,
+            _port: port,
+            _counted: self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering)),
+        };
+        socket.due = socket.next_due(now);
+        let is_first = sockets.due.first().is_none_or(|(first, _)| socket.due < *first);
+        sockets.due.insert((socket.due, id));
+        sockets.by_age.insert(id, socket);
+        self.inner.bounds.count.fetch_add(1, Ordering::Relaxed);
+        let mut gone = Vec::new();
+        while self.inner.bounds.is_exceeded() {
+            let Some(oldest) = self.inner.evict_oldest(&mut sockets) else { break };
+            gone.push(oldest);
+        }
+        drop(sockets);
+        drop(gone);
+        if is_first {
+            self.inner.changed.notify_one();
+        }
+    }
+
+    /// When there is no room for a new client, the oldest socket makes it.
+    pub fn make_room_for(&self, admission: &Admission) {
+        let inner: Weak<Inner> = Arc::downgrade(&self.inner);
+        admission.ask_for_room(inner);
+    }
+
+    /// Waits for the sockets of this thread, on its runtime, until [`Self::close`] was called and none is left.
+    pub async fn run(self) {
+        let inner = &*self.inner;
+        let watch = match inner.poller.watch() {
+            Ok(watch) => Some(watch),
+            Err(error) => {
+                tracing::error!(%error, "sockets in their last wait are closed by their deadlines only");
+                None
+            }
+        };
+        let mut events = Vec::with_capacity(EVENTS);
+        loop {
+            let (wake, is_over) = {
+                let sockets = inner.lock();
+                (sockets.due.first().map(|(due, _)| *due), sockets.is_closed && sockets.by_age.is_empty())
+            };
+            if is_over {
+                return;
+            }
+            let readable = async || match &watch {
+                Some(watch) => watch.readable().await,
+                None => std::future::pending().await,
+            };
+            tokio::select! {
+                news = readable() => {
+                    inner.poller.ready(&mut events);
+                    // Only then: as long as one of them has something to be read, the kernel says no more about it.
+                    if events.is_empty() && let Ok(mut news) = news {
+                        news.clear_ready();
+                    }
+                    for id in events.drain(..) {
+                        inner.look(id, true);
+                    }
+                }
+                () = inner.changed.notified() => {}
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
+                    let now = Instant::now();
+                    loop {
+                        let due = inner.lock().first_due(now);
+                        let Some(id) = due else { break };
+                        inner.look(id, false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// No socket comes any more.
+    pub fn close(&self) {
+        self.inner.lock().is_closed = true;
+        self.inner.changed.notify_one();
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Sockets> {
+        // Nothing under this lock can panic half-way.
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, side: Side, how: Lingered) {
+        if let Some(metrics) = &self.metrics {
+            metrics.lingered(side, how.as_str());
+        }
+    }
+
+    /// Something came, or it is time.
+    fn look(&self, id: u64, has_news: bool) {
+        let mut sockets = self.lock();
+        let Some(socket) = sockets.by_age.get_mut(&id) else { return };
+        let was_due = socket.due;
+        match socket.look(Instant::now(), has_news) {
+            Some(how) => {
+                let socket = self.remove(&mut sockets, id, how);
+                drop(sockets);
+                drop(socket);
+            }
+            // That it is due later is seen when it is due.
+            None if has_news => {}
+            None => {
+                let due = socket.due;
+                sockets.due.remove(&(was_due, id));
+                sockets.due.insert((due, id));
+            }
+        }
+    }
+
+    fn evict_oldest(&self, sockets: &mut Sockets) -> Option<Socket> {
+        let (id, socket) = sockets.by_age.first_key_value()?;
+        // What has come by now must not be what it is reset for.
+        let how = match discard(&socket.fd) {
+            Discarded::Fin => Lingered::Fin,
+            Discarded::Reset => Lingered::Reset,
+            Discarded::Bytes | Discarded::Nothing => Lingered::Evicted,
+        };
+        let id = *id;
+        self.remove(sockets, id, how)
+    }
+
+    fn remove(&self, sockets: &mut Sockets, id: u64, how: Lingered) -> Option<Socket> {
+        let socket = sockets.by_age.remove(&id)?;
+        sockets.due.remove(&(socket.due, id));
+        self.bounds.count.fetch_sub(1, Ordering::Relaxed);
+        self.count(socket.side, how);
+        Some(socket)
+    }
+}
+
+impl Spares for Inner {
+    fn count(&self) -> usize {
+        self.lock().by_age.len()
+    }
+
+    fn give_one_up(&self) -> bool {
+        let oldest = self.evict_oldest(&mut self.lock());
+        oldest.is_some()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let left = self.lock().by_age.len();
+        self.bounds.count.fetch_sub(left, Ordering::Relaxed);
+    }
+}
+
+impl Sockets {
+    fn first_due(&self, now: Instant) -> Option<u64> {
+        self.due.first().filter(|(due, _)| *due <= now).map(|(_, id)| *id)
+    }
+}
+
+impl Socket {
+    /// `Some`: it is over. Else it says when it is to be looked at again.
+    fn look(&mut self, now: Instant, has_news: bool) -> Option<Lingered> {
+        // Also when it is only time: what came just now must not be what it is reset for.
+        match discard(&self.fd) {
+            Discarded::Fin => return Some(Lingered::Fin),
+            Discarded::Reset => return Some(Lingered::Reset),
+            Discarded::Bytes => self.progress_at = now,
+            Discarded::Nothing => {}
+        }
+        if now >= self.last {
+            return Some(Lingered::Expired);
+        }
+        if has_news {
+            return None;
+        }
+        let left = net::unacked(&self.fd).unwrap_or(0);
+        if self.peer_is_done && left == 0 {
+            return Some(Lingered::Acked);
+        }
+        if left < self.unacked {
+            self.progress_at = now;
+        }
+        self.unacked = left;
+        if now >= self.progress_at + self.linger {
+            return Some(Lingered::Expired);
+        }
+        self.due = self.next_due(now);
+        self.tick = (self.tick * 2).min(TICK.1);
+        None
+    }
+
+    /// When everything is acknowledged there is nothing to ask for but the end.
+    fn next_due(&self, now: Instant) -> Instant {
+        let deadline = self.last.min(self.progress_at + self.linger);
+        if self.unacked > 0 || self.peer_is_done { deadline.min(now + self.tick) } else { deadline }
+    }
+}
+
+/// What was found in a socket, and thrown away.
+enum Discarded {
+    Nothing,
+    Bytes,
+    Fin,
+    Reset,
+}
+
+fn discard(fd: &OwnedFd) -> Discarded {
+    with_scratch(|buffer| {
+        let mut found = Discarded::Nothing;
+        for _ in 0..READS {
+            match recv(fd.as_fd(), &mut *buffer, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Discarded::Fin,
+                Ok((length, _)) => {
+                    found = Discarded::Bytes;
+                    if length < buffer.len() {
+                        break;
+                    }
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(_) => return Discarded::Reset,
+            }
+        }
+        found
+    })
+}

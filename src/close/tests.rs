@@ -1,0 +1,193 @@
+//! Sockets of this host, and peers that end, reset, stay, or send on.
+
+use std::pin::pin;
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+use super::*;
+use crate::admission::{self, Capacity, Memory, Reason};
+
+/// No test waits for so long.
+const NEVER: Duration = Duration::from_hours(1);
+const PATIENT: Patience = Patience { linger: NEVER, linger_max: NEVER };
+
+/// A lingering thread, and what it counts.
+struct Scene {
+    linger: Linger,
+    metrics: Arc<Metrics>,
+    listener: TcpListener,
+}
+
+impl Scene {
+    async fn new(max: usize) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let linger = Linger::new(&Arc::new(Bounds::new(max)), Some(Arc::clone(&metrics))).expect("a descriptor");
+        Self { linger, metrics, listener: TcpListener::bind("127.0.0.1:0").await.expect("a port") }
+    }
+
+    /// Our end of a connection, and the peer's.
+    async fn pair(&self) -> (Stream, TcpStream) {
+        let address = self.listener.local_addr().expect("bound");
+        let (peer, ours) = tokio::join!(TcpStream::connect(address), self.listener.accept());
+        (Stream::Tcp(ours.expect("a client").0), peer.expect("a listener"))
+    }
+
+    async fn add(&self, is_done: bool, patience: &Patience, keeps: Keeps) -> TcpStream {
+        let (ours, peer) = self.pair().await;
+        self.linger.add(Side::Client, ours, is_done, patience, keeps);
+        peer
+    }
+
+    /// Runs it until `how` was counted so often.
+    async fn until(&self, how: &str, count: u32) {
+        let line = format!("tidegate_lingered_total{{leg=\"client\",how=\"{how}\"}} {count}\n");
+        let mut run = pin!(self.linger.clone().run());
+        let counted = async {
+            while !self.metrics.encode().contains(&line) {
+                tokio::select! {
+                    () = &mut run => {}
+                    () = tokio::time::sleep(Duration::from_millis(1)) => {}
+                }
+            }
+        };
+        let in_time = timeout(Duration::from_secs(15), counted).await;
+        let metrics = self.metrics.encode();
+        let counts: Vec<_> = metrics.lines().filter(|line| line.contains("lingered_total{")).collect();
+        assert!(in_time.is_ok(), "not {line}: {counts:#?}");
+    }
+}
+
+async fn end_of(mut peer: TcpStream) -> io::Result<usize> {
+    peer.read_to_end(&mut Vec::new()).await
+}
+
+#[tokio::test]
+async fn a_peer_that_ends_is_let_go_at_once() {
+    let scene = Scene::new(10).await;
+    let mut peer = scene.add(false, &PATIENT, Keeps::Nothing).await;
+    assert_eq!(scene.metrics.lingering.get(), 1);
+    // More than is read at once, and of no use to anybody.
+    let sending = async {
+        peer.write_all(&vec![7; 4 << 20]).await.expect("it is read");
+        peer.shutdown().await.expect("open");
+    };
+    tokio::join!(sending, scene.until("fin", 1));
+    assert_eq!(end_of(peer).await.expect("no reset"), 0);
+    assert_eq!(scene.metrics.lingering.get(), 0);
+}
+
+#[tokio::test]
+async fn a_peer_that_is_done_need_not_end() {
+    let scene = Scene::new(10).await;
+    let peer = scene.add(true, &PATIENT, Keeps::Nothing).await;
+    scene.until("acked", 1).await;
+    assert_eq!(end_of(peer).await.expect("no reset"), 0);
+}
+
+#[tokio::test]
+async fn a_peer_that_is_not_done_is_waited_for_until_the_deadline() {
+    let scene = Scene::new(10).await;
+    let short = Patience { linger: Duration::from_millis(50), linger_max: NEVER };
+    let begun = Instant::now();
+    let peer = scene.add(false, &short, Keeps::Nothing).await;
+    scene.until("expired", 1).await;
+    assert!(begun.elapsed() >= Duration::from_millis(50));
+    assert_eq!(end_of(peer).await.expect("no reset"), 0);
+}
+
+/// Who goes on sending makes progress, but not for ever.
+#[tokio::test]
+async fn the_whole_wait_is_bounded() {
+    let scene = Scene::new(10).await;
+    let short = Patience { linger: Duration::from_millis(100), linger_max: Duration::from_millis(300) };
+    let begun = Instant::now();
+    let mut peer = scene.add(false, &short, Keeps::Nothing).await;
+    let sending = async {
+        while peer.write_all(b"more").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        () = sending => {}
+        () = scene.until("expired", 1) => {}
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_peer_that_resets_is_let_go() {
+    let scene = Scene::new(10).await;
+    let (mut ours, peer) = scene.pair().await;
+    ours.write_all(b"never read").await.expect("open");
+    peer.readable().await.expect("open");
+    scene.linger.add(Side::Client, ours, false, &PATIENT, Keeps::Nothing);
+    // With something unread it is a RST.
+    drop(peer);
+    scene.until("reset", 1).await;
+}
+
+/// Beyond the bound the oldest goes, and only it.
+#[tokio::test]
+async fn the_oldest_goes_first() {
+    let scene = Scene::new(2).await;
+    let mut peers = Vec::new();
+    for _ in 0..3 {
+        peers.push(scene.add(false, &PATIENT, Keeps::Nothing).await);
+    }
+    assert_eq!(scene.metrics.lingering.get(), 2);
+    scene.until("evicted", 1).await;
+    // It is closed in order, and the others still wait for their peers.
+    let mut first = peers.remove(0);
+    assert_eq!(first.read(&mut [0; 8]).await.expect("a FIN"), 0);
+    for mut peer in peers {
+        peer.write_all(b"late").await.expect("open");
+        peer.shutdown().await.expect("open");
+        assert_eq!(end_of(peer).await.expect("no reset"), 0);
+    }
+    scene.until("fin", 2).await;
+}
+
+/// Sockets that only wait are no reason to turn a client away.
+#[tokio::test]
+async fn they_make_room_for_new_clients() {
+    const PLACES: usize = 4; // and so 8 sockets, of which 2 make room
+    let scene = Scene::new(100).await;
+    let capacity = Capacity { connections: PLACES, turned_away: 1, memory: None, full: Reason::MaxConnections };
+    let config = admission::Config {
+        max_connections: None,
+        handshakes_per_second: None,
+        handshake_delay: Duration::ZERO,
+        memory: Memory::Off,
+    };
+    let admission = Admission::new(capacity, &config);
+    let mut peers = Vec::new();
+    for _ in 0..PLACES {
+        // Both sockets of a session: half a place each.
+        let mut place = admission.enter().filter(|place| place.refused.is_none()).expect("a place");
+        let half = place.split().expect("it has two");
+        assert!(place.split().is_none(), "it is halved already");
+        peers.push(scene.add(false, &PATIENT, Keeps::Place(half)).await);
+        peers.push(scene.add(false, &PATIENT, Keeps::Place(place.last_half())).await);
+    }
+    assert!(admission.enter().is_some_and(|place| place.refused.is_some()), "all are taken");
+    scene.linger.make_room_for(&admission);
+    assert!(admission.enter().is_some_and(|place| place.refused.is_none()), "nobody made room");
+    // No more than was needed.
+    assert_eq!(scene.metrics.lingering.get(), 6);
+}
+
+/// It ends when nobody comes any more and all have gone.
+#[tokio::test]
+async fn it_ends_with_the_last_socket() {
+    let scene = Scene::new(10).await;
+    let mut peer = scene.add(false, &PATIENT, Keeps::Nothing).await;
+    scene.linger.close();
+    let mut run = pin!(scene.linger.clone().run());
+    assert!(timeout(Duration::from_millis(50), &mut run).await.is_err(), "one is left");
+    peer.shutdown().await.expect("open");
+    timeout(Duration::from_secs(15), run).await.expect("nobody is left");
+}
