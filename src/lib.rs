@@ -7,7 +7,7 @@
 //! ```text
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
 //! 5  server.rs                                         assembly, signals, phases
-//! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
+//! 4  admin/  config/  demo/  doctor/  restart.rs       probes and metrics, TOML, the demo's backend, diagnosis, succession
 //! 3  session.rs                                        the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close.rs rooms that do not import one another
 //! 1  admission.rs  budget.rs  drain.rs  gate.rs
@@ -31,6 +31,7 @@ pub mod listen;
 pub mod metrics;
 pub mod net;
 pub mod relay;
+pub mod restart;
 pub mod server;
 pub mod session;
 pub mod side;
