@@ -16,4 +16,5 @@ mod lifetime;
 mod listeners;
 mod memory;
 mod resources;
+mod restart;
 mod spike;
