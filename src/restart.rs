@@ -23,7 +23,12 @@ use std::{
     io::{self, Write as _},
     os::{
         fd::OwnedFd,
-        unix::{ffi::OsStrExt as _, net::UnixStream as StdUnixStream, process::CommandExt as _},
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram, UnixStream as StdUnixStream},
+            process::CommandExt as _,
+        },
     },
     path::{self, Path, PathBuf},
     pin::Pin,
@@ -32,7 +37,6 @@ use std::{
 };
 
 use command_fds::{CommandFdExt as _, FdMapping};
-use sd_notify::NotifyState;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -339,13 +343,24 @@ pub enum Word {
     Stopping,
 }
 
-/// Tells it.
+/// Tells it. Not by a crate: sd-notify (0.5) does not know the abstract sockets that systemd may give.
 pub fn notify(word: Word) {
-    let told = match word {
-        Word::Ready(pid) => sd_notify::notify(&[NotifyState::Ready, NotifyState::MainPid(pid)]),
-        Word::Stopping => sd_notify::notify(&[NotifyState::Stopping]),
+    let Some(place) = env::var_os("NOTIFY_SOCKET").filter(|place| !place.is_empty()) else { return };
+    let text = match word {
+        Word::Ready(pid) => format!("READY=1\nMAINPID={pid}\n"),
+        Word::Stopping => "STOPPING=1\n".to_owned(),
     };
-    if let Err(error) = told {
+    let tell = || {
+        let address = match place.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            _ => SocketAddr::from_pathname(&place)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        // A manager that does not listen must not hold up what it is told of.
+        socket.set_nonblocking(true)?;
+        socket.send_to_addr(text.as_bytes(), &address)
+    };
+    if let Err(error) = tell() {
         warn!(%error, ?word, "the service manager cannot be told ($NOTIFY_SOCKET)");
     }
 }

@@ -292,7 +292,10 @@ impl Server {
                         );
                         self.abort.cancel();
                     }
-                    Act::Exit => return Ok(()),
+                    Act::Exit => {
+                        self.tell(phases.status());
+                        return Ok(());
+                    }
                 }
             }
             self.tell(phases.status());
