@@ -7,10 +7,10 @@
 //! ```
 //!
 //! The listening sockets are passed on as systemd does it (`LISTEN_FDS`, `LISTEN_FDNAMES`), and with them one end of a stream.
-//! On it the new process says `ready`, and what it has taken, when nothing is left in its start that could fail. Nobody is accepted by it before the old
-//! one says `go`: so until then it can be ended without harm to anybody, and at no time do two processes answer at the admin
-//! listener. Clients that come in between wait in the accept queues, which both hold. `LISTEN_PID` is not set: it would have to be made between
-//! `fork` and `exec`.
+//! On it the new process says `ready`, and what it has taken, when nothing is left in its start that could fail. Nobody is
+//! accepted by it before the old one says `go`: so until then it can be ended without harm to anybody. Clients that come in
+//! between wait in the accept queues, which both hold. `LISTEN_PID` is not set: it would have to be made between `fork` and
+//! `exec`.
 //!
 //! Not in here: what a process does when it was replaced (`server.rs`, [`crate::drain`]), and starting another path, other
 //! arguments or another environment than this process was started with.
@@ -223,8 +223,8 @@ impl Image {
 
 /// The path under which a program was started as `name`, when what runs is `current`.
 ///
-/// Not simply `current`, which has no symbolic links: a deploy may be a link that points elsewhere by now. Nor simply `name`, which is whatever the one
-/// who started it wrote there.
+/// Not simply `current`, which has no symbolic links: a deploy may be a link that points elsewhere by now. Nor simply `name`,
+/// which is whatever the one who started it wrote there.
 fn find(name: &OsStr, search: Option<&OsStr>, current: Option<&Path>) -> PathBuf {
     let candidates: Vec<PathBuf> = if name.as_bytes().contains(&b'/') {
         path::absolute(name).into_iter().collect()

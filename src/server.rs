@@ -618,8 +618,8 @@ fn open_listeners(
             "fewer workers: each has an accept queue, and these may be listen.max_sockets and an eighth of the descriptors"
         );
     }
-    // Another address since the process before this one: that closes its sockets when it drains. What a service manager passed is where it
-    // wants us.
+    // With another address since the process before this one, that one closes its sockets when it drains. What a service
+    // manager passed is where it wants us.
     listeners.retain(|listener| {
         listener.origin() == Origin::Theirs || listener.local_addr().is_ok_and(|at| is_at(at, listen.address))
     });
