@@ -386,10 +386,9 @@ mod tests {
         let ready = start("echo ready clients tomorrow >&3; read go <&3; exit 0", LONG).await.unwrap();
         assert_eq!((ready.has_clients, ready.has_admin), (true, false));
         ready.go().await.unwrap();
-        // It has one descriptor more than a shell has, and knows its name.
+        let names = format!("1:{PREDECESSOR_NAME}:");
         let script = format!(
-            "test \"$LISTEN_FDS:$LISTEN_FDNAMES\" = 1:{PREDECESSOR_NAME} && test \"$(ls /proc/$$/fd | tr '\\n' ' ')\" = '0 1 2 3 ' \
-             && echo ready admin >&3; sleep 1000"
+            "test \"$LISTEN_FDS:$LISTEN_FDNAMES:$LISTEN_PID\" = {names} && echo ready admin >&3; exec sleep 1000"
         );
         let ready = start(&script, LONG).await.unwrap();
         assert_eq!((ready.has_clients, ready.has_admin), (false, true));

@@ -309,6 +309,8 @@ impl Server {
                         restart::notify(Word::Stopping);
                     }
                     phases.signal(Instant::now());
+                    // The delay may be none, and its beginning is the drain's.
+                    self.tell(phases.status());
                 }
                 event = restarts.next() => match event {
                     restart::Event::Asked => match (phases.status().phase, &self.succession.predecessor) {

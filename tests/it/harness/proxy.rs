@@ -373,8 +373,8 @@ impl Drop for Proxy {
         let _ = child.kill();
         let _ = child.wait();
         // Its descendants hold its outputs. One that is just starting another is ended before the other is looked for again.
-        while self.leads {
-            let left = group(self.pid);
+        loop {
+            let left = if self.leads { group(self.pid) } else { Vec::new() };
             if left.is_empty() {
                 break;
             }
