@@ -7,9 +7,9 @@
 //! ```text
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
 //! 5  server.rs  reload.rs                              assembly, signals, phases; the configuration, read again
-//! 4  admin/  config/  demo/  doctor/                   probes and metrics, TOML, the demo's backend, diagnosis
+//! 4  admin/  config/  demo/  doctor/  restart.rs       probes and metrics, TOML, the demo's backend, diagnosis, succession
 //! 3  session/                                          the one place that knows the order of a session
-//! 2  listen/  downstream/  upstream/  relay/  close/    rooms that do not import one another
+//! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission.rs  budget.rs  drain/  gate.rs
 //!    metrics.rs  net/  slots.rs  system.rs            mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
@@ -32,6 +32,7 @@ pub mod metrics;
 pub mod net;
 pub mod relay;
 pub mod reload;
+pub mod restart;
 pub mod server;
 pub mod session;
 pub mod side;

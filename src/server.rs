@@ -4,6 +4,8 @@
 use std::{
     future, io,
     net::{SocketAddr, TcpListener as StdListener},
+    os::fd::AsFd as _,
+    process,
     sync::{Arc, Weak},
     thread,
     time::Duration,
@@ -31,8 +33,9 @@ use crate::{
     gate::Gate,
     listen::{self, Accepted, Balancer, Door},
     metrics::{Counted, Metrics},
-    net::{self, Listener, Wish},
+    net::{self, Inherited, Listener, Origin, Wish},
     reload::{self, Parts, Reload},
+    restart::{self, Predecessor, Restarts, Successor, Word},
     session::{Context, Current},
     system::{self, MemoryWatch, System},
     upstream::Upstream,
@@ -62,6 +65,24 @@ pub struct Server {
     alive: mpsc::Receiver<()>,
     /// What can be changed while it runs.
     reload: Box<Reload>,
+    succession: Succession,
+}
+
+/// What this process has from the one before, and leaves to the next.
+#[derive(Debug)]
+struct Succession {
+    /// One for each accept queue; its loop closes it.
+    listeners: Vec<Weak<Listener>>,
+    /// As long as this process is the one that answers there.
+    admin: Option<StdListener>,
+    /// Nobody is let in at the admin listener any more.
+    admin_closed: CancellationToken,
+    /// Clients are accepted from then on: at once, unless another process does it still.
+    go: CancellationToken,
+    /// That process.
+    predecessor: Option<Predecessor>,
+    /// Another process serves in place of this one.
+    is_replaced: bool,
 }
 
 impl Server {
@@ -72,17 +93,26 @@ impl Server {
         let descriptors = raise_descriptor_limit();
         net::check_sources(&settings.upstream.source_addresses)?;
         let metrics = Arc::new(Metrics::new());
-        let Queues { workers, listeners, effective } =
-            open_listeners(&settings.listen, &settings.socket, descriptors, &system, &metrics)
+        let Inherited { clients, admin: admin_passed, predecessor } =
+            net::inherit(settings.listen.backlog, &settings.socket).context("the sockets passed by LISTEN_FDS")?;
+        let Queues { workers, listeners, sockets, passed, effective } =
+            open_listeners(clients, &settings.listen, &settings.socket, descriptors, &system, &metrics)
                 .with_context(|| format!("{descriptors} descriptors (RLIMIT_NOFILE)"))?;
         let address = listeners.first().context("there is always one")?.local_addr()?;
         // Bound before the first client is accepted: an address in use must not cost anybody a session.
-        let admin = settings.admin.address.map(|wanted| {
-            admin_listener(wanted).with_context(|| {
-                format!("cannot listen on {wanted}: set admin.address (TIDEGATE_ADMIN__ADDRESS) to another, or \"off\"")
-            })
+        let admin_passed = admin_passed.filter(|passed| {
+            passed.local_addr().is_ok_and(|at| settings.admin.address.is_some_and(|wanted| is_at(at, wanted)))
         });
-        let admin = admin.transpose()?;
+        let has_admin = admin_passed.is_some();
+        let admin = match (admin_passed, settings.admin.address) {
+            (Some(passed), _) => Some(passed),
+            (None, Some(wanted)) => Some(admin_listener(wanted).with_context(|| {
+                format!("cannot listen on {wanted}: set admin.address (TIDEGATE_ADMIN__ADDRESS) to another, or \"off\"")
+            })?),
+            (None, None) => None,
+        };
+        // For the process that comes after this one.
+        let admin_kept = admin.as_ref().map(StdListener::try_clone).transpose()?;
         let ports = system.ephemeral_ports();
         let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), ports);
         let mut runtimes = Runtimes(Vec::new());
@@ -102,7 +132,11 @@ impl Server {
             descriptors,
             // Whatever is open by now stays open.
             open: system.open_descriptors().unwrap_or(64),
-            memory: memory.as_mut().and_then(MemoryLimit::now),
+            memory: memory.as_mut().and_then(MemoryLimit::now).map(|(limit, used)| {
+                // What the process before this one has is free again when it has drained.
+                let parent = predecessor.as_ref().and_then(|_| system.parent_memory());
+                (limit, used - parent.map_or(0, |parent| parent.resident.min(used)))
+            }),
             workers,
             ports: upstream.ports(),
         };
@@ -139,6 +173,8 @@ impl Server {
         let (inboxes, accepted): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
         let balancer = Balancer::new(handles.zip(inboxes), &waiters, settings.listen.hand_off);
+        let go = CancellationToken::new();
+        let own = listeners.iter().take(sockets).map(Arc::downgrade).collect();
         let mut queues: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
         let bound = listeners.iter().map(Arc::downgrade).collect();
         let mut contexts = Vec::new();
@@ -168,7 +204,8 @@ impl Server {
                 has_doubted: Arc::clone(&has_doubted),
             });
             contexts.push(Arc::clone(&context));
-            let worker = Worker { index, context, balancer: balancer.clone(), listeners, accepted };
+            let (balancer, go) = (balancer.clone(), go.clone());
+            let worker = Worker { index, context, balancer, listeners, go, accepted };
             let (abort, alive) = (abort.clone(), alive.clone());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
@@ -198,6 +235,7 @@ impl Server {
         }
         let (control, orders) = admin::Control::new(drain.clone());
         let for_admin = watch::Sender::new(admin::Parts { upstream, close: settings.close.patience });
+        let admin_closed = CancellationToken::new();
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
@@ -209,7 +247,11 @@ impl Server {
                     tracker.clone(),
                 );
                 tracker.spawn(admin_linger.run());
-                tracker.spawn(admin.serve(TcpListener::from_std(listener)?));
+                let (listener, go, closed) = (TcpListener::from_std(listener)?, go.clone(), admin_closed.clone());
+                tracker.spawn(async move {
+                    go.cancelled().await;
+                    admin.serve(listener, closed).await;
+                });
                 Some(address)
             }
             None => None,
@@ -218,7 +260,27 @@ impl Server {
         let in_use = Parts { contexts, listeners: bound, bounds, admin: for_admin, ports, most_orphans, tracker };
         let reload = Box::new(Reload::new(settings.clone(), in_use));
         let drained = (Instant::now(), 0);
-        Ok(Self { address, admin, workers, drain, drained, orders, metrics, abort, alive: all_ended, reload })
+        // Now that nothing can fail any more.
+        let tell = |stream| Predecessor::tell_ready(stream, passed > 0, has_admin);
+        let predecessor = predecessor.map(tell).transpose().context("the process that is to be succeeded is gone")?;
+        if predecessor.is_none() {
+            go.cancel();
+        }
+        let succession =
+            Succession { listeners: own, admin: admin_kept, admin_closed, go, predecessor, is_replaced: false };
+        Ok(Self {
+            address,
+            admin,
+            workers,
+            drain,
+            drained,
+            orders,
+            metrics,
+            abort,
+            alive: all_ended,
+            reload,
+            succession,
+        })
     }
 
     /// Serves until a signal, or whoever asked for it, has drained it and a signal has ended it.
@@ -226,9 +288,12 @@ impl Server {
     /// # Errors
     ///
     /// The workers ended by themselves.
-    pub async fn run(mut self, signals: &mut Signals) -> anyhow::Result<()> {
+    pub async fn run(mut self, signals: &mut Signals, restarts: &mut Restarts) -> anyhow::Result<()> {
         let mut phases = Phases::new(&self.drain.config(), ending(self.reload.settings()), Instant::now());
         let mut has_ended = false;
+        if self.succession.predecessor.is_none() {
+            restart::notify(Word::Ready(process::id()));
+        }
         loop {
             while let Some(act) = phases.next(Instant::now()) {
                 match act {
@@ -249,13 +314,43 @@ impl Server {
                         );
                         self.abort.cancel();
                     }
-                    Act::Exit => return Ok(()),
+                    Act::Exit => {
+                        self.tell(phases.status());
+                        return Ok(());
+                    }
                 }
             }
             self.tell(phases.status());
             let (wake, is_open) = (phases.wake(), phases.status().phase == Phase::Window);
+            if phases.status().phase != Phase::Running {
+                restarts.give_up();
+            }
             tokio::select! {
-                () = signals.next() => phases.signal(Instant::now()),
+                () = signals.next() => {
+                    if !self.succession.is_replaced {
+                        restart::notify(Word::Stopping);
+                    }
+                    phases.signal(Instant::now());
+                    // The delay may be none, and its beginning is the drain's.
+                    self.tell(phases.status());
+                }
+                event = restarts.next() => match event {
+                    restart::Event::Asked => match (phases.status().phase, &self.succession.predecessor) {
+                        (Phase::Running, None) => self.succession.begin(restarts),
+                        (Phase::Running, Some(_)) => warn!("SIGUSR2: a restart is under way already; nothing is done"),
+                        (phase, _) => warn!(phase = phase.as_str(), "SIGUSR2: this process is about to end; nothing is done"),
+                    },
+                    restart::Event::Ready(successor) => {
+                        if self.succession.hand_over(successor).await {
+                            phases.replaced(Instant::now());
+                            self.tell(phases.status());
+                        }
+                    }
+                },
+                () = async { match &mut self.succession.predecessor {
+                    Some(predecessor) => predecessor.lets_go().await,
+                    None => future::pending().await,
+                } } => self.succession.take_over(),
                 Some(order) = self.orders.recv() => match order {
                     Order::Drain(told) => {
                         phases.drain(Instant::now());
@@ -308,9 +403,11 @@ impl Server {
             Phase::Delay => {
                 let sessions = self.metrics.sessions.get();
                 self.drained = (status.since, sessions);
-                let total = config.delay + config.window + config.timeout;
+                // None for a process that was replaced.
+                let delay = status.until.map_or(config.delay, |until| until - status.since);
+                let total = delay + config.window + config.timeout;
                 info!(
-                    delay_ms = millis(config.delay),
+                    delay_ms = millis(delay),
                     window_ms = millis(config.window),
                     latest_exit_ms = millis(total),
                     sessions,
@@ -325,6 +422,53 @@ impl Server {
                 info!(took_ms = millis(status.since - begun), sessions, "drained");
             }
         }
+    }
+}
+
+impl Succession {
+    /// Starts a successor.
+    fn begin(&self, restarts: &mut Restarts) {
+        let listeners: Vec<_> = self.listeners.iter().filter_map(Weak::upgrade).collect();
+        let clients =
+            listeners.iter().map(|listener| Ok((listener.as_fd().try_clone_to_owned()?, listener.origin().name())));
+        let admin = self.admin.iter().map(|admin| Ok((admin.as_fd().try_clone_to_owned()?, net::ADMIN_NAME)));
+        match clients.chain(admin).collect::<io::Result<restart::Passed>>() {
+            Ok(passed) => restarts.begin(passed),
+            Err(error) => warn!(%error, "no restart: the listening sockets cannot be passed on; this process goes on"),
+        }
+    }
+
+    /// Leaves everything to it; false: it is gone, and nothing has changed.
+    async fn hand_over(&mut self, successor: Successor) -> bool {
+        let Successor { has_clients, has_admin, .. } = successor;
+        let pid = successor.pid();
+        // A service manager believes the process that it knows: so this one has to say it, and before the other speaks.
+        restart::notify(Word::Ready(pid));
+        if let Err(error) = successor.go().await {
+            restart::notify(Word::Ready(process::id()));
+            warn!(%error, pid, "no restart: the new process is gone; this process goes on");
+            return false;
+        }
+        info!(pid, has_clients, has_admin, "the new process takes over");
+        self.is_replaced = true;
+        if has_clients {
+            self.listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.hand_on());
+        }
+        // With another address of the admin listener this process keeps its own, to the end.
+        self.admin = None;
+        if has_admin {
+            self.admin_closed.cancel();
+        }
+        true
+    }
+
+    /// From now on this process is the one that serves.
+    fn take_over(&mut self) {
+        self.predecessor = None;
+        self.listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.take_over());
+        self.go.cancel();
+        info!(pid = process::id(), "this process has taken over");
+        restart::notify(Word::Ready(process::id()));
     }
 }
 
@@ -346,6 +490,7 @@ pub fn run(
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut signals = Signals::new()?;
+        let mut restarts = Restarts::new()?;
         let reader =
             source.map(|(source, set_filter)| reload::Reader::start(source, set_filter, settings)).transpose()?;
         let mut server = Server::start(settings)?;
@@ -357,7 +502,7 @@ pub fn run(
             info!(%address, "admin listening");
         }
         started(&server);
-        server.run(&mut signals).await
+        server.run(&mut signals, &mut restarts).await
     })
 }
 
@@ -387,13 +532,15 @@ struct Worker {
     context: Arc<Context>,
     balancer: Balancer,
     listeners: Vec<Arc<Listener>>,
+    /// Its accept loops begin.
+    go: CancellationToken,
     /// Those that other workers have accepted for it.
     accepted: mpsc::UnboundedReceiver<Accepted>,
 }
 
 impl Worker {
     async fn run(self) {
-        let Self { index, context, balancer, listeners, mut accepted } = self;
+        let Self { index, context, balancer, listeners, go, mut accepted } = self;
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
@@ -401,8 +548,14 @@ impl Worker {
         lingering.spawn(context.linger.clone().run());
         context.tracker.spawn(Arc::clone(&context).take_on(balancer.counter(index)));
         for listener in listeners {
-            let (context, balancer, door) = (Arc::clone(&context), balancer.clone(), door.clone());
+            let (context, balancer, door, go) = (Arc::clone(&context), balancer.clone(), door.clone(), go.clone());
             loops.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = go.cancelled() => {}
+                    // Somebody else accepts, and goes on with it.
+                    () = context.drain.begun() => return,
+                }
                 let serve = |stream, peer, place| {
                     context.traffic.accept();
                     match balancer.place(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
@@ -493,12 +646,17 @@ struct Queues {
     workers: usize,
     /// In turn for each worker, one at least.
     listeners: Vec<Arc<Listener>>,
+    /// The first so many have a queue each, the others share these.
+    sockets: usize,
+    /// Of them were passed.
+    passed: usize,
     /// Connections that may wait in all of them.
     effective: u64,
 }
 
 /// Those that were passed to this process, else new ones.
 fn open_listeners(
+    mut listeners: Vec<Listener>,
     listen: &listen::Config,
     socket: &net::SocketConfig,
     descriptors: u64,
@@ -516,7 +674,11 @@ fn open_listeners(
             "fewer workers: each has an accept queue, and these may be listen.max_sockets and an eighth of the descriptors"
         );
     }
-    let mut listeners = net::inherit(listen.backlog, socket).context("the sockets passed by LISTEN_FDS")?;
+    // With another address since the process before this one, that one closes its sockets when it drains. What a service
+    // manager passed is where it wants us.
+    listeners.retain(|listener| {
+        listener.origin() == Origin::Theirs || listener.local_addr().is_ok_and(|at| is_at(at, listen.address))
+    });
     let passed = listeners.len();
     if passed == 0 {
         let queues = listen.accept_loops.clamp(workers, most);
@@ -539,7 +701,7 @@ fn open_listeners(
     for index in sockets..workers {
         listeners.push(Arc::new(listeners[index % sockets].share()?));
     }
-    Ok(Queues { workers, listeners, effective })
+    Ok(Queues { workers, listeners, sockets, passed, effective })
 }
 
 /// What may wait is compared with what was wanted, and with what could be served at all.
@@ -588,6 +750,11 @@ fn say(budget: &Budget, host: &Host, settings: &Settings) {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Whether what was bound for one process is what another one wants: any port will do where none is named.
+fn is_at(bound: SocketAddr, wanted: SocketAddr) -> bool {
+    bound.ip() == wanted.ip() && (wanted.port() == 0 || bound.port() == wanted.port())
 }
 
 fn admin_listener(address: SocketAddr) -> io::Result<StdListener> {

@@ -219,6 +219,11 @@ impl System {
         statm(&self.read("proc/self/statm")?)
     }
 
+    /// Sizes of the process that started this one.
+    pub fn parent_memory(&self) -> Option<ProcessMemory> {
+        statm(&self.read(&format!("proc/{}/statm", rustix::process::getppid()?))?)
+    }
+
     /// From `/proc/meminfo` (`meminfo_proc_show` in `fs/proc/meminfo.c`).
     pub fn host_memory(&self) -> Option<HostMemory> {
         let text = self.read("proc/meminfo")?;

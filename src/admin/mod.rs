@@ -26,7 +26,7 @@ use tokio::{
     sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
 pub use self::control::{Control, Order, Reloaded};
@@ -90,6 +90,8 @@ struct Dialled {
 #[derive(Debug, Serialize)]
 struct Status {
     version: &'static str,
+    /// It changes with a restart.
+    pid: u32,
     /// `running`, `delay`, `window`, `lingering` or `drained`.
     phase: &'static str,
     /// Since when, and for how long at most.
@@ -126,13 +128,17 @@ impl Admin {
         Self { metrics, parts, control, linger, waiting, readiness: Mutex::new(None), tracker }
     }
 
-    /// Serves until the runtime ends.
-    pub async fn serve(self, listener: TcpListener) {
+    /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered.
+    pub async fn serve(self, listener: TcpListener, closed: CancellationToken) {
         let this = Arc::new(self);
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = closed.cancelled() => return,
+            };
+            match accepted {
                 Ok((stream, peer)) => {
                     let connection = Arc::clone(&this).connection(stream, peer, slot);
                     this.tracker.spawn(connection);
@@ -248,6 +254,7 @@ impl Admin {
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let status = Status {
             version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
             phase: status.phase.as_str(),
             phase_ms: millis(now.saturating_duration_since(status.since)),
             phase_left_ms: status.until.map(|until| millis(until.saturating_duration_since(now))),

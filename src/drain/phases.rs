@@ -12,6 +12,8 @@
 //! - **Drained**: nothing is left. The process ends when a signal asked for that, else it waits for one: a sidecar that ended
 //!   by itself would be started again.
 //!
+//! A process that another one replaced (`restart.rs`) drains without the delay, and ends by itself.
+//!
 //! The first signal drains, or lets a drain that was begun otherwise go on as it does. The second one ends every session now,
 //! still with Close frames; the third does not wait for that.
 
@@ -81,6 +83,7 @@ pub struct Phases {
     /// When what is left is cut.
     last: Option<Instant>,
     signals: u32,
+    is_replaced: bool,
     is_hurried: bool,
     is_cut: bool,
 }
@@ -100,7 +103,7 @@ impl Phases {
     pub fn new(config: &Config, ending: Duration, now: Instant) -> Self {
         let config = Times { delay: config.delay, window: config.window, timeout: config.timeout, ending };
         let status = Status { phase: Phase::Running, since: now, until: None };
-        Self { status, config, last: None, signals: 0, is_hurried: false, is_cut: false }
+        Self { status, config, last: None, signals: 0, is_replaced: false, is_hurried: false, is_cut: false }
     }
 
     /// Other times, for a drain that is still to begin; one that has begun keeps its own.
@@ -122,10 +125,20 @@ impl Phases {
         }
     }
 
-    /// Somebody wants none after all; false: listeners are closed, it is too late. A signal can't be taken back.
+    /// Another process serves in place of this one: nobody has to be told first, so a drain begins without its delay. The
+    /// process ends when it is drained.
+    pub fn replaced(&mut self, now: Instant) {
+        self.is_replaced = true;
+        if self.status.phase <= Phase::Delay {
+            self.enter(Phase::Delay, now, Some(now));
+        }
+    }
+
+    /// Somebody wants none after all; false: listeners are closed, it is too late. A signal can't be taken back, nor can a
+    /// successor.
     #[must_use]
     pub fn undo(&mut self, now: Instant) -> bool {
-        if self.signals > 0 || self.status.phase > Phase::Delay {
+        if self.signals > 0 || self.is_replaced || self.status.phase > Phase::Delay {
             return false;
         }
         if self.status.phase == Phase::Delay {
@@ -185,7 +198,7 @@ impl Phases {
                 }
                 None
             }
-            Phase::Drained => (self.signals > 0).then_some(Act::Exit),
+            Phase::Drained => (self.signals > 0 || self.is_replaced).then_some(Act::Exit),
         }
     }
 
@@ -350,9 +363,34 @@ mod tests {
         assert!(!process.phases.undo(process.now), "somebody waits for the process to end");
     }
 
+    #[test]
+    fn a_process_that_was_replaced_drains_at_once_and_ends() {
+        let mut process = Process::new();
+        process.phases.replaced(process.now);
+        assert!(!process.phases.undo(process.now), "clients go to another process");
+        process.act();
+        assert_eq!((process.phase(), &*process.acts), (Phase::Window, &[(0, Act::Begin)][..]));
+        // A signal is the first one: it hurries nobody.
+        process.pass(3);
+        process.phases.signal(process.now);
+        process.pass(7);
+        process.phases.all_ended(process.now);
+        process.act();
+        assert_eq!(process.acts, [(0, Act::Begin), (10, Act::Exit)]);
+
+        // Nor is the delay of a drain that has begun waited for.
+        let mut process = Process::new();
+        process.phases.drain(process.now);
+        process.pass(2);
+        process.phases.replaced(process.now);
+        process.pass(60);
+        assert_eq!(process.acts, [(2, Act::Begin), (26, Act::Cut)]);
+    }
+
     #[derive(Debug, Clone, Copy)]
     enum Event {
         Drain,
+        Replaced,
         Undo,
         Signal,
         Nobody,
@@ -365,7 +403,7 @@ mod tests {
         /// process that was signalled is told to cut in time.
         #[test]
         fn it_always_comes_to_its_end(events in prop::collection::vec(prop_oneof![
-            Just(Event::Drain), Just(Event::Undo), Just(Event::Signal), Just(Event::Nobody), Just(Event::Ended),
+            Just(Event::Drain), Just(Event::Replaced), Just(Event::Undo), Just(Event::Signal), Just(Event::Nobody), Just(Event::Ended),
             (0_u64..15).prop_map(Event::Pass), (0_u64..15).prop_map(Event::Pass),
         ], 0..40)) {
             let mut process = Process::new();
@@ -374,6 +412,10 @@ mod tests {
                 let now = process.now;
                 match event {
                     Event::Drain => process.phases.drain(now),
+                    Event::Replaced => {
+                        signalled.get_or_insert(now);
+                        process.phases.replaced(now);
+                    }
                     Event::Undo => {
                         if process.phases.undo(now) {
                             was = Phase::Running;

@@ -101,7 +101,7 @@ pub async fn accept_loop(
         result = accepting => return result,
         () = &mut stop => {}
     }
-    if listener.get_ref().is_inherited() {
+    if listener.get_ref().is_held_elsewhere() {
         return Ok(());
     }
     if let Err(error) = listener.get_ref().refuse_new_connections() {

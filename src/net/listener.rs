@@ -1,10 +1,16 @@
 //! Listening sockets: several accept queues on one address, what the kernel granted them, and how they stop.
 
 use std::{
-    io,
-    net::{SocketAddr, TcpStream as StdStream},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
-    sync::Arc,
+    env, io,
+    net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use listenfd::ListenFd;
@@ -40,8 +46,44 @@ impl Wish {
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
-    /// Somebody else holds this socket too, and will go on listening on it.
-    is_inherited: bool,
+    origin: Origin,
+    /// Somebody else holds this socket too, and will go on listening on it. One word for all shares.
+    is_held_elsewhere: Arc<AtomicBool>,
+}
+
+/// Who opened a listening socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// This process, or one that it succeeds: it is closed with the last of them.
+    Ours,
+    /// Somebody who passed it and keeps it, as systemd does.
+    Theirs,
+}
+
+impl Origin {
+    /// Its name in `LISTEN_FDNAMES` when it is passed on to a successor.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "tidegate-clients",
+            Self::Theirs => "tidegate-passed",
+        }
+    }
+}
+
+/// The name of the admin listener, and of the stream between a process and its successor.
+pub const ADMIN_NAME: &str = "tidegate-admin";
+/// See [`ADMIN_NAME`].
+pub const PREDECESSOR_NAME: &str = "tidegate-predecessor";
+
+/// What was passed by `LISTEN_FDS`.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// Where clients connect.
+    pub clients: Vec<Listener>,
+    /// The admin listener of the process that this one succeeds.
+    pub admin: Option<StdListener>,
+    /// The way to that process.
+    pub predecessor: Option<StdUnixStream>,
 }
 
 /// Opens accept queues on an address (`SO_REUSEPORT`), as many as it takes to have the backlog that is wanted.
@@ -73,7 +115,7 @@ pub fn listen(address: SocketAddr, wish: Wish, config: &SocketConfig) -> io::Res
         if let Some(local) = socket.local_addr()?.as_socket() {
             address = local;
         }
-        let listener = Listener { socket: socket.into(), is_inherited: false };
+        let listener = Listener { socket: socket.into(), origin: Origin::Ours, is_held_elsewhere: Arc::default() };
         if listeners.is_empty() {
             wanted = wish.sockets(listener.queue()?.limit);
         }
@@ -82,22 +124,36 @@ pub fn listen(address: SocketAddr, wish: Wish, config: &SocketConfig) -> io::Res
     Ok(listeners)
 }
 
-/// The listening sockets that were passed by `LISTEN_FDS` (`sd_listen_fds(3)`): none, if there were none.
+/// What was passed by `LISTEN_FDS` (`sd_listen_fds(3)`), by systemd or by a process that this one succeeds.
 ///
-/// The one who passed them holds them too, so connections that wait in them when we end are not lost.
-pub fn inherit(backlog: u32, config: &SocketConfig) -> io::Result<Vec<Listener>> {
+/// The one who passed listening sockets holds them too, so connections that wait in them when we end are not lost. To be called
+/// once, early: it takes the descriptors, and the variables out of the environment.
+pub fn inherit(backlog: u32, config: &SocketConfig) -> io::Result<Inherited> {
+    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let names: Vec<&str> = names.split(':').collect();
     let mut passed = ListenFd::from_env();
-    let mut listeners = Vec::new();
+    let mut inherited = Inherited::default();
     for index in 0..passed.len() {
+        let name = names.get(index).copied().unwrap_or_default();
+        if name == PREDECESSOR_NAME {
+            inherited.predecessor = passed.take_custom(index, libc::AF_UNIX, libc::SOCK_STREAM, "stream")?;
+            continue;
+        }
         let Some(listener) = passed.take_tcp_listener(index)? else { continue };
         listener.set_nonblocking(true)?;
+        if name == ADMIN_NAME {
+            inherited.admin = Some(listener);
+            continue;
+        }
         let socket = SockRef::from(&listener);
         config.apply(&socket)?;
         // On a socket that listens already this only sets its backlog anew.
         socket.listen(saturating(backlog))?;
-        listeners.push(Listener { socket: listener.into(), is_inherited: true });
+        let origin = if name == Origin::Ours.name() { Origin::Ours } else { Origin::Theirs };
+        let is_held_elsewhere = Arc::new(AtomicBool::new(true));
+        inherited.clients.push(Listener { socket: listener.into(), origin, is_held_elsewhere });
     }
-    Ok(listeners)
+    Ok(inherited)
 }
 
 /// The system call takes an int, and clamps by itself.
@@ -131,9 +187,24 @@ impl Listener {
         address.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no IP address"))
     }
 
-    /// Somebody else holds it too.
-    pub fn is_inherited(&self) -> bool {
-        self.is_inherited
+    /// Somebody else holds it too, and will go on listening.
+    pub fn is_held_elsewhere(&self) -> bool {
+        self.is_held_elsewhere.load(Ordering::Acquire)
+    }
+
+    /// From now on a successor listens on it: it is only to be let go.
+    pub fn hand_on(&self) {
+        self.is_held_elsewhere.store(true, Ordering::Release);
+    }
+
+    /// Whoever passed it has let go of it, unless that is somebody who keeps it.
+    pub fn take_over(&self) {
+        self.is_held_elsewhere.store(self.origin == Origin::Theirs, Ordering::Release);
+    }
+
+    /// Who opened it.
+    pub fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// For connections that are accepted from now on. Those that the kernel already holds may be as they were.
@@ -151,7 +222,8 @@ impl Listener {
 
     /// The same socket, and so the same queue, for one more accept loop.
     pub fn share(&self) -> io::Result<Self> {
-        Ok(Self { socket: self.socket.try_clone()?, is_inherited: self.is_inherited })
+        let is_held_elsewhere = Arc::clone(&self.is_held_elsewhere);
+        Ok(Self { socket: self.socket.try_clone()?, origin: self.origin, is_held_elsewhere })
     }
 
     /// From now on it takes no new SYN; handshakes under way still finish.

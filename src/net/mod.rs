@@ -30,7 +30,7 @@ use tokio::{
 
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
-    listener::{Listener, Wish, inherit, listen},
+    listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
 };
 use crate::metrics::Counted;

@@ -12,7 +12,7 @@ const FLOORS: [&[&str]; 7] = [
     &["admission", "budget", "drain", "gate", "metrics", "net", "slots", "system"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
-    &["admin", "config", "demo", "doctor"],
+    &["admin", "config", "demo", "doctor", "restart"],
     &["server", "reload"],
     &["main", "cli"],
 ];

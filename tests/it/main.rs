@@ -18,4 +18,5 @@ mod listeners;
 mod memory;
 mod reload;
 mod resources;
+mod restart;
 mod spike;

@@ -12,7 +12,7 @@ use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::process::CommandExt as _},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, PoisonError},
@@ -66,6 +66,10 @@ pub struct Surroundings<'a> {
     pub memory: Option<&'a MemoryGroup>,
     /// Handed over as systemd does it: descriptor 3, `LISTEN_FDS` and `LISTEN_PID`.
     pub listener: Option<OwnedFd>,
+    /// `NOTIFY_SOCKET`.
+    pub notify: Option<String>,
+    /// It leads a process group of its own: whatever it starts is ended with it.
+    pub leads: bool,
 }
 
 impl Surroundings<'_> {
@@ -115,6 +119,7 @@ pub struct Proxy {
     /// The settings of every test, with the address of its backend.
     base: Table,
     config: TempDir,
+    leads: bool,
 }
 
 impl Proxy {
@@ -139,16 +144,22 @@ impl Proxy {
         let mut command = surroundings.command(lab, env!("CARGO_BIN_EXE_tidegate"));
         command.args(["run", "-c"]).arg(&file);
         command.stdin(surroundings.listener.map_or_else(Stdio::null, Stdio::from));
+        if let Some(path) = surroundings.notify {
+            command.env("NOTIFY_SOCKET", path);
+        }
+        if surroundings.leads {
+            command.process_group(0);
+        }
         // What decides is the file, not where the test was started.
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
                 command.env_remove(name);
             }
         }
-        Self::spawn(lab, command, base, folder, started)
+        Self::spawn(lab, command, base, folder, surroundings.leads, started)
     }
 
-    fn spawn(lab: &Lab, mut command: Command, base: Table, config: TempDir, started: Instant) -> Self {
+    fn spawn(lab: &Lab, mut command: Command, base: Table, config: TempDir, leads: bool, started: Instant) -> Self {
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary that was just built");
         let output = Board::new(Output::default());
@@ -168,6 +179,7 @@ impl Proxy {
             place: lab.place(Side::Proxy),
             base,
             config,
+            leads,
         };
         proxy.address = proxy.address_in("listening");
         proxy.admin = proxy.address_in("admin listening");
@@ -197,6 +209,17 @@ impl Proxy {
             let ours = ours.contains(&format!("socket:[{}]", socket.inode));
             assert!(ours, "somebody else listens on {}: {socket:?}", self.address);
         }
+    }
+
+    /// What it was started with; a process that it starts reads it again.
+    pub fn config_file(&self) -> PathBuf {
+        self.config.path().join("proxy.toml")
+    }
+
+    /// The processes of its group that run, itself among them.
+    pub fn group(&self) -> Vec<Pid> {
+        assert!(self.leads, "it is in the group of the tests");
+        group(self.pid)
     }
 
     fn sockets(&self) -> Vec<Socket> {
@@ -271,12 +294,18 @@ impl Proxy {
         // Its outputs close when it exits; that is awaited, and only then the status asked for.
         let closed = self.output.wait(within, |output| (output.ended == 2).then_some(()));
         assert!(closed.is_some(), "the proxy does not end within {within:?}");
+        self.wait_status()
+    }
+
+    /// As [`Proxy::wait_exit`], where others hold its outputs: those that it has started.
+    #[track_caller]
+    pub fn wait_status(&self) -> ExitStatus {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.exit_status() {
                 return status;
             }
-            assert!(begun.elapsed() < DEADLINE, "the proxy closed its outputs and does not end");
+            assert!(begun.elapsed() < DEADLINE, "the proxy does not end");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -362,10 +391,35 @@ impl Drop for Proxy {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
         let _ = child.kill();
         let _ = child.wait();
+        // Its descendants hold its outputs. One that is just starting another is ended before the other is looked for again.
+        loop {
+            let left = if self.leads { group(self.pid) } else { Vec::new() };
+            if left.is_empty() {
+                break;
+            }
+            for pid in left {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
         for reader in self.readers.drain(..) {
             let _ = reader.join();
         }
     }
+}
+
+/// The processes of a group, without those that have ended and that nobody has asked for yet.
+fn group(leader: Pid) -> Vec<Pid> {
+    let processes = fs::read_dir("/proc").expect("procfs").flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter_map(Pid::from_raw);
+    let is_member = |pid: &Pid| {
+        // One that is gone since is none.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Behind the name, which may contain anything: the state, the parent, the group.
+        let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace().collect::<Vec<_>>());
+        fields.is_some_and(|fields| !matches!(fields[0], "Z" | "X") && fields[2] == leader.to_string())
+    };
+    pids.filter(is_member).collect()
 }
 
 /// The settings of every test.
