@@ -8,6 +8,7 @@ mod config;
 mod crowd;
 mod doctor;
 mod drain;
+mod drain_pace;
 mod handshake;
 mod harness_self;
 mod http;
