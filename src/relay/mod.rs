@@ -667,11 +667,12 @@ impl Relay {
     }
 
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
-    /// has begun, comes before all else.
+    /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Instant) -> Option<(Instant, Cause)> {
         let moments = match &self.order {
             Order::Done => return None,
             Order::Drain { moments, .. } => return Some((self.quiet_at(*moments, now), Cause::Drain)),
+            Order::None(_) if self.ending.has_begun() => return None,
             Order::None(_) => self.retires_at.map(|from| Moments { from, until: from + self.drain.config().window }),
         };
         let age = moments.map(|moments| (self.quiet_at(moments, now), Cause::Age));
@@ -766,7 +767,7 @@ impl Relay {
     /// When [`Self::check_due`] or [`Self::leave`] has something to do.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         if self.ending.has_begun() {
-            return None;
+            return self.leave_due(now).map(|(at, _)| at.max(now + TICK));
         }
         let pings = !self.config.ping_interval.is_zero();
         let lanes = self.lanes.iter().flat_map(|lane| {
