@@ -6,6 +6,7 @@ mod architecture;
 mod close_table;
 mod config;
 mod crowd;
+mod delay_matrix;
 mod doctor;
 mod drain;
 mod drain_pace;
