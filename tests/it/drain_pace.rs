@@ -19,7 +19,7 @@ use tokio::time::{Instant as TokioInstant, MissedTickBehavior, interval, interva
 const TALKERS: usize = 1000;
 const PACE: Duration = Duration::from_millis(200);
 /// Messages that each talker has had back when the drain begins.
-const WARM: u64 = 10;
+const WARM: u64 = 22;
 const WINDOW: Duration = Duration::from_secs(5);
 
 /// A megabyte in a second.
