@@ -132,9 +132,10 @@ async fn serve(mut member: Member, cell: &Board<Option<Cell>>) -> Option<Outcome
     cell.early.change(|early| *early += usize::from(told.is_some()));
     cell.done.change(|done| *done += 1);
     let is_released = async { cell.released.until(LIMIT, |released| released.then_some(())).await };
-    let close = match early {
-        Some(frame) => frame,
-        None => tokio::select! {
+    let close = if let Some(frame) = early {
+        frame
+    } else {
+        tokio::select! {
             frame = member.frame() => {
                 told = Some(left_at.elapsed());
                 frame
@@ -144,7 +145,7 @@ async fn serve(mut member: Member, cell: &Board<Option<Cell>>) -> Option<Outcome
                 note(member.send(&Frame::close(1000, "released")).await);
                 member.frame().await
             }
-        },
+        }
     };
     let close = close.unwrap_or_else(|end| panic!("{index}: {end:?} instead of a Close"));
     assert_eq!(close.opcode, CLOSE, "{close:?}");
@@ -306,7 +307,7 @@ impl Row {
                     if is_strict() {
                         let (resident, cpu) = (t.resident(), t.cpu_time());
                         sleep(HELD_WATCH).await;
-                        let cpu = t.cpu_time() - cpu;
+                        let cpu = t.cpu_time().saturating_sub(cpu);
                         println!("{held} held, {served} served: resident {resident} B, CPU in {HELD_WATCH:?}: {cpu:?}");
                     }
                     cell.released.change(|released| *released = !is_strict());
