@@ -214,12 +214,17 @@ class Proxy(Process):
         self.direct = direct
         self._upstream = upstream
 
-    async def __aenter__(self):
-        if self.direct:
-            return self
+    @staticmethod
+    def binary() -> Path:
         binary = Path(os.environ.get("TIDEGATE", REPOSITORY / "target" / "release" / "tidegate"))
         if not binary.exists():
             raise Failed(f"{os.path.relpath(binary)} is not there: build it, or set TIDEGATE")
+        return binary.resolve()
+
+    async def __aenter__(self):
+        if self.direct:
+            return self
+        binary = self.binary()
         env = {key: value for key, value in os.environ.items() if key != "TIDEGATE"}
         env |= {
             "TIDEGATE_ADMIN__ADDRESS": "127.0.0.1:0",
@@ -233,9 +238,20 @@ class Proxy(Process):
             command = ["run", "--listen", "127.0.0.1:0", "--upstream", self._upstream]
         WORK.mkdir(exist_ok=True)
         # Started where no proxy.toml lies about.
-        await self.start(binary.resolve(), *command, env=env, cwd=WORK)
+        await self.start(binary, *command, env=env, cwd=WORK)
         self.address = (await self.ready(json_line(message="listening"), '"listening"'))["address"]
         return self
+
+    async def command(self, *arguments: str) -> str:
+        """What a subcommand that asks this process by way of its admin listener prints."""
+        admin = (await self.wait_for_line(json_line(message="admin listening"), '"admin listening"'))["address"]
+        child = await asyncio.create_subprocess_exec(
+            self.binary(), *arguments, "--admin", admin, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        printed, complaint = await child.communicate()
+        if child.returncode != 0:
+            raise Failed(f"{' '.join(arguments)}: status {child.returncode}, {complaint.decode(errors='replace')}")
+        return printed.decode()
 
     async def __aexit__(self, *_) -> None:
         await self.stop()

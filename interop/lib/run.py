@@ -7,6 +7,7 @@ saw; tidegate's own word counts only for its exit status.
 import argparse
 import asyncio
 import contextlib
+import json
 import signal
 import sys
 import time
@@ -158,19 +159,30 @@ async def endings(report: Report, options: Options) -> None:
             backend.kill(signal.SIGTERM)
             await expect_everywhere(report, clients, (backend, proxy), what, 1001)
 
-    what = "SIGTERM of tidegate"
-    async with Backend() as backend, Proxy(backend.address) as proxy:
-        async with everybody(report, proxy, backend, what) as clients:
-            start = time.monotonic()
-            proxy.kill(signal.SIGTERM)
-            await expect_everywhere(report, clients, (backend, proxy), what, 1001)
-            for flavour in clients:
-                async with report.check(f"{what}: the backend sees {flavour} close with 1001", backend, proxy):
-                    seen = await backend.event("close", flavour)
-                    expect("(code, reset)", (seen["code"], seen["reset"]), (1001, False))
-            async with report.check(f"{what}: exit status 0", proxy):
-                expect("exit status", await proxy.ended(), 0)
-                print(f"     all of it took {time.monotonic() - start:.2f} s, with drain.window = 1s")
+    for what, by_signal in (("SIGTERM of tidegate", True), ("tidegate drain --no-wait", False)):
+        async with Backend() as backend, Proxy(backend.address) as proxy:
+            async with everybody(report, proxy, backend, what) as clients:
+                start = time.monotonic()
+                if by_signal:
+                    proxy.kill(signal.SIGTERM)
+                else:
+                    async with report.check(f"{what}: begins, and says so", proxy):
+                        status = json.loads(await proxy.command("drain", "--no-wait"))
+                        if status["phase"] == "running":
+                            raise Failed(f"{status}")
+                await expect_everywhere(report, clients, (backend, proxy), what, 1001)
+                for flavour in clients:
+                    async with report.check(f"{what}: the backend sees {flavour} close with 1001", backend, proxy):
+                        seen = await backend.event("close", flavour)
+                        expect("(code, reset)", (seen["code"], seen["reset"]), (1001, False))
+                if not by_signal:
+                    async with report.check(f"{what}: drained, it stays until SIGTERM", proxy):
+                        # Whoever waits for a drain that is over hears of it at once.
+                        expect("phase", json.loads(await proxy.command("drain", "--wait"))["phase"], "drained")
+                        proxy.kill(signal.SIGTERM)
+                async with report.check(f"{what}: exit status 0", proxy):
+                    expect("exit status", await proxy.ended(), 0)
+                    print(f"     all of it took {time.monotonic() - start:.2f} s, with drain.window = 1s")
 
     what = "client killed"
     async with Backend() as backend, Proxy(backend.address) as proxy, ProcessClient("ws") as client:

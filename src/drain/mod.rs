@@ -37,6 +37,15 @@ pub struct Config {
     pub readiness: Readiness,
 }
 
+impl Config {
+    /// How long a session is given, from its moment on, for its next exchange, behind which it is closed. One that has been
+    /// quiet for some time may be about to speak, and what it says would cross the Close; one that was just answered
+    /// is not.
+    pub fn exchange(&self) -> Duration {
+        (self.quiet * 50).min(self.window / 4)
+    }
+}
+
 /// When a draining process stops to be ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {
@@ -157,6 +166,8 @@ impl Drain {
     /// A session's own moments: `share`, 0 to 1, is its place in the window.
     pub fn moments(&self, share: f64) -> Moments {
         let (start, window) = *self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
-        Moments { from: start + window.mul_f64(share.clamp(0.0, 1.0)), until: start + window }
+        // Also the last one has time for its exchange.
+        let spread = window.saturating_sub(self.config().exchange());
+        Moments { from: start + spread.mul_f64(share.clamp(0.0, 1.0)), until: start + window }
     }
 }

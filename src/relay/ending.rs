@@ -130,6 +130,8 @@ pub(super) struct Ending {
     unsettled: bool,
     /// It is to end because we say so.
     leave: Option<(Instant, CloseFrame)>,
+    /// We wanted it to end when somebody had begun already: from then on `close.delay` is over.
+    hastened_at: Option<Instant>,
     first: Option<(Initiator, Cause, Instant)>,
 }
 
@@ -147,7 +149,7 @@ impl Ending {
             said: None,
             cut: false,
         };
-        Self { legs: [leg; 2], unsettled: false, leave: None, first: None }
+        Self { legs: [leg; 2], unsettled: false, leave: None, hastened_at: None, first: None }
     }
 
     const fn leg(&self, side: Side) -> &Leg {
@@ -294,7 +296,9 @@ impl Ending {
 
     /// We want it to end, of no fault of anybody: this is its moment.
     pub(super) fn leave(&mut self, close: CloseFrame, cause: Cause, now: Instant) {
-        if !self.has_begun() {
+        if self.has_begun() {
+            self.hastened_at.get_or_insert(now);
+        } else {
             self.begin(Initiator::Tidegate, cause, now);
             self.leave = Some((now, close));
         }
@@ -386,6 +390,10 @@ impl Ending {
         let blame = |violation: Violation| What::Own(CloseFrame::new(violation.code(), violation.as_str()));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
         let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
+        let delayed = |since: Instant| {
+            let due = since + config.close_delay;
+            self.hastened_at.map_or(due, |at| due.min(at))
+        };
         // Whatever is still awaited from the other side is given up then.
         let unanswered = self.answer_due(side.other(), config, views);
         let other_unanswered = match (unanswered, other.let_go_at) {
@@ -413,14 +421,14 @@ impl Ending {
                     (Some(close), None, Some(_)) => Some((other.gone_at?, echo_of(close))),
                     (Some(close), None, None) => Some((other_unanswered?, echo_of(close))),
                     // The client left without waiting: the backend may be just writing a result.
-                    (None, Some(_), Some(_)) => Some((other.gone_at? + config.close_delay, What::Verbatim)),
+                    (None, Some(_), Some(_)) => Some((delayed(other.gone_at?), What::Verbatim)),
                     (None, Some(_), None) if self.unsettled => None,
                     (None, Some(_), None) => Some((other_since?, What::Verbatim)),
                     // It broke a rule: everything that was forwarded before is answered first.
                     (None, None, Some(Gone::Broke(_))) => Some((other.gone_at?, own(Code::GOING_AWAY))),
                     (None, None, Some(_)) => {
                         let code = configured(config.client_lost_code, Code::GOING_AWAY);
-                        Some((other.gone_at? + config.close_delay, code))
+                        Some((delayed(other.gone_at?), code))
                     }
                     (None, None, None) => None,
                 }

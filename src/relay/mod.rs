@@ -667,11 +667,12 @@ impl Relay {
     }
 
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
-    /// has begun, comes before all else.
+    /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Instant) -> Option<(Instant, Cause)> {
         let moments = match &self.order {
             Order::Done => return None,
             Order::Drain { moments, .. } => return Some((self.quiet_at(*moments, now), Cause::Drain)),
+            Order::None(_) if self.ending.has_begun() => return None,
             Order::None(_) => self.retires_at.map(|from| Moments { from, until: from + self.drain.config().window }),
         };
         let age = moments.map(|moments| (self.quiet_at(moments, now), Cause::Age));
@@ -686,8 +687,10 @@ impl Relay {
             return moments.until.max(now);
         }
         let (side, at) = self.last_data;
-        let quiet = self.drain.config().quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
-        (at + quiet).max(moments.from).min(moments.until)
+        let config = self.drain.config();
+        let quiet = at + config.quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
+        let fresh = if at >= moments.from { moments.from } else { moments.from + config.exchange() };
+        quiet.max(fresh).min(moments.until)
     }
 
     fn is_between_messages(&self) -> bool {
@@ -766,7 +769,7 @@ impl Relay {
     /// When [`Self::check_due`] or [`Self::leave`] has something to do.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         if self.ending.has_begun() {
-            return None;
+            return self.leave_due(now).map(|(at, _)| at.max(now + TICK));
         }
         let pings = !self.config.ping_interval.is_zero();
         let lanes = self.lanes.iter().flat_map(|lane| {

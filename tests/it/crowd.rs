@@ -6,6 +6,7 @@
 use crate::harness::{
     Board, DEADLINE, End, Frame,
     crowd::{self, Member, Rest, Stage, connect, is_strict, tally, together},
+    talk::{Account, assert_only_crossed, talk},
     ws::{CLOSE, TEXT},
 };
 use std::{
@@ -58,44 +59,6 @@ fn a_killed_backend_is_a_close_1012_for_each_of_1000() {
     t.assert_sent_no_rst();
 }
 
-/// What a client that goes on talking until it is told to go has to tell.
-#[derive(Clone, Debug)]
-struct Talk {
-    client: String,
-    sent: u64,
-    echoed: u64,
-    rest: Rest,
-}
-
-/// Sends a message in each `pace` until a Close comes.
-async fn talk(mut client: Member, pace: Duration, has_begun: impl FnOnce()) -> Talk {
-    let (local, mut sent, mut echoed, mut has_begun) = (client.local().to_string(), 0, 0, Some(has_begun));
-    let mut pace = interval(pace);
-    let close = loop {
-        tokio::select! {
-            frame = client.frame() => match frame {
-                Ok(frame) if frame.opcode == TEXT => {
-                    // In order, and none left out.
-                    assert_eq!(frame.text(), echoed.to_string());
-                    echoed += 1;
-                    has_begun.take().into_iter().for_each(|has_begun| has_begun());
-                }
-                Ok(frame) => break frame,
-                Err(end) => panic!("{end:?} without a Close"),
-            },
-            _ = pace.tick() => {
-                client.send(&Frame::text(&sent.to_string())).await.expect("an open session");
-                sent += 1;
-            }
-        }
-    };
-    assert_eq!(close.opcode, CLOSE, "{close:?}");
-    client.send(&Frame::new(CLOSE, &close.payload[..2])).await.expect("an open session");
-    let mut rest = client.rest().await;
-    rest.closes.insert(0, close);
-    Talk { client: local, sent, echoed, rest }
-}
-
 /// SIGTERM while 1,000 clients talk: each gets Close 1001 and FIN, and an answer to all that was passed on to the backend. What
 /// is left without an answer has crossed the Close on the wire, was not passed on, and is counted: to each client its own number.
 #[test]
@@ -114,7 +77,7 @@ fn a_drain_answers_all_that_it_has_forwarded() {
             // From 100 to 200 ms, so that they do not speak in unison.
             let pace = paces.get();
             paces.set(if pace == 200 { 100 } else { pace + 1 });
-            talk(client, Duration::from_millis(pace), || begun.change(|begun| *begun += 1)).await
+            talk(client, interval(Duration::from_millis(pace)), 1, || begun.change(|begun| *begun += 1)).await
         });
         let terminating = async {
             let all = begun.until(DEADLINE, |begun| (*begun == COUNT).then_some(())).await;
@@ -128,23 +91,7 @@ fn a_drain_answers_all_that_it_has_forwarded() {
     assert_eq!(t.wait_exit(DEADLINE).code(), Some(0));
     assert_all(talks.iter().map(|talk| talk.rest.summary()), "Close 1001, Fin", COUNT);
 
-    // Metrics are gone with the process; the log says the same of each session.
-    let closes: Vec<_> = t.log().into_iter().filter(|line| line["message"] == "close").collect();
-    let crossed: BTreeMap<_, _> =
-        closes.iter().filter_map(|line| Some((line["client"].as_str()?, line["crossed"].as_u64()?))).collect();
-    let unanswered: BTreeMap<_, _> = talks.iter().map(|talk| (talk.client.as_str(), talk.sent - talk.echoed)).collect();
-    let differing: Vec<_> = unanswered.iter().filter(|(client, count)| crossed.get(*client) != Some(count)).collect();
-    let log_of = |client: &str| closes.iter().find(|line| line["client"] == client);
-    assert!(
-        differing.is_empty(),
-        "{} clients lack other answers than those that crossed; the first: {:?} of {:?}, logged as {:?}",
-        differing.len(),
-        differing[0],
-        talks.iter().find(|talk| talk.client == *differing[0].0),
-        log_of(differing[0].0),
-    );
-    let sum = |of: fn(&Talk) -> u64| talks.iter().map(of).sum::<u64>();
-    let (sent, echoed, crossed) = (sum(|talk| talk.sent), sum(|talk| talk.echoed), crossed.values().sum::<u64>());
+    let Account { sent, echoed, crossed } = assert_only_crossed(&t, &talks);
     println!(
         "{COUNT} talking clients, drained in {took:.1?}: {sent} messages sent, {echoed} answered, {crossed} crossed the Close"
     );

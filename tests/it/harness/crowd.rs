@@ -604,6 +604,13 @@ impl Member {
         let _ = self.stream.shutdown().await;
     }
 
+    /// A frame and FIN in one packet. Reading goes on.
+    pub async fn send_with_fin(&mut self, frame: &Frame) -> io::Result<()> {
+        SockRef::from(&self.stream).set_tcp_cork(true)?;
+        self.send(frame).await?;
+        self.stream.shutdown().await
+    }
+
     /// RST.
     #[expect(clippy::disallowed_methods, reason = "the test's tool to reset on purpose")]
     pub fn rst(self) {

@@ -9,6 +9,7 @@
 //! - [`cgroup`]: little memory for one process.
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
+//! - [`talk`]: clients of a crowd that talk until they are told to go.
 //! - [`report`]: what is printed when a test fails.
 //!
 //! No wait is without a bound, and no bound is an assertion about speed: [`DEADLINE`] and [`LIMIT`] only end a hanging test.
@@ -24,6 +25,7 @@ pub mod peer;
 pub mod proxy;
 pub mod report;
 pub mod scene;
+pub mod talk;
 pub mod transcript;
 pub mod visit;
 pub mod ws;
