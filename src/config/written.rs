@@ -7,7 +7,7 @@
 use std::{
     ffi::OsString,
     fmt,
-    fs::File,
+    fs::{self, File},
     io::{self, Read as _},
     path::PathBuf,
 };
@@ -175,7 +175,7 @@ pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen(Vec<Result<Vec<u8>, io::ErrorKind>>);
 
-/// Up to the first file that exists.
+/// Up to the first file that exists. A pipe is left alone: what is in it can be read once.
 pub(super) fn look(source: &FileSource) -> Seen {
     let paths = match source {
         FileSource::Shipped => &[][..],
@@ -185,8 +185,13 @@ pub(super) fn look(source: &FileSource) -> Seen {
     let mut seen = Vec::new();
     for path in paths {
         let mut bytes = Vec::new();
-        let read = File::open(path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
-        let read = read.map(|_| bytes).map_err(|error| error.kind());
+        let read = fs::metadata(path).and_then(|metadata| {
+            if metadata.is_file() {
+                File::open(path)?.take(FILE_BYTES + 1).read_to_end(&mut bytes)?;
+            }
+            Ok(bytes)
+        });
+        let read = read.map_err(|error| error.kind());
         let is_last = !matches!(read, Err(io::ErrorKind::NotFound));
         seen.push(read);
         if is_last {

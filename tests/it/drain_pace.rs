@@ -114,7 +114,8 @@ fn assert_spread<'a>(what: &str, rests: impl Iterator<Item = &'a Rest>, signal_a
     // A fifth has two hundred of a thousand; that it has none, or a tenth a third of all, is no bad luck.
     assert!(tenths.iter().all(|tenth| *tenth <= count / 3), "{what} close in bunches: {tenths:?}");
     assert!(tenths[..2].iter().sum::<usize>() > 0, "no {what} in the window's first fifth: {tenths:?}");
-    assert!(tenths[8..].iter().sum::<usize>() > 0, "no {what} in the window's last fifth: {tenths:?}");
+    // The last second is kept for those whose next exchange is awaited.
+    assert!(tenths[6..].iter().sum::<usize>() > 0, "no {what} toward the window's end: {tenths:?}");
 }
 
 fn drain_under(streams: usize) {

@@ -27,7 +27,8 @@ use std::{
 use tokio::time::interval;
 
 /// A process that is replaced does not wait for this delay: a test that did would not end.
-const DRAIN: &str = "drain = { delay = '1h', window = '200ms' }";
+/// Nobody but a successor reads the file again: a pipe can be read once.
+const DRAIN: &str = "drain = { delay = '1h', window = '200ms' }\nreload.watch = '0s'";
 
 /// tidegate, and what comes after it.
 struct Line<'a> {
