@@ -441,7 +441,9 @@ impl Rate {
     /// What is configured, if anything; the first moment is free that was free `before`.
     fn of(config: &Config, before: Option<&Self>) -> Option<Self> {
         let rate = Self::new(config.handshakes_per_second?, config.handshake_delay);
-        Some(Self { free: before.and_then(|before| before.free), ..rate })
+        // Those who wait have their moments; who comes now need not wait as long as the old rate made it.
+        let next = Instant::now() + rate.interval;
+        Some(Self { free: before.and_then(|before| before.free).map(|free| free.min(next)), ..rate })
     }
 
     fn new(per_second: u32, longest: Duration) -> Self {

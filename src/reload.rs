@@ -7,7 +7,7 @@
 //! Not here: which keys can be changed (`config/keys.rs`), and what is wrong with a file (`config/`).
 
 use std::{
-    fmt, future, io,
+    fmt, fs, future, io,
     path::PathBuf,
     sync::{
         Arc, Weak,
@@ -63,13 +63,19 @@ impl fmt::Debug for SetFilter {
 pub struct Source {
     sources: Sources,
     seen: Seen,
+    /// A pipe, perhaps of a shell's `<(...)`.
+    once: Option<PathBuf>,
 }
 
 impl Source {
     /// To be made before the first reading: what changes while that goes on is then found by the first look.
     pub fn new(sources: Sources) -> Self {
         let seen = sources.file.look();
-        Self { sources, seen }
+        let once = match &sources.file {
+            FileSource::Named { path, .. } => fs::metadata(path).is_ok_and(|it| !it.is_file()).then(|| path.clone()),
+            _ => None,
+        };
+        Self { sources, seen, once }
     }
 
     /// A file that was read once is looked for in no other place. Where it is gone for a moment, as in some ways to replace it,
@@ -172,7 +178,10 @@ fn serve(mut source: Source, asked: &Receiver<Ask>, watch: &AtomicU64, read: &mp
         if is_look && (last == source.seen || last != before) {
             continue;
         }
-        let survey = config::read(&source.sources);
+        let survey = match &source.once {
+            Some(path) => config::read_no_more(&source.sources, path),
+            None => config::read(&source.sources),
+        };
         // Written to in this very moment: by the next look it will have been another change.
         if is_look && last != source.sources.file.look() {
             continue;

@@ -44,6 +44,9 @@ use crate::{
 /// While sessions end: how often it is looked whether somebody is still served.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// For the last answers of the admin listener.
+const FAREWELL: Duration = Duration::from_millis(50);
+
 /// What runs.
 #[derive(Debug)]
 pub struct Server {
@@ -316,6 +319,8 @@ impl Server {
                     }
                     Act::Exit => {
                         self.tell(phases.status());
+                        // Those who wait for this are told.
+                        sleep(FAREWELL).await;
                         return Ok(());
                     }
                 }
@@ -338,7 +343,7 @@ impl Server {
                     restart::Event::Asked => match (phases.status().phase, &self.succession.predecessor) {
                         (Phase::Running, None) => self.succession.begin(restarts),
                         (Phase::Running, Some(_)) => warn!("SIGUSR2: a restart is under way already; nothing is done"),
-                        (phase, _) => warn!(phase = phase.as_str(), "SIGUSR2: this process is about to end; nothing is done"),
+                        (phase, _) => warn!(phase = phase.as_str(), "SIGUSR2: a drain has begun; nothing is done"),
                     },
                     restart::Event::Ready(successor) => {
                         if self.succession.hand_over(successor).await {
@@ -411,7 +416,7 @@ impl Server {
                     window_ms = millis(config.window),
                     latest_exit_ms = millis(total),
                     sessions,
-                    hint = "the same signal again ends everything now",
+                    hint = "a signal ends the process when it is drained, a second one at once",
                     "draining"
                 );
             }
@@ -488,7 +493,7 @@ pub fn run(
     started: impl FnOnce(&Server),
 ) -> anyhow::Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let mut signals = Signals::new()?;
         let mut restarts = Restarts::new()?;
         let reader =
@@ -503,7 +508,10 @@ pub fn run(
         }
         started(&server);
         server.run(&mut signals, &mut restarts).await
-    })
+    });
+    // Not waiting for a name that is still being looked up.
+    runtime.shutdown_background();
+    result
 }
 
 /// SIGTERM and SIGINT, which mean the same.

@@ -7,7 +7,7 @@ mod control;
 
 use std::{
     convert::Infallible,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -111,6 +111,8 @@ struct Status {
 struct Asked<'a> {
     request: &'a Request<Incoming>,
     peer: SocketAddr,
+    /// Ours.
+    local: Option<IpAddr>,
     /// Set while the answer is one that may take long.
     is_waiting: &'a AtomicBool,
 }
@@ -153,12 +155,13 @@ impl Admin {
 
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
         let is_waiting = Arc::new(AtomicBool::new(false));
+        let local = stream.local_addr().ok().map(|local| local.ip());
         let service = {
             let (this, is_waiting) = (Arc::clone(&self), Arc::clone(&is_waiting));
             service_fn(move |request| {
                 let (this, is_waiting) = (Arc::clone(&this), Arc::clone(&is_waiting));
                 Box::pin(async move {
-                    let asked = Asked { request: &request, peer, is_waiting: &is_waiting };
+                    let asked = Asked { request: &request, peer, local, is_waiting: &is_waiting };
                     Ok::<_, Infallible>(this.answer(asked).await)
                 })
             })
@@ -182,13 +185,12 @@ impl Admin {
                 Err(_) => break,
             }
         }
-        drop(slot);
         let (patience, stream) = (self.parts.borrow().close, connection.into_parts().io.into_inner().into_inner());
-        self.linger.add(Side::Client, stream, false, &patience, Keeps::Nothing);
+        self.linger.add(Side::Client, stream, false, &patience, Keeps::Slot(slot));
     }
 
     async fn answer(self: &Arc<Self>, asked: Asked<'_>) -> Response<Full<Bytes>> {
-        let Asked { request, peer, is_waiting } = asked;
+        let Asked { request, peer, local, is_waiting } = asked;
         let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
         let changes = match request.uri().path() {
             "/drain" | "/undrain" | "/reload" => true,
@@ -202,7 +204,7 @@ impl Admin {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return response;
         }
-        if changes && let Err(reason) = may_change(request.headers(), peer) {
+        if changes && let Err(reason) = may_change(request.headers(), peer.ip(), local) {
             warn!(%peer, path = request.uri().path(), reason, "admin: refused");
             return plain(StatusCode::FORBIDDEN, format!("{reason}\n"));
         }
@@ -319,10 +321,11 @@ impl Admin {
 
 const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain /reload";
 
-/// Who may change something. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
-fn may_change(headers: &HeaderMap, peer: SocketAddr) -> Result<(), &'static str> {
-    if !peer.ip().to_canonical().is_loopback() {
-        return Err("only from a loopback address: run `tidegate drain` where the proxy runs");
+/// Who may change something: whoever is on this host, or in this Pod. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
+fn may_change(headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {
+    // From an address of its own it comes from here too: that of the listener need not be a loopback one.
+    if !peer.to_canonical().is_loopback() && local != Some(peer) {
+        return Err("only from the host or Pod itself: run `tidegate drain` where the proxy runs");
     }
     if headers.contains_key(header::ORIGIN) {
         return Err("not from a web page");

@@ -223,12 +223,15 @@ impl AdminAt {
         if let Some(admin) = self.admin {
             return Ok(admin);
         }
-        let settings = match config::load(&Sources::from_process(self.file.config, None, None)) {
+        let sources = Sources::from_process(self.file.config, None, None);
+        let settings = match config::load(&sources) {
             Ok(loaded) => loaded.settings,
             Err(findings) => {
                 complain(&findings);
-                complain(&"warning: trying the default of admin.address; --admin ADDR names another");
-                Settings::default()
+                let settings = config::as_far_as_it_is_good(&sources);
+                let address = settings.admin.address.map_or("off".to_owned(), |address| address.to_string());
+                complain(&format!("warning: going on with admin.address = {address:?}; --admin ADDR names another"));
+                settings
             }
         };
         settings.admin.address.context("admin.address is \"off\": there is nobody to ask")

@@ -28,6 +28,7 @@ use rustix::{
 };
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit},
+    task::yield_now,
     time::{Instant, sleep_until},
 };
 
@@ -126,6 +127,8 @@ struct Sockets {
     by_age: BTreeMap<u64, Socket>,
     /// When each is to be looked at.
     due: BTreeSet<(Instant, u64)>,
+    /// Those that keep a place which a new client could have.
+    spare: BTreeSet<u64>,
     next: u64,
     /// Nobody comes any more.
     is_closed: bool,
@@ -146,7 +149,7 @@ struct Socket {
     /// Until the kernel is asked again what the peer has acknowledged.
     tick: Duration,
     due: Instant,
-    _keeps: Keeps,
+    keeps: Keeps,
     _port: Option<Counted>,
     _counted: Option<Counted>,
 }
@@ -155,7 +158,7 @@ struct Socket {
 const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
 /// Reads of one socket before others have their turn.
-const READS: usize = 16;
+const READS: usize = 4;
 
 /// Sockets of one look at the kernel.
 const EVENTS: usize = 256;
@@ -229,19 +232,26 @@ impl Linger {
             progress_at: now,
             tick: TICK.0,
             due: now,
-            _keeps: keeps,
+            keeps,
             _port: port,
             _counted: self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering)),
         };
         socket.due = socket.next_due(now);
         let is_first = sockets.due.first().is_none_or(|(first, _)| socket.due < *first);
         sockets.due.insert((socket.due, id));
+        if matches!(&socket.keeps, Keeps::Place(place) if place.refused.is_none()) {
+            sockets.spare.insert(id);
+        }
         sockets.by_age.insert(id, socket);
         self.inner.bounds.count.fetch_add(1, Ordering::Relaxed);
-        let mut gone = Vec::new();
-        while self.inner.bounds.is_exceeded() {
-            let Some(oldest) = self.inner.evict_oldest(&mut sockets) else { break };
-            gone.push(oldest);
+        let mut gone = [None, None];
+        for gone in &mut gone {
+            // Who has just come stays, also when the others are with other threads; and a bound that was lowered is reached little by
+            // little.
+            let oldest = sockets.by_age.first_key_value().map(|(id, _)| *id).filter(|oldest| *oldest != id);
+            if let Some(oldest) = oldest.filter(|_| self.inner.bounds.is_exceeded()) {
+                *gone = self.inner.evict(&mut sockets, oldest);
+            }
         }
         drop(sockets);
         drop(gone);
@@ -289,6 +299,8 @@ impl Linger {
                     for id in events.drain(..) {
                         inner.look(id, true);
                     }
+                    // Also when there is always more: others have their turn, and so have deadlines.
+                    yield_now().await;
                 }
                 () = inner.changed.notified() => {}
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
@@ -343,21 +355,21 @@ impl Inner {
         }
     }
 
-    fn evict_oldest(&self, sockets: &mut Sockets) -> Option<Socket> {
-        let (id, socket) = sockets.by_age.first_key_value()?;
+    fn evict(&self, sockets: &mut Sockets, id: u64) -> Option<Socket> {
+        let socket = sockets.by_age.get(&id)?;
         // What has come by now must not be what it is reset for.
         let how = match discard(&socket.fd) {
             Discarded::Fin => Lingered::Fin,
             Discarded::Reset => Lingered::Reset,
             Discarded::Bytes | Discarded::Nothing => Lingered::Evicted,
         };
-        let id = *id;
         self.remove(sockets, id, how)
     }
 
     fn remove(&self, sockets: &mut Sockets, id: u64, how: Lingered) -> Option<Socket> {
         let socket = sockets.by_age.remove(&id)?;
         sockets.due.remove(&(socket.due, id));
+        sockets.spare.remove(&id);
         self.bounds.count.fetch_sub(1, Ordering::Relaxed);
         self.count(socket.side, how);
         Some(socket)
@@ -366,11 +378,14 @@ impl Inner {
 
 impl Spares for Inner {
     fn count(&self) -> usize {
-        self.lock().by_age.len()
+        self.lock().spare.len()
     }
 
     fn give_one_up(&self) -> bool {
-        let oldest = self.evict_oldest(&mut self.lock());
+        let mut sockets = self.lock();
+        let Some(oldest) = sockets.spare.first().copied() else { return false };
+        let oldest = self.evict(&mut sockets, oldest);
+        drop(sockets);
         oldest.is_some()
     }
 }

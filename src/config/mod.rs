@@ -28,7 +28,7 @@ use serde::{
 
 pub use self::{
     finding::{Finding, Findings, Level, Place},
-    reload::{Change, Read, Rejected, Reloaded, read, reload},
+    reload::{Change, Read, Rejected, Reloaded, read, read_no_more, reload},
     written::Seen,
 };
 use crate::{admission, close, downstream, drain, listen, net::SocketConfig, relay, upstream};
@@ -215,6 +215,11 @@ struct Survey {
     refused: Vec<(&'static str, &'static str)>,
     /// The file could be read.
     is_complete: bool,
+}
+
+/// For who needs one of the settings, whatever is wrong with the others: a key that could not be used has its default.
+pub fn as_far_as_it_is_good(sources: &Sources) -> Settings {
+    survey(sources).settings
 }
 
 fn survey(sources: &Sources) -> Survey {

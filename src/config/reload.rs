@@ -2,12 +2,12 @@
 //!
 //! Which keys can be is said in `keys.rs`, key by key. Nothing is applied here; that is the caller's.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::Path};
 
 use serde::Serialize;
 
 use super::{
-    Loaded, Plain, Settings, Sources, Survey, checks,
+    FileSource, Loaded, Plain, Settings, Sources, Survey, checks,
     finding::{Finding, Findings, Level, Place},
     judge, keys, survey,
     written::Value,
@@ -62,6 +62,16 @@ pub struct Rejected {
 /// Reads; this may take as long as the disk does.
 pub fn read(sources: &Sources) -> Read {
     Read { sources: sources.clone(), survey: survey(sources) }
+}
+
+/// What takes the place of a [`read`] of something that could be read once: it would be found empty, which is valid.
+pub fn read_no_more(sources: &Sources, path: &Path) -> Read {
+    let place = Place::File { path: path.display().to_string() };
+    let what = "is no regular file: what was in it can't be read again";
+    let mut survey = survey(&Sources { file: FileSource::Shipped, ..sources.clone() });
+    survey.findings = vec![Finding::error(what, place, "name a file, or restart tidegate")];
+    survey.is_complete = false;
+    Read { sources: sources.clone(), survey }
 }
 
 /// What comes of a [`read`] next to `running`.

@@ -106,9 +106,9 @@ impl Phases {
         Self { status, config, last: None, signals: 0, is_replaced: false, is_hurried: false, is_cut: false }
     }
 
-    /// Other times, for a drain that is still to begin; one that has begun keeps its own.
+    /// Other times for what is still to begin: a delay that has begun keeps its own, and so does a window.
     pub fn reconfigure(&mut self, config: &Config, ending: Duration) {
-        if self.status.phase == Phase::Running {
+        if self.status.phase <= Phase::Delay {
             self.config = Times { delay: config.delay, window: config.window, timeout: config.timeout, ending };
         }
     }

@@ -213,11 +213,14 @@ impl Listener {
         if config.keepalive.is_none() {
             socket.set_keepalive(false)?;
         }
-        // Whichever has a size gets it again.
+        config.apply(&socket)?;
         if config.recv_buffer.is_none() || config.send_buffer.is_none() {
+            // Last, since older kernels can't (before 5.15).
             sys::unlock_buffers(self.as_fd())?;
+            // Whichever has a size gets it again.
+            config.apply(&socket)?;
         }
-        config.apply(&socket)
+        Ok(())
     }
 
     /// The same socket, and so the same queue, for one more accept loop.

@@ -261,7 +261,7 @@ fn a_drain_gives_up_the_restart() {
     line.logged("a drain has begun: the restart is given up");
     line.alone();
     line.signal(Signal::USR2);
-    line.logged("SIGUSR2: this process is about to end; nothing is done");
+    line.logged("SIGUSR2: a drain has begun; nothing is done");
     line.signal(Signal::TERM);
     assert_closed(old, 1);
     assert_eq!(line.front.wait_exit(DEADLINE).code(), Some(0));
