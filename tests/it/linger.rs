@@ -115,9 +115,9 @@ fn lingering_sockets_are_not_felt() {
             memory.iter().map(|bytes| bytes / 1024).collect::<Vec<_>>(),
             grown / 1024,
         );
-        // 10 MiB for 10,000.
-        assert!(grown <= 1048 * total as u64, "{grown} bytes for {total} sockets");
         if is_strict() {
+            // 10 MiB for 10,000.
+            assert!(grown <= 1048 * total as u64, "{grown} bytes for {total} sockets");
             assert!(cpu <= 1.0, "{cpu} % of a processor");
         }
         held
