@@ -669,13 +669,21 @@ impl Relay {
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
     /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Instant) -> Option<(Instant, Cause)> {
-        let moments = match &self.order {
+        match &self.order {
             Order::Done => return None,
             Order::Drain { moments, .. } => return Some((self.quiet_at(*moments, now), Cause::Drain)),
             Order::None(_) if self.ending.has_begun() => return None,
-            Order::None(_) => self.retires_at.map(|from| Moments { from, until: from + self.drain.config().window }),
-        };
-        let age = moments.map(|moments| (self.quiet_at(moments, now), Cause::Age));
+            Order::None(_) => {}
+        }
+        let age = self.retires_at.map(|from| {
+            // Until then the configuration, which all threads share, is not looked at with every message.
+            let at = if now < from {
+                from
+            } else {
+                self.quiet_at(Moments { from, until: from + self.drain.config().window }, now)
+            };
+            (at, Cause::Age)
+        });
         let idle = self.config.idle_timeout.filter(|_| self.is_between_messages());
         let idle = idle.map(|timeout| (self.last_data.1 + timeout, Cause::Idle));
         age.into_iter().chain(idle).min_by_key(|(at, _)| *at)
