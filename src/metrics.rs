@@ -132,6 +132,8 @@ pub struct Metrics {
     pub backend_up: Gauge,
     /// Data messages that came from a client after its session's end had begun; they were not forwarded.
     pub crossed_messages: Counter,
+    /// Sessions whose `close.delay` was cut short.
+    pub delays_cut: Counter,
     /// Keys that were written otherwise than they run, until a restart.
     pub restart_required: Gauge,
     reload_is_good: Gauge,
@@ -191,6 +193,7 @@ impl Metrics {
             drain_state: Gauge::default(),
             backend_up: Gauge::default(),
             crossed_messages: Counter::default(),
+            delays_cut: Counter::default(),
             restart_required: Gauge::default(),
             reload_is_good: Gauge::default(),
             reloads: Family::default(),
@@ -247,6 +250,8 @@ impl Metrics {
             "Client messages that came after the end of their session had begun and were not forwarded",
             crossed_messages.clone(),
         );
+        let help = "Sessions whose close.delay was cut short, since their place was needed for a client";
+        registry.register("close_delays_cut", help, metrics.delays_cut.clone());
         registry.register(
             "reloads",
             "Readings of the configuration after the start, by result",

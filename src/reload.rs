@@ -138,6 +138,8 @@ pub struct Reader {
     /// `reload.watch` in milliseconds; 0: off.
     watch: Arc<AtomicU64>,
     set_filter: SetFilter,
+    /// What was read is no file that could be read again.
+    is_once: bool,
 }
 
 impl Reader {
@@ -147,10 +149,10 @@ impl Reader {
         let (ask, asked) = sync_channel(MAX_ASKING);
         let (read, done) = mpsc::channel(1);
         let watch = Arc::new(AtomicU64::new(millis(settings.reload.watch)));
-        let every = Arc::clone(&watch);
+        let (every, is_once) = (Arc::clone(&watch), source.once.is_some());
         // It ends with the process, or when nobody is there to ask it.
         thread::Builder::new().name("config".to_owned()).spawn(move || serve(source, &asked, &every, &read))?;
-        Ok(Self { hang_up, ask, done, watch, set_filter })
+        Ok(Self { hang_up, ask, done, watch, set_filter, is_once })
     }
 }
 
@@ -268,6 +270,11 @@ impl Reload {
     /// What runs.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Its configuration is from where nobody can read it a second time, also no other process.
+    pub fn is_read_once(&self) -> bool {
+        self.reader.as_ref().is_some_and(|reader| reader.is_once)
     }
 
     /// The next thing that happens. Nothing is lost when it is not waited for.

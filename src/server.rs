@@ -64,6 +64,8 @@ pub struct Server {
     metrics: Arc<Metrics>,
     /// Ends what is left without waiting any longer.
     abort: CancellationToken,
+    /// Closed when no queue has a client any more.
+    accepting: mpsc::Receiver<()>,
     /// Closed when the last worker has ended.
     alive: mpsc::Receiver<()>,
     /// What can be changed while it runs.
@@ -173,6 +175,7 @@ impl Server {
         let waiters = Arc::default();
         let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
+        let (accepts, accepting) = mpsc::channel(1);
         let (inboxes, accepted): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let handles = runtimes.0.iter().map(|runtime| runtime.handle().clone());
         let balancer = Balancer::new(handles.zip(inboxes), &waiters, settings.listen.hand_off);
@@ -208,7 +211,8 @@ impl Server {
             });
             contexts.push(Arc::clone(&context));
             let (balancer, go) = (balancer.clone(), go.clone());
-            let worker = Worker { index, context, balancer, listeners, go, accepted };
+            let accepts = accepts.clone();
+            let worker = Worker { index, context, balancer, listeners, go, accepted, accepts };
             let (abort, alive) = (abort.clone(), alive.clone());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
@@ -280,6 +284,7 @@ impl Server {
             orders,
             metrics,
             abort,
+            accepting,
             alive: all_ended,
             reload,
             succession,
@@ -341,6 +346,10 @@ impl Server {
                 }
                 event = restarts.next() => match event {
                     restart::Event::Asked => match (phases.status().phase, &self.succession.predecessor) {
+                        (Phase::Running, None) if self.reload.is_read_once() => {
+                            let fix = "name a regular file by --config";
+                            warn!(fix, "SIGUSR2: the configuration came from a pipe, which a new process would find empty; nothing is done");
+                        }
                         (Phase::Running, None) => self.succession.begin(restarts),
                         (Phase::Running, Some(_)) => warn!("SIGUSR2: a restart is under way already; nothing is done"),
                         (phase, _) => warn!(phase = phase.as_str(), "SIGUSR2: a drain has begun; nothing is done"),
@@ -383,12 +392,17 @@ impl Server {
                     phases.all_ended(Instant::now());
                 }
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
-                () = sleep(LOOK), if is_open && self.metrics.connections.get() > 0 => {}
-                () = future::ready(()), if is_open && self.metrics.connections.get() == 0 => {
+                () = sleep(LOOK), if is_open && self.is_anybody_served() => {}
+                () = future::ready(()), if is_open && !self.is_anybody_served() => {
                     phases.nobody_is_served(Instant::now());
                 }
             }
         }
+    }
+
+    /// Also who is still in an accept queue.
+    fn is_anybody_served(&self) -> bool {
+        !self.accepting.is_closed() || self.metrics.connections.get() > 0
     }
 
     /// Tells everybody where the process is on its way.
@@ -544,11 +558,13 @@ struct Worker {
     go: CancellationToken,
     /// Those that other workers have accepted for it.
     accepted: mpsc::UnboundedReceiver<Accepted>,
+    /// Dropped when it has begun with the last of them.
+    accepts: mpsc::Sender<()>,
 }
 
 impl Worker {
     async fn run(self) {
-        let Self { index, context, balancer, listeners, go, mut accepted } = self;
+        let Self { index, context, balancer, listeners, go, mut accepted, accepts } = self;
         let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
         // Each loop is a task of its own: a queue that is full of clients keeps none of the others waiting.
         let loops = TaskTracker::new();
@@ -590,6 +606,7 @@ impl Worker {
         while let Some(accepted) = accepted.recv().await {
             context.latest().accept(accepted);
         }
+        drop(accepts);
         context.tracker.close();
         context.tracker.wait().await;
         // Whoever could add to them has ended.

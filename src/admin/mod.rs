@@ -49,8 +49,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 /// The backend is dialled at most this often, however many ask.
 const READINESS_AGE: Duration = Duration::from_secs(5);
 
-/// `/drain/wait`: those that may wait at once, and how long it waits for a drain to begin. A backend's preStop hook asks it,
-/// also when only the backend is restarted.
+/// `/drain/wait`: those that may wait at once, of this host and of others, and how long it waits for a drain to begin. A backend's preStop hook
+/// asks it, also when only the backend is restarted; nobody elsewhere can take its turn.
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
 
@@ -64,7 +64,7 @@ pub struct Admin {
     parts: watch::Receiver<Parts>,
     control: Control,
     linger: Linger,
-    waiting: Semaphore,
+    waiting: [Semaphore; 2],
     /// What came of the last dial of a backend.
     readiness: Mutex<Option<Dialled>>,
     tracker: TaskTracker,
@@ -126,7 +126,7 @@ impl Admin {
         linger: Linger,
         tracker: TaskTracker,
     ) -> Self {
-        let waiting = Semaphore::new(MAX_WAITING);
+        let waiting = [(); 2].map(|()| Semaphore::new(MAX_WAITING));
         Self { metrics, parts, control, linger, waiting, readiness: Mutex::new(None), tracker }
     }
 
@@ -238,7 +238,7 @@ impl Admin {
                 response
             }
             "/drain/wait" => {
-                let Ok(_slot) = self.waiting.try_acquire() else {
+                let Ok(_slot) = self.waiting[usize::from(is_here(peer.ip(), local))].try_acquire() else {
                     return plain(StatusCode::SERVICE_UNAVAILABLE, "too many wait already\n");
                 };
                 is_waiting.store(true, Ordering::Relaxed);
@@ -323,14 +323,18 @@ const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /u
 
 /// Who may change something: whoever is on this host, or in this Pod. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
 fn may_change(headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {
-    // From an address of its own it comes from here too: that of the listener need not be a loopback one.
-    if !peer.to_canonical().is_loopback() && local != Some(peer) {
+    if !is_here(peer, local) {
         return Err("only from the host or Pod itself: run `tidegate drain` where the proxy runs");
     }
     if headers.contains_key(header::ORIGIN) {
         return Err("not from a web page");
     }
     Ok(())
+}
+
+/// From an address of its own it comes from here too: that of the listener need not be a loopback one.
+fn is_here(peer: IpAddr, local: Option<IpAddr>) -> bool {
+    peer.to_canonical().is_loopback() || local == Some(peer)
 }
 
 fn typed(content_type: &'static str, text: impl Into<Bytes>) -> Response<Full<Bytes>> {

@@ -103,6 +103,13 @@ enum Command {
         #[arg(long, conflicts_with_all = ["wait", "no_wait"])]
         undo: bool,
     },
+    /// Have the proxy that runs here read its configuration again: what was applied, what takes a restart, as JSON
+    #[command(after_help = "It asks the admin listener (POST /reload), as SIGHUP would.\n\
+                            Exit codes: 0 done, 1 it can't be reached, or the configuration was rejected: nothing has changed")]
+    Reload {
+        #[command(flatten)]
+        admin: AdminAt,
+    },
     /// Print what the proxy that runs here is doing: its phase, sessions, sockets, as JSON
     Status {
         #[command(flatten)]
@@ -192,6 +199,7 @@ pub fn main() -> ExitCode {
             };
             print(&operate::drain(admin, way)?)
         })),
+        Command::Reload { admin } => Ok(admin.find().and_then(|admin| print(&operate::reload(admin)?))),
         Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(admin)?))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),

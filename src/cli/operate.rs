@@ -1,4 +1,4 @@
-//! `tidegate drain` and `tidegate status`: a client of the admin listener, for containers without a shell.
+//! `tidegate drain`, `tidegate reload` and `tidegate status`: a client of the admin listener, for containers without a shell.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -45,6 +45,19 @@ pub(super) fn drain(admin: SocketAddr, way: Way) -> anyhow::Result<String> {
         let last = ask(admin, Method::GET, "/status", Some(PATIENCE)).await.and_then(expect_ok);
         Ok(last.unwrap_or_else(|_| "{\"phase\":\"drained\"}\n".to_owned()))
     })
+}
+
+/// Gives what is to be printed: the report, as JSON. Of a rejected configuration the error says what `tidegate check` would.
+pub(super) fn reload(admin: SocketAddr) -> anyhow::Result<String> {
+    let (status, text) = on_a_runtime(ask(admin, Method::POST, "/reload", Some(PATIENCE)))?;
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    if status == StatusCode::UNPROCESSABLE_ENTITY
+        && let Some(findings) = report["findings"].as_array()
+    {
+        let findings: Vec<_> = findings.iter().filter_map(|finding| finding["text"].as_str()).collect();
+        bail!("rejected, and nothing has changed\n\n{}", findings.join("\n\n"));
+    }
+    expect_ok((status, text))
 }
 
 /// Gives what is to be printed: JSON, in one line.

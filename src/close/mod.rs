@@ -138,6 +138,15 @@ struct Sockets {
 struct Socket {
     fd: OwnedFd,
     side: Side,
+    wait: Wait,
+    keeps: Keeps,
+    _port: Option<Counted>,
+    _counted: Option<Counted>,
+}
+
+/// What one of them waits for, and how long. No I/O and no clock: what was found and when is told.
+#[derive(Debug)]
+struct Wait {
     /// Its Close frame (or the end of its last message) was received: it sends nothing more of its own accord.
     peer_is_done: bool,
     linger: Duration,
@@ -149,9 +158,6 @@ struct Socket {
     /// Until the kernel is asked again what the peer has acknowledged.
     tick: Duration,
     due: Instant,
-    keeps: Keeps,
-    _port: Option<Counted>,
-    _counted: Option<Counted>,
 }
 
 /// How often the kernel is asked what the peer has acknowledged: first and longest interval. Only as long as something is not.
@@ -199,7 +205,13 @@ impl Linger {
     /// its own accord, and the wait may end when the peer's kernel has everything.
     pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
         let now = Instant::now();
-        let Ok((fd, port)) = stream.into_raw() else { return };
+        let (fd, port) = match stream.into_raw() {
+            Ok(raw) => raw,
+            Err(error) => {
+                tracing::warn!(%error, "a socket cannot be taken from its runtime: it is closed at once");
+                return self.inner.count(side, Lingered::Evicted);
+            }
+        };
         if shutdown(&fd, Shutdown::Write).is_err() {
             // ENOTCONN: the connection is dead already and has no FIN to send.
             return self.inner.count(side, Lingered::Reset);
@@ -222,23 +234,11 @@ impl Linger {
             drop(sockets);
             return self.inner.count(side, Lingered::Evicted);
         }
-        let mut socket = Socket {
-            unacked: net::unacked(&fd).unwrap_or(0),
-            fd,
-            side,
-            peer_is_done,
-            linger: patience.linger,
-            last: now + patience.linger_max,
-            progress_at: now,
-            tick: TICK.0,
-            due: now,
-            keeps,
-            _port: port,
-            _counted: self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering)),
-        };
-        socket.due = socket.next_due(now);
-        let is_first = sockets.due.first().is_none_or(|(first, _)| socket.due < *first);
-        sockets.due.insert((socket.due, id));
+        let wait = Wait::new(peer_is_done, patience, net::unacked(&fd).unwrap_or(0), now);
+        let is_first = sockets.due.first().is_none_or(|(first, _)| wait.due < *first);
+        sockets.due.insert((wait.due, id));
+        let counted = self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering));
+        let socket = Socket { fd, side, wait, keeps, _port: port, _counted: counted };
         if matches!(&socket.keeps, Keeps::Place(place) if place.refused.is_none()) {
             sockets.spare.insert(id);
         }
@@ -338,7 +338,7 @@ impl Inner {
     fn look(&self, id: u64, has_news: bool) {
         let mut sockets = self.lock();
         let Some(socket) = sockets.by_age.get_mut(&id) else { return };
-        let was_due = socket.due;
+        let was_due = socket.wait.due;
         match socket.look(Instant::now(), has_news) {
             Some(how) => {
                 let socket = self.remove(&mut sockets, id, how);
@@ -348,7 +348,7 @@ impl Inner {
             // That it is due later is seen when it is due.
             None if has_news => {}
             None => {
-                let due = socket.due;
+                let due = socket.wait.due;
                 sockets.due.remove(&(was_due, id));
                 sockets.due.insert((due, id));
             }
@@ -368,7 +368,7 @@ impl Inner {
 
     fn remove(&self, sockets: &mut Sockets, id: u64, how: Lingered) -> Option<Socket> {
         let socket = sockets.by_age.remove(&id)?;
-        sockets.due.remove(&(socket.due, id));
+        sockets.due.remove(&(socket.wait.due, id));
         sockets.spare.remove(&id);
         self.bounds.count.fetch_sub(1, Ordering::Relaxed);
         self.count(socket.side, how);
@@ -407,7 +407,23 @@ impl Socket {
     /// `Some`: it is over. Else it says when it is to be looked at again.
     fn look(&mut self, now: Instant, has_news: bool) -> Option<Lingered> {
         // Also when it is only time: what came just now must not be what it is reset for.
-        match discard(&self.fd) {
+        let found = discard(&self.fd);
+        let left = (!has_news).then(|| net::unacked(&self.fd).unwrap_or(0));
+        self.wait.go_on(&found, left, now)
+    }
+}
+
+impl Wait {
+    fn new(peer_is_done: bool, patience: &Patience, unacked: usize, now: Instant) -> Self {
+        let (linger, last) = (patience.linger, now + patience.linger_max);
+        let mut wait = Self { peer_is_done, linger, last, progress_at: now, unacked, tick: TICK.0, due: now };
+        wait.due = wait.next_due(now);
+        wait
+    }
+
+    /// `Some`: it is over. `left`: what the peer has not acknowledged; `None`: nobody has asked, since it is not time yet.
+    fn go_on(&mut self, found: &Discarded, left: Option<usize>, now: Instant) -> Option<Lingered> {
+        match found {
             Discarded::Fin => return Some(Lingered::Fin),
             Discarded::Reset => return Some(Lingered::Reset),
             Discarded::Bytes => self.progress_at = now,
@@ -416,11 +432,9 @@ impl Socket {
         if now >= self.last {
             return Some(Lingered::Expired);
         }
-        if has_news {
-            return None;
-        }
-        let left = net::unacked(&self.fd).unwrap_or(0);
-        if self.peer_is_done && left == 0 {
+        let left = left?;
+        // Of bytes there may be more than were read at once.
+        if self.peer_is_done && left == 0 && matches!(found, Discarded::Nothing) {
             return Some(Lingered::Acked);
         }
         if left < self.unacked {

@@ -1,7 +1,8 @@
-//! Sockets of this host, and peers that end, reset, stay, or send on.
+//! Sockets of this host, and peers that end, reset, stay, or send on; and the wait alone, on a virtual clock.
 
 use std::pin::pin;
 
+use proptest::prelude::*;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -190,4 +191,126 @@ async fn it_ends_with_the_last_socket() {
     assert!(timeout(Duration::from_millis(50), &mut run).await.is_err(), "one is left");
     peer.shutdown().await.expect("open");
     timeout(Duration::from_secs(15), run).await.expect("nobody is left");
+}
+
+/// What a peer and its kernel do.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    Sends(usize),
+    Acks(usize),
+    Fin,
+    Reset,
+    /// Milliseconds.
+    Passes(u64),
+}
+
+/// What is read of a socket before others have their turn.
+const AT_ONCE: usize = 100;
+
+/// The socket of a [`Wait`].
+#[derive(Debug)]
+struct World {
+    now: Instant,
+    unread: usize,
+    unacked: usize,
+    is_fin: bool,
+    is_reset: bool,
+    progress_at: Instant,
+}
+
+impl World {
+    fn discard(&mut self) -> Discarded {
+        if self.is_reset {
+            return Discarded::Reset;
+        }
+        if self.unread == 0 {
+            return if self.is_fin { Discarded::Fin } else { Discarded::Nothing };
+        }
+        self.unread -= self.unread.min(AT_ONCE);
+        Discarded::Bytes
+    }
+
+    fn happens(&mut self, event: Event) {
+        let is_open = !self.is_fin && !self.is_reset;
+        match event {
+            Event::Sends(count) if is_open => (self.unread, self.progress_at) = (self.unread + count, self.now),
+            Event::Acks(count) if !self.is_reset && self.unacked > 0 => {
+                (self.unacked, self.progress_at) = (self.unacked.saturating_sub(count), self.now);
+            }
+            Event::Fin if is_open => self.is_fin = true,
+            Event::Reset => self.is_reset = true,
+            _ => {}
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        self.unread > 0 || self.is_fin || self.is_reset
+    }
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => (1_usize..400).prop_map(Event::Sends),
+        4 => (1_usize..400).prop_map(Event::Acks),
+        1 => Just(Event::Fin),
+        1 => Just(Event::Reset),
+        6 => (0_u64..1500).prop_map(Event::Passes),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    /// Whatever the peer does, and however late we look: a socket with something unread is never closed before its deadline, none is
+    /// let go because all was acknowledged when it was not, and all end in time.
+    #[test]
+    fn no_wait_ends_too_early_or_never(
+        is_done: bool,
+        unacked in 0_usize..1000,
+        events in prop::collection::vec((event(), any::<bool>()), 0..40),
+    ) {
+        let zero = Instant::now();
+        let patience = Patience { linger: Duration::from_secs(2), linger_max: Duration::from_secs(10) };
+        let mut world = World { now: zero, unread: 0, unacked, is_fin: false, is_reset: false, progress_at: zero };
+        let mut wait = Wait::new(is_done, &patience, unacked, zero);
+        let mut over = None;
+        let rest = [(Event::Passes(20_000), true)];
+        'all: for (event, is_prompt) in events.into_iter().chain(rest) {
+            let until = world.now + Duration::from_millis(if let Event::Passes(millis) = event { millis } else { 0 });
+            world.happens(event);
+            // The timers that are due meanwhile, each with the news that the kernel had by then.
+            loop {
+                while is_prompt && world.has_news() {
+                    let found = world.discard();
+                    over = wait.go_on(&found, None, world.now);
+                    if over.is_some() {
+                        break 'all;
+                    }
+                }
+                if wait.due > until {
+                    break;
+                }
+                world.now = world.now.max(wait.due);
+                let found = world.discard();
+                over = wait.go_on(&found, Some(world.unacked), world.now);
+                if over.is_some() {
+                    break 'all;
+                }
+                prop_assert!(wait.due > world.now, "it is due for ever");
+            }
+            world.now = until;
+        }
+        let idle = world.now - world.progress_at;
+        match over {
+            None => prop_assert!(false, "it never ends"),
+            Some(Lingered::Fin) => prop_assert!(world.is_fin && world.unread == 0),
+            Some(Lingered::Reset) => prop_assert!(world.is_reset),
+            Some(Lingered::Acked) => prop_assert!(is_done && world.unread == 0 && world.unacked == 0, "{world:?}"),
+            Some(Lingered::Expired) => {
+                prop_assert!(idle >= patience.linger || world.now >= zero + patience.linger_max, "{world:?}");
+            }
+            Some(Lingered::Evicted) => prop_assert!(false, "nobody asked for it"),
+        }
+        prop_assert!(world.now <= zero + patience.linger_max, "{:?}", world.now - zero);
+    }
 }

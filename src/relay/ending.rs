@@ -130,7 +130,7 @@ pub(super) struct Ending {
     unsettled: bool,
     /// It is to end because we say so.
     leave: Option<(Instant, CloseFrame)>,
-    /// We wanted it to end when somebody had begun already: from then on `close.delay` is over.
+    /// We wanted it to end when somebody had begun already, or its place was needed: from then on `close.delay` is over.
     hastened_at: Option<Instant>,
     first: Option<(Initiator, Cause, Instant)>,
 }
@@ -294,10 +294,28 @@ impl Ending {
         self.heard_gone(side, Gone::Stalled, false, now);
     }
 
+    /// The backend is not told yet that the client has left: until then at the latest (`close.delay`).
+    pub(super) fn delayed_until(&self, config: &Config, now: Instant) -> Option<Instant> {
+        let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
+        let is_delayed = backend.told == Told::Nothing && backend.gone.is_none() && backend.close.is_none();
+        let until = self.delay(client.gone_at.filter(|_| is_delayed)?, config);
+        (until > now).then_some(until)
+    }
+
+    /// `close.delay` is over for it.
+    pub(super) fn hasten(&mut self, now: Instant) {
+        self.hastened_at.get_or_insert(now);
+    }
+
+    fn delay(&self, since: Instant, config: &Config) -> Instant {
+        let due = since + config.close_delay;
+        self.hastened_at.map_or(due, |at| due.min(at))
+    }
+
     /// We want it to end, of no fault of anybody: this is its moment.
     pub(super) fn leave(&mut self, close: CloseFrame, cause: Cause, now: Instant) {
         if self.has_begun() {
-            self.hastened_at.get_or_insert(now);
+            self.hasten(now);
         } else {
             self.begin(Initiator::Tidegate, cause, now);
             self.leave = Some((now, close));
@@ -390,10 +408,7 @@ impl Ending {
         let blame = |violation: Violation| What::Own(CloseFrame::new(violation.code(), violation.as_str()));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
         let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
-        let delayed = |since: Instant| {
-            let due = since + config.close_delay;
-            self.hastened_at.map_or(due, |at| due.min(at))
-        };
+        let delayed = |since: Instant| self.delay(since, config);
         // Whatever is still awaited from the other side is given up then.
         let unanswered = self.answer_due(side.other(), config, views);
         let other_unanswered = match (unanswered, other.let_go_at) {

@@ -34,6 +34,7 @@ pub use self::{
     lane::Counts,
 };
 use crate::{
+    admission::{Delay, Delays},
     drain::{Drain, Moments},
     metrics::Traffic,
     net::{Stream, with_scratch},
@@ -82,6 +83,9 @@ const READ: usize = 64 * 1024;
 /// The longest turn of one session. The runtime's own bound is 128 reads and writes, which may take milliseconds, and each
 /// connect on the same worker waits for several turns, each message for one.
 const TURN: Duration = Duration::from_micros(100);
+
+/// How long after a client's Close its FIN counts as one that came with it.
+const APART: Duration = Duration::from_millis(2);
 
 /// What a client is told.
 const TOO_OLD: &str = "the session has reached its age";
@@ -135,6 +139,8 @@ pub struct Report {
     pub gone: [Option<Gone>; 2],
     /// The client, the backend has the beginning of a frame and not its end.
     pub cut: [bool; 2],
+    /// `close.delay` was cut short, since the session's place was needed.
+    pub delay_cut: bool,
     /// What the client, the backend sent.
     pub counts: [Counts; 2],
 }
@@ -171,11 +177,15 @@ pub struct Relay {
     /// A side's Close frame as it came.
     closes: [Option<Box<[u8]>>; 2],
     last_data: (Side, Instant),
+    delays: Arc<Delays>,
+    /// As long as `close.delay` holds it.
+    delay: Option<Box<Delay>>,
+    delay_cut: bool,
     /// When it is old enough.
     retires_at: Option<Instant>,
     order: Order,
-    /// The client's Close was heard, and its socket is looked at once more in the next turn.
-    settling: bool,
+    /// The client's Close was heard, and its socket is looked at once more: not before then, and not in the same turn.
+    settling: Option<Instant>,
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
@@ -203,7 +213,15 @@ impl std::fmt::Debug for Order {
 impl Relay {
     /// Of two legs after their handshakes. `rsv`: what the negotiated extensions allow. To be made on the worker that
     /// polls it.
-    pub fn new(config: Arc<Config>, traffic: Arc<Traffic>, drain: Drain, rsv: Rsv, client: Leg, backend: Leg) -> Self {
+    pub fn new(
+        config: Arc<Config>,
+        traffic: Arc<Traffic>,
+        drain: Drain,
+        delays: Arc<Delays>,
+        rsv: Rsv,
+        client: Leg,
+        backend: Leg,
+    ) -> Self {
         let now = Instant::now();
         let limits = Limits { frame: config.max_frame, message: config.max_message };
         let mut ending = Ending::new();
@@ -225,8 +243,11 @@ impl Relay {
             broken: [false; 2],
             closes: [None, None],
             last_data: (Side::Backend, now),
+            delays,
+            delay: None,
+            delay_cut: false,
             retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
-            settling: false,
+            settling: None,
             timer: Box::pin(tokio::time::sleep_until(now)),
             timer_is_late: true,
             ending,
@@ -267,6 +288,7 @@ impl Relay {
             got: Side::BOTH.map(|side| self.ending.got(side)),
             gone: Side::BOTH.map(|side| self.ending.gone(side)),
             cut: both(&|side| self.ending.was_cut(side)),
+            delay_cut: self.delay_cut,
             counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),
         }
     }
@@ -283,6 +305,10 @@ impl Relay {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let now = Instant::now();
         self.hear_order(cx);
+        if self.delay.take_if(|delay| delay.is_over()).is_some() {
+            self.delay_cut = true;
+            self.ending.hasten(now);
+        }
         let mut due = Due { timer: self.timer.deadline() <= now, leave: true };
         // Only in a later turn than the one that set it, and only after everything that had come was read.
         let settling = self.settling;
@@ -299,7 +325,7 @@ impl Relay {
                 progress |= self.read(cx, side, &mut dry[side as usize], now);
             }
             if self.ending.has_begun() {
-                progress |= !progress && self.settle(cx, settling);
+                progress |= !progress && self.settle(cx, settling, now);
                 match self.ending.next(&self.config, self.views(), now) {
                     Ok(Act::Close(side, what)) => {
                         self.send_close(cx, side, what, now);
@@ -307,7 +333,9 @@ impl Relay {
                     }
                     Ok(Act::Fin(side)) => return Poll::Ready(self.let_go(side, now)),
                     Err(at) => {
-                        wake = at;
+                        self.keep_delay(cx, now);
+                        // One that is due now is due in the next turn.
+                        wake = at.into_iter().chain(self.settling.filter(|at| *at > now)).min();
                         self.timer_is_late = true;
                     }
                 }
@@ -620,20 +648,36 @@ impl Relay {
     }
 
     /// "A client that leaves without waiting": its FIN may be right behind its Close, so its socket is looked at once
-    /// more after a turn of the runtime, in which the kernel is asked for news. `settling` was set in an earlier turn.
-    fn settle(&mut self, cx: &mut Context<'_>, settling: bool) -> bool {
+    /// more after a turn of the runtime, in which the kernel is asked for news. The FIN may also come in a packet of its own: where it matters, since the
+    /// client's was the last word and an answer may be in the making, it is given [`APART`]. `settling` was set in an earlier turn.
+    fn settle(&mut self, cx: &mut Context<'_>, settling: Option<Instant>, now: Instant) -> bool {
         if !self.ending.is_unsettled() {
             return false;
         }
-        if settling {
-            self.settling = false;
-            self.ending.settle();
-        } else if !self.settling {
-            self.settling = true;
-            // Wakes the task after the next look at the kernel; only its waker is needed.
-            let _ = pin!(tokio::task::yield_now()).poll(cx);
+        match settling {
+            Some(at) if at <= now => {
+                self.settling = None;
+                self.ending.settle();
+                return true;
+            }
+            None if self.settling.is_none() => {
+                let is_answer_due = self.last_data.0 == Side::Client && !self.config.close_delay.is_zero();
+                self.settling = Some(if is_answer_due { now + APART } else { now });
+                // Wakes the task after the next look at the kernel; only its waker is needed.
+                let _ = pin!(yield_now()).poll(cx);
+            }
+            _ => {}
         }
-        settling
+        false
+    }
+
+    /// As long as `close.delay` is all that the session waits for, somebody else may have its place.
+    fn keep_delay(&mut self, cx: &Context<'_>, now: Instant) {
+        if self.ending.delayed_until(&self.config, now).is_none() {
+            self.delay = None;
+        } else if self.delay.is_none() && !self.delay_cut {
+            self.delay = Some(Box::new(self.delays.begin(cx.waker())));
+        }
     }
 
     /// Looks whether a drain has begun. The futures only hold the task's waker: they are polled once each, since asking
@@ -684,9 +728,14 @@ impl Relay {
             };
             (at, Cause::Age)
         });
-        let idle = self.config.idle_timeout.filter(|_| self.is_between_messages());
-        let idle = idle.map(|timeout| (self.last_data.1 + timeout, Cause::Idle));
+        let idle = self.config.idle_timeout.map(|timeout| (self.moved_at() + timeout, Cause::Idle));
         age.into_iter().chain(idle).min_by_key(|(at, _)| *at)
+    }
+
+    /// When a part of a message last came or went.
+    fn moved_at(&self) -> Instant {
+        let within = self.lanes.iter().filter(|lane| !lane.tracker.at_boundary() || lane.has_pending());
+        within.map(|lane| lane.held_since.unwrap_or(lane.progress)).fold(self.last_data.1, Instant::max)
     }
 
     /// The first quiet point within `moments`, as far as can be said now.

@@ -26,6 +26,7 @@ use tracing::{debug, info};
 use super::{About, Context, Tunnel, answer::last};
 use crate::{
     admission::{Extra, Reason},
+    close::Keeps,
     downstream::{self, Body, Intent, TimedBody},
     fields::tokens,
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
@@ -33,6 +34,7 @@ use crate::{
     metrics::{Handshake, Metrics},
     net::{Kept, Stream, concat},
     relay::Leg,
+    side::Side,
     upstream::{Answer, Error, Reply},
     ws::Rsv,
 };
@@ -247,8 +249,15 @@ impl Context {
         let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {
-                // When the 101 could not be written the client is gone; the backend must hear of it.
-                let stream = matches!(served, Some(Ok(()))).then_some(stream);
+                let mut accounting = accounting;
+                let stream = if let Some(Ok(())) = served {
+                    Some(stream)
+                } else {
+                    // When the 101 could not be written in full the client can't be a part of it; the backend must hear of it.
+                    let keeps = accounting.place.split().map_or(Keeps::Nothing, Keeps::Place);
+                    self.linger.add(Side::Client, stream, false, &self.short_linger(), keeps);
+                    None
+                };
                 let client = Leg { stream, early: concat(parts.read_buf, unread) };
                 self.latest().begin_relay(client, tunnel, accounting);
             }

@@ -190,7 +190,7 @@ impl Context {
     ) {
         // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
         if !accounting.place.is_last_resort()
-            && let Some(place) = self.admission.enter().filter(|place| place.refused.is_none())
+            && let Some(place) = self.admission.enter_late().await
         {
             accounting.place = place;
             self.wait(stream, client, accounting).await;
@@ -243,7 +243,15 @@ impl Context {
         let Tunnel { backend, rsv, about } = tunnel;
         let mut open = Open::new(&self.metrics, about);
         let traffic = Arc::clone(&self.traffic);
-        let mut relay = Relay::new(Arc::clone(&self.relay), traffic, self.drain.clone(), rsv, client, backend);
+        let mut relay = Relay::new(
+            Arc::clone(&self.relay),
+            traffic,
+            self.drain.clone(),
+            self.admission.delays(),
+            rsv,
+            client,
+            backend,
+        );
         let first = relay.next_ended().await;
         self.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
         let second = relay.next_ended().await;

@@ -19,6 +19,7 @@ impl Context {
         for cause in abnormal(report) {
             self.metrics.abnormal(cause);
         }
+        self.metrics.delays_cut.inc_by(report.delay_cut.into());
         self.metrics.crossed_messages.inc_by(report.counts[Side::Client as usize].crossed);
     }
 }

@@ -395,6 +395,7 @@ impl Case {
                 Arc::clone(&config),
                 Arc::clone(&traffic),
                 drain.clone(),
+                Arc::default(),
                 Rsv::None,
                 client.1,
                 backend.1,

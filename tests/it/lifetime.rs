@@ -93,3 +93,26 @@ fn a_session_in_which_nothing_is_said_is_closed() {
     assert_eq!((&line["why"], &line["clean"]), (&"websocket.idle_timeout".into(), &true.into()), "{line}");
     t.no_rst();
 }
+
+/// A message that is begun and never goes on keeps no session open, be it between two frames or inside one.
+#[test]
+fn half_a_message_is_no_sign_of_life() {
+    let settings = "websocket = { idle_timeout = '1s', ping_interval = '0s', hold_timeout = '100ms' }\nclose.handshake_timeout = '500ms'";
+    for (begun, length) in [(Frame::text("").fin(false), usize::MAX), (Frame::text(&"x".repeat(40_000)), 30_000)] {
+        let script = async |c: &mut Peer| {
+            c.accept_websocket().await;
+            c.until_end().await;
+        };
+        let t = Scene::new(settings).backend(script).start();
+        let seen = t.client(async |c| {
+            c.handshake("/").await;
+            let bytes = c.frame_bytes(&begun);
+            c.send_bytes(&bytes[..length.min(bytes.len())]).await;
+            c.until_end().await
+        });
+        seen.assert_closed_with(1001);
+        let line = t.proxy().log_where("the end", |line| line["message"] == "close");
+        assert_eq!(line["why"], "websocket.idle_timeout", "{line}");
+        t.no_rst();
+    }
+}

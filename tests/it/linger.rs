@@ -174,3 +174,49 @@ fn the_number_of_waits_is_bounded() {
     t.assert_nothing_left();
     t.assert_sent_no_rst();
 }
+
+/// The same for sessions that `close.delay` holds: ten times as many clients as there are places leave without waiting, one after
+/// the other, and those whose delay is the oldest make room. Their backends get Close 1001 all the same.
+#[test]
+fn nobody_is_turned_away_for_a_delay() {
+    const PLACES: usize = 40;
+    const CLIENTS: usize = 400;
+    let stage = Stage::new();
+    let backend = stage.backend(async |mut member: Member| {
+        member.handshake().await;
+        let close = loop {
+            let frame = member.frame().await.expect("a Close");
+            if frame.opcode == CLOSE {
+                break frame;
+            }
+            member.send(&frame.again()).await.expect("an open session");
+        };
+        member.send(&Frame::new(CLOSE, &close.payload)).await.expect("an open session");
+        (close.code(), member.fin_and_rest().await.end)
+    });
+    let settings =
+        format!("close.delay = '60s'\nlimits.max_connections = {PLACES}\ndrain = {{ delay = '0s', window = '1s' }}");
+    let t = stage.tidegate(&settings, backend.address);
+    let waiting = stage.clients(async || {
+        for index in 0..CLIENTS {
+            let mut client = connect(t.address, 1).await.pop().expect("there is one");
+            client.send(&Frame::text("hello")).await.expect("an open session");
+            assert_eq!(client.frame().await.expect("an echo").text(), "hello", "{index}");
+            client.rst();
+        }
+        let metrics = t.metrics();
+        let cut = count(&metrics, "tidegate_close_delays_cut_total");
+        let waiting = count(&metrics, "tidegate_connections_active");
+        println!("{CLIENTS} clients on {PLACES} places: {cut} delays were cut short, {waiting} go on");
+        assert!(metrics.sum("tidegate_refused_total").abs() < 0.5, "{metrics:#?}");
+        // No more than had to: each of those that go on has one socket left, and so half a place.
+        assert!(cut + waiting == CLIENTS && waiting > PLACES, "{cut} {waiting}");
+        waiting
+    });
+    // The drain ends the rest.
+    t.sigterm();
+    assert_eq!(t.wait_exit(DEADLINE).code(), Some(0));
+    let ends = tally(backend.results(CLIENTS).iter().map(|(code, end)| format!("{code} {end:?}")));
+    assert_eq!(ends.get("1001 Fin"), Some(&CLIENTS), "{ends:?}, {waiting} waited");
+    t.assert_sent_no_rst();
+}

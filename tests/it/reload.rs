@@ -257,10 +257,22 @@ fn an_invalid_file_changes_nothing() {
     assert_eq!((code, &report["rejected"]), (422, &json!([])), "{report}");
     assert_eq!(echoes(&t, 1001), Err(1009));
 
+    let by_command = || {
+        let mut command = t.lab().command_in(Side::Proxy, env!("CARGO_BIN_EXE_tidegate"));
+        let output = command.args(["reload", "--admin", &t.proxy().admin.to_string()]).output();
+        let output = output.expect("the binary that was just built");
+        let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
+        (output.status.code(), stdout, stderr)
+    };
+    let (code, stdout, stderr) = by_command();
+    assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+    assert!(stderr.contains("nothing has changed") && stderr.contains("no such configuration file"), "{stderr}");
     fs::write(t.proxy().config(), good).expect("room");
-    assert_eq!(reload(t.proxy()).0, 200);
+    let (code, stdout, stderr) = by_command();
+    let report: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!((code, &report["result"], stderr.as_str()), (Some(0), &json!("applied"), ""));
     let metrics = t.proxy().metrics();
-    assert_eq!(metrics.count("tidegate_reloads_total{result=\"rejected\"}"), 2);
+    assert_eq!(metrics.count("tidegate_reloads_total{result=\"rejected\"}"), 3);
     assert_eq!(metrics.count("tidegate_config_last_reload_successful"), 1);
     t.no_rst();
 }

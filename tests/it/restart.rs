@@ -16,11 +16,14 @@ use serde_json::Value;
 use std::{
     collections::BTreeMap,
     fs,
+    io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpListener},
     os::{
         linux::net::SocketAddrExt as _,
         unix::net::{SocketAddr as UnixAddress, UnixDatagram},
     },
+    process::{Command, Stdio},
+    sync::mpsc,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -222,6 +225,28 @@ fn hold_config(line: &Line<'_>) -> String {
     fs::remove_file(&file).expect("our own file");
     mknodat(CWD, &file, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a pipe with a name");
     text
+}
+
+/// What can be read only once is not asked for by a second process: it would run on the defaults.
+#[test]
+fn no_restart_with_a_configuration_from_a_pipe() {
+    let mut tidegate = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+    let pipes = tidegate.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut tidegate = pipes.args(["run", "--config", "/dev/stdin"]).spawn().expect("the binary that was just built");
+    let config = "listen.address = '127.0.0.1:0'\nadmin.address = 'off'\ndrain = { delay = '0s', window = '0s' }";
+    tidegate.stdin.take().expect("a pipe").write_all(config.as_bytes()).expect("it reads");
+    let log = BufReader::new(tidegate.stdout.take().expect("a pipe")).lines();
+    let (said, heard) = mpsc::channel();
+    let reading = thread::spawn(move || log.map_while(Result::ok).all(|line| said.send(line).is_ok()));
+    let logged = |text: &str| std::iter::from_fn(|| heard.recv_timeout(DEADLINE).ok()).any(|line| line.contains(text));
+    let is_ready = logged("listening");
+    let signal = |signal| kill_process(raw(tidegate.id()), signal).expect("our own child");
+    signal(Signal::USR2);
+    let is_refused = logged("SIGUSR2: the configuration came from a pipe");
+    signal(Signal::TERM);
+    let status = tidegate.wait().expect("our own child");
+    let _ = reading.join();
+    assert!(is_ready && is_refused && status.success(), "{is_ready} {is_refused} {status}");
 }
 
 /// Who asks again while a restart is under way has asked for nothing.

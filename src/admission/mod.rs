@@ -1,7 +1,10 @@
 //! Who is let in: places for connections, for those that are turned away with an answer, memory, and the rate of handshakes.
 //!
 //! A client that can't be served is not reset and not left without an answer: it takes one of a few places for clients
-//! that get a 503, and when these are all taken too, it waits in the accept queue.
+//! that get a 503, and when these are all taken too, it waits in the accept queue. Before that, room is made where a place is kept
+//! for somebody who is gone: lingering sockets ([`Spares`]), sessions in their `close.delay` ([`Delays`]).
+
+mod delays;
 
 use std::{
     fmt,
@@ -15,8 +18,10 @@ use std::{
 
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
-    time::Instant,
+    time::{Instant, sleep},
 };
+
+pub use self::delays::{Delay, Delays};
 
 /// What is wanted; [`crate::budget`] says what is had.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,6 +125,12 @@ pub const CONNECTION_BYTES: u64 = 16 << 10;
 /// A place is for two sockets, and each of them may linger without the other.
 const HALVES: u32 = 2;
 
+/// The part of all places that is to be free while sessions wait only for their `close.delay`.
+const FEW: usize = 16;
+
+/// Until the place of such a session is free: how often, and at which interval, a client that found none tries again.
+const TRIES: (u32, Duration) = (20, Duration::from_millis(10));
+
 /// Per cent of the memory limit: from the first on nobody more is let in, below the second all are again; in between they are
 /// little by little.
 const MEMORY_FULL: u64 = 90;
@@ -160,6 +171,9 @@ struct Inner {
     freed: Notify,
     /// Those who have places that they can do without.
     spares: RwLock<Vec<Weak<dyn Spares>>>,
+    delays: Arc<Delays>,
+    /// Halves of places: with fewer of them free, delays are cut short.
+    few: usize,
     memory: Option<Reserved>,
     reserve: Mutex<Reserve>,
     /// It could not be taken again: others had all descriptors.
@@ -216,6 +230,8 @@ impl Admission {
             turned_away: slots(capacity.turned_away),
             freed: Notify::new(),
             spares: RwLock::default(),
+            delays: Arc::default(),
+            few: capacity.connections / FEW * HALVES as usize,
             memory,
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             lacks_reserve: AtomicBool::new(false),
@@ -231,6 +247,9 @@ impl Admission {
             Some(bytes) => {
                 loop {
                     if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_many_owned(HALVES) {
+                        if inner.connections.available_permits() < inner.few {
+                            inner.delays.end_oldest();
+                        }
                         return Some(self.place(permit, bytes, None));
                     }
                     if !self.make_room() {
@@ -242,8 +261,33 @@ impl Admission {
             }
             None => Reason::Memory,
         };
+        inner.delays.end_oldest();
         let permit = Arc::clone(&inner.turned_away).try_acquire_owned().ok()?;
         Some(self.place(permit, 0, Some(reason)))
+    }
+
+    /// A place for a connection that got none at first: at once, or that of a session which only waits for its `close.delay`; `None`: there is
+    /// none.
+    pub async fn enter_late(&self) -> Option<Place> {
+        let (tries, interval) = TRIES;
+        let mut may_come = false;
+        for _ in 0..tries {
+            // Before the try, which may end the last of them.
+            may_come |= self.inner.delays.is_any();
+            if let Some(place) = self.enter().filter(|place| place.refused.is_none()) {
+                return Some(place);
+            }
+            if !may_come {
+                break;
+            }
+            sleep(interval).await;
+        }
+        None
+    }
+
+    /// Where sessions in their `close.delay` are found.
+    pub fn delays(&self) -> Arc<Delays> {
+        Arc::clone(&self.inner.delays)
     }
 
     /// Resolves when [`Self::enter`] is worth another try. Of several that wait one is woken for each place; when it has
