@@ -10,7 +10,7 @@
 //! 4  admin/  config/  demo/  doctor/  restart.rs       probes and metrics, TOML, the demo's backend, diagnosis, succession
 //! 3  session/                                          the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
-//! 1  admission.rs  budget.rs  drain/  gate.rs
+//! 1  admission/    budget.rs  drain/  gate.rs
 //!    metrics.rs  net/  slots.rs  system.rs            mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```

@@ -241,7 +241,8 @@ impl Metrics {
         let help = "Ports for connections to the backend; 0: no limit is known";
         registry.register("upstream_ports_limit", help, metrics.upstream_ports_limit.clone());
         registry.register("lingering_sockets", "Sockets after our FIN, waiting for the peer's", lingering.clone());
-        let help = "0: running; 1: draining, still accepting; 2: draining, listeners closed";
+        let help =
+            "0: running; 1: draining, still accepting; 2: listeners closed, sessions end; 3: sockets do; 4: drained";
         registry.register("drain_state", help, metrics.drain_state.clone());
         let help = "1: the backend took a connection when /readyz last looked; 0: it did not, or nobody asked yet";
         registry.register("backend_up", help, metrics.backend_up.clone());

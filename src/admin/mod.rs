@@ -39,8 +39,9 @@ use crate::{
     upstream::Upstream,
 };
 
-/// Connections at once; a further one waits in the accept queue. They are short: one request each.
-const MAX_CONNECTIONS: usize = 256;
+/// Connections at once, from other hosts and from this one; a further one is closed. They are short: one request each. Nobody elsewhere can
+/// keep out who is here: the hooks of a Pod.
+const MAX_CONNECTIONS: [usize; 2] = [192, 64];
 
 /// For a request's header, and for a connection as a whole: a dial of the backend may be part of it.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,12 +51,12 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 const READINESS_AGE: Duration = Duration::from_secs(5);
 
 /// `/drain/wait`: those that may wait at once, of this host and of others, and how long it waits for a drain to begin. A backend's preStop hook
-/// asks it, also when only the backend is restarted; nobody elsewhere can take its turn.
+/// asks it, also when only the backend is restarted. An `httpGet` hook comes from the node, and so from elsewhere.
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
 
-/// For the backend's side of the end of a look at it.
-const PROBE_LINGER: Duration = Duration::from_millis(200);
+/// For the backend's side of the end of a look at it, and for who is not served.
+const BRIEF: Patience = Patience { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
 
 /// See the module.
 #[derive(Debug)]
@@ -133,17 +134,22 @@ impl Admin {
     /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered.
     pub async fn serve(self, listener: TcpListener, closed: CancellationToken) {
         let this = Arc::new(self);
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let slots = MAX_CONNECTIONS.map(|max| Arc::new(Semaphore::new(max)));
         loop {
-            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = closed.cancelled() => return,
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let connection = Arc::clone(&this).connection(stream, peer, slot);
-                    this.tracker.spawn(connection);
+                    let local = stream.local_addr().ok().map(|local| local.ip());
+                    let slots = &slots[usize::from(is_here(peer.ip(), local))];
+                    if let Ok(slot) = Arc::clone(slots).try_acquire_owned() {
+                        this.tracker.spawn(Arc::clone(&this).connection(stream, peer, local, slot));
+                    } else {
+                        debug!(%peer, "admin: too many connections");
+                        this.linger.add(Side::Client, Stream::Tcp(stream), false, &BRIEF, Keeps::Nothing);
+                    }
                 }
                 Err(error) => {
                     debug!(%error, "admin: accept failed");
@@ -153,9 +159,14 @@ impl Admin {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: OwnedSemaphorePermit) {
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        local: Option<IpAddr>,
+        slot: OwnedSemaphorePermit,
+    ) {
         let is_waiting = Arc::new(AtomicBool::new(false));
-        let local = stream.local_addr().ok().map(|local| local.ip());
         let service = {
             let (this, is_waiting) = (Arc::clone(&self), Arc::clone(&is_waiting));
             service_fn(move |request| {
@@ -204,9 +215,16 @@ impl Admin {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return response;
         }
+        let path = request.uri().path();
         if changes && let Err(reason) = may_change(request.headers(), peer.ip(), local) {
-            warn!(%peer, path = request.uri().path(), reason, "admin: refused");
-            return plain(StatusCode::FORBIDDEN, format!("{reason}\n"));
+            let command = match path {
+                "/drain" => "drain",
+                "/undrain" => "drain --undo",
+                _ => "reload",
+            };
+            warn!(%peer, path, reason, "admin: refused");
+            let fix = format!("run `tidegate {command}` where the proxy runs");
+            return plain(StatusCode::FORBIDDEN, format!("{reason}: {fix}\n"));
         }
         match request.uri().path() {
             "/livez" => plain(StatusCode::OK, "ok\n"),
@@ -313,8 +331,7 @@ impl Admin {
         let stream = upstream.connect().await.map_err(|error| error.to_string())?;
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.
-        let patience = Patience { linger: PROBE_LINGER, linger_max: PROBE_LINGER };
-        self.linger.add(Side::Backend, stream, false, &patience, Keeps::Nothing);
+        self.linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);
         Ok(())
     }
 }
@@ -324,7 +341,7 @@ const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /u
 /// Who may change something: whoever is on this host, or in this Pod. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
 fn may_change(headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {
     if !is_here(peer, local) {
-        return Err("only from the host or Pod itself: run `tidegate drain` where the proxy runs");
+        return Err("only from the host or Pod itself");
     }
     if headers.contains_key(header::ORIGIN) {
         return Err("not from a web page");

@@ -1,6 +1,6 @@
 //! Sessions that `close.delay` holds: their clients have left, and the backend is not told yet.
 //!
-//! Each keeps a place in the limits meanwhile. When places become few, the delay of the oldest is over.
+//! Each keeps a place in the limits meanwhile. When places become few, each client that comes ends the delay of the oldest.
 
 use std::{
     collections::BTreeMap,
@@ -19,11 +19,20 @@ pub struct Delays {
 
 #[derive(Debug, Default)]
 struct Held {
-    by_age: BTreeMap<u64, (Waker, Arc<AtomicBool>)>,
+    by_age: BTreeMap<u64, Entry>,
     next: u64,
+    /// Those whose delay was ended, and that still have their places.
+    leaving: usize,
 }
 
-/// One of them, until it is dropped.
+#[derive(Debug)]
+struct Entry {
+    waker: Waker,
+    is_over: Arc<AtomicBool>,
+    sockets: usize,
+}
+
+/// One of them, until it is dropped: with its session, if its delay was ended.
 #[derive(Debug)]
 pub struct Delay {
     delays: Arc<Delays>,
@@ -32,29 +41,32 @@ pub struct Delay {
 }
 
 impl Delays {
-    /// Of one more session. Its task is woken when its delay is over before its time.
+    /// Of one more session that has so many sockets left. Its task is woken when its delay is over before its time.
     #[must_use]
-    pub fn begin(self: &Arc<Self>, waker: &Waker) -> Delay {
+    pub fn begin(self: &Arc<Self>, waker: &Waker, sockets: usize) -> Delay {
         let is_over = Arc::new(AtomicBool::new(false));
         let mut held = self.lock();
         let id = held.next;
         held.next += 1;
-        held.by_age.insert(id, (waker.clone(), Arc::clone(&is_over)));
+        held.by_age.insert(id, Entry { waker: waker.clone(), is_over: Arc::clone(&is_over), sockets });
         drop(held);
         Delay { delays: Arc::clone(self), id, is_over }
     }
 
-    /// Ends the oldest; false: there is none. Its place is free when its backend has taken leave.
-    pub(super) fn end_oldest(&self) -> bool {
-        let oldest = self.lock().by_age.pop_first();
-        let Some((_, (waker, is_over))) = oldest else { return false };
+    /// Ends the oldest, and gives the number of its sockets, whose places are free when its backend has taken leave; `None`: there is none.
+    pub(super) fn end_oldest(&self) -> Option<usize> {
+        let mut held = self.lock();
+        let (_, Entry { waker, is_over, sockets }) = held.by_age.pop_first()?;
+        held.leaving += 1;
+        drop(held);
         is_over.store(true, Ordering::Release);
         waker.wake();
-        true
+        Some(sockets)
     }
 
-    pub(super) fn is_any(&self) -> bool {
-        !self.lock().by_age.is_empty()
+    /// A place will be free before long.
+    pub(super) fn is_any_leaving(&self) -> bool {
+        self.lock().leaving > 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
@@ -72,8 +84,11 @@ impl Delay {
 
 impl Drop for Delay {
     fn drop(&mut self) {
+        let mut held = self.delays.lock();
+        let gone = held.by_age.remove(&self.id);
+        held.leaving -= usize::from(gone.is_none());
         // Its waker may be the last hold of a task, which is not to be dropped under the lock.
-        let gone = self.delays.lock().by_age.remove(&self.id);
+        drop(held);
         drop(gone);
     }
 }
@@ -85,13 +100,16 @@ mod tests {
     #[test]
     fn the_oldest_is_over_first_and_who_has_gone_is_not_asked() {
         let delays = Arc::new(Delays::default());
-        assert!(!delays.end_oldest());
-        let mut all: Vec<_> = (0..3).map(|_| delays.begin(Waker::noop())).collect();
+        assert_eq!(delays.end_oldest(), None);
+        let mut all: Vec<_> = (0..3).map(|sockets| delays.begin(Waker::noop(), sockets)).collect();
         drop(all.remove(0));
-        assert!(delays.end_oldest());
+        assert_eq!(delays.end_oldest(), Some(1));
+        assert!(delays.is_any_leaving());
         assert_eq!(all.iter().map(Delay::is_over).collect::<Vec<_>>(), [true, false]);
-        assert!(delays.end_oldest());
+        assert_eq!(delays.end_oldest(), Some(2));
         assert!(all.iter().all(Delay::is_over));
-        assert!(!delays.end_oldest());
+        assert_eq!(delays.end_oldest(), None);
+        drop(all);
+        assert!(!delays.is_any_leaving());
     }
 }

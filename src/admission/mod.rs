@@ -172,8 +172,10 @@ struct Inner {
     /// Those who have places that they can do without.
     spares: RwLock<Vec<Weak<dyn Spares>>>,
     delays: Arc<Delays>,
-    /// Halves of places: with fewer of them free, delays are cut short.
+    /// Halves of places: with fewer of them to be had, delays are cut short.
     few: usize,
+    /// Clients that wait for the place of a session whose delay was cut short.
+    late: Semaphore,
     memory: Option<Reserved>,
     reserve: Mutex<Reserve>,
     /// It could not be taken again: others had all descriptors.
@@ -231,7 +233,8 @@ impl Admission {
             freed: Notify::new(),
             spares: RwLock::default(),
             delays: Arc::default(),
-            few: capacity.connections / FEW * HALVES as usize,
+            few: (capacity.connections / FEW).max(1) * HALVES as usize,
+            late: Semaphore::new(capacity.turned_away.div_ceil(2)),
             memory,
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             lacks_reserve: AtomicBool::new(false),
@@ -247,9 +250,6 @@ impl Admission {
             Some(bytes) => {
                 loop {
                     if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_many_owned(HALVES) {
-                        if inner.connections.available_permits() < inner.few {
-                            inner.delays.end_oldest();
-                        }
                         return Some(self.place(permit, bytes, None));
                     }
                     if !self.make_room() {
@@ -261,28 +261,41 @@ impl Admission {
             }
             None => Reason::Memory,
         };
-        inner.delays.end_oldest();
         let permit = Arc::clone(&inner.turned_away).try_acquire_owned().ok()?;
         Some(self.place(permit, 0, Some(reason)))
     }
 
-    /// A place for a connection that got none at first: at once, or that of a session which only waits for its `close.delay`; `None`: there is
-    /// none.
-    pub async fn enter_late(&self) -> Option<Place> {
-        let (tries, interval) = TRIES;
-        let mut may_come = false;
-        for _ in 0..tries {
-            // Before the try, which may end the last of them.
-            may_come |= self.inner.delays.is_any();
-            if let Some(place) = self.enter().filter(|place| place.refused.is_none()) {
-                return Some(place);
+    /// A client was accepted, with this place: when few are left, sessions that only wait for their `close.delay` are to make room for the
+    /// next one, or for this.
+    pub fn accepted(&self, place: &Place) {
+        let inner = &self.inner;
+        let free = inner.connections.available_permits();
+        if place.refused.is_some() || free < inner.few && free + self.spare_halves() < inner.few {
+            // One place is for two sockets, and who has lost its client has one.
+            let mut halves = 0;
+            while halves < HALVES as usize
+                && let Some(sockets) = inner.delays.end_oldest()
+            {
+                halves += sockets.max(1);
             }
-            if !may_come {
-                break;
+        }
+    }
+
+    /// A place for a client that got none at first: one that is free by now, or that of a session whose delay was cut short; `None`: there
+    /// is none.
+    pub async fn enter_late(&self) -> Option<Place> {
+        let served = || self.enter().filter(|place| place.refused.is_none());
+        // The places of those who are turned away are for clients that get their answer now.
+        let Ok(_waiting) = self.inner.late.try_acquire() else { return served() };
+        let (tries, interval) = TRIES;
+        for _ in 0..tries {
+            let place = served();
+            if place.is_some() || !self.inner.delays.is_any_leaving() {
+                return place;
             }
             sleep(interval).await;
         }
-        None
+        served()
     }
 
     /// Where sessions in their `close.delay` are found.
@@ -299,6 +312,11 @@ impl Admission {
     /// `spares` is asked for a place when there is none for a new client.
     pub fn ask_for_room(&self, spares: Weak<dyn Spares>) {
         self.inner.spares.write().unwrap_or_else(PoisonError::into_inner).push(spares);
+    }
+
+    fn spare_halves(&self) -> usize {
+        let spares = self.inner.spares.read().unwrap_or_else(PoisonError::into_inner);
+        spares.iter().filter_map(Weak::upgrade).map(|spares| spares.count()).sum()
     }
 
     fn make_room(&self) -> bool {

@@ -105,7 +105,7 @@ enum Command {
     },
     /// Have the proxy that runs here read its configuration again: what was applied, what takes a restart, as JSON
     #[command(after_help = "It asks the admin listener (POST /reload), as SIGHUP would.\n\
-                            Exit codes: 0 done, 1 it can't be reached, or the configuration was rejected: nothing has changed")]
+                            Exit codes: 0 done, 1 rejected: nothing has changed; or it can't be reached, or does not answer")]
     Reload {
         #[command(flatten)]
         admin: AdminAt,

@@ -49,13 +49,14 @@ pub(super) fn drain(admin: SocketAddr, way: Way) -> anyhow::Result<String> {
 
 /// Gives what is to be printed: the report, as JSON. Of a rejected configuration the error says what `tidegate check` would.
 pub(super) fn reload(admin: SocketAddr) -> anyhow::Result<String> {
-    let (status, text) = on_a_runtime(ask(admin, Method::POST, "/reload", Some(PATIENCE)))?;
+    let (status, text) = on_a_runtime(ask(admin, Method::POST, "/reload", Some(PATIENCE)))
+        .context("nobody knows what came of it, and it may yet be applied")?;
     let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    if status == StatusCode::UNPROCESSABLE_ENTITY
+    if !status.is_success()
         && let Some(findings) = report["findings"].as_array()
     {
         let findings: Vec<_> = findings.iter().filter_map(|finding| finding["text"].as_str()).collect();
-        bail!("rejected, and nothing has changed\n\n{}", findings.join("\n\n"));
+        bail!("nothing has changed\n\n{}", findings.join("\n\n"));
     }
     expect_ok((status, text))
 }

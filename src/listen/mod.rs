@@ -139,6 +139,7 @@ fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, Sock
         let Some(place) = door.admission.enter() else { return Batch::NoPlace };
         let error = match listener.accept() {
             Ok((stream, peer)) => {
+                door.admission.accepted(&place);
                 serve(stream, peer, place);
                 continue;
             }

@@ -24,6 +24,8 @@ pub(super) struct Lane {
     pub(super) inside_frame: bool,
     /// When the other side last took bytes, or they first had to wait.
     pub(super) progress: Instant,
+    /// When a part of a message last came that is not whole yet, or went to the other side after it had waited.
+    pub(super) moved: Instant,
     /// When what had waited was last gone, or a frame that was not held ended.
     pub(super) unblocked: Instant,
     /// Text or Binary: the first frame of the message that is under way.
@@ -55,6 +57,7 @@ impl Lane {
             streams: false,
             inside_frame: false,
             progress: now,
+            moved: now,
             unblocked: now,
             opcode: Opcode::Binary,
             counts: Counts::default(),
@@ -83,7 +86,7 @@ impl Lane {
     /// The other side took `count` of the pending bytes. Memory is given back when it took all.
     pub(super) fn take(&mut self, count: usize, now: Instant) {
         self.taken += count;
-        self.progress = now;
+        (self.progress, self.moved) = (now, now);
         if !self.has_pending() {
             self.unblocked = now;
             self.drop_pending();

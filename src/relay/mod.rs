@@ -178,9 +178,8 @@ pub struct Relay {
     closes: [Option<Box<[u8]>>; 2],
     last_data: (Side, Instant),
     delays: Arc<Delays>,
-    /// As long as `close.delay` holds it.
+    /// As long as `close.delay` holds it; to the end, if that was cut short.
     delay: Option<Box<Delay>>,
-    delay_cut: bool,
     /// When it is old enough.
     retires_at: Option<Instant>,
     order: Order,
@@ -245,7 +244,6 @@ impl Relay {
             last_data: (Side::Backend, now),
             delays,
             delay: None,
-            delay_cut: false,
             retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
             settling: None,
             timer: Box::pin(tokio::time::sleep_until(now)),
@@ -288,7 +286,7 @@ impl Relay {
             got: Side::BOTH.map(|side| self.ending.got(side)),
             gone: Side::BOTH.map(|side| self.ending.gone(side)),
             cut: both(&|side| self.ending.was_cut(side)),
-            delay_cut: self.delay_cut,
+            delay_cut: self.is_delay_cut(),
             counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),
         }
     }
@@ -305,8 +303,7 @@ impl Relay {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let now = Instant::now();
         self.hear_order(cx);
-        if self.delay.take_if(|delay| delay.is_over()).is_some() {
-            self.delay_cut = true;
+        if self.is_delay_cut() {
             self.ending.hasten(now);
         }
         let mut due = Due { timer: self.timer.deadline() <= now, leave: true };
@@ -325,7 +322,8 @@ impl Relay {
                 progress |= self.read(cx, side, &mut dry[side as usize], now);
             }
             if self.ending.has_begun() {
-                progress |= !progress && self.settle(cx, settling, now);
+                // As soon as nothing more is to be read from the client, however much comes from the backend.
+                progress |= (!progress || dry[Side::Client as usize]) && self.settle(cx, settling, now);
                 match self.ending.next(&self.config, self.views(), now) {
                     Ok(Act::Close(side, what)) => {
                         self.send_close(cx, side, what, now);
@@ -581,6 +579,9 @@ impl Relay {
             self.write(cx, to, &bytes[run_at..run_end], now);
         }
         let lane = &mut self.lanes[index];
+        if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
+            lane.moved = now;
+        }
         if let Some(violation) = violation {
             lane.hold(&[], false, now);
             self.ending.heard_gone(side, Gone::Broke(violation), false, now);
@@ -673,11 +674,16 @@ impl Relay {
 
     /// As long as `close.delay` is all that the session waits for, somebody else may have its place.
     fn keep_delay(&mut self, cx: &Context<'_>, now: Instant) {
-        if self.ending.delayed_until(&self.config, now).is_none() {
+        if self.ending.delayed_until(&self.config, now).is_some() {
+            let sockets = self.streams.iter().flatten().count();
+            self.delay.get_or_insert_with(|| Box::new(self.delays.begin(cx.waker(), sockets)));
+        } else if !self.is_delay_cut() {
             self.delay = None;
-        } else if self.delay.is_none() && !self.delay_cut {
-            self.delay = Some(Box::new(self.delays.begin(cx.waker())));
         }
+    }
+
+    fn is_delay_cut(&self) -> bool {
+        self.delay.as_ref().is_some_and(|delay| delay.is_over())
     }
 
     /// Looks whether a drain has begun. The futures only hold the task's waker: they are polled once each, since asking
@@ -732,10 +738,9 @@ impl Relay {
         age.into_iter().chain(idle).min_by_key(|(at, _)| *at)
     }
 
-    /// When a part of a message last came or went.
+    /// When a part of a message last came, or went to who was slow to take it.
     fn moved_at(&self) -> Instant {
-        let within = self.lanes.iter().filter(|lane| !lane.tracker.at_boundary() || lane.has_pending());
-        within.map(|lane| lane.held_since.unwrap_or(lane.progress)).fold(self.last_data.1, Instant::max)
+        self.lanes.iter().map(|lane| lane.moved).fold(self.last_data.1, Instant::max)
     }
 
     /// The first quiet point within `moments`, as far as can be said now.
@@ -887,6 +892,7 @@ fn clear(payload: &[u8], mask: Option<[u8; 4]>) -> Box<[u8]> {
 mod tests {
     use super::*;
     use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+    use tokio::{io::AsyncWriteExt as _, net::UnixStream};
 
     /// What began together ends evenly spread over the jitter: chi-square over 20 parts, p > 0.001.
     #[test]
@@ -910,5 +916,101 @@ mod tests {
         assert!(chi_square < 43.82, "{chi_square}: {counts:?}");
         assert_eq!(lifetime(max, 0, 0.7), max);
         assert_eq!(lifetime(max, 100, 1.0), Duration::ZERO);
+    }
+
+    /// A session between two peers of this process.
+    struct Scene {
+        client: UnixStream,
+        backend: UnixStream,
+        _relay: tokio::task::JoinHandle<()>,
+    }
+
+    /// A binary message of a client that says "ask", and its Close 1000.
+    const ASK: &[u8] = &[0x82, 0x83, 0, 0, 0, 0, b'a', b's', b'k'];
+    const CLOSE: &[u8] = &[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8];
+
+    impl Scene {
+        fn new() -> Self {
+            let pair = || UnixStream::pair().expect("a descriptor");
+            let ((client, of_client), (backend, of_backend)) = (pair(), pair());
+            let settings = crate::config::Settings::default();
+            let leg = |stream| Leg { stream: Some(Stream::Unix(stream)), early: Bytes::new() };
+            let (config, traffic) = (Arc::new(settings.relay), crate::metrics::Metrics::new().traffic());
+            let (drain, delays) = (Drain::new(settings.drain), Arc::default());
+            let (of_client, of_backend) = (leg(of_client), leg(of_backend));
+            let mut relay = Relay::new(config, traffic, drain, delays, Rsv::None, of_client, of_backend);
+            let relay = tokio::task::spawn_local(async move {
+                let first = relay.next_ended().await;
+                drop((relay.next_ended().await, first));
+            });
+            Self { client, backend, _relay: relay }
+        }
+
+        /// What the backend has by now. The clock stands still as long as somebody has something to do.
+        async fn heard(&mut self) -> Vec<u8> {
+            let mut heard = Vec::new();
+            for _ in 0..1000 {
+                yield_now().await;
+                let mut buffer = [0; 64];
+                if let Ok(count) = self.backend.try_read(&mut buffer) {
+                    heard.extend_from_slice(&buffer[..count]);
+                }
+            }
+            heard
+        }
+
+        async fn says(&mut self, bytes: &[u8]) -> Vec<u8> {
+            self.client.write_all(bytes).await.expect("an open session");
+            self.heard().await
+        }
+    }
+
+    async fn after(time: Duration) {
+        tokio::time::advance(time).await;
+    }
+
+    fn alone<T>(test: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        tokio::task::LocalSet::new().block_on(&runtime.expect("descriptors"), test)
+    }
+
+    /// A client that asks, and leaves without waiting: its Close is held back for `close.delay`, also when its FIN came a moment later.
+    #[test]
+    fn a_fin_may_follow_its_close() {
+        alone(async {
+            let mut scene = Scene::new();
+            assert_eq!(scene.says(ASK).await, ASK);
+            assert_eq!(scene.says(CLOSE).await, b"");
+            scene.client.shutdown().await.expect("an open socket");
+            assert_eq!(scene.heard().await, b"");
+            after(Duration::from_millis(90)).await;
+            assert_eq!(scene.heard().await, b"");
+            after(Duration::from_millis(15)).await;
+            assert_eq!(scene.heard().await, CLOSE);
+        });
+    }
+
+    /// A client that asks, and waits after its Close: it is passed on after 2 ms.
+    #[test]
+    fn a_close_is_held_for_two_milliseconds() {
+        alone(async {
+            let mut scene = Scene::new();
+            assert_eq!(scene.says(ASK).await, ASK);
+            assert_eq!(scene.says(CLOSE).await, b"");
+            after(APART + TICK).await;
+            assert_eq!(scene.heard().await, CLOSE);
+        });
+    }
+
+    /// A client that has its answer: it is passed on at once.
+    #[test]
+    fn who_has_its_answer_is_not_held() {
+        alone(async {
+            let mut scene = Scene::new();
+            assert_eq!(scene.says(ASK).await, ASK);
+            scene.backend.write_all(&[0x82, 1, b'!']).await.expect("an open session");
+            assert_eq!(scene.heard().await, b"");
+            assert_eq!(scene.says(CLOSE).await, CLOSE);
+        });
     }
 }

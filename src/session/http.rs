@@ -143,8 +143,7 @@ impl Context {
                 if let Err(error) = &written {
                     debug!(%client, %error, "client connection ended");
                 }
-                let stream = written.is_ok().then(|| stream.into_inner());
-                self.begin_relay(Leg { stream, early }, tunnel, accounting);
+                self.begin_session(stream.into_inner(), early, written.is_ok(), tunnel, accounting);
             }
             (_, Some(response)) => {
                 let stream = stream.rewind(concat(header, early));
@@ -249,17 +248,8 @@ impl Context {
         let next = std::mem::replace(&mut lock(&stage).next, Next::Plain);
         match next {
             Next::Tunnel(tunnel) => {
-                let mut accounting = accounting;
-                let stream = if let Some(Ok(())) = served {
-                    Some(stream)
-                } else {
-                    // When the 101 could not be written in full the client can't be a part of it; the backend must hear of it.
-                    let keeps = accounting.place.split().map_or(Keeps::Nothing, Keeps::Place);
-                    self.linger.add(Side::Client, stream, false, &self.short_linger(), keeps);
-                    None
-                };
-                let client = Leg { stream, early: concat(parts.read_buf, unread) };
-                self.latest().begin_relay(client, tunnel, accounting);
+                let is_told = matches!(served, Some(Ok(())));
+                self.latest().begin_session(stream, concat(parts.read_buf, unread), is_told, tunnel, accounting);
             }
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
@@ -269,6 +259,23 @@ impl Context {
                 self.linger(stream, &patience, accounting);
             }
         }
+    }
+
+    /// After a 101. Where that could not be written in full the client can't be a part of it, and the backend must hear of it.
+    fn begin_session(
+        self: &Arc<Self>,
+        stream: Stream,
+        early: Bytes,
+        is_told: bool,
+        tunnel: Box<Tunnel>,
+        mut accounting: Accounting,
+    ) {
+        let mut client = Leg { stream: Some(stream), early };
+        if !is_told && let Some(stream) = client.stream.take() {
+            let keeps = accounting.place.split().map_or(Keeps::Nothing, Keeps::Place);
+            self.linger.add(Side::Client, stream, false, &self.short_linger(), keeps);
+        }
+        self.begin_relay(client, tunnel, accounting);
     }
 
     /// Answers one request.

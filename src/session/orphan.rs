@@ -103,7 +103,8 @@ impl Orphan for Answer {
                 let backend = Leg { stream: Some(stream), early };
                 let (config, traffic) = (Arc::clone(&context.relay), Arc::clone(&context.traffic));
                 let rsv = rsv(response.headers());
-                let (drain, delays) = (context.drain.clone(), context.admission.delays());
+                // It has no place that somebody else could have.
+                let (drain, delays) = (context.drain.clone(), Arc::default());
                 let mut relay = Relay::new(config, traffic, drain, delays, rsv, client, backend);
                 for _ in Side::BOTH {
                     let ended = relay.next_ended().await;

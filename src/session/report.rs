@@ -124,6 +124,7 @@ impl<'a> Open<'a> {
             bytes_from_client = from_client.bytes,
             bytes_from_backend = from_backend.bytes,
             crossed = from_client.crossed,
+            delay_cut = report.delay_cut,
             "close"
         );
     }

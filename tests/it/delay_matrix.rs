@@ -35,8 +35,8 @@ enum Way {
     HalfClose,
     /// Close and FIN, and the socket is gone: whatever comes is answered with RST.
     Gone,
-    /// The same in two packets. tidegate looks for the FIN once more, a turn of its runtime after the Close; to one that comes later
-    /// it has been a client that waits, and nothing was held back.
+    /// The same in two packets. tidegate gives the FIN 2 ms, since the client had the last word; with one that comes later
+    /// it was a client that waits, and nothing was held back.
     Apart,
     /// RST.
     Reset,
@@ -112,6 +112,7 @@ async fn serve(mut member: Member, cell: &Board<Option<Cell>>) -> Option<Outcome
         return None;
     };
     let cell = cell.read(Clone::clone).expect("a cell before its clients");
+    assert_eq!(member.frame().await.expect("what it asks for").text(), "a result, please");
     let left_at = cell.left[index].until(DEADLINE, |left| *left).await.expect("a client that leaves");
     let result_at = (left_at + cell.last).into();
     let (mut failures, mut is_sent, mut is_error) = (Vec::new(), false, false);
@@ -255,6 +256,7 @@ impl Row {
         for (index, client) in clients.iter_mut().enumerate() {
             client.send(&Frame::text(&index.to_string())).await.expect("an open session");
             assert_eq!(client.frame().await.expect("an echo").text(), index.to_string());
+            client.send(&Frame::text("a result, please")).await.expect("an open session");
         }
         clients
     }

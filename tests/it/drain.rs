@@ -4,7 +4,13 @@ use crate::harness::{
     DEADLINE, Side, backend, http::Message, lab::Running, peer::Peer, proxy::Proxy, scene::Scene, transcript::Seen,
 };
 use serde_json::Value;
-use std::{process::Output, thread};
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    process::Output,
+    thread,
+    time::Duration,
+};
 
 /// Asks for something that changes it.
 fn post(proxy: &Proxy, path: &str) -> Message {
@@ -203,6 +209,37 @@ fn the_command_drains_without_a_shell() {
     let nobody = drain(&t, &["--no-wait"]);
     assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
     assert!(text(&nobody.stderr).contains("--admin"), "{nobody:?}");
+}
+
+/// However many wait for it elsewhere, a hook in the Pod itself can wait for the end of the drain.
+#[test]
+fn nobody_elsewhere_takes_the_turn_of_a_hook() {
+    // On an address that the clients' namespace can reach.
+    let t = Scene::new("drain.delay = '1h'\nadmin.address = '0.0.0.0:0'").start();
+    let address = SocketAddr::new(t.lab().address(Side::Proxy, Side::Client), t.proxy().admin.port());
+    post(t.proxy(), "/drain");
+    let request = Message::get("/drain/wait").set("Connection", "close").bytes();
+    let held: Vec<_> = (0..80)
+        .map(|_| {
+            t.lab().place(Side::Client).run(|| {
+                let mut stream = TcpStream::connect(address).expect("the admin listener");
+                stream.write_all(&request).expect("an open connection");
+                stream
+            })
+        })
+        .collect();
+    let refused = held.iter().find_map(|stream| {
+        stream.set_read_timeout(Some(Duration::from_millis(50))).expect("not zero");
+        let mut bytes = [0; 12];
+        (&*stream).read_exact(&mut bytes).ok().map(|()| bytes)
+    });
+    assert_eq!(refused.as_ref(), Some(b"HTTP/1.1 503"), "64 may wait");
+    let hook = thread::scope(|scope| {
+        let hook = scope.spawn(|| t.proxy().get("/drain/wait"));
+        post(t.proxy(), "/undrain");
+        hook.join().expect("an answer")
+    });
+    assert_eq!((hook.code(), String::from_utf8_lossy(&hook.body).as_ref()), (200, "not draining\n"));
 }
 
 /// Whoever can reach the admin listener may look; a web page may not even ask.

@@ -213,10 +213,16 @@ fn nobody_is_turned_away_for_a_delay() {
         assert!(cut + waiting == CLIENTS && waiting > PLACES, "{cut} {waiting}");
         waiting
     });
+    // As many at once as there are places, none of which is free: each gets that of another.
+    let burst = stage.clients(async || {
+        let clients = connect(t.address, PLACES).await;
+        together(clients, async |client| client.rst()).await.len()
+    });
+    assert_eq!(burst, PLACES);
     // The drain ends the rest.
     t.sigterm();
     assert_eq!(t.wait_exit(DEADLINE).code(), Some(0));
-    let ends = tally(backend.results(CLIENTS).iter().map(|(code, end)| format!("{code} {end:?}")));
-    assert_eq!(ends.get("1001 Fin"), Some(&CLIENTS), "{ends:?}, {waiting} waited");
+    let ends = tally(backend.results(CLIENTS + PLACES).iter().map(|(code, end)| format!("{code} {end:?}")));
+    assert_eq!(ends.get("1001 Fin"), Some(&(CLIENTS + PLACES)), "{ends:?}, {waiting} waited");
     t.assert_sent_no_rst();
 }
