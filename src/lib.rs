@@ -10,8 +10,8 @@
 //! 4  admin/  config/  demo/  doctor/  restart.rs       probes and metrics, TOML, the demo's backend, diagnosis, succession
 //! 3  session/                                          the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
-//! 1  admission/    budget.rs  drain/  gate.rs
-//!    metrics.rs  net/  slots.rs  system.rs            mechanisms that everybody shares
+//! 1  admission/  budget.rs  drain/  gate.rs
+//!    metrics.rs  net/  pool/  slots.rs  system.rs     mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
@@ -30,6 +30,7 @@ pub mod gate;
 pub mod listen;
 pub mod metrics;
 pub mod net;
+pub mod pool;
 pub mod relay;
 pub mod reload;
 pub mod restart;

@@ -13,7 +13,7 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric, text},
+    encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, text},
     metrics::{
         MetricType,
         counter::{ConstCounter, Counter},
@@ -25,7 +25,13 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{admission::Reason, side::Side, system::System, ws::Opcode};
+use crate::{
+    admission::Reason,
+    pool::stats::{self, Stats},
+    side::Side,
+    system::System,
+    ws::Opcode,
+};
 
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
@@ -136,6 +142,8 @@ pub struct Metrics {
     pub delays_cut: Counter,
     /// Keys that were written otherwise than they run, until a restart.
     pub restart_required: Gauge,
+    /// Of all pools of upstream connections.
+    pub pools: Arc<Stats>,
     reload_is_good: Gauge,
     reloads: Family<Labels<1>, Counter>,
     handshakes: Family<Labels<1>, Counter>,
@@ -170,6 +178,8 @@ impl Metrics {
         let queues = Arc::new(OnceLock::new());
         registry.register_collector(Box::new(QueueCollector(Arc::clone(&queues))));
         registry.register_collector(Box::new(NamespaceCollector(System::default())));
+        let pools = Arc::<Stats>::default();
+        registry.register_collector(Box::new(PoolCollector(Arc::clone(&pools))));
         let upstream: [Family<Labels<1>, Gauge>; 2] = Default::default();
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
@@ -195,6 +205,7 @@ impl Metrics {
             crossed_messages: Counter::default(),
             delays_cut: Counter::default(),
             restart_required: Gauge::default(),
+            pools,
             reload_is_good: Gauge::default(),
             reloads: Family::default(),
             handshakes: Family::default(),
@@ -594,6 +605,69 @@ impl Collector for QueueCollector {
     }
 }
 
+/// What the pools of upstream connections count.
+#[derive(Debug)]
+struct PoolCollector(Arc<Stats>);
+
+impl Collector for PoolCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let Self(pools) = self;
+        let census = pools.census();
+        let help = "Upstream connections that are shared, by state; closed: ended, with references that are not given back yet";
+        let mut connections = encoder.encode_descriptor("pool_connections", help, None, MetricType::Gauge)?;
+        for (state, count) in stats::STATES.into_iter().zip(census.connections) {
+            ConstGauge::new(count).encode(connections.encode_family(&[("state", state)])?)?;
+        }
+        for (name, help, count) in [
+            ("pool_references", "References that are held on shared upstream connections", census.references),
+            ("pool_waiters", "Those that wait for a reference", census.waiters),
+            ("pool_keys", "Keys of which the pools remember anything", census.keys),
+        ] {
+            let gauge = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(count).encode(gauge)?;
+        }
+        let help = "Opens of shared upstream connections that ended, by result";
+        let mut opens = encoder.encode_descriptor("pool_opens", help, None, MetricType::Counter)?;
+        for (result, count) in stats::OPENS.into_iter().zip(pools.opens()) {
+            ConstCounter::new(count).encode(opens.encode_family(&[("result", result)])?)?;
+        }
+        let help = "What it took to come by a reference, by how: at once (hit, or revive of an idle connection), or after a wait for a new \
+                    connection (open) or another one (wait)";
+        let unit = Unit::Seconds;
+        let mut acquires =
+            encoder.encode_descriptor("pool_acquire_duration", help, Some(&unit), MetricType::Histogram)?;
+        let bounds = stats::ACQUIRE_BOUNDS_SECONDS.into_iter().chain([f64::INFINITY]);
+        for (how, took) in stats::HOWS.into_iter().zip(pools.acquires()) {
+            let buckets: Vec<_> = bounds.clone().zip(took.buckets).collect();
+            let labels = [("how", how)];
+            let mut family = acquires.encode_family(&labels)?;
+            family.encode_histogram::<NoLabelSet>(took.seconds, took.buckets.iter().sum(), &buckets, None)?;
+        }
+        let help = "Those that got no reference, by reason";
+        let mut refusals = encoder.encode_descriptor("pool_refusals", help, None, MetricType::Counter)?;
+        for (reason, count) in stats::REFUSALS.into_iter().zip(pools.refusals()) {
+            ConstCounter::new(count).encode(refusals.encode_family(&[("reason", reason)])?)?;
+        }
+        for (name, help, count) in [
+            (
+                "pool_idle_closes",
+                "Shared upstream connections that were closed since nobody used them",
+                pools.idle_closes(),
+            ),
+            ("pool_goaways", "Shared upstream connections whose backend wanted nobody else on them", pools.goaways()),
+            (
+                "pool_invariant_violations",
+                "Mistakes in the pool itself; anything but 0 is an alert",
+                pools.violations(),
+            ),
+        ] {
+            let counter = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            ConstCounter::new(count).encode(counter)?;
+        }
+        Ok(())
+    }
+}
+
 /// What the kernel counts for the network namespace as a whole: in a pod, for the backend and everybody else too.
 #[derive(Debug)]
 struct NamespaceCollector(System);
@@ -649,5 +723,29 @@ impl Collector for NamespaceCollector {
             ConstGauge::new(i64::try_from(sockets.time_wait).unwrap_or(i64::MAX)).encode(metric)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the pools count is there before anything was counted, and with all of its buckets: 16 bounds and the rest.
+    #[test]
+    fn pools_are_told_of_from_the_start() {
+        let text = Metrics::new().encode();
+        for line in [
+            "tidegate_pool_connections{state=\"idle\"} 0",
+            "tidegate_pool_references 0",
+            "tidegate_pool_opens_total{result=\"panicked\"} 0",
+            "tidegate_pool_acquire_duration_seconds_bucket{le=\"0.0005\",how=\"revive\"} 0",
+            "tidegate_pool_acquire_duration_seconds_bucket{le=\"+Inf\",how=\"wait\"} 0",
+            "tidegate_pool_acquire_duration_seconds_count{how=\"hit\"} 0",
+            "tidegate_pool_refusals_total{reason=\"cancelled\"} 0",
+            "tidegate_pool_invariant_violations_total 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "no {line} in:\n{text}");
+        }
+        assert_eq!(text.matches("tidegate_pool_acquire_duration_seconds_bucket{").count(), 4 * 17);
     }
 }

@@ -128,8 +128,9 @@ const HALVES: u32 = 2;
 /// The part of all places that is to be free while sessions wait only for their `close.delay`.
 const FEW: usize = 16;
 
-/// Until the place of such a session is free: how often, and at which interval, a client that found none tries again.
-const TRIES: (u32, Duration) = (20, Duration::from_millis(10));
+/// Until the place of such a session is free: how often, and at which interval, a client that found none tries again. In all as long as a 503
+/// tells it to stay away (`Retry-After`).
+const TRIES: (u32, Duration) = (100, Duration::from_millis(10));
 
 /// Per cent of the memory limit: from the first on nobody more is let in, below the second all are again; in between they are
 /// little by little.
