@@ -124,6 +124,12 @@ pub struct Metrics {
     memory: [Gauge; 2],
     /// Waiting and pending, each for requests and handshakes.
     upstream: [[Gauge; 2]; 2],
+    /// Endpoints of backends: those that are well, and those that are left alone.
+    pub upstream_endpoints: [Gauge; 2],
+    /// Connects to another endpoint, after one in vain.
+    pub upstream_retries: Counter,
+    /// Endpoints that took no connections any more.
+    pub upstream_ejections: Counter,
     /// Sessions that are being relayed.
     pub sessions: Gauge,
     /// Client connections, those in their handshake included.
@@ -181,6 +187,7 @@ impl Metrics {
         let pools = Arc::<Stats>::default();
         registry.register_collector(Box::new(PoolCollector(Arc::clone(&pools))));
         let upstream: [Family<Labels<1>, Gauge>; 2] = Default::default();
+        let endpoints: Family<Labels<1>, Gauge> = Family::default();
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
         let (handshake_duration, close_duration) = (latency(), latency());
@@ -196,6 +203,9 @@ impl Metrics {
             upstream: upstream.each_ref().map(|family: &Family<Labels<1>, Gauge>| {
                 ["request", "handshake"].map(|kind| family.get_or_create(&[("kind", kind)]).clone())
             }),
+            upstream_endpoints: ["active", "ejected"].map(|state| endpoints.get_or_create(&[("state", state)]).clone()),
+            upstream_retries: Counter::default(),
+            upstream_ejections: Counter::default(),
             sessions: Gauge::default(),
             connections: Gauge::default(),
             connections_queued: Gauge::default(),
@@ -247,6 +257,12 @@ impl Metrics {
         for ((name, help), gauges) in helps.into_iter().zip(upstream) {
             registry.register(name, help, gauges);
         }
+        let help = "Endpoints of the backends: active, or ejected since they took no connections";
+        registry.register("upstream_endpoints", help, endpoints);
+        let help = "Connects to another endpoint of the same backend, after one that failed";
+        registry.register("upstream_retries", help, metrics.upstream_retries.clone());
+        let help = "Endpoints that got no clients for a while, since they took no connections";
+        registry.register("upstream_ejections", help, metrics.upstream_ejections.clone());
         let help = "TCP connections to the backend, each with a port of this host";
         registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
         let help = "Ports for connections to the backend; 0: no limit is known";

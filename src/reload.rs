@@ -34,7 +34,7 @@ use crate::{
     net::{self, Listener},
     session::Context,
     slots,
-    upstream::Upstream,
+    upstream::Upstreams,
 };
 
 /// Those that may wait for the reading; as many as may ask at the admin listener, and one signal.
@@ -389,10 +389,11 @@ impl Reload {
         let Self { settings: old, parts, reader } = self;
         let Parts { contexts, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
         let first = contexts.first().expect("there is a worker").latest();
-        let upstream = if new.upstream == old.upstream && new.socket == old.socket {
-            first.upstream.clone()
+        let is_same = new.upstream == old.upstream && new.ways().eq(old.ways()) && new.socket == old.socket;
+        let upstreams = if is_same {
+            first.upstreams.clone()
         } else {
-            first.upstream.reconfigured(new.upstream.clone(), new.socket.clone(), *ports, tracker)
+            first.upstreams.reconfigured(new.upstream.clone(), new.ways(), &new.socket, *ports, tracker)
         };
         for (slots, from, to) in [
             (&first.handshakes, old.upstream.max_waiting, new.upstream.max_waiting),
@@ -411,9 +412,9 @@ impl Reload {
         let is_same_for_sessions = new.downstream == old.downstream
             && new.relay == old.relay
             && new.close.patience == old.close.patience
-            && upstream.is(&first.upstream);
+            && upstreams.is(&first.upstreams);
         if !is_same_for_sessions {
-            warn_of_ports(&upstream, first.metrics.max_connections.get());
+            warn_of_ports(&upstreams, first.metrics.max_connections.get());
             let relay = Arc::new(new.relay.clone());
             for context in contexts {
                 let context = context.latest();
@@ -421,12 +422,12 @@ impl Reload {
                     downstream: new.downstream.clone(),
                     relay: Arc::clone(&relay),
                     close: new.close.patience,
-                    upstream: upstream.clone(),
+                    upstreams: upstreams.clone(),
                     ..Context::clone(&context)
                 }));
             }
             // Nobody may be there to see it.
-            admin.send_replace(admin::Parts { upstream, close: new.close.patience });
+            admin.send_replace(admin::Parts { upstreams, close: new.close.patience });
         }
         bounds.reconfigure(new.close.max_lingering);
         first.admission.reconfigure(&new.limits);
@@ -473,9 +474,9 @@ fn list(changes: &[Change]) -> String {
 }
 
 /// How many connections there may be was computed at the start, for the ports of that time.
-fn warn_of_ports(upstream: &Upstream, max_connections: i64) {
+fn warn_of_ports(upstreams: &Upstreams, max_connections: i64) {
     let max_connections = u64::try_from(max_connections).unwrap_or(0);
-    if let Some(ports) = upstream.ports().filter(|ports| *ports < max_connections) {
+    if let Some(ports) = upstreams.ports().filter(|ports| *ports < max_connections) {
         let fix = "restart, so that clients beyond that are turned away before the backend is dialled, or name more \
                    addresses of this host in upstream.source_addresses";
         warn!(ports, max_connections, fix, "fewer ports toward the backend than connections at once");

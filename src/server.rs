@@ -38,7 +38,7 @@ use crate::{
     restart::{self, Predecessor, Restarts, Successor, Word},
     session::{Context, Current},
     system::{self, MemoryWatch, System},
-    upstream::Upstream,
+    upstream::Upstreams,
 };
 
 /// While sessions end: how often it is looked whether somebody is still served.
@@ -119,7 +119,7 @@ impl Server {
         // For the process that comes after this one.
         let admin_kept = admin.as_ref().map(StdListener::try_clone).transpose()?;
         let ports = system.ephemeral_ports();
-        let upstream = Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), ports);
+        let upstreams = Upstreams::new(settings.upstream.clone(), settings.ways(), &settings.socket, &metrics, ports);
         let mut runtimes = Runtimes(Vec::new());
         for _ in 0..workers {
             let runtime = runtime::Builder::new_current_thread().enable_all().build();
@@ -143,7 +143,7 @@ impl Server {
                 (limit, used - parent.map_or(0, |parent| parent.resident.min(used)))
             }),
             workers,
-            ports: upstream.ports(),
+            ports: upstreams.ports(),
         };
         let budget = match Budget::new(&host, settings.limits.max_connections) {
             Err(error @ NoRoom::Memory { limit, .. }) if settings.limits.memory == Memory::Auto => {
@@ -195,7 +195,7 @@ impl Server {
                 relay: Arc::clone(&relay),
                 close: settings.close.patience,
                 linger,
-                upstream: upstream.clone(),
+                upstreams: upstreams.clone(),
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
                 drain: drain.clone(),
@@ -241,7 +241,7 @@ impl Server {
             });
         }
         let (control, orders) = admin::Control::new(drain.clone());
-        let for_admin = watch::Sender::new(admin::Parts { upstream, close: settings.close.patience });
+        let for_admin = watch::Sender::new(admin::Parts { upstreams, close: settings.close.patience });
         let admin_closed = CancellationToken::new();
         let admin = match admin {
             Some(listener) => {
@@ -516,7 +516,8 @@ pub fn run(
         if let Some(reader) = reader {
             server.reload.read_by(reader);
         }
-        info!(address = %server.address, workers = server.workers, backend = %settings.upstream.address, "listening");
+        let (backend, routes) = (&settings.upstream.address, settings.routes.len());
+        info!(address = %server.address, workers = server.workers, %backend, routes, "listening");
         if let Some(address) = server.admin {
             info!(%address, "admin listening");
         }

@@ -32,7 +32,7 @@ use tidegate::{
     relay,
     server::Server,
     session::{Context, Current},
-    upstream::Upstream,
+    upstream::Upstreams,
 };
 use tokio::{
     runtime::{self, Runtime},
@@ -117,7 +117,7 @@ pub fn main(assembly: Assembly, backend: SocketAddr) -> anyhow::Result<()> {
     settings.listen.address = (Ipv4Addr::LOCALHOST, 0).into();
     settings.listen.workers = WORKERS;
     settings.listen.hand_off = assembly == Assembly::HandOff;
-    settings.upstream.address = net::Address::Tcp { host: backend.ip().to_string(), port: backend.port() };
+    settings.upstream.address = net::Address::Tcp { host: backend.ip().to_string(), port: backend.port() }.into();
     settings.admin.address = Some((Ipv4Addr::LOCALHOST, 0).into());
     // Nobody is turned away: it is about when they are let in.
     settings.limits.memory = Memory::Off;
@@ -161,7 +161,7 @@ const SERIES: [&str; 2] = ["tidegate_accepted_total", "tidegate_handed_off_total
 struct Parts<'a> {
     settings: &'a Settings,
     metrics: Arc<Metrics>,
-    upstream: Upstream,
+    upstreams: Upstreams,
     admission: Admission,
     drain: Drain,
     relay: Arc<relay::Config>,
@@ -184,7 +184,7 @@ impl<'a> Parts<'a> {
             full: Reason::MaxConnections,
         };
         Self {
-            upstream: Upstream::new(settings.upstream.clone(), settings.socket.clone(), Arc::clone(&metrics), None),
+            upstreams: Upstreams::new(settings.upstream.clone(), [], &settings.socket, &metrics, None),
             metrics,
             admission: Admission::new(capacity, &settings.limits),
             drain: Drain::new(settings.drain.clone()),
@@ -216,7 +216,7 @@ impl<'a> Parts<'a> {
             relay: Arc::clone(&self.relay),
             close: self.settings.close.patience,
             linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
-            upstream: self.upstream.clone(),
+            upstreams: self.upstreams.clone(),
             metrics: Arc::clone(&self.metrics),
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),

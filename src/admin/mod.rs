@@ -36,7 +36,7 @@ use crate::{
     metrics::Metrics,
     net::{Kept, Stream},
     side::Side,
-    upstream::Upstream,
+    upstream::Upstreams,
 };
 
 /// Connections at once, from other hosts and from this one; a further one is closed. They are short: one request each. Nobody elsewhere can
@@ -74,15 +74,15 @@ pub struct Admin {
 /// What a reload may replace.
 #[derive(Debug, Clone)]
 pub struct Parts {
-    /// The way to the backend.
-    pub upstream: Upstream,
+    /// The ways to backends.
+    pub upstreams: Upstreams,
     /// The last wait of a socket.
     pub close: Patience,
 }
 
 #[derive(Debug)]
 struct Dialled {
-    upstream: Upstream,
+    upstreams: Upstreams,
     at: Instant,
     result: Result<(), String>,
 }
@@ -300,13 +300,13 @@ impl Admin {
         let asked = self.tracker.spawn(async move {
             // Held during the dial, so that those who ask at once share one.
             let mut readiness = this.readiness.lock().await;
-            let upstream = this.parts.borrow().upstream.clone();
+            let upstreams = this.parts.borrow().upstreams.clone();
             match &*readiness {
-                Some(Dialled { upstream: of, at, result }) if of.is(&upstream) && at.elapsed() < READINESS_AGE => {
+                Some(Dialled { upstreams: of, at, result }) if of.is(&upstreams) && at.elapsed() < READINESS_AGE => {
                     result.clone()
                 }
                 _ => {
-                    let result = this.dial(&upstream).await;
+                    let result = this.dial(&upstreams).await;
                     let was = readiness.as_ref().is_none_or(|dialled| dialled.result.is_ok());
                     match &result {
                         Err(error) if was => warn!(error, "not ready"),
@@ -314,7 +314,7 @@ impl Admin {
                         _ => {}
                     }
                     this.metrics.backend_up.set(result.is_ok().into());
-                    *readiness = Some(Dialled { upstream, at: Instant::now(), result: result.clone() });
+                    *readiness = Some(Dialled { upstreams, at: Instant::now(), result: result.clone() });
                     result
                 }
             }
@@ -326,9 +326,9 @@ impl Admin {
         }
     }
 
-    /// Connects to the backend and leaves again by FIN.
-    async fn dial(&self, upstream: &Upstream) -> Result<(), String> {
-        let stream = upstream.connect().await.map_err(|error| error.to_string())?;
+    /// Connects to the backend, any endpoint of it, and leaves again by FIN. Those of routes do not count: others still have one.
+    async fn dial(&self, upstreams: &Upstreams) -> Result<(), String> {
+        let stream = upstreams.otherwise().connect().await.map_err(|error| error.to_string())?;
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.
         self.linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);

@@ -55,7 +55,7 @@ enum Command {
     },
     /// Run the proxy in front of a built-in backend, to try it out
     Demo {
-        /// The configuration file [default: the one built in]; its upstream.address is not used
+        /// The configuration file [default: the one built in]; its upstream.address and routes are not used
         #[arg(short, long, value_name = "FILE")]
         config: Option<PathBuf>,
         /// Where clients connect, over listen.address: "127.0.0.1:8080"
@@ -260,7 +260,8 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
     let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
-    settings.upstream.address = Address::Tcp { host: address.ip().to_string(), port: address.port() };
+    settings.upstream.address = Address::Tcp { host: address.ip().to_string(), port: address.port() }.into();
+    settings.routes.clear();
     let shutdown = CancellationToken::new();
     let backend = {
         let shutdown = shutdown.clone();

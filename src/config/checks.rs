@@ -11,12 +11,11 @@ use std::{
 use super::{
     Settings,
     finding::{Finding, Place},
+    keys::{Name, PATH, ROUTE},
     units::{format_duration, format_size},
+    written::named_route,
 };
 use crate::net::Address;
-
-/// A section and a key.
-pub(super) type Name = (&'static str, &'static str);
 
 /// Where the values came from.
 #[derive(Clone, Copy)]
@@ -27,15 +26,19 @@ pub(super) struct Origins<'a> {
     pub refused: &'a [Name],
 }
 
-const LISTEN: Name = ("listen", "address");
-const UPSTREAM: Name = ("upstream", "address");
-const ADMIN: Name = ("admin", "address");
-const PROXIES: Name = ("http", "trusted_proxies");
-const MAX_MESSAGE: Name = ("websocket", "max_message");
-const MAX_FRAME: Name = ("websocket", "max_frame");
-const PING_INTERVAL: Name = ("websocket", "ping_interval");
-const LINGER: Name = ("close", "linger");
-const LINGER_MAX: Name = ("close", "linger_max");
+const LISTEN: Name = name("listen", "address");
+const UPSTREAM: Name = name("upstream", "address");
+const ADMIN: Name = name("admin", "address");
+const PROXIES: Name = name("http", "trusted_proxies");
+const MAX_MESSAGE: Name = name("websocket", "max_message");
+pub(super) const MAX_FRAME: Name = name("websocket", "max_frame");
+const PING_INTERVAL: Name = name("websocket", "ping_interval");
+const LINGER: Name = name("close", "linger");
+const LINGER_MAX: Name = name("close", "linger_max");
+
+const fn name(section: &'static str, key: &'static str) -> Name {
+    Name { section, route: None, key }
+}
 
 impl Origins<'_> {
     fn place(&self, name: Name) -> Place {
@@ -55,7 +58,11 @@ impl Origins<'_> {
         } else {
             (format!(", {a_place}"), String::new())
         };
-        let what = format!("`{}.{}` ({a_text}{a_origin}) {relation} `{}.{}` ({b_text}{b_origin})", a.0, a.1, b.0, b.1);
+        let text = |name: Name| match name.route {
+            Some(route) => format!("`{}` of {}", name.key, named_route(route, None)),
+            None => format!("`{}.{}`", name.section, name.key),
+        };
+        let what = format!("{} ({a_text}{a_origin}) {relation} {} ({b_text}{b_origin})", text(a), text(b));
         (what, a_place.max(b_place))
     }
 }
@@ -64,26 +71,58 @@ impl Origins<'_> {
 pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     addresses(settings, origins, findings);
     limits(settings, origins, findings);
+    routes(settings, origins, findings);
+}
+
+fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let mut known = HashMap::new();
+    for (index, route) in settings.routes.iter().enumerate() {
+        let Some(pattern) = &route.path else { continue };
+        // Of two that differ in how they are encoded, no backend tells one from the other.
+        if let Some(earlier) = known.insert(pattern.decoded(), index) {
+            let place_of = |route| origins.place(Name { section: ROUTE, route: Some(route), key: PATH });
+            let same = named_route(earlier, None);
+            findings.push(Finding::error(
+                format!("`path` of {} is that of {same}, {}", named_route(index, None), place_of(earlier)),
+                place_of(index),
+                format!(
+                    "each path has one route: leave this one out, or name another path than {:?}",
+                    pattern.to_string()
+                ),
+            ));
+        }
+    }
 }
 
 fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     let listen = settings.listen.address;
-    let upstream = &settings.upstream.address;
-    let (listen_text, upstream_text) = (listen.to_string(), upstream.to_string());
-    if let Some(admin) = settings.admin.address {
-        let admin_text = admin.to_string();
-        if overlaps(admin, listen) && origins.judged(&[ADMIN, LISTEN]) {
-            let (what, place) = origins.pair((ADMIN, &admin_text), "takes the port of", (LISTEN, &listen_text));
-            findings.push(Finding::error(what, place, "give each a port of its own, or set admin.address to \"off\""));
-        }
-        if reaches(upstream, admin) && origins.judged(&[ADMIN, UPSTREAM]) {
-            let (what, place) = origins.pair((UPSTREAM, &upstream_text), "leads back to", (ADMIN, &admin_text));
-            findings.push(Finding::error(what, place, "name the address where the backend listens, and not tidegate"));
-        }
+    let listen_text = listen.to_string();
+    if let Some(admin) = settings.admin.address
+        && overlaps(admin, listen)
+        && origins.judged(&[ADMIN, LISTEN])
+    {
+        let (what, place) = origins.pair((ADMIN, &admin.to_string()), "takes the port of", (LISTEN, &listen_text));
+        findings.push(Finding::error(what, place, "give each a port of its own, or set admin.address to \"off\""));
     }
-    if reaches(upstream, listen) && origins.judged(&[LISTEN, UPSTREAM]) {
-        let (what, place) = origins.pair((UPSTREAM, &upstream_text), "leads back to", (LISTEN, &listen_text));
-        findings.push(Finding::error(what, place, "name the address where the backend listens, and not tidegate"));
+    // A route without a backend of its own has the one that is judged already.
+    let routes = settings.routes.iter().enumerate().filter_map(|(index, route)| {
+        let name = Name { section: ROUTE, route: Some(index), key: "upstream" };
+        origins.written.contains_key(&name).then_some((name, &route.address))
+    });
+    for (name, upstream) in [(UPSTREAM, &settings.upstream.address)].into_iter().chain(routes) {
+        let listeners = settings.admin.address.map(|admin| (ADMIN, admin)).into_iter().chain([(LISTEN, listen)]);
+        for (listener_name, listener) in listeners {
+            let mut own = upstream.as_slice().iter().filter(|address| reaches(address, listener));
+            if let (Some(address), true) = (own.next(), origins.judged(&[listener_name, name])) {
+                let (address, listener) = (address.to_string(), listener.to_string());
+                let (what, place) = origins.pair((name, &address), "leads back to", (listener_name, &listener));
+                findings.push(Finding::error(
+                    what,
+                    place,
+                    "name the address where the backend listens, and not tidegate",
+                ));
+            }
+        }
     }
 
     for network in settings.downstream.trusted_proxies.iter().filter(|network| network.prefix_len() == 0) {

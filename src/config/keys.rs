@@ -13,10 +13,10 @@ use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Admin, Log, LogFormat, Plain, Reload, Settings,
+    Admin, Log, LogFormat, Plain, Reload, Route, Settings,
     units::{
         Refusal, either, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network,
-        parse_size, refuse,
+        parse_pattern, parse_size, refuse,
     },
     written::Value,
 };
@@ -26,17 +26,39 @@ use crate::{
     drain::{self, Readiness},
     listen,
     net::{Address, SocketConfig},
-    relay, upstream,
+    relay,
+    upstream::{self, Addresses, Mode, Pattern, Pool},
 };
+
+/// What a key is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Name {
+    pub section: &'static str,
+    /// Which `[[route]]`, from 0, when that is the section.
+    pub route: Option<usize>,
+    pub key: &'static str,
+}
 
 /// A key, with the place in a [`Settings`] where its value lives.
 pub(super) struct Key<'a> {
-    pub section: &'static str,
-    pub name: &'static str,
+    pub name: Name,
     /// A reload applies it: to sessions, and whatever else, that begins after it. Else it takes a restart.
     pub is_live: bool,
     pub slot: Slot<'a>,
+    /// Of a route: whether it was written there. If not, it is as in the section that is for all.
+    pub is_own: Option<&'a mut bool>,
 }
+
+/// What a route is written under.
+pub(super) const ROUTE: &str = "route";
+/// Its own key.
+pub(super) const PATH: &str = "path";
+/// Its backend, in place of `upstream.address`.
+pub(super) const BACKEND: &str = "upstream";
+/// What its keys begin with that are those of `[pool]`.
+pub(super) const POOL: &str = "pool.";
+/// How many it may have in place of what is for all.
+pub(super) const OVERRIDES: usize = 11;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -44,8 +66,12 @@ pub(super) enum Slot<'a> {
     Listen(&'a mut SocketAddr),
     /// The same, or "off".
     ListenOrOff(&'a mut Option<SocketAddr>),
-    /// `host:port` or `unix:/path`.
-    Backend(&'a mut Address),
+    /// `host:port` or `unix:/path`, or a list of them.
+    Backends(&'a mut Addresses),
+    /// Which paths a route is for.
+    Path(&'a mut Option<Pattern>),
+    /// "dedicated" or "multiplexed".
+    Mode(&'a mut Mode),
     /// A whole number.
     Count(Number<'a>, RangeInclusive<u64>),
     /// Bytes. An optional number also takes 0, which means none.
@@ -114,6 +140,9 @@ const CONTROL_FRAME_BYTES: u64 = 125;
 const FILTER_BYTES: usize = 4096;
 const MAX_NETWORKS: usize = 1024;
 const MAX_ADDRESSES: usize = 256;
+const MAX_BACKENDS: usize = 64;
+/// A request is compared with each of them at most.
+pub(super) const MAX_ROUTES: usize = 256;
 
 impl Settings {
     /// The defaults as `proxy.toml` says them: `listen.workers` is 0, and what depends on other settings is not computed yet.
@@ -142,7 +171,23 @@ impl Settings {
                 trusted_proxies: Vec::new(),
             },
             upstream: upstream::Config {
-                address: Address::Tcp { host: "127.0.0.1".to_owned(), port: 9000 },
+                address: Address::Tcp { host: "127.0.0.1".to_owned(), port: 9000 }.into(),
+                pool: Pool {
+                    mode: Mode::Dedicated,
+                    prewarm: 0,
+                    prewarm_max_age: seconds(15),
+                    keep_alive: 32,
+                    keep_alive_timeout: seconds(4),
+                    max_streams: 64,
+                    max_connections: 16,
+                    idle_timeout: seconds(10),
+                    stall_timeout: seconds(10),
+                    ping_interval: Some(seconds(15)),
+                },
+                resolve_interval: seconds(5),
+                eject_after: 2,
+                eject_time: seconds(5),
+                health_interval: None,
                 connect_timeout: seconds(5),
                 handshake_timeout: seconds(10),
                 response_timeout: seconds(60),
@@ -193,27 +238,28 @@ impl Settings {
                 user_timeout: None,
             },
             log: Log { format: LogFormat::Auto, filter: "info".to_owned() },
+            routes: Vec::new(),
         }
     }
 }
 
-/// All keys, in the order of `proxy.toml`.
+/// All keys, in the order of `proxy.toml`; behind them those of the routes.
 #[rustfmt::skip] // a table
 pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     use Number::{OptionU32, OptionUsize, U32, U64, Usize};
-    use Slot::{Addresses, Backend, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Switch, Text};
+    use Slot::{Addresses, Backends, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Switch, Text};
     use Time::{Always, OrOff};
     fn time(to: &mut Duration, range: RangeInclusive<Duration>) -> Slot<'_> {
         Slot::Time(Always(to), range, MS)
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, socket, log } = settings;
+    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
     let upstream::Config {
-        address: backend, connect_timeout, handshake_timeout, response_timeout, body_timeout,
+        address: backend, pool, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
     } = upstream;
     let relay::Config {
@@ -225,10 +271,10 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
     let Log { format, filter } = log;
 
-    let live = |section, name, slot| Key { section, name, is_live: true, slot };
+    let live = |section, key, slot| Key { name: Name { section, route: None, key }, is_live: true, slot, is_own: None };
     // What sockets, threads, memory and ports are given out by at the start.
-    let fixed = |section, name, slot| Key { section, name, is_live: false, slot };
-    vec![
+    let fixed = |section, key, slot| Key { is_live: false, ..live(section, key, slot) };
+    let mut keys = vec![
         fixed("listen", "address", Listen(address)),
         fixed("listen", "backlog", Count(U32(backlog), 1..=MIB)),
         fixed("listen", "max_sockets", Count(Usize(max_sockets), 1..=4096)),
@@ -250,7 +296,11 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
         live("http", "trusted_proxies", Networks(trusted_proxies)),
 
-        live("upstream", "address", Backend(backend)),
+        live("upstream", "address", Backends(backend)),
+        live("upstream", "resolve_interval", time(resolve_interval, MS * 100..=HOUR)),
+        live("upstream", "eject_after", Count(U32(eject_after), 1..=1000)),
+        live("upstream", "eject_time", time(eject_time, MS * 100..=HOUR)),
+        live("upstream", "health_interval", Slot::Time(OrOff(health_interval), MS * 100..=HOUR, MS)),
         live("upstream", "connect_timeout", time(connect_timeout, ABOVE_ZERO)),
         live("upstream", "handshake_timeout", time(handshake_timeout, ABOVE_ZERO)),
         live("upstream", "response_timeout", time(response_timeout, ABOVE_ZERO)),
@@ -260,6 +310,9 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("upstream", "queue_timeout", time(queue_timeout, ABOVE_ZERO)),
         live("upstream", "source_addresses", Addresses(source_addresses)),
 
+    ];
+    keys.extend(pool_slots(pool).map(|(key, slot)| live("pool", key.trim_start_matches(POOL), slot)));
+    keys.extend([
         live("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
         live("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
         live("websocket", "hold_frame", Size(Usize(hold_frame), KIB..=32 * KIB)),
@@ -296,12 +349,79 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 
         fixed("log", "format", Format(format)),
         live("log", "filter", Filter(filter)),
+    ]);
+    for (index, route) in routes.iter_mut().enumerate() {
+        let key = |key, slot, is_own| Key { name: Name { section: ROUTE, route: Some(index), key }, is_live: true, slot, is_own };
+        let (path, overrides) = route.keys();
+        keys.push(key(PATH, path, None));
+        keys.extend(overrides.map(|(name, slot, own)| key(name, slot, Some(own))));
+    }
+    keys
+}
+
+/// `[pool]`, and what a route has of its own.
+fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 10] {
+    let Pool {
+        mode,
+        prewarm,
+        prewarm_max_age,
+        keep_alive,
+        keep_alive_timeout,
+        max_streams,
+        max_connections,
+        idle_timeout,
+        stall_timeout,
+        ping_interval,
+    } = pool;
+    let time = |to, range| Slot::Time(Time::Always(to), range, MS);
+    let count = |to, range| Slot::Count(Number::Usize(to), range);
+    [
+        ("pool.mode", Slot::Mode(mode)),
+        ("pool.prewarm", count(prewarm, 0..=1024)),
+        ("pool.prewarm_max_age", time(prewarm_max_age, MS * 100..=HOUR)),
+        ("pool.keep_alive", count(keep_alive, 0..=4096)),
+        ("pool.keep_alive_timeout", time(keep_alive_timeout, MS..=HOUR)),
+        ("pool.max_streams", count(max_streams, 1..=4096)),
+        ("pool.max_connections", count(max_connections, 1..=1024)),
+        ("pool.idle_timeout", time(idle_timeout, Duration::ZERO..=HOUR)),
+        ("pool.stall_timeout", time(stall_timeout, MS..=HOUR)),
+        ("pool.ping_interval", Slot::Time(Time::OrOff(ping_interval), SECOND..=HOUR, MS)),
     ]
 }
 
-/// The names of all keys, in the order of `proxy.toml`.
+/// The names of all keys, in the order of `proxy.toml`, but for those of routes.
 pub(super) fn names() -> Vec<(&'static str, &'static str)> {
-    keys(&mut Settings::unresolved()).into_iter().map(|key| (key.section, key.name)).collect()
+    keys(&mut Settings::unresolved()).into_iter().map(|key| (key.name.section, key.name.key)).collect()
+}
+
+impl Route {
+    /// One of which nothing was read yet.
+    pub(super) fn unresolved() -> Self {
+        let upstream::Config { address, pool, .. } = Settings::unresolved().upstream;
+        Self { path: None, address, pool, own: [false; OVERRIDES] }
+    }
+
+    /// What is not its own is as in the sections that are for all.
+    pub(super) fn resolve(&mut self, upstream: &upstream::Config) {
+        let mut all = Self { address: upstream.address.clone(), pool: upstream.pool.clone(), ..Self::unresolved() };
+        for ((_, theirs, _), (_, mut ours, is_own)) in all.keys().1.zip(self.keys().1) {
+            if !*is_own {
+                ours.read(&theirs.write().into()).expect("what was written by a key is read by the same key");
+            }
+        }
+    }
+
+    /// Its path; then what it may have of its own, and whether it has.
+    pub(super) fn keys(&mut self) -> (Slot<'_>, impl Iterator<Item = (&'static str, Slot<'_>, &mut bool)>) {
+        let Self { path, address, pool, own } = self;
+        let slots = std::iter::once((BACKEND, Slot::Backends(address))).chain(pool_slots(pool));
+        (Slot::Path(path), slots.zip(own).map(|((key, slot), own)| (key, slot, own)))
+    }
+
+    /// The names of all its keys.
+    pub(super) fn names() -> Vec<&'static str> {
+        [PATH].into_iter().chain(Self::unresolved().keys().1.map(|(key, ..)| key)).collect()
+    }
 }
 
 impl Slot<'_> {
@@ -318,7 +438,19 @@ impl Slot<'_> {
                     _ => Some(parse_listen(text)?),
                 }
             }
-            Slot::Backend(to) => **to = parse_backend(value.text("an address", "127.0.0.1:9000")?)?,
+            Slot::Backends(to) => **to = read_backends(value)?,
+            Slot::Path(to) => **to = Some(parse_pattern(value.text("a path", "/chat")?)?),
+            Slot::Mode(to) => {
+                **to = match value.text("a text", "dedicated")? {
+                    "dedicated" => Mode::Dedicated,
+                    "multiplexed" => Mode::Multiplexed,
+                    "shared" => {
+                        let what = "is not there yet: \"shared\"";
+                        return refuse(what, r#"use "dedicated", or "multiplexed" where the backend speaks RFC 8441"#);
+                    }
+                    text => return refuse(format!("is no mode: {text:?}"), r#"use "dedicated" or "multiplexed""#),
+                };
+            }
             Slot::Count(to, range) => {
                 let fix = format!("use a number from {} to {}", range.start(), range.end());
                 let count = value.integer(&fix)?;
@@ -540,7 +672,12 @@ impl Slot<'_> {
             Slot::ListenOrOff(from) => {
                 Plain::Text(from.map_or_else(|| "off".to_owned(), |address| address.to_string()))
             }
-            Slot::Backend(from) => Plain::Text(from.to_string()),
+            Slot::Backends(from) => match from.as_slice() {
+                [one] => Plain::Text(one.to_string()),
+                several => Plain::List(several.iter().map(ToString::to_string).collect()),
+            },
+            Slot::Path(from) => Plain::Text(from.as_ref().map_or_else(String::new, ToString::to_string)),
+            Slot::Mode(from) => Plain::Text(from.as_str().to_owned()),
             Slot::Count(from, _) => Plain::Integer(from.get()),
             Slot::Size(from, _) => Plain::Text(format_size(from.get())),
             Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
@@ -591,6 +728,37 @@ impl Number<'_> {
             Number::OptionUsize(from) => wide(from.unwrap_or_default()),
         }
     }
+}
+
+/// An address of a backend, or several.
+fn read_backends(value: &Value) -> Result<Addresses, Refusal> {
+    const FIX: &str = r#"write it like "127.0.0.1:9000", or like ["10.0.0.1:9000", "10.0.0.2:9000"]"#;
+    let items = match value {
+        Value::Text(text) => return Ok(parse_backend(text)?.into()),
+        Value::List(items) => items,
+        _ => return refuse(format!("must be an address or a list of them, but is {}", value.kind()), FIX),
+    };
+    if items.len() > MAX_BACKENDS {
+        return refuse(format!("has {} addresses", items.len()), format!("use at most {MAX_BACKENDS}"));
+    }
+    let mut addresses: Vec<Address> = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let address = match item {
+            Value::Text(text) => parse_backend(text),
+            _ => refuse(format!("contains {}", item.kind()), r#"write addresses as strings: ["127.0.0.1:9000"]"#),
+        };
+        let address = address.and_then(|address| {
+            if addresses.contains(&address) {
+                return refuse(
+                    format!("contains an address twice: {address}"),
+                    "name each once: all get the same share",
+                );
+            }
+            Ok(address)
+        });
+        addresses.push(address.map_err(|refusal| Refusal { item: Some(index), ..refusal })?);
+    }
+    Addresses::new(addresses).map_or_else(|| refuse("is an empty list", FIX), Ok)
 }
 
 /// What `EnvFilter` refuses, and what it takes but nobody means: it reads a bare "inof" as the name of a module.

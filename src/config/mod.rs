@@ -14,7 +14,7 @@ mod units;
 mod written;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ffi::OsString,
     fmt::{self, Write as _},
     path::PathBuf,
@@ -26,12 +26,18 @@ use serde::{
     ser::{SerializeMap as _, Serializer},
 };
 
+use self::keys::{Name, OVERRIDES, PATH, POOL, ROUTE};
 pub use self::{
     finding::{Finding, Findings, Level, Place},
     reload::{Change, Read, Rejected, Reloaded, read, read_no_more, reload},
     written::Seen,
 };
-use crate::{admission, close, downstream, drain, listen, net::SocketConfig, relay, upstream};
+use crate::{
+    admission, close, downstream, drain, listen,
+    net::SocketConfig,
+    relay,
+    upstream::{self, Addresses, Pattern, Pool},
+};
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
 pub const SHIPPED: &str = include_str!("../../proxy.toml");
@@ -47,7 +53,7 @@ pub struct Settings {
     pub limits: admission::Config,
     /// `[http]`.
     pub downstream: downstream::Config,
-    /// `[upstream]`, `http.header_bytes` and `websocket.write_timeout`.
+    /// `[upstream]`, `[pool]`, `http.header_bytes` and `websocket.write_timeout`.
     pub upstream: upstream::Config,
     /// `[websocket]` without the buffers, and the delay, the handshake and the codes of `[close]`.
     pub relay: relay::Config,
@@ -63,6 +69,21 @@ pub struct Settings {
     pub socket: SocketConfig,
     /// `[log]`.
     pub log: Log,
+    /// Each `[[route]]`, in the order of the file, which says nothing.
+    pub routes: Vec<Route>,
+}
+
+/// A `[[route]]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Route {
+    /// The paths that it is for. `None` only as long as there are errors.
+    path: Option<Pattern>,
+    /// Its backend.
+    address: Addresses,
+    /// How connections to that are used.
+    pool: Pool,
+    /// What it has of its own, in the order of its keys.
+    own: [bool; OVERRIDES],
 }
 
 /// `[admin]`.
@@ -138,7 +159,7 @@ pub struct Loaded {
     /// Warnings and notes, warnings first.
     pub findings: Vec<Finding>,
     /// Where each key was written last; those not in it have their defaults.
-    origins: HashMap<(&'static str, &'static str), Place>,
+    origins: HashMap<Name, Place>,
 }
 
 /// A key and its value.
@@ -210,9 +231,9 @@ struct Survey {
     file: Option<String>,
     /// Errors and warnings.
     findings: Vec<Finding>,
-    origins: HashMap<(&'static str, &'static str), Place>,
+    origins: HashMap<Name, Place>,
     /// Keys whose value could not be used.
-    refused: Vec<(&'static str, &'static str)>,
+    refused: Vec<Name>,
     /// The file could be read.
     is_complete: bool,
 }
@@ -224,35 +245,47 @@ pub fn as_far_as_it_is_good(sources: &Sources) -> Settings {
 
 fn survey(sources: &Sources) -> Survey {
     let mut findings = Vec::new();
-    let written::Everything { written, file, complete } = written::read(sources, &mut findings);
+    let written::Everything { written, routes, file, complete } = written::read(sources, &mut findings);
 
     let mut settings = Settings::unresolved();
+    settings.routes = routes.iter().map(|_| Route::unresolved()).collect();
     let mut origins = HashMap::new();
     let mut refused = Vec::new();
+    let paths: HashMap<_, _> = written
+        .iter()
+        .filter(|written| written.name.key == PATH)
+        .filter_map(|written| Some((written.name.route?, written.value.text("", "").ok()?.to_owned())))
+        .collect();
+    let mut keys: HashMap<_, _> = keys::keys(&mut settings).into_iter().map(|key| (key.name, key)).collect();
     for written in written {
-        let name = (written.section, written.key);
-        let mut keys = keys::keys(&mut settings);
-        let key = keys
-            .iter_mut()
-            .find(|key| (key.section, key.name) == name)
-            .expect("only known keys are in what was written");
+        let name = written.name;
+        let key = keys.get_mut(&name).expect("only known keys are in what was written");
         match key.slot.read(&written.value.typed(&key.slot)) {
             Ok(()) => {
                 origins.insert(name, written.place);
+                if let Some(is_own) = &mut key.is_own {
+                    **is_own = true;
+                }
             }
             Err(refusal) => {
                 refused.push(name);
-                let what = format!("`{}.{}` {}", name.0, name.1, refusal.what);
+                let key = match name.route {
+                    Some(route) => {
+                        let path = paths.get(&route).filter(|_| name.key != PATH);
+                        format!("`{}` of {}", name.key, written::named_route(route, path.map(String::as_str)))
+                    }
+                    None => format!("`{}.{}`", name.section, name.key),
+                };
                 let item = refusal.item.and_then(|item| written.items.get(item).cloned());
                 let place = item.unwrap_or(written.place);
-                findings.push(Finding::error(what, place, refusal.fix));
+                findings.push(Finding::error(format!("{key} {}", refusal.what), place, refusal.fix));
             }
         }
     }
+    drop(keys);
 
     // A frame is part of a message. Whoever lowers the limit of messages need not know that there is one of frames as well.
-    let max_frame = ("websocket", "max_frame");
-    if !origins.contains_key(&max_frame) {
+    if !origins.contains_key(&checks::MAX_FRAME) {
         settings.relay.max_frame = settings.relay.max_frame.min(settings.relay.max_message);
     }
     settings.resolve();
@@ -310,6 +343,9 @@ impl Settings {
         }
         self.upstream.header_bytes = self.downstream.header_bytes;
         self.upstream.write_timeout = self.relay.write_timeout;
+        for route in &mut self.routes {
+            route.resolve(&self.upstream);
+        }
         // TCP_USER_TIMEOUT also ends a live peer that only keeps its window at zero, and it ends it with a reset. So it must
         // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
         // peers that are no longer there. The 15 s cover what the kernel adds by probing in growing intervals. At
@@ -322,13 +358,27 @@ impl Settings {
         );
     }
 
-    /// All keys with their values, in the order of `proxy.toml`.
+    /// All keys with their values, in the order of `proxy.toml`; without routes.
     pub fn entries(&self) -> Vec<Entry> {
+        self.named().into_iter().filter(|(name, _)| name.route.is_none()).map(|(_, entry)| entry).collect()
+    }
+
+    /// Also of each route what it has of its own.
+    fn named(&self) -> Vec<(Name, Entry)> {
         let mut copy = self.clone(); // keys() is one list for reading and writing, so it wants to be able to write
         keys::keys(&mut copy)
             .into_iter()
-            .map(|key| Entry { section: key.section, key: key.name, value: key.slot.write() })
+            .filter(|key| key.is_own.as_deref() != Some(&false))
+            .map(|key| (key.name, Entry { section: key.name.section, key: key.name.key, value: key.slot.write() }))
             .collect()
+    }
+
+    /// Each route's paths and its way to its backend.
+    pub fn ways(&self) -> impl Iterator<Item = (Pattern, upstream::Config)> {
+        self.routes.iter().filter_map(|Route { path, address, pool, .. }| {
+            let config = upstream::Config { address: address.clone(), pool: pool.clone(), ..self.upstream.clone() };
+            Some((path.clone()?, config))
+        })
     }
 
     /// A `proxy.toml` that reads back to the same settings, as far as durations are whole milliseconds.
@@ -344,6 +394,7 @@ impl Settings {
     /// What a log line at the start should say: both addresses, the workers, and whatever is not the default.
     pub fn summary(&self) -> String {
         let defaults = Self::default().entries();
+        let routes = self.routes.len();
         let always = [("listen", "address"), ("listen", "workers"), ("upstream", "address"), ("admin", "address")];
         let mut line = String::new();
         for (entry, default) in self.entries().into_iter().zip(defaults) {
@@ -353,6 +404,9 @@ impl Settings {
                     .expect("a String takes everything");
             }
         }
+        if routes > 0 {
+            write!(line, " routes={routes}").expect("a String takes everything");
+        }
         line
     }
 }
@@ -360,20 +414,20 @@ impl Settings {
 impl Loaded {
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.
     pub fn to_toml(&self) -> String {
-        write_toml(&self.settings, |entry| self.origins.get(&(entry.section, entry.key)).map(ToString::to_string))
+        write_toml(&self.settings, |name| self.origins.get(&name).map(ToString::to_string))
     }
 }
 
-fn write_toml(settings: &Settings, comment: impl Fn(&Entry) -> Option<String>) -> String {
+fn write_toml(settings: &Settings, comment: impl Fn(Name) -> Option<String>) -> String {
     let mut text = String::new();
-    let mut section = "";
-    for entry in settings.entries() {
-        if entry.section != section {
-            let newline = if section.is_empty() { "" } else { "\n" };
-            section = entry.section;
-            writeln!(text, "{newline}[{section}]").expect("a String takes everything");
+    let mut section = None;
+    for (name, entry) in settings.named() {
+        if section.replace((name.section, name.route)) != Some((name.section, name.route)) {
+            let newline = if text.is_empty() { "" } else { "\n" };
+            let title = if name.route.is_some() { format!("[[{ROUTE}]]") } else { format!("[{}]", name.section) };
+            writeln!(text, "{newline}{title}").expect("a String takes everything");
         }
-        let comment = comment(&entry)
+        let comment = comment(name)
             .map_or(String::new(), |comment| format!(" # {}", comment.replace(char::is_control, "\u{fffd}")));
         writeln!(text, "{} = {}{comment}", entry.key, entry.value).expect("a String takes everything");
     }
@@ -389,10 +443,34 @@ impl Serialize for Settings {
                 serializer.collect_map(self.0.iter().map(|entry| (entry.key, &entry.value)))
             }
         }
+        /// What a route has of its own; `pool.mode` is a key in a table, as in TOML.
+        struct Own<'a>(&'a [(Name, Entry)]);
+        impl Serialize for Own<'_> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                let mut map = serializer.serialize_map(None)?;
+                let mut pool = BTreeMap::new();
+                for (_, Entry { key, value, .. }) in self.0 {
+                    match key.strip_prefix(POOL) {
+                        Some(key) => _ = pool.insert(key, value),
+                        None => map.serialize_entry(key, value)?,
+                    }
+                }
+                if !pool.is_empty() {
+                    map.serialize_entry("pool", &pool)?;
+                }
+                map.end()
+            }
+        }
         let entries = self.entries();
         let mut map = serializer.serialize_map(None)?;
         for section in entries.chunk_by(|a, b| a.section == b.section) {
             map.serialize_entry(section[0].section, &Section(section))?;
+        }
+        if !self.routes.is_empty() {
+            let mut named = self.named();
+            named.retain(|(name, _)| name.route.is_some());
+            let routes: Vec<_> = named.chunk_by(|(a, _), (b, _)| a.route == b.route).map(Own).collect();
+            map.serialize_entry(ROUTE, &routes)?;
         }
         map.end()
     }

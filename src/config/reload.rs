@@ -2,15 +2,19 @@
 //!
 //! Which keys can be is said in `keys.rs`, key by key. Nothing is applied here; that is the caller's.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::Path,
+};
 
 use serde::Serialize;
 
 use super::{
-    FileSource, Loaded, Plain, Settings, Sources, Survey, checks,
+    FileSource, Loaded, Plain, Route, Settings, Sources, Survey, checks,
     finding::{Finding, Findings, Level, Place},
-    judge, keys, survey,
-    written::Value,
+    judge,
+    keys::{self, BACKEND, Name, ROUTE},
+    survey,
 };
 
 /// A key whose value is another one than what runs.
@@ -45,7 +49,7 @@ pub struct Reloaded {
     pub restart_required: Vec<Change>,
     /// Warnings and notes.
     pub findings: Vec<Finding>,
-    places: HashMap<checks::Name, Place>,
+    places: HashMap<Name, Place>,
 }
 
 /// Why everything stays as it is.
@@ -85,12 +89,13 @@ pub fn reload(running: &Settings, read: Read) -> Result<Reloaded, Box<Rejected>>
     let (refused, file) = (survey.refused.clone(), survey.file.clone());
     // Of a file that could not be read nobody knows what it would have changed.
     let rejected = if survey.is_complete {
-        let mut all = changes(running, &survey.settings);
-        for (section, name) in &refused {
-            let key = format!("{section}.{name}");
+        let mut all: Vec<_> = changes(running, &survey.settings).into_iter().map(|(change, _)| change).collect();
+        // What is wrong with a route is among the findings.
+        for name in refused.iter().filter(|name| name.route.is_none()) {
+            let key = format!("{}.{}", name.section, name.key);
             all.retain(|change| change.key != key);
             let entries = running.entries();
-            let from = entries.into_iter().find(|entry| (entry.section, entry.key) == (*section, *name));
+            let from = entries.into_iter().find(|entry| (entry.section, entry.key) == (name.section, name.key));
             all.extend(from.map(|entry| Change { key, from: entry.value, to: None }));
         }
         all
@@ -102,7 +107,7 @@ pub fn reload(running: &Settings, read: Read) -> Result<Reloaded, Box<Rejected>>
     let Loaded { findings, file: _, origins, .. } = judge(&sources, survey).map_err(&reject)?;
 
     // Each alone is as it should be. Together they need not: a backend may be where this process still listens.
-    let live: Vec<_> = keys::keys(&mut settings).iter().filter(|key| key.is_live).map(name_of).collect();
+    let live: HashSet<_> = keys::keys(&mut settings).iter().filter(|key| key.is_live).map(|key| key.name).collect();
     let places: HashMap<_, _> = origins.into_iter().filter(|(name, _)| live.contains(name)).collect();
     let mut together = Vec::new();
     checks::check(&settings, &checks::Origins { written: &places, refused: &[] }, &mut together);
@@ -114,9 +119,8 @@ pub fn reload(running: &Settings, read: Read) -> Result<Reloaded, Box<Rejected>>
         return Err(reject(Findings(together)));
     }
 
-    let (applied, restart_required) = changes(running, &written)
-        .into_iter()
-        .partition(|change| live.iter().any(|(section, name)| change.key == format!("{section}.{name}")));
+    let (now, later): (Vec<_>, Vec<_>) = changes(running, &written).into_iter().partition(|(_, is_live)| *is_live);
+    let [applied, restart_required] = [now, later].map(|all| all.into_iter().map(|(change, _)| change).collect());
     Ok(Reloaded { settings, file, applied, restart_required, findings, places })
 }
 
@@ -130,7 +134,7 @@ impl Read {
 impl Reloaded {
     /// Where a key was written.
     pub fn place(&self, section: &'static str, key: &'static str) -> Place {
-        self.places.get(&(section, key)).cloned().unwrap_or(Place::Default)
+        self.places.get(&Name { section, route: None, key }).cloned().unwrap_or(Place::Default)
     }
 }
 
@@ -148,41 +152,68 @@ fn merge(running: &Settings, written: &Settings) -> Settings {
     let (mut running, mut merged) = (running.clone(), written.clone());
     for (from, mut to) in keys::keys(&mut running).into_iter().zip(keys::keys(&mut merged)) {
         if !from.is_live {
-            to.slot.read(&value(from.slot.write())).expect("what was written by a key is read by the same key");
+            to.slot.read(&from.slot.write().into()).expect("what was written by a key is read by the same key");
         }
     }
     merged.resolve();
     merged
 }
 
-fn changes(from: &Settings, to: &Settings) -> Vec<Change> {
-    let pairs = from.entries().into_iter().zip(to.entries()).filter(|(from, to)| from != to);
-    pairs
-        .map(|(from, to)| Change {
-            key: format!("{}.{}", from.section, from.key),
-            from: from.value,
-            to: Some(to.value),
-        })
-        .collect()
+/// Each with whether it can be applied while running.
+fn changes(from: &Settings, to: &Settings) -> Vec<(Change, bool)> {
+    let mut copy = to.clone();
+    let is_live = keys::keys(&mut copy).into_iter().map(|key| key.is_live);
+    let pairs = from.entries().into_iter().zip(to.entries()).zip(is_live).filter(|((from, to), _)| from != to);
+    let changes = pairs.map(|((from, to), is_live)| {
+        (Change { key: format!("{}.{}", from.section, from.key), from: from.value, to: Some(to.value) }, is_live)
+    });
+    changes.chain(changes_of_routes(from, to).into_iter().map(|change| (change, true))).collect()
 }
 
-fn name_of(key: &keys::Key<'_>) -> checks::Name {
-    (key.section, key.name)
-}
-
-fn value(plain: Plain) -> Value {
-    match plain {
-        Plain::Text(text) => Value::Text(text),
-        Plain::Integer(number) => Value::Integer(i64::try_from(number).expect("no bound of a key is beyond it")),
-        Plain::Switch(on) => Value::Switch(on),
-        Plain::List(items) => Value::List(items.into_iter().map(Value::Text).collect()),
+/// Routes are known by their paths: their order means nothing. One that is not there has an empty list for its backend.
+fn changes_of_routes(from: &Settings, to: &Settings) -> Vec<Change> {
+    let by_path = |settings: &Settings| -> BTreeMap<_, _> {
+        settings.routes.iter().filter_map(|route| Some((route.path.as_ref()?.to_string(), route.clone()))).collect()
+    };
+    let (mut from_routes, to_routes) = (by_path(from), by_path(to));
+    let mut changes = Vec::new();
+    for (path, mut route) in to_routes {
+        let before = from_routes.remove(&path);
+        let is_new = before.is_none();
+        let mut before = before.unwrap_or_else(|| {
+            let mut route = Route::unresolved();
+            route.resolve(&to.upstream);
+            route
+        });
+        for ((key, old, was_own), (_, new, is_own)) in before.keys().1.zip(route.keys().1) {
+            let is_added = is_new && key == BACKEND;
+            let from = if is_added { Plain::List(Vec::new()) } else { old.write() };
+            // What it has from the sections that are for all is said of these.
+            if from != new.write() && (is_added || *was_own || *is_own) {
+                changes.push(Change { key: key_of(&path, key), from, to: Some(new.write()) });
+            }
+        }
     }
+    for (path, mut route) in from_routes {
+        let from = route.keys().1.next().map(|(_, slot, _)| slot.write());
+        let none = Plain::List(Vec::new());
+        changes.push(Change { key: key_of(&path, BACKEND), from: from.unwrap_or(none.clone()), to: Some(none) });
+    }
+    changes
+}
+
+/// As in TOML, if routes were called by their paths there.
+fn key_of(path: &str, key: &str) -> String {
+    format!("{ROUTE}.{}.{key}", Plain::Text(path.to_owned()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::FileSource;
+    use crate::{
+        config::{FileSource, keys::OVERRIDES},
+        upstream,
+    };
     use std::path::PathBuf;
 
     fn of(name: &str) -> Read {
@@ -237,10 +268,41 @@ mod tests {
         let running = Settings::default();
         let mut read = of("empty");
         read.survey.settings.listen.address.set_port(8081);
-        read.survey.settings.upstream.address = super::super::units::parse_backend("127.0.0.1:8080").expect("one");
+        read.survey.settings.upstream.address =
+            super::super::units::parse_backend("127.0.0.1:8080").expect("one").into();
         let rejected = reload(&running, read).expect_err("a loop");
         assert!(rejected.findings.to_string().contains("restart"), "{}", rejected.findings);
         let keys: Vec<_> = rejected.rejected.iter().map(|change| change.key.as_str()).collect();
         assert_eq!(keys, ["listen.address", "upstream.address"]);
+    }
+
+    /// Routes are known by their paths, wherever they stand in the file, and all of them is applied.
+    #[test]
+    fn what_changed_of_routes() {
+        let running = of("routes").survey.settings;
+        let mut read = of("routes");
+        let routes = &mut read.survey.settings.routes;
+        let of_pool = &mut routes[0];
+        (of_pool.pool.prewarm, of_pool.pool.max_streams) = (5, 7);
+        of_pool.own = [true; OVERRIDES];
+        routes.remove(1);
+        routes.reverse();
+        let mut added = routes[0].clone();
+        added.path = Some(upstream::Pattern::Exact("/new".to_owned()));
+        routes.push(added);
+        let Reloaded { settings, applied, restart_required, .. } = reload(&running, read).expect("valid");
+        let said: Vec<_> = applied
+            .iter()
+            .map(|Change { key, from, to }| format!("{key}: {from} -> {}", to.as_ref().expect("understood")))
+            .collect();
+        let expected = [
+            r#"route."/chat/*".pool.prewarm: 0 -> 5"#,
+            r#"route."/chat/*".pool.max_streams: 64 -> 7"#,
+            r#"route."/new".upstream: [] -> ["10.0.0.1:9000", "app:9000", "unix:/run/app.sock"]"#,
+            r#"route."/chat".upstream: ["127.0.0.1:9001", "127.0.0.1:9002"] -> []"#,
+        ];
+        assert_eq!(said, expected);
+        assert_eq!((restart_required, settings.routes.len()), (Vec::new(), 4));
+        assert_eq!(changes(&settings, &settings), []);
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::net::Address;
+use crate::{net::Address, upstream::Pattern};
 
 /// Why a value is not taken: `what` follows the name of the key, `fix` says what to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +38,8 @@ const TIMES: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), 
 const SIZES: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 /// `sun_path` of unix(7) has 108 bytes and ends with a NUL.
 const UNIX_PATH_BYTES: usize = 107;
+/// Of a route's path.
+const PATTERN_BYTES: usize = 1024;
 
 /// Reads "250ms", "30s", "5m", "1h" or "1m30s". What is too long for a number is the longest there is.
 pub(super) fn parse_duration(text: &str) -> Result<Duration, Refusal> {
@@ -236,7 +238,8 @@ pub(super) fn parse_backend(text: &str) -> Result<Address, Refusal> {
         };
     }
     if text.contains(',') {
-        return refuse(format!("names several backends: {text:?}"), r#"name one: "127.0.0.1:9000""#);
+        let list: Vec<&str> = text.split(',').map(str::trim).filter(|one| !one.is_empty()).collect();
+        return refuse(format!("names several backends: {text:?}"), format!("write a list: {list:?}"));
     }
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         return refuse(format!("has no host: {text:?}"), format!("write \"127.0.0.1:{text}\""));
@@ -304,6 +307,65 @@ fn parse_host(host: &str, port: u16) -> Result<&str, Refusal> {
         );
     }
     Ok(host)
+}
+
+/// Reads the path of a route: "/chat", or "/chat/*".
+pub(super) fn parse_pattern(text: &str) -> Result<Pattern, Refusal> {
+    const EXAMPLES: &str = r#"write "/chat" for exactly this path, or "/chat/*" for everything below"#;
+    if text.is_empty() {
+        return refuse("is empty", EXAMPLES);
+    }
+    if let Some((_, rest)) = text.split_once("://") {
+        let path = rest.split_once('/').map_or("", |(_, path)| path);
+        return refuse(format!("is a URL: {text:?}"), format!("write only the path: \"/{path}\""));
+    }
+    if !text.starts_with('/') {
+        return refuse(format!("does not begin with a slash: {text:?}"), format!("write \"/{text}\""));
+    }
+    if let Some(mark) = text.find(['?', '#']) {
+        return refuse(
+            format!("has more than a path: {text:?}"),
+            format!("paths are compared without the query: write \"{}\"", &text[..mark]),
+        );
+    }
+    if text.len() > PATTERN_BYTES {
+        return refuse(format!("is too long: {} bytes", text.len()), format!("use at most {PATTERN_BYTES} bytes"));
+    }
+    let (path, is_below) = match text.strip_suffix('*') {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    if path.contains('*') || (is_below && !path.ends_with('/')) {
+        let begin = text.split('*').next().unwrap_or_default().trim_end_matches('/');
+        return refuse(
+            format!("has a * that is not its last segment: {text:?}"),
+            format!("only whole segments at the end can be left open: \"{begin}/*\""),
+        );
+    }
+    if !path.bytes().all(|byte| byte == b'%' || stands_in_a_path(byte)) {
+        return refuse(
+            format!("has a character that no path is sent with: {text:?}"),
+            "write it as clients send it, percent-encoded: \"/caf%C3%A9\"",
+        );
+    }
+    let is_odd = |piece: &str| match piece.get(..2).map(|digits| u8::from_str_radix(digits, 16)) {
+        Some(Ok(byte)) => stands_in_a_path(byte) || byte == b'\\',
+        _ => true,
+    };
+    let is_dots = |segment: &str| segment == "." || segment == "..";
+    if path.contains("//") || path.contains(';') || path.split('/').any(is_dots) || path.split('%').skip(1).any(is_odd)
+    {
+        return refuse(
+            format!("can be read as another path: {text:?}"),
+            "leave out empty and dot segments and parameters (;), and encode only what can't be sent as it is",
+        );
+    }
+    Ok(if is_below { Pattern::Below(path.to_owned()) } else { Pattern::Exact(path.to_owned()) })
+}
+
+/// As it is (RFC 3986 3.3).
+fn stands_in_a_path(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte)
 }
 
 /// Reads a network; a single address is a network of one.

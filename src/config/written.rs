@@ -9,15 +9,19 @@ use std::{
     fmt,
     fs::{self, File},
     io::{self, Read as _},
+    ops::Range,
     path::PathBuf,
 };
 
-use toml::de::{DeTable, DeValue};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
 use super::{
-    FileSource, SHIPPED, Sources,
+    FileSource, Plain, Route, SHIPPED, Sources,
     finding::{Finding, Place},
-    keys,
+    keys::{self, MAX_ROUTES, Name, PATH, POOL, ROUTE},
     units::{Refusal, either, refuse},
 };
 
@@ -31,8 +35,7 @@ pub(super) const FILE_VARIABLE: &str = "TIDEGATE_CONFIG";
 /// A value for a known key.
 #[derive(Debug)]
 pub(super) struct Written {
-    pub section: &'static str,
-    pub key: &'static str,
+    pub name: Name,
     pub value: Value,
     pub place: Place,
     /// The place of each item, of a list in a file.
@@ -60,6 +63,17 @@ impl fmt::Display for Value {
             Self::Integer(integer) => write!(f, "{integer}"),
             Self::Switch(on) => write!(f, "{on}"),
             Self::List(_) | Self::Other(_) => f.write_str(self.kind()),
+        }
+    }
+}
+
+impl From<Plain> for Value {
+    fn from(plain: Plain) -> Self {
+        match plain {
+            Plain::Text(text) => Self::Text(text),
+            Plain::Integer(number) => Self::Integer(i64::try_from(number).expect("no bound of a key is beyond it")),
+            Plain::Switch(on) => Self::Switch(on),
+            Plain::List(items) => Self::List(items.into_iter().map(Self::Text).collect()),
         }
     }
 }
@@ -108,6 +122,7 @@ impl Value {
             keys::Slot::Count(..) | keys::Slot::Code(..) => matches!(value, Self::Integer(_)),
             keys::Slot::Networks(_) | keys::Slot::Addresses(_) => matches!(value, Self::List(_)),
             keys::Slot::Switch(_) => matches!(value, Self::Switch(_)),
+            keys::Slot::Backends(_) => matches!(value, Self::Text(_) | Self::List(_)),
             _ => matches!(value, Self::Text(_)),
         };
         let parsed = DeValue::parse(text.trim()).ok().map(|parsed| Self::from_toml(parsed.get_ref()));
@@ -140,6 +155,8 @@ impl Value {
 pub(super) struct Everything {
     /// In the order in which later ones win.
     pub written: Vec<Written>,
+    /// Where each route begins.
+    pub routes: Vec<Place>,
     /// The name of the file, if there is one.
     pub file: Option<String>,
     /// Whether the file could be read. Else what stays at its default says nothing.
@@ -148,10 +165,10 @@ pub(super) struct Everything {
 
 /// Reads all sources.
 pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything {
-    let mut written = Vec::new();
+    let (mut written, mut routes) = (Vec::new(), Vec::new());
     let file = read_source(&sources.file, findings);
     let complete = match &file {
-        Ok(Some((path, text))) => read_file(path, text, &mut written, findings),
+        Ok(Some((path, text))) => read_file(path, text, &mut written, &mut routes, findings),
         Ok(None) => true,
         Err(Unreadable) => false,
     };
@@ -160,15 +177,14 @@ pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything
     for (name, section, value) in flags {
         if let Some(value) = value {
             written.push(Written {
-                section,
-                key: "address",
+                name: Name { section, route: None, key: "address" },
                 value: Value::Untyped(value.clone()),
                 place: Place::Flag { name, value: value.clone() },
                 items: Vec::new(),
             });
         }
     }
-    Everything { written, file: file.ok().flatten().map(|(path, _)| path), complete }
+    Everything { written, routes, file: file.ok().flatten().map(|(path, _)| path), complete }
 }
 
 /// A file at some moment, to be compared with it at another.
@@ -262,7 +278,13 @@ fn read_source(source: &FileSource, findings: &mut Vec<Finding>) -> Result<Optio
 
 /// What is in a file, and whether it is TOML. After an error of TOML's own nothing else in it is judged: too much of that would
 /// follow from the first.
-fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut Vec<Finding>) -> bool {
+fn read_file(
+    path: &str,
+    text: &str,
+    written: &mut Vec<Written>,
+    routes: &mut Vec<Place>,
+    findings: &mut Vec<Finding>,
+) -> bool {
     let (document, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
         report_syntax(path, text, errors, findings);
@@ -270,11 +292,15 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
     }
 
     let names = keys::names();
-    let mut refuse = |what: String, fix: String, span| {
-        findings.push(Finding::error(what, Place::in_file(path, text, span), fix));
-    };
     for (section, content) in document.get_ref() {
         let name = section.get_ref().as_ref();
+        if name == ROUTE {
+            read_routes((path, text), (section.span(), content.get_ref()), written, routes, findings);
+            continue;
+        }
+        let mut refuse = |what: String, fix: String, span| {
+            findings.push(Finding::error(what, Place::in_file(path, text, span), fix));
+        };
         let known = names.iter().find(|(section, _)| *section == name).map(|(section, _)| *section);
         let DeValue::Table(table) = content.get_ref() else {
             let tables = matches!(content.get_ref(), DeValue::Array(items) if items.iter().any(|item| item.get_ref().is_table()));
@@ -307,23 +333,95 @@ fn read_file(path: &str, text: &str, written: &mut Vec<Written>, findings: &mut 
         for (key, value) in table {
             let key_name = key.get_ref().as_ref();
             if let Some((_, key)) = names.iter().find(|name| **name == (known, key_name)) {
-                let items = match value.get_ref() {
-                    DeValue::Array(items) => items.iter().map(|item| Place::in_file(path, text, item.span())).collect(),
-                    _ => Vec::new(),
-                };
-                written.push(Written {
-                    section: known,
-                    key,
-                    value: Value::from_toml(value.get_ref()),
-                    place: Place::in_file(path, text, value.span()),
-                    items,
-                });
+                let name = Name { section: known, route: None, key };
+                written.push(Written::in_file((path, text), name, value));
             } else {
                 refuse(format!("unknown key `{key_name}` in [{known}]"), suggest_key(known, key_name), key.span());
             }
         }
     }
     true
+}
+
+/// What stands under `[[route]]`.
+fn read_routes(
+    (path, text): (&str, &str),
+    (span, content): (Range<usize>, &DeValue<'_>),
+    written: &mut Vec<Written>,
+    routes: &mut Vec<Place>,
+    findings: &mut Vec<Finding>,
+) {
+    let mut refuse = |what: String, fix: String, span| {
+        findings.push(Finding::error(what, Place::in_file(path, text, span), fix));
+    };
+    let tables = match content {
+        DeValue::Array(items) if items.iter().all(|item| item.get_ref().is_table()) => items.iter(),
+        DeValue::Table(_) => {
+            let fix = "write [[route]] in double brackets: there may be several".to_owned();
+            return refuse("[route] is not written as a list".to_owned(), fix, span);
+        }
+        _ => {
+            let fix = "write [[route]] on a line of its own, and its keys below".to_owned();
+            return refuse("`route` is a list of sections, not a key".to_owned(), fix, span);
+        }
+    };
+    if let Some(beyond) = tables.clone().nth(MAX_ROUTES) {
+        let fix = format!("use at most {MAX_ROUTES}: \"/chat/*\" is one for everything below");
+        refuse(format!("has {} routes", tables.len()), fix, beyond.span());
+        return;
+    }
+    let known = Route::names();
+    for (index, table) in tables.enumerate() {
+        let place = Place::in_file(path, text, table.span());
+        let Some(table) = table.get_ref().as_table() else { continue };
+        let route = named_route(index, table.get(PATH).and_then(|path| path.get_ref().as_str()));
+        routes.push(place.clone());
+        if !table.contains_key(PATH) {
+            let fix = r#"add path = "/chat", or path = "/chat/*" for everything below"#;
+            findings.push(Finding::error(format!("{route} has no `path`"), place, fix));
+        }
+        for (key, value) in table {
+            // `pool.mode = ...`, or [route.pool] below: to TOML both are a table in a table.
+            let prefix = format!("{}.", key.get_ref());
+            let inner = value.get_ref().as_table().filter(|_| prefix == POOL);
+            let pairs = match inner {
+                Some(inner) => {
+                    inner.iter().map(|(key, value)| (format!("{prefix}{}", key.get_ref()), key, value)).collect()
+                }
+                None => vec![(key.get_ref().to_string(), key, value)],
+            };
+            for (name, key, value) in pairs {
+                if let Some(key) = known.iter().find(|key| **key == name) {
+                    let name = Name { section: ROUTE, route: Some(index), key };
+                    written.push(Written::in_file((path, text), name, value));
+                } else {
+                    let what = format!("unknown key `{name}` in {route}");
+                    findings.push(Finding::error(
+                        what,
+                        Place::in_file(path, text, key.span()),
+                        suggest_route_key(&name),
+                    ));
+                }
+            }
+        }
+    }
+}
+
+impl Written {
+    fn in_file((path, text): (&str, &str), name: Name, value: &Spanned<DeValue<'_>>) -> Self {
+        let items = match value.get_ref() {
+            DeValue::Array(items) => items.iter().map(|item| Place::in_file(path, text, item.span())).collect(),
+            _ => Vec::new(),
+        };
+        let place = Place::in_file(path, text, value.span());
+        Self { name, value: Value::from_toml(value.get_ref()), place, items }
+    }
+}
+
+/// What a route is called in messages: its place in the file, from 1, and its path.
+pub(super) fn named_route(index: usize, path: Option<&str>) -> String {
+    let path: Option<String> = path.map(|path| path.chars().take(60).collect());
+    format!("[[route]] {}{}", index + 1, path.map_or(String::new(), |path| format!(" ({path:?})")))
 }
 
 /// What is in the environment, in the order of its names.
@@ -343,8 +441,7 @@ fn read_environment(variables: &[(OsString, OsString)], written: &mut Vec<Writte
         if let Some((section, key)) = names.iter().find(|key| variable(**key) == name) {
             match value.to_str() {
                 Some(text) => written.push(Written {
-                    section,
-                    key,
+                    name: Name { section, route: None, key },
                     value: Value::Untyped(text.to_owned()),
                     place,
                     items: Vec::new(),
@@ -355,6 +452,11 @@ fn read_environment(variables: &[(OsString, OsString)], written: &mut Vec<Writte
             }
         } else if let Some((section, key)) = rest.split_once("__") {
             let (section, key) = (section.to_lowercase(), key.to_lowercase());
+            if section == ROUTE {
+                let what = "routes can't be set in the environment".to_owned();
+                findings.push(Finding::error(what, place, "write them into the file, as [[route]]"));
+                continue;
+            }
             let in_section =
                 nearest(names.iter().map(|(section, _)| *section), &section).first().copied().unwrap_or(&section);
             let candidates = nearest(names.iter().filter(|(name, _)| *name == in_section).map(|(_, key)| *key), &key);
@@ -406,10 +508,15 @@ fn homes_of(key: &str) -> Vec<String> {
 fn suggest_section(name: &str) -> String {
     let mut sections: Vec<&str> = keys::names().into_iter().map(|(section, _)| section).collect();
     sections.dedup();
+    let all = format!("the sections are [{}] and [[{ROUTE}]]", sections.join("], ["));
+    sections.push(ROUTE);
     match nearest(sections.iter().copied(), name).as_slice() {
-        [] => format!("the sections are [{}]", sections.join("], [")),
+        [] => all,
         sections => {
-            let sections = sections.iter().map(|section| format!("[{section}]"));
+            let sections = sections.iter().map(|section| match *section {
+                ROUTE => format!("[[{section}]]"),
+                _ => format!("[{section}]"),
+            });
             format!("did you mean {}?", either(&sections.collect::<Vec<_>>()))
         }
     }
@@ -434,6 +541,25 @@ fn suggest_key(section: &str, name: &str) -> String {
         return format!("did you mean `{key}` in [{of}]?");
     }
     format!("the keys of [{section}] are `{}`", own.join("`, `"))
+}
+
+/// What to write instead of the unknown key `name` of a route.
+fn suggest_route_key(name: &str) -> String {
+    let own = Route::names();
+    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
+    // What they begin with would make all of the pool's look alike; and `mode` is `pool.mode`.
+    let endings: Vec<String> = own.iter().map(|key| last(key)).collect();
+    let near = nearest(endings.iter().map(String::as_str), &last(name));
+    let near: Vec<&str> = own.iter().copied().filter(|key| near.contains(&last(key).as_str())).collect();
+    if !near.is_empty() {
+        let near: Vec<String> = near.iter().map(|key| format!("`{key}`")).collect();
+        return format!("did you mean {}?", either(&near));
+    }
+    let homes = homes_of(&last(name));
+    if !homes.is_empty() {
+        return format!("`{}` is a key of {}, for all routes", last(name), homes.join(" and "));
+    }
+    format!("the keys of a route are `{}`", own.join("`, `"))
 }
 
 /// Reports the errors of TOML's parser, one per line: one mistake makes it stumble several times.

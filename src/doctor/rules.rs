@@ -353,13 +353,17 @@ const WIDE_RANGE: RangeInclusive<u16> = 10_240..=65_535;
 
 fn port_range(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
     let (name, wanted) = ("port_range", for_connections(wishes));
-    let host = match &wishes.backend {
-        Address::Unix(_) => {
-            let why = "A connection to a Unix socket takes no port.";
-            return Finding::new(name, Severity::Ok, "not needed", wanted).because(why);
-        }
-        Address::Tcp { host, .. } => host,
+    let Some((backend, host)) = wishes.backends().find_map(|backend| match backend {
+        Address::Tcp { host, .. } => Some((backend, host)),
+        Address::Unix(_) => None,
+    }) else {
+        let why = "A connection to a Unix socket takes no port.";
+        return Finding::new(name, Severity::Ok, "not needed", wanted).because(why);
     };
+    if plan.by_ports.is_none() && facts.port_range.is_some() {
+        let why = "There is a backend to which connections take no port.";
+        return Finding::new(name, Severity::Ok, "not the limit", wanted).because(why);
+    }
     let (Some(range), Some(ports)) = (&facts.port_range, plan.by_ports) else {
         return Finding::hidden(name, wanted);
     };
@@ -372,10 +376,13 @@ fn port_range(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         1 => String::new(),
         count => format!(" over {count} addresses"),
     };
-    let value = format!("{} ({ports} ports{sources})", shown(range));
+    let toward = match wishes.backends().count() {
+        1 => String::new(),
+        count => format!(" toward {count} backends"),
+    };
+    let value = format!("{} ({ports} ports{sources}{toward})", shown(range));
     let why = format!(
-        "A session takes a port toward {}, and TIME_WAIT may keep it for a minute more. Without one, clients get 503.",
-        wishes.backend
+        "A session takes a port toward {backend}, and TIME_WAIT may keep it for a minute more. Without one, clients get 503."
     );
     // What is opened up must not be the port of a listener.
     let inside: Vec<u16> = own_ports(wishes).into_iter().filter(|port| WIDE_RANGE.contains(port)).collect();
@@ -402,7 +409,16 @@ fn port_range(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
 
 fn backend_port(facts: &Facts, wishes: &Wishes) -> Finding {
     let (name, wanted) = ("backend_port", "outside of ip_local_port_range, or reserved");
-    let Address::Tcp { host, port } = &wishes.backend else {
+    let mut all: Vec<_> = wishes
+        .backends()
+        .filter_map(|backend| match backend {
+            Address::Tcp { host, port } => Some((host, port)),
+            Address::Unix(_) => None,
+        })
+        .collect();
+    // The one for which there is most to say.
+    all.sort_by_key(|(host, port)| std::cmp::Reverse((is_local(host) && is_given_away(facts, **port), is_local(host))));
+    let Some((host, port)) = all.into_iter().next() else {
         let why = "A Unix socket has none.";
         return Finding::new(name, Severity::Ok, "none", wanted).because(why);
     };
@@ -561,10 +577,7 @@ fn cpu(facts: &Facts, wishes: &Wishes) -> Finding {
 /// Only where connections are tracked.
 fn conntrack(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Option<Finding> {
     let table = facts.conntrack?;
-    let legs = match wishes.backend {
-        Address::Tcp { .. } => 2,
-        Address::Unix(_) => 1,
-    };
+    let legs = if wishes.backends().any(|backend| matches!(backend, Address::Tcp { .. })) { 2 } else { 1 };
     let left = table.max.saturating_sub(table.count);
     let sessions = left / legs;
     let severity = if table.count > table.max / 20 * 19 {
@@ -604,13 +617,13 @@ fn listen_ports(wishes: &Wishes) -> Vec<u16> {
     both.map(|address: SocketAddr| address.port()).filter(|port| *port != 0).collect()
 }
 
-/// Those, and the backend's when it is on this host.
+/// Those, and the backends' that are on this host.
 fn own_ports(wishes: &Wishes) -> Vec<u16> {
     let mut ports = listen_ports(wishes);
-    match &wishes.backend {
-        Address::Tcp { host, port } if is_local(host) => ports.push(*port),
-        _ => {}
-    }
+    ports.extend(wishes.backends().filter_map(|backend| match backend {
+        Address::Tcp { host, port } if is_local(host) => Some(*port),
+        _ => None,
+    }));
     ports
 }
 

@@ -247,6 +247,25 @@ fn findings() {
             Warning,
             &["as wide as it can be", "upstream.source_addresses"],
         ),
+        // Toward each backend there are all of them; toward a Unix socket none is taken.
+        (
+            "port_range",
+            |f, w| {
+                f.port_range = Some(40_000..=40_099);
+                w.other_backends = vec![tcp("10.0.0.2", 9000)];
+            },
+            WillBite,
+            &["(200 ports toward 2 backends)"],
+        ),
+        (
+            "port_range",
+            |f, w| {
+                f.port_range = Some(40_000..=40_099);
+                w.other_backends = vec![Address::Unix("/run/app.sock".into())];
+            },
+            Ok,
+            &["not the limit"],
+        ),
         // Ports that are given away.
         (
             "backend_port",
@@ -259,6 +278,7 @@ fn findings() {
         ("backend_port", |_, w| w.backend = tcp("10.0.0.1", 50_051), Ok, &["on another host"]),
         ("backend_port", |_, w| w.backend = tcp("127.0.0.1", 32_767), Ok, &[]),
         ("backend_port", |_, w| w.backend = Address::Unix("/run/app.sock".into()), Ok, &["none"]),
+        ("backend_port", |_, w| w.other_backends = vec![tcp("127.0.0.1", 50_051)], Warning, &["50051"]),
         (
             "backend_port",
             |f, w| {

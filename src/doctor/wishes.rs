@@ -9,6 +9,7 @@ use crate::{
     config::Settings,
     net::{Address, Wish},
     system::{self, Memory as Bounded},
+    upstream::Addresses,
 };
 
 /// What the settings want of the host.
@@ -17,6 +18,8 @@ pub(super) struct Wishes {
     pub listen: SocketAddr,
     pub admin: Option<SocketAddr>,
     pub backend: Address,
+    /// Those that there are besides, also of routes; each once.
+    pub other_backends: Vec<Address>,
     pub backlog: u32,
     /// Accept queues at most.
     pub max_sockets: usize,
@@ -33,10 +36,19 @@ pub(super) struct Wishes {
 impl From<&Settings> for Wishes {
     fn from(settings: &Settings) -> Self {
         let Settings { listen, limits, upstream, admin, .. } = settings;
+        let mut backends: Vec<Address> = Vec::new();
+        let of_routes: Vec<_> = settings.ways().map(|(_, way)| way.address).collect();
+        for address in [&upstream.address].into_iter().chain(&of_routes).flat_map(Addresses::as_slice) {
+            if !backends.contains(address) {
+                backends.push(address.clone());
+            }
+        }
+        let other_backends = backends.split_off(1);
         Self {
             listen: listen.address,
             admin: admin.address,
-            backend: upstream.address.clone(),
+            backend: backends.remove(0),
+            other_backends,
             backlog: listen.backlog,
             max_sockets: listen.max_sockets,
             accept_loops: listen.accept_loops,
@@ -45,6 +57,12 @@ impl From<&Settings> for Wishes {
             source_addresses: wide(upstream.source_addresses.len()).max(1),
             memory: limits.memory,
         }
+    }
+}
+
+impl Wishes {
+    pub(super) fn backends(&self) -> impl Iterator<Item = &Address> {
+        [&self.backend].into_iter().chain(&self.other_backends)
     }
 }
 
@@ -98,9 +116,11 @@ impl Plan {
             Memory::Limit(bytes) => Some(facts.memory.first().map_or(bytes, |Bounded { limit, .. }| bytes.min(*limit))),
             Memory::Off => None,
         };
-        let ports = match (&wishes.backend, &facts.port_range) {
-            (Address::Tcp { .. }, Some(range)) => {
-                Some(system::usable_ports(range, &facts.reserved_ports).saturating_mul(wishes.source_addresses))
+        // A port is taken toward one destination.
+        let ports = match &facts.port_range {
+            Some(range) if wishes.backends().all(|backend| matches!(backend, Address::Tcp { .. })) => {
+                let each = system::usable_ports(range, &facts.reserved_ports).saturating_mul(wishes.source_addresses);
+                Some(each.saturating_mul(wide(wishes.backends().count())))
             }
             _ => None,
         };

@@ -36,7 +36,7 @@ pub use self::{
 use crate::metrics::Counted;
 
 /// Where a backend is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Address {
     /// `host:port`; the host is resolved at each dial.
     Tcp {

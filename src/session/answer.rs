@@ -20,7 +20,7 @@ use crate::{
     metrics::Handshake,
     net::Lack,
     sparse::Sparse,
-    upstream::Error,
+    upstream::{At, Error},
 };
 
 impl Context {
@@ -87,26 +87,6 @@ impl Context {
         }
     }
 
-    /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
-    pub(super) fn complain(&self, error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str) {
-        static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
-        let kind = match error {
-            // Said as a client that is turned away, and here with its cause.
-            Error::Shortage { .. } => 0,
-            Error::QueueTimeout => return,
-            Error::Unreachable { .. } => 1,
-            Error::Timeout(_) => 2,
-            Error::NoAnswer(_) | Error::BadAccept(_) => 3,
-            Error::Body(_) => 4,
-        };
-        if let Some(unsaid) = SAID[kind].is_due() {
-            let backend = &self.upstream.config().address;
-            warn!(%client, path, request_id, %backend, %error, unsaid, "request failed");
-        } else {
-            debug!(%client, path, request_id, %error, "request failed");
-        }
-    }
-
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
     pub(super) fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
         let (status, reason) = match error {
@@ -131,6 +111,26 @@ impl Context {
             Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
         };
         answer_later(status, reason, self.downstream.retry_after)
+    }
+}
+
+/// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
+pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str, at: &At) {
+    static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
+    let kind = match error {
+        // Said as a client that is turned away, and here with its cause.
+        Error::Shortage { .. } => 0,
+        Error::QueueTimeout => return,
+        Error::Unreachable { .. } => 1,
+        Error::Timeout(_) => 2,
+        Error::NoAnswer(_) | Error::BadAccept(_) => 3,
+        Error::Body(_) => 4,
+    };
+    if let Some(unsaid) = SAID[kind].is_due() {
+        let backend = at.endpoint();
+        warn!(%client, path, request_id, backend = backend.as_deref(), %error, unsaid, "request failed");
+    } else {
+        debug!(%client, path, request_id, %error, "request failed");
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, header::SEC_WEBSOCKET_EXTENSIONS};
+use http::{HeaderMap, Request, Response, StatusCode, header::SEC_WEBSOCKET_EXTENSIONS};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -23,11 +23,14 @@ use tokio::{
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, info};
 
-use super::{About, Context, Tunnel, answer::last};
+use super::{
+    About, Context, Tunnel,
+    answer::{complain, last},
+};
 use crate::{
     admission::{Extra, Reason},
     close::Keeps,
-    downstream::{self, Body, Intent, TimedBody},
+    downstream::{self, Body, Intent, TimedBody, answer},
     fields::tokens,
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
     listen::Accounting,
@@ -35,9 +38,13 @@ use crate::{
     net::{Kept, Stream, concat},
     relay::Leg,
     side::Side,
-    upstream::{Answer, Error, Reply},
+    upstream::{Answer, Error, Placed, Reply, Way},
     ws::Rsv,
 };
+
+/// What is said to a request that could be one for another route.
+const AMBIGUOUS: &str =
+    "the path can be read in more than one way; send it without dot segments, and encode only what has to be";
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
@@ -354,28 +361,36 @@ impl Context {
             }
         }
         let mut path = request.uri().path().to_owned();
+        let Ok(Way { route, upstream }) = self.upstreams.choose(&path) else {
+            debug!(%client, path, "the path can be read as another one, of another route");
+            return (Handshake::Invalid, answer(StatusCode::BAD_REQUEST, AMBIGUOUS), None);
+        };
         path.truncate(path.floor_char_boundary(256));
-        let about = About { client, path, request_id: downstream::request_id(request.headers()) };
+        let request_id = downstream::request_id(request.headers());
+        let about = About { client, path, request_id, route: Arc::clone(route) };
         let trusted = &self.downstream.trusted_proxies;
         if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
-        let exchange = self.upstream.websocket(request);
+        let exchange = upstream.websocket(request);
+        let at = exchange.at();
         match self.carried_out(exchange).await {
-            Ok(Answer::Tunnel { stream, early, mut response }) => {
+            Ok(Placed { what: Answer::Tunnel { stream, early, mut response }, load }) => {
                 downstream::forward_response(&mut response, true);
-                let tunnel =
-                    Tunnel { backend: Leg { stream: Some(stream), early }, rsv: rsv(response.headers()), about };
+                let backend = Leg { stream: Some(stream), early };
+                let tunnel = Tunnel { backend, load, rsv: rsv(response.headers()), about };
                 (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
             }
-            Ok(Answer::Refusal(reply)) => {
+            Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
-                info!(%client, path = about.path, request_id = about.request_id, status, "the backend refused a handshake");
-                (Handshake::Refused, self.pass_on(reply), None)
+                let About { path, request_id, .. } = &about;
+                let backend = load.endpoint();
+                info!(%client, path, request_id, %backend, status, "the backend refused a handshake");
+                (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
             Err(error) => {
                 let About { path, request_id, .. } = &about;
-                self.complain(&error, client, Some(path), request_id);
+                complain(&error, client, Some(path), request_id, &at);
                 let result = match error {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
@@ -390,35 +405,41 @@ impl Context {
 
     /// A request that is no upgrade, streamed both ways.
     async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: SocketAddr) -> Response<Body> {
+        let Ok(Way { upstream, .. }) = self.upstreams.choose(request.uri().path()) else {
+            debug!(%client, path = request.uri().path(), "the path can be read as another one, of another route");
+            return answer(StatusCode::BAD_REQUEST, AMBIGUOUS);
+        };
         let id = downstream::request_id(request.headers());
         if downstream::forward_request(&mut request, client.ip(), &self.downstream.trusted_proxies, &id, false) {
             self.doubt(client.ip());
         }
+        let body_timeout = upstream.config().body_timeout;
         // A request's body must come as its header must: whoever waits for it holds a place.
-        let patience = self.upstream.config().body_timeout.min(self.downstream.header_timeout);
+        let patience = body_timeout.min(self.downstream.header_timeout);
         let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
-        let exchange = self.upstream.plain(request.map(body));
+        let exchange = upstream.plain(request.map(body));
+        let at = exchange.at();
         match self.carried_out(exchange).await {
-            Ok(reply) => self.pass_on(reply),
+            Ok(reply) => self.pass_on(reply, body_timeout),
             Err(error) => {
-                self.complain(&error, client, None, &id);
+                complain(&error, client, None, &id, &at);
                 self.blame(&error, client)
             }
         }
     }
 
     /// Passes a backend's answer on; its connection is driven, and ended, by a task of its own.
-    fn pass_on(self: &Arc<Self>, reply: Reply) -> Response<Body> {
-        let Reply { mut response, connection } = reply;
+    fn pass_on(self: &Arc<Self>, reply: Placed<Reply>, patience: Duration) -> Response<Body> {
+        let Placed { what: Reply { mut response, connection }, load } = reply;
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
                 // Its answer may have been cut short by a client that left: then it may go on writing for long.
                 this.linger_left(stream);
             }
+            drop(load);
         });
         downstream::forward_response(&mut response, false);
-        let patience = self.upstream.config().body_timeout;
         response.map(|body| TimedBody::new(body, patience).boxed())
     }
 }

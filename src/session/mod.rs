@@ -39,7 +39,7 @@ use crate::{
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
     side::Side,
-    upstream::Upstream,
+    upstream::{Load, Upstreams},
     ws::Rsv,
 };
 
@@ -63,8 +63,8 @@ pub struct Context {
     pub close: close::Patience,
     /// The sockets in it.
     pub linger: Linger,
-    /// The way to the backend.
-    pub upstream: Upstream,
+    /// The ways to backends.
+    pub upstreams: Upstreams,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What this worker counts with every message.
@@ -98,12 +98,15 @@ struct About {
     /// Without the query, which may hold secrets; at most 256 bytes.
     path: String,
     request_id: String,
+    /// Of the configuration; empty: none is for its path.
+    route: Arc<str>,
 }
 
 /// What the handshake leaves to the relay.
 #[derive(Debug)]
 struct Tunnel {
     backend: Leg,
+    load: Load,
     rsv: Rsv,
     about: About,
 }
@@ -240,8 +243,8 @@ impl Context {
 
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
-        let Tunnel { backend, rsv, about } = tunnel;
-        let mut open = Open::new(&self.metrics, about);
+        let Tunnel { backend, load, rsv, about } = tunnel;
+        let mut open = Open::new(&self.metrics, about, load);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(
             Arc::clone(&self.relay),

@@ -14,7 +14,7 @@ use crate::{
     close::Keeps,
     relay::{Leg, Relay},
     side::Side,
-    upstream::{Answer, Error, Exchange, Failure, Reply},
+    upstream::{Answer, Error, Exchange, Failure, Placed, Reply},
 };
 
 impl Context {
@@ -76,6 +76,17 @@ pub(super) trait Orphan: Send + 'static {
 
     /// Ends it in order.
     fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+impl<T: Orphan> Orphan for Placed<T> {
+    const IS_WORTH_WAITING: bool = T::IS_WORTH_WAITING;
+
+    fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move {
+            self.what.end(context).await;
+            drop(self.load);
+        })
+    }
 }
 
 impl Orphan for Reply {

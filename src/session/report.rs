@@ -10,6 +10,7 @@ use crate::{
     metrics::{Counted, Metrics},
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
+    upstream::Load,
 };
 
 impl Context {
@@ -76,6 +77,8 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
 pub(super) struct Open<'a> {
     about: About,
+    /// The endpoint has one more until both legs have ended.
+    load: Load,
     begun: Instant,
     metrics: &'a Metrics,
     is_closed: bool,
@@ -83,11 +86,11 @@ pub(super) struct Open<'a> {
 }
 
 impl<'a> Open<'a> {
-    pub(super) fn new(metrics: &'a Metrics, about: About) -> Self {
-        let About { client, path, request_id } = &about;
-        info!(%client, path, request_id, "open");
+    pub(super) fn new(metrics: &'a Metrics, about: About, load: Load) -> Self {
+        let About { client, path, request_id, route } = &about;
+        info!(%client, path, request_id, %route, endpoint = %load.endpoint(), "open");
         let counted = Counted::new(&metrics.sessions);
-        Self { about, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+        Self { about, load, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
     }
 
     pub(super) fn close(&mut self, report: &Report) {
@@ -107,6 +110,8 @@ impl<'a> Open<'a> {
             client = %self.about.client,
             path = self.about.path,
             request_id = self.about.request_id,
+            route = %self.about.route,
+            endpoint = %self.load.endpoint(),
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -142,9 +147,10 @@ impl Drop for Open<'_> {
         };
         self.metrics.close("tidegate", None, false, Duration::ZERO);
         self.metrics.abnormal(cause);
-        let About { client, path, request_id } = &self.about;
+        let About { client, path, request_id, route } = &self.about;
+        let endpoint = self.load.endpoint();
         let duration_ms = millis(self.begun.elapsed());
-        warn!(%client, path, request_id, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        warn!(%client, path, request_id, %route, %endpoint, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
 

@@ -3,9 +3,15 @@
 //! A socket is never dropped here once the backend has seen a byte of it: it is handed back, so that its end can be
 //! orderly, whatever came of the request.
 
+mod choice;
+mod config;
+mod endpoints;
 mod exchange;
 mod handshake;
+mod open;
+mod routes;
 mod turns;
+mod ways;
 
 use std::{
     fmt,
@@ -29,20 +35,37 @@ use tokio::{
     sync::{Notify, OwnedSemaphorePermit},
     time::Instant,
 };
-use tokio_util::task::TaskTracker;
-use tracing::warn;
 
-use self::turns::{Connected, Turns};
+pub use self::{
+    config::{Addresses, Mode, Pool},
+    endpoints::Load,
+    routes::{Ambiguous, Pattern, Routes},
+    ways::{Upstreams, Way},
+};
+use self::{
+    endpoints::{Endpoints, Registry},
+    turns::Connected,
+};
 use crate::{
-    metrics::{Counted, Metrics},
-    net::{self, Address, DialError, Lack, SocketConfig, Sources, Stream},
+    metrics::Metrics,
+    net::{Address, Lack, SocketConfig, Sources, Stream},
 };
 
 /// What the backend's leg needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// The backend.
-    pub address: Address,
+    pub address: Addresses,
+    /// How connections to it are used.
+    pub pool: Pool,
+    /// How often names are looked up, while clients come.
+    pub resolve_interval: Duration,
+    /// An endpoint is left alone after so many connects in a row that failed.
+    pub eject_after: u32,
+    /// For how long, the first time.
+    pub eject_time: Duration,
+    /// How often each endpoint is looked at, while clients come; `None`: only those that were left alone.
+    pub health_interval: Option<Duration>,
     /// For the TCP connection.
     pub connect_timeout: Duration,
     /// For the answer to a WebSocket handshake, once connected.
@@ -147,6 +170,15 @@ pub enum Answer {
     Refusal(Reply),
 }
 
+/// What an endpoint gave, and its count there, to be held until that is over.
+#[derive(Debug)]
+pub struct Placed<T> {
+    /// What it gave.
+    pub what: T,
+    /// Its count.
+    pub load: Load,
+}
+
 impl From<Reply> for Answer {
     fn from(reply: Reply) -> Self {
         Self::Refusal(reply)
@@ -190,6 +222,7 @@ struct Control {
     begun: AtomicBool,
     connected: AtomicBool,
     turn: Mutex<Option<OwnedSemaphorePermit>>,
+    endpoint: Mutex<Option<Arc<str>>>,
     given_up: Notify,
 }
 
@@ -205,6 +238,27 @@ impl Control {
     fn end_turn(&self) {
         *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+
+    fn is_for(&self, endpoint: &Arc<str>) {
+        *self.endpoint.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(endpoint));
+    }
+}
+
+/// Which endpoint an exchange is with, also after its end.
+#[derive(Clone)]
+pub struct At(Arc<Control>);
+
+impl At {
+    /// The last one that it was begun with.
+    pub fn endpoint(&self) -> Option<Arc<str>> {
+        self.0.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl fmt::Debug for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("At").field(&self.endpoint()).finish()
+    }
 }
 
 impl<T> Exchange<T> {
@@ -217,6 +271,11 @@ impl<T> Exchange<T> {
     /// The backend may have seen something of it.
     pub fn is_connected(&self) -> bool {
         self.control.connected.load(Ordering::Relaxed)
+    }
+
+    /// Which endpoint it is with.
+    pub fn at(&self) -> At {
+        At(Arc::clone(&self.control))
     }
 
     /// Nobody waits for it any more: others may have its turn.
@@ -254,68 +313,28 @@ pub struct Upstream {
 struct Inner {
     config: Config,
     socket: SocketConfig,
-    /// Connections that the backend may not have accepted yet, of both kinds.
-    connects: Arc<Turns>,
-    /// WebSocket handshakes until they are answered. Plain requests have no part in these: an answer may be long in coming
-    /// (long polling).
-    handshakes: Arc<Turns>,
+    endpoints: Endpoints,
     sources: Sources,
     metrics: Arc<Metrics>,
-    /// Ports toward the backend, for all sources together; 0: it takes none, or nobody knows.
+    /// Ports toward one endpoint, for all sources together; 0: nobody knows.
     ports: u64,
     /// That they become scarce was said.
     has_warned: AtomicBool,
 }
 
 impl Upstream {
-    /// Nothing is connected yet. `ports` is how many ephemeral ports one address has, if that is known.
-    pub fn new(config: Config, socket: SocketConfig, metrics: Arc<Metrics>, ports: Option<u64>) -> Self {
-        let turns = [(); 2].map(|()| Arc::new(Turns::new(config.max_pending)));
-        Self::with(config, socket, metrics, ports, turns)
-    }
-
-    /// The way from now on; this one remains for those who have begun with it. To the same backend both share their turns: what
-    /// it can bear has not changed.
-    #[must_use]
-    pub fn reconfigured(
-        &self,
-        config: Config,
-        socket: SocketConfig,
-        ports: Option<u64>,
-        tracker: &TaskTracker,
-    ) -> Self {
-        let Inner { config: old, connects, handshakes, metrics, .. } = &*self.inner;
-        let turns = [connects, handshakes].map(|turns| {
-            if old.address != config.address {
-                return Arc::new(Turns::new(config.max_pending));
-            }
-            turns.resize(old.max_pending, config.max_pending, tracker);
-            Arc::clone(turns)
-        });
-        Self::with(config, socket, Arc::clone(metrics), ports, turns)
-    }
-
-    fn with(
+    /// Nothing is connected yet. `ports` is how many there are toward one endpoint, if that is known.
+    fn new(
         config: Config,
         socket: SocketConfig,
         metrics: Arc<Metrics>,
         ports: Option<u64>,
-        [connects, handshakes]: [Arc<Turns>; 2],
+        registry: &Arc<Registry>,
     ) -> Self {
-        let sources = Sources::new(&config.source_addresses);
-        let ports = match config.address {
-            Address::Tcp { .. } => ports.unwrap_or(0).saturating_mul(sources.count() as u64),
-            Address::Unix(_) => 0,
-        };
-        metrics.upstream_ports_limit.set(i64::try_from(ports).unwrap_or(i64::MAX));
-        let has_warned = AtomicBool::new(false);
-        let inner = Inner { config, socket, connects, handshakes, sources, metrics, ports, has_warned };
+        let endpoints = Endpoints::new(&config.address, registry);
+        let (sources, has_warned) = (Sources::new(&config.source_addresses), AtomicBool::new(false));
+        let inner = Inner { config, socket, endpoints, sources, metrics, ports: ports.unwrap_or(0), has_warned };
         Self { inner: Arc::new(inner) }
-    }
-
-    /// It is this very one, and not one that took its place.
-    pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     fn deadline(&self) -> Instant {
@@ -327,70 +346,23 @@ impl Upstream {
         &self.inner.config
     }
 
-    /// Ports toward the backend, for all sources together; `None`: it takes none, or nobody knows.
-    pub fn ports(&self) -> Option<u64> {
-        (self.inner.ports > 0).then_some(self.inner.ports)
-    }
-
-    /// A connection, within `connect_timeout`.
-    pub async fn connect(&self) -> Result<Stream, Error> {
-        let Inner { config, socket, sources, .. } = &*self.inner;
-        let dial = net::dial(&config.address, sources, socket, || self.one_more_port());
-        match tokio::time::timeout(config.connect_timeout, dial).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(DialError::Io(source))) => Err(Error::Unreachable { address: config.address.clone(), source }),
-            Ok(Err(DialError::Shortage { lack, error: source })) => {
-                Err(Error::Shortage { address: config.address.clone(), lack, source })
-            }
-            Err(_) => Err(Error::Timeout("backend did not take the connection in time")),
-        }
-    }
-
-    /// Says it once when four fifths of the ports are in use, and again only after they were not for a while.
-    fn one_more_port(&self) -> Counted {
-        let Inner { metrics, ports, has_warned, .. } = &*self.inner;
-        let counted = Counted::new(&metrics.upstream_ports);
-        let in_use = u64::try_from(metrics.upstream_ports.get()).unwrap_or(0);
-        if *ports > 0 {
-            if in_use * 10 >= ports * 8 {
-                if !has_warned.swap(true, Ordering::Relaxed) {
-                    let fix = "name more addresses of this host in upstream.source_addresses, widen \
-                               net.ipv4.ip_local_port_range, or use a Unix socket";
-                    warn!(in_use, limit = ports, fix, "ports toward the backend become scarce");
-                }
-            } else if in_use * 10 < ports * 6 {
-                has_warned.store(false, Ordering::Relaxed);
-            }
-        }
-        counted
-    }
-
     /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
-    pub fn websocket(&self, request: Request<()>) -> Exchange<Answer> {
+    pub fn websocket(&self, request: Request<()>) -> Exchange<Placed<Answer>> {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let waiting = Counted::new(this.inner.metrics.upstream_waiting(true));
-            let deadline = this.deadline();
-            control.begin_turn(this.inner.handshakes.next(deadline).await.ok_or(Error::QueueTimeout)?);
-            let turn = this.inner.connects.next(deadline).await.ok_or(Error::QueueTimeout)?;
-            drop(waiting);
-            let _pending = Counted::new(this.inner.metrics.upstream_pending(true));
-            control.begun.store(true, Ordering::Relaxed);
-            let begun = this.inner.connects.begin();
-            let stream = this.connect().await?;
-            control.connected.store(true, Ordering::Relaxed);
-            let connected = this.inner.connects.connected(turn, begun);
-            let answer = exchange::websocket(stream, request, &this.inner.config, &control).await;
+            let opened = this.open(true, &control).await?;
+            let connected = opened.load.get().connects.connected(opened.turn, opened.begun);
+            let answer = exchange::websocket(opened.stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
             control.end_turn();
-            answer
+            Ok(Placed { what: answer?, load: opened.load })
         });
         Exchange { future, control: shared }
     }
 
     /// Passes a plain request on, in its turn, and gives the response when its header is there.
-    pub fn plain<B>(&self, request: Request<B>) -> Exchange<Reply>
+    pub fn plain<B>(&self, request: Request<B>) -> Exchange<Placed<Reply>>
     where
         B: Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -398,18 +370,11 @@ impl Upstream {
         let (this, control) = (self.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let waiting = Counted::new(this.inner.metrics.upstream_waiting(false));
-            let turn = this.inner.connects.next(this.deadline()).await.ok_or(Error::QueueTimeout)?;
-            drop(waiting);
-            let _pending = Counted::new(this.inner.metrics.upstream_pending(false));
-            control.begun.store(true, Ordering::Relaxed);
-            let begun = this.inner.connects.begin();
-            let stream = this.connect().await?;
-            control.connected.store(true, Ordering::Relaxed);
-            let connected = this.inner.connects.connected(turn, begun);
-            let answer = exchange::plain(stream, request, &this.inner.config, &control).await;
+            let opened = this.open(false, &control).await?;
+            let connected = opened.load.get().connects.connected(opened.turn, opened.begun);
+            let answer = exchange::plain(opened.stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
-            answer
+            Ok(Placed { what: answer?, load: opened.load })
         });
         Exchange { future, control: shared }
     }

@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use tidegate::config::{self, FileSource, Findings, Level, Loaded, Settings, Sources};
+use tidegate::{
+    config::{self, FileSource, Findings, Level, Loaded, Settings, Sources},
+    upstream::Mode,
+};
 
 /// Relative, as cargo runs tests at the root of the package: so messages are the same on every machine.
 const CASES: &str = "tests/config";
@@ -90,6 +93,7 @@ fn invalid_environment() {
         ("TIDEGATE_CLOSE__DEALY", "100ms"),
         ("TIDEGATE_CLOES__DELAY", "100ms"),
         ("TIDEGATE_POOL__MODE", "shared"),
+        ("TIDEGATE_ROUTE__PATH", "/chat"),
         ("TIDEGATE_DRAIN__LINGER", "1s"),
         ("TIDEGATE_close__linger", "1s"),
         ("TIDEGATE_UPSTREAM__TIMEOUT", "1s"),
@@ -221,6 +225,33 @@ fn what_is_computed() {
     assert!((2..=4).contains(&settings.listen.workers));
 }
 
+/// Goal: what a route does not say of itself is as for all; routes are bounded.
+#[test]
+fn routes() {
+    let loaded = config::load(&sources(named("tests/config/valid/routes.toml"), &[])).unwrap();
+    let ways: Vec<_> = loaded.settings.ways().collect();
+    let all = &loaded.settings.upstream;
+    let pattern: Vec<_> = ways.iter().map(|(pattern, _)| pattern.to_string()).collect();
+    assert_eq!(pattern, ["/chat/*", "/chat", "/caf%C3%A9/a.b", "/*"]);
+    let [(_, chat), (_, exact), (_, of_pool), (_, rest)] = &ways[..] else { panic!("{ways:?}") };
+    assert_eq!(
+        (chat.address.to_string().as_str(), chat.pool.mode, chat.pool.prewarm),
+        ("127.0.0.1:9001", Mode::Multiplexed, 0)
+    );
+    assert_eq!((exact.address.to_string().as_str(), &exact.pool), ("127.0.0.1:9001, 127.0.0.1:9002", &all.pool));
+    assert_eq!((of_pool.pool.keep_alive, of_pool.pool.prewarm, &of_pool.address), (0, 2, &all.address));
+    assert_eq!(rest, all);
+
+    let many = |count: usize| {
+        let routes: Vec<_> = (0..count).map(|index| format!("[[route]]\npath = \"/{index}\"\n")).collect();
+        load_text(&routes.concat(), &[])
+    };
+    assert_eq!(many(256).unwrap().settings.ways().count(), 256);
+    assert!(many(257).unwrap_err().to_string().contains("at most 256"));
+    let list = load_text("", &[("TIDEGATE_UPSTREAM__ADDRESS", r#"["a:1", "b:2"]"#)]).unwrap().settings;
+    assert_eq!(list.upstream.address.to_string(), "a:1, b:2");
+}
+
 /// Goal: the shipped `proxy.toml` is the contract. It has exactly the known keys, in their order, each with its default and with
 /// an explanation. Method: each line is read on its own, and the whole of it as a configuration.
 #[test]
@@ -297,6 +328,12 @@ fn effective_forms() {
     insta::assert_snapshot!("effective_json", serde_json::to_string_pretty(&loaded.settings).unwrap());
     let small = config::load(&sources(named("tests/config/valid/small_messages.toml"), &env)).unwrap();
     insta::assert_snapshot!("summary", small.settings.summary());
+    let routes = config::load(&sources(named("tests/config/valid/routes.toml"), &env)).unwrap();
+    let written = routes.to_toml();
+    insta::assert_snapshot!("effective_routes_toml", written.split_once("[[route]]").unwrap().1);
+    let json = serde_json::to_value(&routes.settings).unwrap();
+    insta::assert_snapshot!("effective_routes_json", serde_json::to_string_pretty(&json["route"]).unwrap());
+    assert!(routes.settings.summary().ends_with(" routes=4"), "{}", routes.settings.summary());
     let finding = load_text("[close]\n  delay = 1\n", &[]).unwrap_err().0.remove(0);
     assert!(
         finding

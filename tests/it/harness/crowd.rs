@@ -319,13 +319,18 @@ impl<T> Drop for Backend<T> {
 }
 
 fn listen(ip: IpAddr, accepting: Accepting) -> TcpListener {
-    let address = SocketAddr::new(ip, 0);
+    listen_at(SocketAddr::new(ip, 0), accepting)
+}
+
+fn listen_at(address: SocketAddr, accepting: Accepting) -> TcpListener {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).expect("a socket");
     if let Some(bytes) = accepting.buffers {
         socket.set_recv_buffer_size(bytes).expect("a socket");
         socket.set_send_buffer_size(bytes).expect("a socket");
     }
-    socket.bind(&address.into()).expect("port 0 is free");
+    // Sessions of a process that was there before may not be over for the kernel.
+    socket.set_reuse_address(true).expect("a socket");
+    socket.bind(&address.into()).expect("the port is free");
     socket.listen(accepting.backlog).expect("a bound socket");
     socket.set_nonblocking(true).expect("a socket");
     TcpListener::from_std(socket.into()).expect("inside a runtime")
@@ -667,7 +672,7 @@ const BE_THE_BACKEND: &str = "TIDEGATE_TEST_BACKEND";
 /// The words before the address on the backend's stdout.
 const LISTENING: &str = "backend listening on ";
 
-/// [`echo`] as a process: this binary, run once more with one of its tests as the entry.
+/// [`anything`] as a process: this binary, run once more with one of its tests as the entry.
 #[derive(Debug)]
 pub struct EchoProcess {
     pub address: SocketAddr,
@@ -676,11 +681,20 @@ pub struct EchoProcess {
 
 impl EchoProcess {
     fn start(lab: &Lab) -> Self {
+        Self::start_at(lab, SocketAddr::new(lab.address(Side::Backend, Side::Proxy), 0))
+    }
+
+    /// Another process where this one was.
+    pub fn again(&mut self, stage: &Stage) {
+        *self = Self::start_at(&stage.lab, self.address);
+    }
+
+    fn start_at(lab: &Lab, address: SocketAddr) -> Self {
         let binary = std::env::current_exe().expect("a running binary has a path");
         let mut command: Command = lab.command_in(Side::Backend, binary);
         let mut child = command
             .args(["--exact", "harness::crowd::backend_process", "--ignored", "--nocapture"])
-            .env(BE_THE_BACKEND, lab.address(Side::Backend, Side::Proxy).to_string())
+            .env(BE_THE_BACKEND, address.to_string())
             // It ends with this pipe, and so with the test, however that ends.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -695,9 +709,10 @@ impl EchoProcess {
         Self { address: address.expect("a backend that says where it listens"), child }
     }
 
-    /// SIGKILL.
+    /// SIGKILL. Until it is gone its kernel still takes connections for it.
     pub fn kill(&mut self) {
         self.child.kill().expect("our own child");
+        self.child.wait().expect("our own child");
     }
 }
 
@@ -712,15 +727,16 @@ impl Drop for EchoProcess {
 #[test]
 #[ignore = "the backend process of other tests"]
 fn backend_process() {
-    let Some(ip) = std::env::var(BE_THE_BACKEND).ok().and_then(|ip| ip.parse().ok()) else { return };
+    let Some(address) = std::env::var(BE_THE_BACKEND).ok().and_then(|address| address.parse().ok()) else { return };
     raise_descriptor_limit();
     thread::spawn(|| {
         let _ = io::stdin().read(&mut [0]);
         std::process::exit(0);
     });
     block(async {
-        let listener = listen(ip, Accepting::default());
+        let listener = listen_at(address, Accepting::default());
         println!("{LISTENING}{}", listener.local_addr().expect("a bound socket"));
-        serve(listener, None, echo, |()| {}).await;
+        // Not everybody who connects asks for something.
+        serve(listener, None, anything, |()| {}).await;
     });
 }

@@ -1,0 +1,258 @@
+//! A connection to one of a backend's endpoints: whose turn it is, which one, and another one when nobody is there.
+//!
+//! Nothing is sent before a connection is there, so whatever fails until then may be tried elsewhere: each endpoint once, within the
+//! same deadlines that a single one has.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{
+    Control, Error, Failure, Inner, Upstream,
+    endpoints::{Endpoint, Load, Looks, Nobody},
+    turns::Begun,
+};
+use crate::{
+    metrics::Counted,
+    net::{self, Address, DialError, Lack, Stream},
+};
+
+const LATE: &str = "backend did not take the connection in time";
+
+/// A fresh connection.
+pub(super) struct Opened {
+    pub stream: Stream,
+    pub load: Load,
+    /// It may not be accepted yet.
+    pub turn: OwnedSemaphorePermit,
+    pub begun: Begun,
+    /// That the backend has something to answer.
+    pub _pending: Counted,
+}
+
+/// What was tried for one client.
+struct Attempts {
+    tried: Vec<Arc<Endpoint>>,
+    /// What is left of `connect_timeout`.
+    left: Duration,
+}
+
+impl Upstream {
+    /// A connection for a WebSocket handshake or a plain request, in its turn.
+    pub(super) async fn open(&self, is_handshake: bool, control: &Control) -> Result<Opened, Failure> {
+        let Inner { config, endpoints, metrics, .. } = &*self.inner;
+        let deadline = self.deadline();
+        let mut attempts = self.attempts();
+        loop {
+            let waiting = Counted::new(metrics.upstream_waiting(is_handshake));
+            let load = self.pick(&mut attempts).await?;
+            let endpoint = Arc::clone(load.get());
+            control.is_for(load.endpoint());
+            let turns = async {
+                if is_handshake {
+                    control.begin_turn(endpoint.handshakes.next(deadline).await?);
+                }
+                endpoint.connects.next(deadline).await
+            };
+            let turn = tokio::select! {
+                biased;
+                // While it waits, others may find that nobody is there.
+                () = endpoints.is_left(&endpoint, &attempts.tried) => {
+                    control.end_turn();
+                    attempts.tried.push(endpoint);
+                    continue;
+                }
+                turn = turns => turn.ok_or(Error::QueueTimeout)?,
+            };
+            drop(waiting);
+            let pending = Counted::new(metrics.upstream_pending(is_handshake));
+            control.begun.store(true, Ordering::Relaxed);
+            let begun = endpoint.connects.begin();
+            match self.dial(&endpoint, &mut attempts, config.connect_timeout).await {
+                Ok(stream) => {
+                    control.connected.store(true, Ordering::Relaxed);
+                    return Ok(Opened { stream, load, turn, begun, _pending: pending });
+                }
+                Err(Some(error)) => return Err(error.into()),
+                Err(None) => {
+                    control.begun.store(false, Ordering::Relaxed);
+                    control.end_turn();
+                }
+            }
+        }
+    }
+
+    /// A connection, within `connect_timeout`, to any endpoint that takes one.
+    pub async fn connect(&self) -> Result<Stream, Error> {
+        let mut attempts = self.attempts();
+        loop {
+            let load = self.pick(&mut attempts).await?;
+            match self.dial(load.get(), &mut attempts, self.inner.config.connect_timeout).await {
+                Ok(stream) => return Ok(stream),
+                Err(Some(error)) => return Err(error),
+                Err(None) => {}
+            }
+        }
+    }
+
+    fn attempts(&self) -> Attempts {
+        Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout }
+    }
+
+    async fn pick(&self, attempts: &mut Attempts) -> Result<Load, Error> {
+        let Inner { config, socket, endpoints, sources, .. } = &*self.inner;
+        let begun = Instant::now();
+        let picked = timeout(attempts.left, endpoints.pick(&attempts.tried, &Looks { config, sources, socket })).await;
+        attempts.left = attempts.left.saturating_sub(begun.elapsed());
+        match picked {
+            Ok(Ok(load)) => Ok(load),
+            Ok(Err(Nobody { failure: Some((address, source)) })) => Err(Error::Unreachable { address, source }),
+            Ok(Err(Nobody { failure: None })) => {
+                let (address, source) =
+                    (self.address(), io::Error::new(io::ErrorKind::NotFound, "no endpoint is left"));
+                Err(Error::Unreachable { address, source })
+            }
+            Err(_) => Err(Error::Timeout(LATE)),
+        }
+    }
+
+    fn address(&self) -> Address {
+        self.inner.config.address.as_slice().first().cloned().expect("there is one address at least")
+    }
+
+    /// Connects to an endpoint. `Err(None)`: in vain, and another one may be tried.
+    async fn dial(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        attempts: &mut Attempts,
+        whole: Duration,
+    ) -> Result<Stream, Option<Error>> {
+        let Inner { config, socket, endpoints, sources, metrics, .. } = &*self.inner;
+        attempts.tried.push(Arc::clone(endpoint));
+        let has_another = endpoints.has_another(&attempts.tried, false);
+        // One that says nothing must leave time for the next.
+        let patience = if has_another { attempts.left / 2 } else { attempts.left };
+        let begun = Instant::now();
+        let dial = net::dial(endpoint.address(), sources, socket, || self.one_more_port(endpoint));
+        let dialled = timeout(patience, dial).await;
+        attempts.left = attempts.left.saturating_sub(begun.elapsed()).min(whole);
+        let address = || endpoint.address().clone();
+        let (error, may_retry) = match dialled {
+            Ok(Ok(stream)) => {
+                endpoints.heard(endpoint, Ok(()), config);
+                return Ok(stream);
+            }
+            Ok(Err(DialError::Io(source))) => {
+                endpoints.heard(endpoint, Err(&source), config);
+                (Error::Unreachable { address: address(), source }, true)
+            }
+            // Not the endpoint's fault; but toward each there are other ports.
+            Ok(Err(DialError::Shortage { lack, error: source })) => {
+                (Error::Shortage { address: address(), lack, source }, lack == Lack::Ports)
+            }
+            Err(_) => {
+                endpoints.heard(endpoint, Err(&LATE), config);
+                (Error::Timeout(LATE), true)
+            }
+        };
+        if may_retry && has_another && !attempts.left.is_zero() {
+            debug!(%error, "another endpoint is tried");
+            metrics.upstream_retries.inc();
+            return Err(None);
+        }
+        Err(Some(error))
+    }
+
+    /// Says it once when four fifths of the ports are in use, and again only after they were not for a while.
+    fn one_more_port(&self, endpoint: &Endpoint) -> Counted {
+        let Inner { metrics, ports, has_warned, endpoints, .. } = &*self.inner;
+        let counted = Counted::new(&metrics.upstream_ports);
+        // Where there are several, what they have of sessions is near enough.
+        let in_use = if endpoints.is_one() {
+            u64::try_from(metrics.upstream_ports.get()).unwrap_or(0)
+        } else {
+            endpoint.load() as u64
+        };
+        if *ports > 0 {
+            if in_use * 10 >= ports * 8 {
+                if !has_warned.swap(true, Ordering::Relaxed) {
+                    let fix = "name more addresses of this host in upstream.source_addresses, widen \
+                               net.ipv4.ip_local_port_range, or use a Unix socket";
+                    let endpoint = endpoint.address();
+                    warn!(%endpoint, in_use, limit = ports, fix, "ports toward the backend become scarce");
+                }
+            } else if in_use * 10 < ports * 6 {
+                has_warned.store(false, Ordering::Relaxed);
+            }
+        }
+        counted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use super::*;
+    use crate::{
+        config::Settings,
+        metrics::Metrics,
+        upstream::{Addresses, Upstreams},
+    };
+
+    /// Whoever waits for a turn at an endpoint that turns out to be gone goes to another one at once.
+    #[tokio::test]
+    async fn nobody_waits_for_a_turn_at_an_endpoint_that_is_gone() {
+        let there = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let [there_at, gone_at] = [&there, &gone].map(|at| at.local_addr().expect("bound"));
+        drop(gone);
+        let mut settings = Settings::default();
+        let address = |at: std::net::SocketAddr| Address::Tcp { host: at.ip().to_string(), port: at.port() };
+        settings.upstream.address = Addresses::new(vec![address(there_at), address(gone_at)]).expect("two");
+        settings.upstream.max_pending = 1;
+        let metrics = Arc::new(Metrics::new());
+        let upstreams = Upstreams::new(settings.upstream, [], &settings.socket, &metrics, None);
+        let upstream = upstreams.otherwise();
+        // So that it is the less loaded one, and its turn is taken.
+        let mut attempts = upstream.attempts();
+        let mut loads = Vec::new();
+        for _ in 0..2 {
+            let load = upstream.pick(&mut attempts).await.expect("an endpoint");
+            attempts.tried.push(Arc::clone(load.get()));
+            loads.push(load);
+        }
+        let at = |at: std::net::SocketAddr, loads: &[Load]| {
+            let name = at.to_string();
+            Arc::clone(loads.iter().find(|load| **load.endpoint() == *name).expect("both").get())
+        };
+        let (there_endpoint, gone_endpoint) = (at(there_at, &loads), at(gone_at, &loads));
+        loads.retain(|load| Arc::ptr_eq(load.get(), &there_endpoint));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let turn = gone_endpoint.handshakes.next(deadline).await.expect("the only one");
+
+        let control = Control::default();
+        let opening = upstream.open(true, &control);
+        let failing = async {
+            tokio::task::yield_now().await;
+            for _ in 0..2 {
+                assert_eq!(gone_endpoint.load(), 1, "it waits there");
+                upstream.inner.endpoints.heard(&gone_endpoint, Err(&"refused"), &upstream.inner.config);
+            }
+        };
+        let (opened, ()) = tokio::join!(opening, failing);
+        let opened = opened.expect("a connection");
+        assert!(Arc::ptr_eq(opened.load.get(), &there_endpoint));
+        assert_eq!((there_endpoint.load(), gone_endpoint.load()), (2, 0));
+        assert_eq!(metrics.upstream_retries.get(), 0, "nothing was tried in vain");
+        drop(turn);
+    }
+}

@@ -1,0 +1,113 @@
+//! All ways to backends: that of `[upstream]`, and those of the routes.
+
+use std::{collections::HashSet, sync::Arc};
+
+use tokio_util::task::TaskTracker;
+
+use super::{Ambiguous, Config, Pattern, Routes, Upstream, endpoints::Registry};
+use crate::{
+    metrics::Metrics,
+    net::{Address, SocketConfig, Sources},
+};
+
+/// Where requests go. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Upstreams {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    routes: Routes<Way>,
+    ports: Option<u64>,
+    registry: Arc<Registry>,
+}
+
+/// Where some of them go.
+#[derive(Debug, Clone)]
+pub struct Way {
+    /// The path of its route, as it is written; "" for what no route is for.
+    pub route: Arc<str>,
+    /// Its backend.
+    pub upstream: Upstream,
+}
+
+impl Upstreams {
+    /// Nothing is connected yet. `config` is that of requests for which none of `routes` is. `ports` is how many ephemeral ports
+    /// one address has, if that is known.
+    pub fn new(
+        config: Config,
+        routes: impl IntoIterator<Item = (Pattern, Config)>,
+        socket: &SocketConfig,
+        metrics: &Arc<Metrics>,
+        ports: Option<u64>,
+    ) -> Self {
+        let registry = Registry::new(Arc::clone(metrics), config.max_pending);
+        Self::with(config, routes, socket, metrics, ports, registry)
+    }
+
+    /// The ways from now on; these remain for those who have begun with them. At the same endpoint both share their turns and what
+    /// is known of it: what it can bear has not changed.
+    #[must_use]
+    pub fn reconfigured(
+        &self,
+        config: Config,
+        routes: impl IntoIterator<Item = (Pattern, Config)>,
+        socket: &SocketConfig,
+        ports: Option<u64>,
+        tracker: &TaskTracker,
+    ) -> Self {
+        let registry = Arc::clone(&self.inner.registry);
+        registry.resize(config.max_pending, tracker);
+        let metrics = Arc::clone(registry.metrics());
+        Self::with(config, routes, socket, &metrics, ports, registry)
+    }
+
+    fn with(
+        config: Config,
+        routes: impl IntoIterator<Item = (Pattern, Config)>,
+        socket: &SocketConfig,
+        metrics: &Arc<Metrics>,
+        ports: Option<u64>,
+        registry: Arc<Registry>,
+    ) -> Self {
+        // A port is taken toward one destination.
+        let each = ports.map(|ports| ports.saturating_mul(Sources::new(&config.source_addresses).count() as u64));
+        let way = |route: String, config| Way {
+            route: route.into(),
+            upstream: Upstream::new(config, socket.clone(), Arc::clone(metrics), each, &registry),
+        };
+        let otherwise = way(String::new(), config);
+        let ways = routes.into_iter().map(|(pattern, config)| (pattern.clone(), way(pattern.to_string(), config)));
+        let routes = Routes::new(ways, otherwise);
+        let all: HashSet<_> = routes.all().flat_map(|way| way.upstream.config().address.as_slice()).collect();
+        let takes_ports = all.iter().all(|address| matches!(address, Address::Tcp { .. }));
+        let ports = each.filter(|ports| takes_ports && *ports > 0).map(|ports| ports.saturating_mul(all.len() as u64));
+        metrics.upstream_ports_limit.set(ports.map_or(0, |ports| i64::try_from(ports).unwrap_or(i64::MAX)));
+        Self { inner: Arc::new(Inner { routes, ports, registry }) }
+    }
+
+    /// The way of a request for `path`, as it was sent and without its query.
+    ///
+    /// # Errors
+    ///
+    /// Read in another way it is one of another route.
+    pub fn choose(&self, path: &str) -> Result<&Way, Ambiguous> {
+        self.inner.routes.choose(path)
+    }
+
+    /// The way of requests that no route is for.
+    pub fn otherwise(&self) -> &Upstream {
+        &self.inner.routes.otherwise().upstream
+    }
+
+    /// It is this very one, and not one that took its place.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// Ports toward all backends, for all sources together, a name counted as one; `None`: some take none, or nobody knows.
+    pub fn ports(&self) -> Option<u64> {
+        self.inner.ports
+    }
+}

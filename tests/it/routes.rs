@@ -1,0 +1,180 @@
+//! Routes: which backend a request goes to, by its path, and what a reload makes of them.
+
+use crate::harness::{
+    Board, DEADLINE, Message,
+    backend::{self, Backend, Options},
+    peer::Peer,
+    proxy::Proxy,
+    scene::Scene,
+};
+use serde_json::{Value, json};
+
+/// Says its name to everybody: to a session at its beginning, to a plain request as the answer. Then an echo.
+fn named(name: &'static str) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static {
+    async move |c: &mut Peer| {
+        while c.is_asked().await {
+            let request = c.read_head().await;
+            if request.field("Upgrade").is_none() {
+                c.reply(Message::status(200, "OK", name)).await;
+                continue;
+            }
+            c.reply(Message::switching(&request)).await;
+            c.send_text(name).await;
+            return backend::echo_on(c).await;
+        }
+    }
+}
+
+/// A scene whose backend is "all", and two more for routes.
+struct Ways {
+    t: Scene,
+    chat: Backend,
+    rest: Backend,
+}
+
+impl Ways {
+    fn start() -> Self {
+        let t = Scene::new("reload.watch = '0s'").backend(named("all")).start();
+        let [chat, rest] = ["chat", "rest"].map(|name| Backend::start(t.lab(), Options::default(), named(name)));
+        Self { t, chat, rest }
+    }
+
+    /// Sets routes, each a path and a backend.
+    fn set(&self, routes: &[(&str, &Backend)]) -> Value {
+        let routes: Vec<_> = routes
+            .iter()
+            .map(|(path, backend)| format!("{{ path = '{path}', upstream = '{}' }}", backend.address))
+            .collect();
+        self.t.proxy().configure(&format!("reload.watch = '0s'\nroute = [{}]", routes.join(", ")));
+        reload(self.t.proxy())
+    }
+
+    /// Who serves a session at `path`; or the status that it is refused with.
+    fn session(&self, path: &str) -> Result<String, u16> {
+        self.t.client(async |c| {
+            let request = Message::websocket(path);
+            let response = c.request(request).await;
+            if response.code() != 101 {
+                c.until_end().await;
+                return Err(response.code());
+            }
+            let name = c.read_text().await;
+            c.send_close(1000, "").await;
+            c.until_end().await;
+            Ok(name)
+        })
+    }
+}
+
+fn reload(proxy: &Proxy) -> Value {
+    let request = Message::line("POST /reload HTTP/1.1").header("Host", "localhost").header("Content-Length", "0");
+    let response = proxy.admin(&request).expect("an answer");
+    assert_eq!(response.code(), 200, "{response:?}");
+    serde_json::from_slice(&response.body).expect("JSON")
+}
+
+/// Exactly the path, everything below, and what no route is for; sessions and plain requests, also several on one connection.
+#[test]
+fn requests_go_where_their_path_leads() {
+    let ways = Ways::start();
+    ways.set(&[("/chat", &ways.chat), ("/rest/*", &ways.rest), ("/rest/chat/*", &ways.chat)]);
+    let paths = [
+        ("/", "all"),
+        ("/chat", "chat"),
+        ("/chat?room=/rest/", "chat"),
+        ("/chat/", "all"),
+        ("/rest", "all"),
+        ("/rest/", "rest"),
+        ("/rest/a%20b", "rest"),
+        ("/rest/chat", "rest"),
+        ("/rest/chat/1", "chat"),
+    ];
+    for (path, name) in paths {
+        assert_eq!(ways.session(path).as_deref(), Ok(name), "{path}");
+    }
+    ways.t.client(async |c| {
+        for (path, name) in paths {
+            assert_eq!(c.request(Message::get(path)).await.text(), name, "{path}");
+        }
+    });
+    let close = ways
+        .t
+        .proxy()
+        .log_where("a session's end", |line| line["message"] == "close" && line["path"] == "/rest/chat/1");
+    assert_eq!(close["route"], "/rest/chat/*");
+    assert_eq!(close["endpoint"], ways.chat.address.to_string().as_str());
+    let close =
+        ways.t.proxy().log_where("a session's end", |line| line["message"] == "close" && line["path"] == "/chat/");
+    assert_eq!(close["route"], "");
+    ways.t.no_rst();
+}
+
+/// A path that a backend may take for one of another route reaches none.
+#[test]
+fn a_path_with_two_meanings_is_refused() {
+    let ways = Ways::start();
+    let odd = ["/x/../chat", "/x/%2e%2e/chat", "/%63hat", "/rest%2fa", "//chat", "/rest/../../chat"];
+    for path in odd {
+        assert_eq!(ways.session(path).as_deref(), Ok("all"), "without routes it is as it was sent: {path}");
+    }
+    ways.set(&[("/chat", &ways.chat), ("/rest/*", &ways.rest)]);
+    for path in odd {
+        assert_eq!(ways.session(path), Err(400), "{path}");
+    }
+    ways.t.client(async |c| {
+        assert_eq!(c.request(Message::get("/rest/%2e%2e/chat")).await.code(), 400);
+        assert_eq!(c.request(Message::get("/rest/a%2fb")).await.text(), "rest");
+    });
+    assert_eq!((ways.chat.count(), ways.rest.count()), (0, 1));
+    assert_eq!(ways.t.proxy().metrics().count("tidegate_handshakes_total{result=\"invalid\"}"), 6);
+    ways.t.no_rst();
+}
+
+/// Routes are added, led elsewhere and taken away while sessions are open: none of these is cut, and each stays where it is.
+#[test]
+fn a_reload_of_routes_cuts_nobody() {
+    let ways = Ways::start();
+    let (step, said) = (Board::new(0), Board::new(0));
+    let stays = |path: &'static str, name: &'static str| {
+        let (step, said) = (step.clone(), said.clone());
+        ways.t.start_client(async move |c: &mut Peer| {
+            c.handshake(path).await;
+            assert_eq!(c.read_text().await, name);
+            said.change(|said| *said += 1);
+            for now in 1..=3 {
+                step.until(DEADLINE, |step| (*step >= now).then_some(())).await.expect("a reload");
+                c.send_text("still here").await;
+                assert_eq!(c.read_text().await, "still here");
+                said.change(|said| *said += 1);
+            }
+            c.send_close(1000, "").await;
+            c.until_end().await
+        })
+    };
+    let all_said = |count| said.wait(DEADLINE, |said| (*said == count).then_some(())).expect("all sessions");
+    let first = stays("/chat", "all");
+    all_said(1);
+    let chat = format!("{}", ways.chat.address);
+    let report = ways.set(&[("/chat", &ways.chat)]);
+    assert_eq!(report["applied"], json!([{"key": "route.\"/chat\".upstream", "from": [], "to": chat}]));
+    let second = stays("/chat", "chat");
+    all_said(2);
+    step.change(|step| *step = 1);
+    all_said(4);
+
+    let report = ways.set(&[("/chat", &ways.rest)]);
+    let rest = format!("{}", ways.rest.address);
+    assert_eq!(report["applied"], json!([{"key": "route.\"/chat\".upstream", "from": chat, "to": rest}]));
+    assert_eq!(ways.session("/chat").as_deref(), Ok("rest"));
+    step.change(|step| *step = 2);
+    all_said(6);
+
+    let report = ways.set(&[]);
+    assert_eq!(report["applied"], json!([{"key": "route.\"/chat\".upstream", "from": rest, "to": []}]));
+    assert_eq!(ways.session("/chat").as_deref(), Ok("all"));
+    step.change(|step| *step = 3);
+    for client in [first, second] {
+        client.join().assert_closed_with(1000);
+    }
+    ways.t.no_rst();
+}
