@@ -27,7 +27,7 @@ use crate::{
     admin::{self, Order},
     admission::{self, Admission, Memory},
     budget::{self, Budget, Host, NoRoom},
-    close::{self, Linger},
+    close::{self, Keeps, Linger},
     config::Settings,
     drain::{Act, Drain, Phase, Phases, Status},
     gate::Gate,
@@ -37,8 +37,9 @@ use crate::{
     reload::{self, Parts, Reload},
     restart::{self, Predecessor, Restarts, Successor, Word},
     session::{Context, Current},
+    side::Side,
     system::{self, MemoryWatch, System},
-    upstream::Upstreams,
+    upstream::{Home, Upstreams},
 };
 
 /// While sessions end: how often it is looked whether somebody is still served.
@@ -189,6 +190,10 @@ impl Server {
         }
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
+            let (drain, tracker, last) = (drain.clone(), TaskTracker::new(), linger.clone());
+            let patience = settings.close.patience;
+            let end = Arc::new(move |stream| last.add(Side::Backend, stream, true, &patience, Keeps::Nothing));
+            let home = Home { runtime: runtime.handle().clone(), tracker: tracker.clone(), drain: drain.clone(), end };
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
@@ -196,10 +201,11 @@ impl Server {
                 close: settings.close.patience,
                 linger,
                 upstreams: upstreams.clone(),
+                home,
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
-                drain: drain.clone(),
-                tracker: TaskTracker::new(),
+                drain,
+                tracker,
                 gate: Gate::new(&waiters),
                 pending: balancer.pending(index),
                 admission: admission.clone(),

@@ -32,7 +32,7 @@ use tidegate::{
     relay,
     server::Server,
     session::{Context, Current},
-    upstream::Upstreams,
+    upstream::{Home, Upstreams},
 };
 use tokio::{
     runtime::{self, Runtime},
@@ -209,7 +209,15 @@ impl<'a> Parts<'a> {
     }
 
     /// For each accept loop its own: the counters in it have one writer.
-    fn context(&self, balancer: &Balancer) -> Arc<Context> {
+    fn context(&self, balancer: &Balancer, runtime: &Runtime) -> Arc<Context> {
+        let tracker = TaskTracker::new();
+        let home = Home {
+            runtime: runtime.handle().clone(),
+            tracker: tracker.clone(),
+            drain: self.drain.clone(),
+            // None is shared here.
+            end: Arc::new(drop),
+        };
         Arc::new(Context {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
@@ -217,10 +225,11 @@ impl<'a> Parts<'a> {
             close: self.settings.close.patience,
             linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
             upstreams: self.upstreams.clone(),
+            home,
             metrics: Arc::clone(&self.metrics),
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
-            tracker: TaskTracker::new(),
+            tracker,
             gate: Gate::new(&self.waiters),
             pending: balancer.pending(0),
             admission: self.admission.clone(),
@@ -265,7 +274,7 @@ fn multi(settings: &Settings, queues: usize) -> anyhow::Result<(SocketAddr, Runn
     let loops = TaskTracker::new();
     for listener in listeners {
         let balancer = parts.balancer(&runtime);
-        let context = parts.context(&balancer);
+        let context = parts.context(&balancer, &runtime);
         runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));
         runtime.spawn(context.linger.clone().run());
         loops.spawn_on(accept(listener, context, balancer), runtime.handle());
@@ -280,7 +289,7 @@ fn shared(settings: &Settings) -> anyhow::Result<(SocketAddr, Running)> {
     for index in 0..WORKERS {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let balancer = parts.balancer(&runtime);
-        let (context, listeners) = (parts.context(&balancer), listeners.clone());
+        let (context, listeners) = (parts.context(&balancer, &runtime), listeners.clone());
         thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
             let loops = TaskTracker::new();
             runtime.spawn(Arc::clone(&context).take_on(balancer.counter(0)));

@@ -6,6 +6,7 @@ all been seen direct. Some cases race by themselves, therefore sets of outcomes 
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from harness import WORK, Backend, Failed, Proxy, run
+from multiplexed import MULTIPLEXED, SAID, Configured
 
 CHAPTERS = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*"]
 # A thousand messages with compression a case: minutes of the machine's time, and nothing in them that could race.
@@ -115,12 +117,15 @@ async def compare(options: argparse.Namespace) -> int:
     direct: Outcomes = defaultdict(dict)
     through: Outcomes = defaultdict(dict)
     took: dict[str, list[float]] = {"direct": [], "tidegate": []}
-    async with (
-        Backend() as backend,
+    async with contextlib.AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(Backend())
         # One each: a Python backend has one core's strength.
-        Backend() as backend_behind,
-        Proxy(backend_behind.address, options.direct) as proxy,
-    ):
+        backend_behind = await stack.enter_async_context(Backend())
+        if options.multiplexed:
+            # The same backend, behind one that speaks HTTP/2.
+            backend_behind = await stack.enter_async_context(Configured("haproxy", backend_behind.address))
+        settings = MULTIPLEXED if options.multiplexed else None
+        proxy = await stack.enter_async_context(Proxy(backend_behind.address, options.direct, settings))
         sides = [("direct", backend.address, direct)]
         if not options.direct:
             sides.append(("tidegate", proxy.address, through))
@@ -165,6 +170,8 @@ async def compare(options: argparse.Namespace) -> int:
                 print(f"direct again: {' '.join(again[:20])}{' ...' if len(again) > 20 else ''}", flush=True)
                 merge(direct, (await run_cases(backend.address, again, 1, options.seconds))[0])
 
+            if any(SAID in line for line in proxy.lines):
+                raise Failed("not multiplexed")
             status = 0 if options.direct else await proxy.stop()
             if status != 0:
                 raise Failed(f"tidegate ended with {status} after the cases")
@@ -201,6 +208,7 @@ def main() -> int:
     arguments.add_argument("--again", type=int, default=10, help="further direct runs of what differs (10)")
     arguments.add_argument("--parallel", type=int, default=8, help="cases at once (8)")
     arguments.add_argument("--seconds", type=float, help="bound of one run (120; with --all 1800)")
+    arguments.add_argument("--multiplexed", action="store_true", help="over HTTP/2 to HAProxy in front of the backend")
     arguments.add_argument("--direct", action="store_true", help="without tidegate: which cases race by themselves?")
     options = arguments.parse_args()
     if options.seconds is None:

@@ -208,8 +208,9 @@ class Tomcat(Process):
 class Proxy(Process):
     """A tidegate process; or nothing at all (`direct`), to tell a fault of the proxy from one of the peers."""
 
-    def __init__(self, upstream: str | None, direct: bool = False) -> None:
+    def __init__(self, upstream: str | None, direct: bool = False, settings: dict[str, str] | None = None) -> None:
         super().__init__("tidegate")
+        self._settings = settings or {}
         self.address = upstream or ""
         self.direct = direct
         self._upstream = upstream
@@ -231,6 +232,7 @@ class Proxy(Process):
             "TIDEGATE_DRAIN__DELAY": "0ms",
             "TIDEGATE_DRAIN__WINDOW": "1s",
             "TIDEGATE_LOG__FORMAT": "json",
+            **self._settings,
         }
         if self._upstream is None:
             command, env["TIDEGATE_LISTEN__ADDRESS"] = ["demo"], "127.0.0.1:0"

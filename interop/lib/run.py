@@ -26,6 +26,7 @@ from harness import (
     expect,
     run,
 )
+from multiplexed import multiplexed
 
 MIB = 1024 * 1024
 SUBPROTOCOL = "tidegate.interop"
@@ -366,6 +367,7 @@ GROUPS = {
     "endings": endings,
     "tomcat": tomcat,
     "demo": demo,
+    "multiplexed": multiplexed,
 }
 
 

@@ -10,6 +10,7 @@
 
 #[cfg(test)]
 mod tests;
+mod tunnels;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use rustix::{
     io::Errno,
     net::{RecvFlags, Shutdown, recv, shutdown},
@@ -35,7 +37,7 @@ use tokio::{
 use crate::{
     admission::{Admission, Place, Spares},
     metrics::{Counted, Metrics},
-    net::{self, Poller, Stream, with_scratch},
+    net::{self, Last, Poller, Stream, with_scratch},
     side::Side,
     sparse::Sparse,
 };
@@ -129,6 +131,8 @@ struct Sockets {
     due: BTreeSet<(Instant, u64)>,
     /// Those that keep a place which a new client could have.
     spare: BTreeSet<u64>,
+    /// Streams of shared connections, until [`Linger::run`] has taken them on.
+    tunnels: Vec<tunnels::Leaving>,
     next: u64,
     /// Nobody comes any more.
     is_closed: bool,
@@ -205,8 +209,10 @@ impl Linger {
     /// its own accord, and the wait may end when the peer's kernel has everything.
     pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
         let now = Instant::now();
-        let (fd, port) = match stream.into_raw() {
-            Ok(raw) => raw,
+        let (fd, port) = match stream.into_last() {
+            Ok(Last::Socket(fd, port)) => (fd, port),
+            // It takes no descriptor, so it needs no place.
+            Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, *patience),
             Err(error) => {
                 tracing::warn!(%error, "a socket cannot be taken from its runtime: it is closed at once");
                 return self.inner.count(side, Lingered::Evicted);
@@ -277,10 +283,13 @@ impl Linger {
             }
         };
         let mut events = Vec::with_capacity(EVENTS);
+        let mut tunnels = FuturesUnordered::new();
         loop {
             let (wake, is_over) = {
-                let sockets = inner.lock();
-                (sockets.due.first().map(|(due, _)| *due), sockets.is_closed && sockets.by_age.is_empty())
+                let mut sockets = inner.lock();
+                tunnels.extend(std::mem::take(&mut sockets.tunnels).into_iter().map(tunnels::Leaving::end));
+                let is_over = sockets.is_closed && sockets.by_age.is_empty() && tunnels.is_empty();
+                (sockets.due.first().map(|(due, _)| *due), is_over)
             };
             if is_over {
                 return;
@@ -303,6 +312,7 @@ impl Linger {
                     yield_now().await;
                 }
                 () = inner.changed.notified() => {}
+                Some((side, how)) = tunnels.next(), if !tunnels.is_empty() => inner.count(side, how),
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
                     let now = Instant::now();
                     loop {

@@ -7,13 +7,14 @@ mod dial;
 mod listener;
 mod poller;
 mod sys;
+mod tunnel;
 
 use std::{
     cell::RefCell,
     fmt,
     future::Future,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -32,6 +33,7 @@ pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
+    tunnel::{Discarded, Tunnel},
 };
 use crate::metrics::Counted;
 
@@ -104,7 +106,9 @@ pub fn shortage(error: &io::Error) -> Option<&'static str> {
     }
 }
 
-/// A leg's transport.
+/// A leg's transport: a socket of the kernel, or a stream of a connection that others share.
+///
+/// Whatever has more to it than a socket is boxed, so that plain sessions are no larger for it.
 #[derive(Debug)]
 pub enum Stream {
     /// TCP, accepted.
@@ -113,6 +117,17 @@ pub enum Stream {
     Dialled(TcpStream, Counted),
     /// A Unix-domain socket.
     Unix(UnixStream),
+    /// A stream of an HTTP/2 connection.
+    Multiplexed(Box<Tunnel>),
+}
+
+/// What is left of a leg when nothing more is said on it.
+#[derive(Debug)]
+pub enum Last {
+    /// Its socket, without its runtime. It stays non-blocking.
+    Socket(OwnedFd, Option<Counted>),
+    /// Its stream.
+    Tunnel(Box<Tunnel>),
 }
 
 /// Bytes that the peer's kernel has not acknowledged, a FIN of ours counted as one (`SIOCOUTQ` in tcp(7)).
@@ -121,30 +136,45 @@ pub fn unacked(fd: impl AsFd) -> io::Result<usize> {
 }
 
 impl Stream {
-    /// Takes it away from its runtime. It stays non-blocking.
-    pub fn into_raw(self) -> io::Result<(OwnedFd, Option<Counted>)> {
+    /// Takes it away from whoever wrote and read.
+    pub fn into_last(self) -> io::Result<Last> {
         Ok(match self {
-            Self::Tcp(stream) => (stream.into_std()?.into(), None),
-            Self::Dialled(stream, counted) => (stream.into_std()?.into(), Some(counted)),
-            Self::Unix(stream) => (stream.into_std()?.into(), None),
+            Self::Tcp(stream) => Last::Socket(stream.into_std()?.into(), None),
+            Self::Dialled(stream, counted) => Last::Socket(stream.into_std()?.into(), Some(counted)),
+            Self::Unix(stream) => Last::Socket(stream.into_std()?.into(), None),
+            Self::Multiplexed(tunnel) => Last::Tunnel(tunnel),
         })
     }
 
     /// Reads into `buffer` at once or not at all; 0 is the peer's FIN.
     ///
-    /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left.
+    /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left. Whoever reads
+    /// again has passed on what it read before.
     pub fn poll_read_slice(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(buffer);
         ready!(Pin::new(self).poll_read(cx, &mut buffer))?;
         Poll::Ready(Ok(buffer.filled().len()))
     }
-}
 
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+    /// What is to be done when it can't be read, since what was read before is not passed on yet.
+    pub fn wait(&mut self, cx: &mut Context<'_>) {
+        if let Self::Multiplexed(tunnel) = self {
+            tunnel.take_in(cx);
+        }
+    }
+
+    /// Nobody takes what comes from it: it is to end soon.
+    pub fn shut(&mut self) {
+        if let Self::Multiplexed(tunnel) = self {
+            tunnel.shut();
+        }
+    }
+
+    /// How long others bear with it when nobody takes what comes from it; `None`: it is nobody else's.
+    pub fn stall_timeout(&self) -> Option<Duration> {
         match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) => None,
+            Self::Multiplexed(tunnel) => Some(tunnel.stall_timeout()),
         }
     }
 }
@@ -154,6 +184,11 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_read(cx, buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Multiplexed(tunnel) => {
+                let count = ready!(tunnel.poll_read(cx, buffer.initialize_unfilled()))?;
+                buffer.advance(count);
+                Poll::Ready(Ok(()))
+            }
         }
     }
 }
@@ -163,6 +198,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_write(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Multiplexed(tunnel) => tunnel.poll_write(cx, bytes),
         }
     }
 
@@ -174,6 +210,10 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
+            Self::Multiplexed(tunnel) => {
+                let first = bytes.iter().find(|bytes| !bytes.is_empty()).map_or(&[][..], |bytes| bytes);
+                tunnel.poll_write(cx, first)
+            }
         }
     }
 
@@ -185,11 +225,15 @@ impl AsyncWrite for Stream {
         Poll::Ready(Ok(()))
     }
 
-    /// `shutdown(WR)`: the FIN goes out behind whatever is still queued.
+    /// `shutdown(WR)`, or END_STREAM: the FIN goes out behind whatever is still queued.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Multiplexed(tunnel) => {
+                tunnel.finish();
+                Poll::Ready(Ok(()))
+            }
         }
     }
 }

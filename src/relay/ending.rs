@@ -53,6 +53,8 @@ pub enum Cause {
     Age,
     /// Nothing was said for `websocket.idle_timeout`.
     Idle,
+    /// The client took nothing for `pool.stall_timeout`, and what waits for it waits in a connection that others share.
+    Slow,
 }
 
 /// Which Close is to be sent.
@@ -458,6 +460,10 @@ impl Ending {
                     _ => None,
                 };
                 if let Some(ours) = ours {
+                    if let (Some((at, _)), Some((_, Cause::Slow, _))) = (self.leave, self.first) {
+                        // There is more on its way already than it takes.
+                        return Some((at, ours));
+                    }
                     // The backend's last frames go first: up to its Close or end.
                     return match other.since {
                         Some(at) => Some((at, ours)),

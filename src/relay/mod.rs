@@ -90,6 +90,7 @@ const APART: Duration = Duration::from_millis(2);
 /// What a client is told.
 const TOO_OLD: &str = "the session has reached its age";
 const IDLE: &str = "nothing was said for long";
+const SLOW: &str = "too slow";
 
 /// What keeps one client waiting longer than `drain.quiet`: its was the last word, so an answer may be in the making.
 const ANSWER_PATIENCE: u32 = 10;
@@ -272,6 +273,7 @@ impl Relay {
             (_, Cause::Drain) => self.drain.config().reason.clone(),
             (_, Cause::Age) => TOO_OLD.to_owned(),
             (_, Cause::Idle) => IDLE.to_owned(),
+            (_, Cause::Slow) => SLOW.to_owned(),
             _ => String::new(),
         };
         Report {
@@ -463,6 +465,9 @@ impl Relay {
         }
         // Back-pressure; but of a side that is gone the last word is heard.
         if self.lanes[index].has_pending() && self.ending.forwards(side) && !is_broken {
+            if let Some(stream) = &mut self.streams[index] {
+                stream.wait(cx);
+            }
             return false;
         }
         with_scratch(|scratch| {
@@ -772,6 +777,17 @@ impl Relay {
                 self.ending.stalled(side.other(), true, now);
                 return;
             }
+            if let Some(timeout) = self.streams[side as usize].as_ref().and_then(Stream::stall_timeout)
+                && lane.has_pending()
+                && now >= lane.progress + timeout
+            {
+                self.ending.leave(CloseFrame::new(Code::TRY_AGAIN, SLOW), Cause::Slow, now);
+                // A flood would be read, and discarded, at the cost of the others.
+                if let Some(stream) = &mut self.streams[side as usize] {
+                    stream.shut();
+                }
+                return;
+            }
             if lane.held_since.is_some_and(|since| now >= since + self.config.hold_timeout) {
                 self.release(cx, side, now);
             }
@@ -834,8 +850,11 @@ impl Relay {
             return self.leave_due(now).map(|(at, _)| at.max(now + TICK));
         }
         let pings = !self.config.ping_interval.is_zero();
-        let lanes = self.lanes.iter().flat_map(|lane| {
-            let stalled = lane.has_pending().then(|| lane.progress + self.config.write_timeout);
+        let lanes = self.lanes.iter().zip(&self.streams).flat_map(|(lane, from)| {
+            let stalled = lane.has_pending().then(|| {
+                let shared = from.as_ref().and_then(Stream::stall_timeout).unwrap_or(self.config.write_timeout);
+                lane.progress + self.config.write_timeout.min(shared)
+            });
             let held = lane.held_since.map(|since| since + self.config.hold_timeout);
             [stalled, held]
         });

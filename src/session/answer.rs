@@ -107,7 +107,7 @@ impl Context {
             }
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
-            Error::NoAnswer(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
+            Error::NoAnswer(_) | Error::NoStream(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
             Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
         };
         answer_later(status, reason, self.downstream.retry_after)
@@ -123,7 +123,7 @@ pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, re
         Error::QueueTimeout => return,
         Error::Unreachable { .. } => 1,
         Error::Timeout(_) => 2,
-        Error::NoAnswer(_) | Error::BadAccept(_) => 3,
+        Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => 3,
         Error::Body(_) => 4,
     };
     if let Some(unsaid) = SAID[kind].is_due() {

@@ -372,7 +372,7 @@ impl Context {
         if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
-        let exchange = upstream.websocket(request);
+        let exchange = upstream.websocket(request, &self.home);
         let at = exchange.at();
         match self.carried_out(exchange).await {
             Ok(Placed { what: Answer::Tunnel { stream, early, mut response }, load }) => {
@@ -395,7 +395,7 @@ impl Context {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
                     Error::Timeout(_) => Handshake::Timeout,
-                    Error::NoAnswer(_) | Error::BadAccept(_) => Handshake::BadBackend,
+                    Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => Handshake::BadBackend,
                     Error::Body(_) => Handshake::Invalid,
                 };
                 (result, self.blame(&error, client), None)

@@ -39,7 +39,7 @@ use crate::{
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
     side::Side,
-    upstream::{Load, Upstreams},
+    upstream::{Home, Load, Upstreams},
     ws::Rsv,
 };
 
@@ -65,6 +65,8 @@ pub struct Context {
     pub linger: Linger,
     /// The ways to backends.
     pub upstreams: Upstreams,
+    /// Where those of their connections live that sessions share.
+    pub home: Home,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What this worker counts with every message.

@@ -67,6 +67,7 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
             Some(Gone::Broke(_)) => Some(violation),
             Some(Gone::Reset) if first.is_some() => Some(reset),
             Some(Gone::Fin) if first.is_some() => Some(fin),
+            None if side == Side::Client && report.cause == Cause::Slow => Some(stalled),
             _ if unanswered => Some(no_answer),
             _ => None,
         }
@@ -104,6 +105,7 @@ impl<'a> Open<'a> {
             Cause::Drain => "drain".to_owned(),
             Cause::Age => "websocket.max_age".to_owned(),
             Cause::Idle => "websocket.idle_timeout".to_owned(),
+            Cause::Slow => "pool.stall_timeout".to_owned(),
             _ => String::new(),
         };
         info!(

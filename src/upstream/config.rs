@@ -51,7 +51,7 @@ impl Mode {
 }
 
 /// Where a backend is: one address, or several that serve the same. Never empty.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Addresses(Vec<Address>);
 
 impl Addresses {

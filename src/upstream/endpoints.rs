@@ -31,6 +31,7 @@ use tracing::{debug, info, warn};
 use super::{
     Addresses, Config,
     choice::{Candidate, Health, Policy, choose},
+    multiplexed::Knowledge,
     turns::Turns,
 };
 use crate::{
@@ -57,6 +58,8 @@ pub(super) struct Endpoint {
     /// WebSocket handshakes until they are answered. Plain requests have no part in these: an answer may be long in coming
     /// (long polling).
     pub(super) handshakes: Turns,
+    /// Whether it takes WebSockets over HTTP/2.
+    pub(super) knowledge: Knowledge,
     load: AtomicUsize,
     known: Mutex<Known>,
     /// Told when it is left alone.
@@ -108,6 +111,11 @@ impl Drop for Load {
 impl Endpoint {
     pub(super) fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// The same, as it is displayed.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn load(&self) -> usize {
@@ -181,6 +189,7 @@ impl Registry {
         for endpoint in known.endpoints.values().filter_map(Weak::upgrade) {
             endpoint.connects.resize(from, max_pending, tracker);
             endpoint.handshakes.resize(from, max_pending, tracker);
+            endpoint.knowledge.forget();
         }
     }
 
@@ -196,6 +205,7 @@ impl Registry {
             address: address.clone(),
             connects: Turns::new(known.max_pending),
             handshakes: Turns::new(known.max_pending),
+            knowledge: Knowledge::default(),
             load: AtomicUsize::new(0),
             known: Mutex::default(),
             left: Notify::new(),

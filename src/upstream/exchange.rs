@@ -25,7 +25,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::{
-    Answer, Config, Connection, Control, Error, Failure, Reply,
+    Answer, Config, Connection, Control, Error, Failure, Reply, ReplyBody,
     handshake::{self, First},
 };
 use crate::{
@@ -113,17 +113,18 @@ where
     Err(Failure { error, stream: driven.into_parts().map(|(stream, _)| stream) })
 }
 
-/// What goes on while the body of a response is read.
-fn carry_on<S, B>(mut driven: Driven<S, B>) -> Connection
+/// A response, and what goes on while its body is read.
+fn reply<S, B>(response: Response<Incoming>, mut driven: Driven<S, B>) -> Reply
 where
     S: Transport,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    Box::pin(async move {
+    let connection: Connection = Box::pin(async move {
         poll_fn(|cx| driven.poll(cx)).await;
         driven.into_parts().map(|(stream, _)| stream)
-    })
+    });
+    Reply { response: response.map(ReplyBody::Connection), connection }
 }
 
 /// See [`super::Upstream::websocket`].
@@ -141,7 +142,7 @@ pub(super) async fn websocket(
             let request = request.map(|()| Empty::<Bytes>::new());
             let (response, mut driven) = send(asked, request, config, deadline, control).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(Reply { response, connection: carry_on(driven) }.into());
+                return Ok(reply(response, driven).into());
             }
             // Behind another answer of 1xx.
             poll_fn(|cx| driven.poll(cx)).await;
@@ -198,5 +199,5 @@ where
             stream,
         });
     }
-    Ok(Reply { response, connection: carry_on(driven) })
+    Ok(reply(response, driven))
 }

@@ -8,6 +8,7 @@ mod config;
 mod endpoints;
 mod exchange;
 mod handshake;
+mod multiplexed;
 mod open;
 mod routes;
 mod turns;
@@ -29,7 +30,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::Body;
+use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit},
@@ -39,11 +40,13 @@ use tokio::{
 pub use self::{
     config::{Addresses, Mode, Pool},
     endpoints::Load,
+    multiplexed::{End, Home, StreamBody},
     routes::{Ambiguous, Pattern, Routes},
     ways::{Upstreams, Way},
 };
 use self::{
     endpoints::{Endpoints, Registry},
+    multiplexed::{Doubt, Outcome},
     turns::Connected,
 };
 use crate::{
@@ -123,9 +126,32 @@ pub enum Error {
     /// It answered, but not in HTTP, or closed the connection without an answer.
     #[error("backend gave no valid HTTP answer: {0}")]
     NoAnswer(#[source] hyper::Error),
+    /// The same on a stream of a shared connection.
+    #[error("backend gave no valid HTTP/2 answer: {0}")]
+    NoStream(#[source] h2::Error),
     /// Its 101 does not complete a WebSocket handshake.
     #[error("backend accepted wrongly: {0}")]
     BadAccept(&'static str),
+}
+
+impl Error {
+    /// The same for another one who waited for it.
+    fn again(&self) -> Self {
+        let copy = |error: &io::Error| io::Error::new(error.kind(), error.to_string());
+        match self {
+            Self::Unreachable { address, source } => {
+                Self::Unreachable { address: address.clone(), source: copy(source) }
+            }
+            Self::Shortage { address, lack, source } => {
+                Self::Shortage { address: address.clone(), lack: *lack, source: copy(source) }
+            }
+            Self::QueueTimeout => Self::QueueTimeout,
+            Self::Timeout(what) => Self::Timeout(what),
+            Self::BadAccept(what) => Self::BadAccept(what),
+            // Not of a connect.
+            Self::Body(_) | Self::NoAnswer(_) | Self::NoStream(_) => Self::Timeout("backend did not answer in time"),
+        }
+    }
 }
 
 /// An error, and the socket that it left behind, if any.
@@ -150,9 +176,44 @@ pub type Connection = Pin<Box<dyn Future<Output = Option<Stream>> + Send>>;
 /// A response that is no 101, to be passed on.
 pub struct Reply {
     /// With its body.
-    pub response: Response<Incoming>,
+    pub response: Response<ReplyBody>,
     /// To be driven meanwhile.
     pub connection: Connection,
+}
+
+/// What a response has behind its header.
+#[derive(Debug)]
+pub enum ReplyBody {
+    /// On a connection of its own.
+    Connection(Incoming),
+    /// On a stream of a shared one.
+    Stream(StreamBody),
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        match self.get_mut() {
+            Self::Connection(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Stream(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Connection(body) => body.is_end_stream(),
+            Self::Stream(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Connection(body) => body.size_hint(),
+            Self::Stream(body) => body.size_hint(),
+        }
+    }
 }
 
 /// What a backend said to a WebSocket handshake.
@@ -227,6 +288,12 @@ struct Control {
 }
 
 impl Control {
+    /// The backend may see something of it from now on.
+    fn begin(&self) {
+        self.begun.store(true, Ordering::Relaxed);
+        self.connected.store(true, Ordering::Relaxed);
+    }
+
     async fn given_up(&self) {
         self.given_up.notified().await;
     }
@@ -320,6 +387,7 @@ struct Inner {
     ports: u64,
     /// That they become scarce was said.
     has_warned: AtomicBool,
+    shared: multiplexed::Workers,
 }
 
 impl Upstream {
@@ -333,7 +401,8 @@ impl Upstream {
     ) -> Self {
         let endpoints = Endpoints::new(&config.address, registry);
         let (sources, has_warned) = (Sources::new(&config.source_addresses), AtomicBool::new(false));
-        let inner = Inner { config, socket, endpoints, sources, metrics, ports: ports.unwrap_or(0), has_warned };
+        let (ports, shared) = (ports.unwrap_or(0), multiplexed::Workers::default());
+        let inner = Inner { config, socket, endpoints, sources, metrics, ports, has_warned, shared };
         Self { inner: Arc::new(inner) }
     }
 
@@ -347,14 +416,23 @@ impl Upstream {
     }
 
     /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
-    pub fn websocket(&self, request: Request<()>) -> Exchange<Placed<Answer>> {
-        let (this, control) = (self.clone(), Arc::new(Control::default()));
+    pub fn websocket(&self, request: Request<()>, home: &Home) -> Exchange<Placed<Answer>> {
+        let (this, home, control) = (self.clone(), home.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
+            let doubt = if this.inner.config.pool.mode == Mode::Multiplexed {
+                match Box::pin(this.multiplexed(&request, &home, &control)).await {
+                    Outcome::Dedicated(doubt) => doubt,
+                    Outcome::Over(result) => return result,
+                }
+            } else {
+                Doubt::NONE
+            };
             let opened = this.open(true, &control).await?;
             let connected = opened.load.get().connects.connected(opened.turn, opened.begun);
             let answer = exchange::websocket(opened.stream, request, &this.inner.config, &control).await;
             connected.heard(&answer);
+            doubt.heard(opened.load.get(), &answer);
             control.end_turn();
             Ok(Placed { what: answer?, load: opened.load })
         });

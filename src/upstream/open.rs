@@ -39,8 +39,8 @@ pub(super) struct Opened {
 }
 
 /// What was tried for one client.
-struct Attempts {
-    tried: Vec<Arc<Endpoint>>,
+pub(super) struct Attempts {
+    pub tried: Vec<Arc<Endpoint>>,
     /// What is left of `connect_timeout`.
     left: Duration,
 }
@@ -103,11 +103,11 @@ impl Upstream {
         }
     }
 
-    fn attempts(&self) -> Attempts {
+    pub(super) fn attempts(&self) -> Attempts {
         Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout }
     }
 
-    async fn pick(&self, attempts: &mut Attempts) -> Result<Load, Error> {
+    pub(super) async fn pick(&self, attempts: &mut Attempts) -> Result<Load, Error> {
         let Inner { config, socket, endpoints, sources, .. } = &*self.inner;
         let begun = Instant::now();
         let picked = timeout(attempts.left, endpoints.pick(&attempts.tried, &Looks { config, sources, socket })).await;
@@ -129,7 +129,7 @@ impl Upstream {
     }
 
     /// Connects to an endpoint. `Err(None)`: in vain, and another one may be tried.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         endpoint: &Arc<Endpoint>,
         attempts: &mut Attempts,

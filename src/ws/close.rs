@@ -22,6 +22,8 @@ impl Code {
     pub const INTERNAL: Self = Self(1011);
     /// The service restarts; clients may come back after a random delay of 5 to 30 s (IANA registry).
     pub const RESTART: Self = Self(1012);
+    /// Try again later: too much at the moment (IANA registry).
+    pub const TRY_AGAIN: Self = Self(1013);
 
     /// `None` for a code that an endpoint must not send (RFC 6455 7.4.1, 7.4.2).
     pub const fn new(code: u16) -> Option<Self> {

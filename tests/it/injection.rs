@@ -198,7 +198,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn io(&mut self) -> &UnixStream {
+    fn io(&self) -> &UnixStream {
         match &self.socket {
             Some(Stream::Unix(socket)) => socket,
             _ => panic!("the {}'s socket is gone", self.side.as_str()),
@@ -232,7 +232,7 @@ impl Peer {
 
     /// The relay has everything up to the cut.
     fn is_taken(&self) -> bool {
-        let queued = tidegate::net::unacked(self.socket.as_ref().expect("open")).expect("a number");
+        let queued = tidegate::net::unacked(self.io()).expect("a number");
         self.written == self.cut && queued == 0
     }
 
@@ -286,9 +286,8 @@ impl Peer {
     }
 
     fn fin(&mut self) {
-        let fd = self.socket.as_ref().expect("open");
         // The relay may have closed it meanwhile.
-        let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Write);
+        let _ = rustix::net::shutdown(self.io(), rustix::net::Shutdown::Write);
     }
 }
 

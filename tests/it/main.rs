@@ -19,6 +19,7 @@ mod lifetime;
 mod linger;
 mod listeners;
 mod memory;
+mod multiplexed;
 mod reload;
 mod resources;
 mod restart;

@@ -6,6 +6,7 @@
 //! - [`peer`]: a WebSocket and HTTP peer for both roles, over [`ws`] and [`http`]; it shares no code with tidegate.
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
+//! - [`front`]: the same on streams of HTTP/2 connections.
 //! - [`cgroup`]: little memory for one process.
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
@@ -19,6 +20,7 @@
 pub mod backend;
 pub mod cgroup;
 pub mod crowd;
+pub mod front;
 pub mod http;
 pub mod lab;
 pub mod peer;

@@ -287,7 +287,10 @@ impl Peer {
             loop {
                 let sockets = Socket::list().expect("procfs");
                 let this = |s: &&Socket| s.local == self.local && s.remote == self.remote;
-                if sockets.iter().find(this).is_none_or(|socket| socket.unacked == 0) {
+                // A front's end of it is here too, and what it has not read a RST takes back.
+                let front = |s: &&Socket| s.local == self.remote && s.remote == self.local;
+                let is_read = sockets.iter().find(front).is_none_or(|socket| socket.unread == 0);
+                if is_read && sockets.iter().find(this).is_none_or(|socket| socket.unacked == 0) {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;

@@ -16,6 +16,7 @@ use super::{
     Board, DEADLINE, LIMIT, Lab, Side,
     backend::{self, Backend, Connection, Options},
     block,
+    front::{Front, Manners},
     lab::{Counters, Place, Running},
     peer::{Peer, Role},
     proxy::Proxy,
@@ -25,6 +26,7 @@ use super::{
 use futures_util::future::join_all;
 use socket2::SockRef;
 use std::{
+    cell::Cell,
     net::SocketAddr,
     sync::{Mutex, PoisonError},
     thread,
@@ -46,6 +48,20 @@ pub struct Dial {
     pub to: Option<SocketAddr>,
 }
 
+std::thread_local! {
+    static MULTIPLEXED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test whose scenes have their backend's connections on streams of HTTP/2.
+pub fn multiplexed(test: impl FnOnce()) {
+    MULTIPLEXED.set(true);
+    test();
+    MULTIPLEXED.set(false);
+}
+
+/// So that connections end with the last of their sessions, which is when a test looks.
+const SHARED: &str = "pool = { mode = 'multiplexed', idle_timeout = '0s' }";
+
 type StartBackend = dyn FnOnce(&Lab, Options) -> Backend;
 
 /// A scene that has not begun yet.
@@ -53,6 +69,7 @@ pub struct SceneBuilder {
     settings: String,
     middle: Kind,
     options: Options,
+    manners: Option<Manners>,
     start_backend: Box<StartBackend>,
 }
 
@@ -77,6 +94,7 @@ impl SceneBuilder {
             settings: settings.to_owned(),
             middle,
             options,
+            manners: MULTIPLEXED.get().then(Manners::default),
             start_backend: Box::new(|lab, options| Backend::start(lab, options, backend::echo)),
         }
     }
@@ -105,19 +123,31 @@ impl SceneBuilder {
         self
     }
 
-    pub fn start(self) -> Scene {
+    /// The backend's connections are streams of HTTP/2 connections to a [`Front`].
+    #[must_use]
+    pub fn front(mut self, manners: Manners) -> Self {
+        self.manners = Some(manners);
+        self
+    }
+
+    pub fn start(mut self) -> Scene {
+        if self.manners.is_some() && !self.settings.contains("pool") {
+            self.settings = format!("{SHARED}\n{}", self.settings);
+        }
         let lab = Lab::new();
         let started = Instant::now();
         let options = Options { started, ..self.options };
         let baseline = Side::ALL.map(|side| lab.counters(side));
         let backend = (self.start_backend)(&lab, options);
+        let front = self.manners.map(|manners| Front::start(&lab, manners, backend.address));
+        let address = front.as_ref().map_or(backend.address, |front| front.address);
         let middle = match self.middle {
-            Kind::Tidegate => Middle::Tidegate(Proxy::start(&lab, &self.settings, backend.address, started)),
+            Kind::Tidegate => Middle::Tidegate(Proxy::start(&lab, &self.settings, address, started)),
             Kind::Direct => Middle::Direct,
-            Kind::Copy => Middle::Copy(CopyRelay::start(&lab, backend.address)),
+            Kind::Copy => Middle::Copy(CopyRelay::start(&lab, address)),
         };
         let (seed, clients) = (options.seed, Mutex::default());
-        Scene { middle, backend, seed, started, baseline, clients, lab }
+        Scene { middle, front, backend, seed, started, baseline, clients, lab }
     }
 }
 
@@ -141,6 +171,7 @@ enum Middle {
 #[derive(Debug)]
 pub struct Scene {
     middle: Middle,
+    front: Option<Front>,
     backend: Backend,
     seed: u64,
     started: Instant,
@@ -180,6 +211,11 @@ impl Scene {
 
     pub fn backend(&self) -> &Backend {
         &self.backend
+    }
+
+    #[track_caller]
+    pub fn front(&self) -> &Front {
+        self.front.as_ref().expect("a scene with HTTP/2 in front of its backend")
     }
 
     /// What the backend knows of its nth connection, as soon as it is accepted.
@@ -269,6 +305,13 @@ impl Scene {
             let printed = proxy.printed();
             let panic = printed.iter().find(|(_, line)| line.contains("panicked at"));
             assert_eq!(panic, None, "tidegate panicked");
+            let broken = printed.iter().find(|(_, line)| line.contains("an invariant of the pool does not hold"));
+            assert_eq!(broken, None, "a mistake in the pool");
+        }
+        if let Some(front) = self.front.as_ref().filter(|_| MULTIPLEXED.get()) {
+            let seen = front.seen();
+            assert!(seen.plain == 0 && seen.all_streams() > 0, "not on streams: {seen:?}");
+            assert!(seen.ended.len() == seen.streams.len() && seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
         }
         let counters = self.counters(Side::Proxy);
         // An EstabResets is also a RST that was received: it proves something where no peer sent any.

@@ -1,0 +1,202 @@
+//! One stream of an HTTP/2 connection as a leg: bytes in both directions, an end in each, and a reset.
+//!
+//! What comes is not given back to the backend's flow control before it was passed on, so whoever does not read holds up its own
+//! stream and no other. How the connection and the stream came about is `upstream`'s matter.
+
+use std::{
+    fmt, io,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+
+/// See the module. To drop it before both directions have ended resets it (CANCEL).
+pub struct Tunnel {
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    /// What came while it could not be read. At most the stream's window, since nothing of it is given back.
+    unread: BytesMut,
+    /// Bytes that were read, and may not have been passed on.
+    lent: usize,
+    end: Option<End>,
+    has_finished: bool,
+    /// The peer may send what its window has left, and no more.
+    is_shut: bool,
+    stall_timeout: Duration,
+    /// Its reference to the connection: dropped with it, which is when the stream has ended.
+    _lease: Box<dyn fmt::Debug + Send + Sync>,
+}
+
+/// How what a peer sends came to its end.
+#[derive(Debug)]
+enum End {
+    /// END_STREAM.
+    Fin,
+    /// RST_STREAM, or the connection is gone.
+    Reset(Option<h2::Error>),
+}
+
+/// What was found in a stream that nobody reads any more, and thrown away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discarded {
+    /// Bytes.
+    Bytes,
+    /// Its end.
+    Fin,
+    /// It was reset, or its connection is gone.
+    Reset,
+}
+
+impl Tunnel {
+    /// Of a stream after its handshake. `lease` is dropped with it.
+    pub fn new(
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+        stall_timeout: Duration,
+        lease: impl fmt::Debug + Send + Sync + 'static,
+    ) -> Self {
+        let unread = BytesMut::new();
+        Self {
+            send,
+            recv,
+            unread,
+            lent: 0,
+            end: None,
+            has_finished: false,
+            is_shut: false,
+            stall_timeout,
+            _lease: Box::new(lease),
+        }
+    }
+
+    pub(super) const fn stall_timeout(&self) -> Duration {
+        self.stall_timeout
+    }
+
+    /// Reads what is there, of as many DATA frames as fit; 0 is the end.
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let lent = std::mem::take(&mut self.lent);
+        self.give_back(lent);
+        let mut filled = self.unread.len().min(buffer.len());
+        buffer[..filled].copy_from_slice(&self.unread[..filled]);
+        self.unread.advance(filled);
+        if self.unread.is_empty() {
+            self.unread = BytesMut::new();
+        }
+        while filled < buffer.len() {
+            let Some(mut bytes) = self.poll_data(cx) else { break };
+            let count = bytes.len().min(buffer.len() - filled);
+            buffer[filled..filled + count].copy_from_slice(&bytes[..count]);
+            filled += count;
+            bytes.advance(count);
+            self.unread.extend_from_slice(&bytes);
+        }
+        self.lent = filled;
+        match &mut self.end {
+            _ if filled > 0 => Poll::Ready(Ok(filled)),
+            None if buffer.is_empty() => Poll::Ready(Ok(0)),
+            None => Poll::Pending,
+            Some(End::Fin) => Poll::Ready(Ok(0)),
+            Some(End::Reset(error)) => {
+                let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
+                Poll::Ready(Err(error.take().map_or_else(reset, io::Error::other)))
+            }
+        }
+    }
+
+    /// Joins what has come while it can't be read. Left where it is, each small frame would take a few hundred bytes there, of
+    /// which the whole connection may hold only so many (`data_frame_budget` of h2).
+    pub(super) fn take_in(&mut self, cx: &mut Context<'_>) {
+        while let Some(bytes) = self.poll_data(cx) {
+            self.unread.extend_from_slice(&bytes);
+        }
+    }
+
+    /// The next DATA frame; `None`: none is here, or it has ended.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Option<Bytes> {
+        if self.end.is_some() {
+            return None;
+        }
+        match self.recv.poll_data(cx) {
+            Poll::Pending => {}
+            Poll::Ready(Some(Ok(bytes))) => return Some(bytes),
+            Poll::Ready(Some(Err(error))) => self.end = Some(End::Reset(Some(error))),
+            Poll::Ready(None) => self.end = Some(End::Fin),
+        }
+        None
+    }
+
+    /// Nothing is given back from now on: what nobody takes must not come for as long as it may be said.
+    pub(super) const fn shut(&mut self) {
+        self.is_shut = true;
+    }
+
+    fn give_back(&mut self, count: usize) {
+        if self.is_shut {
+            return;
+        }
+        // Fails only when more is given back than came.
+        let _ = self.recv.flow_control().release_capacity(count);
+    }
+
+    /// Writes as much as the peer's windows and the bound of what waits here (`max_send_buffer_size`) allow.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.has_finished {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        self.send.reserve_capacity(bytes.len());
+        loop {
+            let count = self.send.capacity().min(bytes.len());
+            if count > 0 {
+                let sent = self.send.send_data(Bytes::copy_from_slice(&bytes[..count]), false);
+                return Poll::Ready(sent.map(|()| count).map_err(io::Error::other));
+            }
+            match std::task::ready!(self.send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
+                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            }
+        }
+    }
+
+    /// END_STREAM, behind whatever still waits. Idempotent.
+    pub fn finish(&mut self) {
+        if !std::mem::replace(&mut self.has_finished, true) {
+            // Fails when it was reset: then there is nobody to tell.
+            let _ = self.send.send_data(Bytes::new(), true);
+        }
+    }
+
+    /// Reads and throws away; `Pending`: nothing has come.
+    pub fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<Discarded> {
+        let mut count = std::mem::take(&mut self.lent) + std::mem::take(&mut self.unread).len();
+        let mut found = count > 0;
+        while let Some(bytes) = self.poll_data(cx) {
+            found = true;
+            count += bytes.len();
+        }
+        self.give_back(count);
+        match self.end {
+            Some(End::Fin) => Poll::Ready(Discarded::Fin),
+            Some(End::Reset(_)) => Poll::Ready(Discarded::Reset),
+            None if found => Poll::Ready(Discarded::Bytes),
+            None => Poll::Pending,
+        }
+    }
+
+    /// "RST exceptions are represented with the RST_STREAM frame with the CANCEL error code" (RFC 8441 5).
+    pub fn reset(mut self) {
+        self.send.send_reset(Reason::CANCEL);
+    }
+}
+
+impl fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnel").field("stream", &self.recv.stream_id()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,406 @@
+//! One HTTP/2 connection to a backend: opened, driven, and ended in order. Its streams are `mod.rs`'s matter.
+//!
+//! ```text
+//! dial, in turn -> preface, SETTINGS -> the backend's SETTINGS, in time -> does it take extended CONNECT? -> driven by a task of
+//! its own: GOAWAY and limits reported, pings -> nobody uses it: GOAWAY -> its socket has its last wait like every other
+//! ```
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    Ping, PingPong, Reason,
+    client::{Builder, SendRequest},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep, timeout},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tracing::debug;
+
+use super::{Home, STREAM_WINDOW, Without};
+use crate::{
+    net::Stream,
+    pool::Reports,
+    upstream::{Config, endpoints::Endpoint},
+};
+
+/// A backend that speaks HTTP/2 says so at once: SETTINGS are the first it sends. One that waits for the end of a request in
+/// HTTP/1.1 says nothing, and its client waits for this.
+const SETTINGS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// For GOAWAY to be taken.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Bytes that a connection reads in a turn, so that those whose they are have theirs: they join small frames, of which h2 would keep
+/// each in a few hundred bytes, and never give back the room for the most that there were.
+const TURN: usize = 64 << 10;
+
+/// What small frames may take beyond their length, as h2 counts it: each of less than 256 bytes as if it had as many. A turn of the
+/// smallest messages (2 bytes, 11 with their frame) comes to 2 MiB; that what is not read is not counted, see `Tunnel`.
+const SMALL_FRAMES: usize = 8 << 20;
+
+/// What one stream may have waiting for the backend's windows.
+const SEND_BUFFER: usize = 64 << 10;
+
+/// What leases give access to. Dropped, or told to, it ends as soon as no stream is left.
+#[derive(Debug)]
+pub(in crate::upstream) struct Connection {
+    sender: SendRequest<Bytes>,
+    reports: Arc<Told>,
+    over: CancellationToken,
+}
+
+/// What the pool is told of a connection, by its driver and by its users; `None`: that it has ended.
+#[derive(Debug)]
+struct Told(Mutex<Option<Reports>>);
+
+impl Told {
+    fn with(&self, tell: impl FnOnce(&Reports)) {
+        if let Some(reports) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            tell(reports);
+        }
+    }
+
+    fn ended(&self) {
+        let reports = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Without the lock.
+        drop(reports);
+    }
+}
+
+impl Connection {
+    /// To begin a stream with.
+    pub(super) fn sender(&self) -> SendRequest<Bytes> {
+        self.sender.clone()
+    }
+
+    /// It refuses streams that it said it would take: it gets no more of them.
+    pub(super) fn refuses(&self) {
+        self.reports.with(Reports::go_away);
+    }
+
+    /// Nobody uses it any more.
+    pub(super) fn end(&self) {
+        self.over.cancel();
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Makes a connection of a stream, and leaves it to a task; gives it with the streams that it may have.
+pub(super) async fn open(
+    stream: Stream,
+    config: &Config,
+    endpoint: &Arc<Endpoint>,
+    home: &Home,
+    reports: Reports,
+) -> Result<(Connection, usize), Without> {
+    let (header_bytes, config) = (config.header_bytes, &config.pool);
+    let (lent, back) = lend(stream);
+    let end = Arc::clone(&home.end);
+    // Its socket has been used: it is ended in order, whatever comes of this, also when it is given up.
+    let ending = Ending { back: Arc::clone(&back), end };
+    let limit = endpoint.knowledge.streams(config.max_streams);
+    let mut builder = Builder::new();
+    builder
+        .enable_push(false)
+        // None before its SETTINGS have come.
+        .initial_max_send_streams(0)
+        .initial_window_size(STREAM_WINDOW)
+        // All streams unread at the same time must leave none without a window (hyper#2899).
+        .initial_connection_window_size(connection_window(config.max_streams))
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_header_list_size(u32::try_from(header_bytes).unwrap_or(u32::MAX))
+        .data_frame_budget(SMALL_FRAMES)
+        // What comes for a stream that we have reset is passed over, for as many as may have been.
+        .max_concurrent_reset_streams(config.max_streams.saturating_mul(4))
+        .max_local_error_reset_streams(None);
+    let greeted = timeout(SETTINGS_TIMEOUT, async {
+        let (sender, mut connection) = builder.handshake(lent).await?;
+        let pings = connection.ping_pong();
+        poll_fn(|cx| {
+            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(Err(result.err()));
+            }
+            if sender.current_max_send_streams() == 0 {
+                return Poll::Pending;
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+        .map_err(|error: Option<h2::Error>| error.unwrap_or_else(|| Reason::PROTOCOL_ERROR.into()))?;
+        let takes_websockets = sender.is_extended_connect_protocol_enabled();
+        Ok::<_, h2::Error>((sender, connection, pings, takes_websockets))
+    });
+    let (sender, connection, pings, takes_websockets) = match greeted.await {
+        Ok(Ok(greeted)) => greeted,
+        Ok(Err(error)) => {
+            debug!(backend = endpoint.name(), %error, "no HTTP/2");
+            return Err(Without::Http2);
+        }
+        Err(_) => return Err(Without::Settings),
+    };
+    let (reports, over) = (Arc::new(Told(Mutex::new(Some(reports)))), CancellationToken::new());
+    let peer_max = connection.max_concurrent_send_streams();
+    let driver = Driver {
+        connection,
+        probe: Some(sender.clone()),
+        over: Box::pin(over.clone().cancelled_owned()),
+        is_leaving: false,
+        farewell: None,
+        pings: pings.zip(config.ping_interval).map(|(pings, interval)| Pings::new(pings, interval)),
+        back,
+        max_streams: config.max_streams,
+        capacity: limit.min(peer_max),
+        endpoint: Arc::clone(endpoint),
+        reports: Arc::clone(&reports),
+    };
+    let capacity = driver.capacity;
+    home.tracker.spawn(async move {
+        // In this order: the connection goes first, and gives its socket back.
+        driver.drive().await;
+        drop(ending);
+    });
+    let connection = Connection { sender, reports, over };
+    if !takes_websockets {
+        return Err(Without::Extension);
+    }
+    Ok((connection, capacity))
+}
+
+/// At most what HTTP/2 allows.
+fn connection_window(max_streams: usize) -> u32 {
+    let window = u32::try_from(max_streams).unwrap_or(u32::MAX).saturating_mul(STREAM_WINDOW);
+    window.clamp(STREAM_WINDOW, (1 << 31) - 1)
+}
+
+/// Lets a connection run until its end.
+struct Driver {
+    connection: h2::client::Connection<Lent, Bytes>,
+    /// Tells whether streams may still be begun; `None`: none are to be, and the connection ends with the last of them.
+    probe: Option<SendRequest<Bytes>>,
+    over: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// It was said that it gets no more streams.
+    is_leaving: bool,
+    /// For the end.
+    farewell: Option<Pin<Box<Sleep>>>,
+    pings: Option<Pings>,
+    back: Arc<Back>,
+    max_streams: usize,
+    /// Streams as reported last.
+    capacity: usize,
+    endpoint: Arc<Endpoint>,
+    reports: Arc<Told>,
+}
+
+/// Why a connection has come to its end.
+enum Ended {
+    /// Orderly, or by an error.
+    Result(Result<(), h2::Error>),
+    /// It answered no ping.
+    Silent,
+    /// It did not take our GOAWAY.
+    Late,
+}
+
+impl Driver {
+    async fn drive(mut self) {
+        let ended = poll_fn(|cx| self.poll(cx)).await;
+        let backend = self.endpoint.name();
+        match &ended {
+            Ended::Result(Ok(())) => {}
+            Ended::Result(Err(error)) => {
+                if error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+                    self.endpoint.knowledge.calm_down(self.max_streams);
+                }
+                debug!(backend, %error, "a shared connection has ended");
+            }
+            Ended::Silent => debug!(backend, "a shared connection answers no ping: it is given up"),
+            Ended::Late => debug!(backend, "a shared connection does not take its end"),
+        }
+        // The pool hears of it before its streams do, so that none of those who then come again get this one.
+        self.reports.ended();
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        if self.probe.is_some() && self.over.as_mut().poll(cx).is_ready() {
+            self.probe = None;
+            self.farewell = Some(Box::pin(sleep(FAREWELL)));
+        }
+        self.back.turn.store(TURN, Ordering::Relaxed);
+        if let Poll::Ready(result) = Pin::new(&mut self.connection).poll(cx) {
+            return Poll::Ready(Ended::Result(result));
+        }
+        if let Some(probe) = &mut self.probe
+            && !self.is_leaving
+        {
+            // An error here is a GOAWAY that has come, which h2 says in no other way as long as there are streams.
+            self.is_leaving = matches!(probe.poll_ready(cx), Poll::Ready(Err(_)));
+            if self.is_leaving {
+                debug!(backend = self.endpoint.name(), "a shared connection takes nobody else");
+                self.reports.with(Reports::go_away);
+            }
+            let peer_max = self.connection.max_concurrent_send_streams();
+            let capacity = self.endpoint.knowledge.streams(self.max_streams).min(peer_max);
+            if capacity != self.capacity {
+                self.capacity = capacity;
+                self.reports.with(|reports| reports.capacity(capacity));
+            }
+        }
+        if let Some(farewell) = &mut self.farewell
+            && farewell.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Ended::Late);
+        }
+        if let Some(pings) = &mut self.pings
+            && pings.poll(cx, &self.back).is_ready()
+        {
+            return Poll::Ready(Ended::Silent);
+        }
+        Poll::Pending
+    }
+}
+
+/// Asks a silent connection whether it is there.
+struct Pings {
+    sender: PingPong,
+    interval: Duration,
+    timer: Pin<Box<Sleep>>,
+    is_asked: bool,
+}
+
+impl Pings {
+    fn new(sender: PingPong, interval: Duration) -> Self {
+        Self { sender, interval, timer: Box::pin(sleep(interval)), is_asked: false }
+    }
+
+    /// Ready: it is not.
+    fn poll(&mut self, cx: &mut Context<'_>, back: &Back) -> Poll<()> {
+        while self.timer.as_mut().poll(cx).is_ready() {
+            // Whatever came is an answer.
+            let was_heard = back.was_heard.swap(false, Ordering::Relaxed);
+            if self.is_asked && !was_heard {
+                return Poll::Ready(());
+            }
+            self.is_asked = !was_heard;
+            if self.is_asked {
+                // An earlier one may not be answered yet: then that is the question.
+                let _ = self.sender.send_ping(Ping::opaque());
+            }
+            self.timer.as_mut().reset(Instant::now() + self.interval);
+        }
+        // So that the next one can be sent.
+        let _ = self.sender.poll_pong(cx);
+        Poll::Pending
+    }
+}
+
+/// Where a connection's socket comes back to.
+#[derive(Debug)]
+struct Back {
+    stream: Mutex<Option<Stream>>,
+    was_heard: AtomicBool,
+    /// Bytes that may still be read in this turn.
+    turn: AtomicUsize,
+}
+
+/// A stream in the hands of h2: it can't be ended there, and comes back.
+struct Lent {
+    /// `None` only when it was given back.
+    stream: Option<Stream>,
+    back: Arc<Back>,
+}
+
+fn lend(stream: Stream) -> (Lent, Arc<Back>) {
+    let back = Back { stream: Mutex::default(), was_heard: AtomicBool::new(false), turn: AtomicUsize::new(usize::MAX) };
+    let back = Arc::new(back);
+    (Lent { stream: Some(stream), back: Arc::clone(&back) }, back)
+}
+
+impl Lent {
+    fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.back.stream.lock().unwrap_or_else(PoisonError::into_inner) = self.stream.take();
+    }
+}
+
+impl AsyncRead for Lent {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let left = this.back.turn.load(Ordering::Relaxed);
+        if left == 0 {
+            // Behind whoever has become ready meanwhile.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buffer.filled().len();
+        let read = this.stream()?.poll_read(cx, buffer);
+        if read.is_ready() {
+            this.back.was_heard.store(true, Ordering::Relaxed);
+            this.back.turn.store(left.saturating_sub(buffer.filled().len() - before), Ordering::Relaxed);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Lent {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.get_mut().stream()?.poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().stream()?.poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().stream()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Hands the socket over to its last wait, when the connection has given it back.
+struct Ending {
+    back: Arc<Back>,
+    end: Arc<super::End>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let stream = self.back.stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(stream) = stream {
+            (self.end)(stream);
+        }
+    }
+}

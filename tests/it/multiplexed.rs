@@ -1,0 +1,385 @@
+//! WebSockets that share connections of HTTP/2 to their backend (RFC 8441): what the backend gets to see, who shares with whom,
+//! and what clients notice of backends that can't do that or misbehave, which is nothing as far as possible.
+//!
+//! How sessions end on streams is in `close_table.rs`, row by row.
+
+use crate::harness::{
+    DEADLINE, Gate, Message, Peer, Scene, backend,
+    front::{Greets, Manners, Treat},
+    scene::Dial,
+    transcript::End,
+};
+use h2::Reason;
+use std::{fs, sync::Arc, time::Duration};
+
+const ONE_WORKER: &str = "listen.workers = 1\npool = { mode = 'multiplexed', idle_timeout = '0s' }\n";
+
+/// With these settings of `[pool]` too.
+fn one_worker(pool: &str) -> String {
+    format!("listen.workers = 1\npool = {{ mode = 'multiplexed', idle_timeout = '0s', {pool} }}\n")
+}
+
+fn treating(treat: impl Fn(usize) -> Treat + Send + Sync + 'static) -> Manners {
+    Manners { treat: Arc::new(treat), ..Manners::default() }
+}
+
+async fn says(c: &mut Peer, text: &str) {
+    c.send_text(text).await;
+    assert_eq!(c.read_text().await, text);
+}
+
+async fn bye(c: &mut Peer) {
+    c.send_close(1000, "").await;
+    c.until_end().await.assert_closed_with(1000);
+}
+
+/// A session that goes as it should.
+fn visit(t: &Scene) {
+    t.client(async |c| {
+        c.handshake("/").await;
+        says(c, "hello").await;
+        bye(c).await;
+    });
+}
+
+/// The handshake crosses as RFC 8441 5 has it: its own header fields stay behind, everything else arrives, and the client gets
+/// the accept key that it needs.
+#[test]
+fn a_handshake_is_bridged() {
+    let t = Scene::new(ONE_WORKER)
+        .backend(async |c: &mut Peer| {
+            let request = c.read_head().await;
+            c.reply(Message::switching(&request).header("Sec-WebSocket-Protocol", "chat").header("X-From", "app"))
+                .await;
+            backend::echo_on(c).await;
+        })
+        .front(Manners::default())
+        .start();
+    t.client(async |c| {
+        let request = Message::websocket("/where?to=there").header("Sec-WebSocket-Protocol", "chat, talk");
+        let head = c.handshake_with(request.header("Cookie", "a=b")).await;
+        assert_eq!((head.field("Sec-WebSocket-Protocol"), head.field("X-From")), (Some("chat"), Some("app")));
+        says(c, "hello").await;
+        bye(c).await;
+    });
+    let (line, fields) = t.front().seen().request.expect("a stream");
+    assert_eq!(line, "CONNECT http://tidegate.test/where?to=there");
+    let field = |name: &str| fields.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    for (name, value) in [
+        ("connection", None),
+        ("upgrade", None),
+        ("sec-websocket-key", None),
+        ("host", None),
+        ("sec-websocket-version", Some("13")),
+        ("sec-websocket-protocol", Some("chat, talk")),
+        ("cookie", Some("a=b")),
+        ("x-forwarded-host", Some("tidegate.test")),
+    ] {
+        assert_eq!(field(name), value, "{name}: {fields:?}");
+    }
+    t.no_rst();
+}
+
+/// A backend whose front doesn't speak HTTP/2, says nothing, or has no extended CONNECT, or fails at it: the client gets its
+/// session over HTTP/1.1, and so does the next one without another try; the log says so once.
+#[test]
+fn backends_that_cannot_are_left_in_peace() {
+    let greets = |greets| Manners { greets, ..Manners::default() };
+    for (manners, why) in [
+        (greets(Greets::Http400), "it does not speak HTTP/2"),
+        (greets(Greets::Garbage), "it does not speak HTTP/2"),
+        (greets(Greets::Fin), "it does not speak HTTP/2"),
+        (greets(Greets::Nothing), "it sent no HTTP/2 SETTINGS within 2s"),
+        (Manners { advertises: false, ..Manners::default() }, "its HTTP/2 has no extended CONNECT (RFC 8441)"),
+        (treating(|_| Treat::Status(500)), "it advertises extended CONNECT (RFC 8441) and fails at it"),
+        (
+            treating(|_| Treat::Reset(Reason::PROTOCOL_ERROR)),
+            "it advertises extended CONNECT (RFC 8441) and fails at it",
+        ),
+    ] {
+        let t = Scene::new(ONE_WORKER).front(manners).start();
+        for _ in 0..3 {
+            visit(&t);
+        }
+        let seen = t.front().seen();
+        assert_eq!((seen.streams.len(), seen.plain), (1, 3), "{why}: {seen:?}");
+        let said = |line: &serde_json::Value| {
+            line["message"] == "each WebSocket gets a connection of its own to this backend" && line["why"] == why
+        };
+        t.proxy().log_where(why, said);
+        assert_eq!(t.proxy().log().into_iter().filter(said).count(), 1);
+        t.no_rst();
+    }
+}
+
+/// A backend that is not there gives 502, as it does without streams, and is found when it is back; nothing is remembered.
+#[test]
+fn an_unreachable_backend_is_not_taken_for_an_old_one() {
+    let t = Scene::new(ONE_WORKER).start();
+    t.backend().stop_listening();
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/")).await.code(), 502));
+    let said = |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.contains("of its own"));
+    assert!(!t.proxy().log().iter().any(said));
+}
+
+/// What an application refuses is passed on with its body, and says nothing against streams: an answer that may come from a
+/// server without them is asked for once more over HTTP/1.1, once streams have worked no more.
+#[test]
+fn refusals_of_the_application_pass() {
+    let manners = treating(|stream| match stream {
+        0 | 2 => Treat::Status(404),
+        3 => Treat::Status(403),
+        _ => Treat::Play,
+    });
+    let t = Scene::new(ONE_WORKER)
+        .backend(async |c: &mut Peer| {
+            let request = c.read_head().await;
+            if request.target() == "/none" {
+                c.reply(Message::status(404, "Not Found", "nothing here")).await;
+                c.fin().await;
+                c.until_end().await;
+            } else {
+                c.reply(Message::switching(&request)).await;
+                backend::echo_on(c).await;
+            }
+        })
+        .front(manners)
+        .start();
+    let refused = |status: u16, body: &str| {
+        t.client(async |c| {
+            let response = c.request(Message::websocket("/none")).await;
+            assert_eq!((response.code(), response.text().as_str()), (status, body), "{response:?}");
+        });
+    };
+    refused(404, "nothing here");
+    assert_eq!((t.front().seen().all_streams(), t.front().seen().plain), (1, 1));
+    visit(&t);
+    refused(404, "no");
+    refused(403, "no");
+    visit(&t);
+    assert_eq!((t.front().seen().all_streams(), t.front().seen().plain), (5, 1));
+    t.no_rst();
+}
+
+/// A stream that is refused without having been looked at is begun once more, on another connection: its client notices nothing.
+/// What else goes wrong with it is said to the client.
+#[test]
+fn refused_streams_go_elsewhere() {
+    let manners = treating(|stream| match stream {
+        1 => Treat::Reset(Reason::REFUSED_STREAM),
+        4 => Treat::Reset(Reason::INTERNAL_ERROR),
+        _ => Treat::Play,
+    });
+    let t = Scene::new(ONE_WORKER).front(manners).start();
+    t.client(async |c| {
+        c.handshake("/").await;
+        visit(&t);
+        // The connection that has refused gets no more, and keeps what it has.
+        says(c, "still here").await;
+        bye(c).await;
+    });
+    assert_eq!(t.front().seen_when("the end", |seen| seen.ended.len() == 2).streams, [2, 1]);
+    visit(&t);
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/")).await.code(), 502));
+    visit(&t);
+    assert_eq!(t.front().seen().plain, 0);
+    t.no_rst();
+}
+
+/// GOAWAY: sessions go on where they are, the next one gets another connection, and the old one ends with the last of its own.
+#[test]
+fn go_away_is_heeded() {
+    let t = Scene::new(ONE_WORKER).front(Manners::default()).start();
+    let (asked, gone) = (Gate::new("the session is open"), Gate::new("the others have been served"));
+    let (open, go_on) = (asked.clone(), gone.clone());
+    let first = t.start_client(async move |c| {
+        c.handshake("/").await;
+        says(c, "before").await;
+        open.open();
+        go_on.passed().await;
+        says(c, "after").await;
+        bye(c).await;
+    });
+    asked.pass();
+    t.front().go_away();
+    // It has to be heard of before the next client comes.
+    t.proxy().log_where("that it goes away", |line| line["message"] == "a shared connection takes nobody else");
+    visit(&t);
+    gone.open();
+    first.join();
+    let seen = t.front().seen_when("the end", |seen| seen.ended.len() == 2);
+    assert_eq!((seen.streams, seen.ended), (vec![1, 1], vec![true, true]));
+    t.no_rst();
+}
+
+/// Connections are as few as the sessions need, of what both sides allow; and they are gone when nobody uses them.
+#[test]
+fn connections_are_filled() {
+    for (ours, theirs) in [(4, 100), (100, 4)] {
+        let settings = one_worker(&format!("max_streams = {ours}"));
+        let t = Scene::new(&settings).front(Manners { max_streams: theirs, ..Manners::default() }).start();
+        let open = Arc::new(tokio::sync::Barrier::new(30));
+        t.clients(30, async |c| {
+            c.handshake("/").await;
+            open.wait().await;
+            says(c, "all here").await;
+            bye(c).await;
+        });
+        let seen = t.front().seen_when("the end of all", |seen| seen.ended.len() == seen.streams.len());
+        let mut streams = seen.streams.clone();
+        streams.sort_unstable();
+        assert_eq!(streams, [2, 4, 4, 4, 4, 4, 4, 4], "{seen:?}");
+        assert_eq!(t.connection(29).seen().closes(), [1000]);
+        t.no_rst();
+    }
+}
+
+/// An idle connection waits for `pool.idle_timeout` for another user; a drain does not wait for that.
+#[test]
+fn idle_connections_wait_and_give_way_to_a_drain() {
+    let settings = "listen.workers = 1\npool = { mode = 'multiplexed', idle_timeout = '60s' }\n\
+                    drain = { delay = '0s', window = '100ms' }";
+    let t = Scene::new(settings).front(Manners::default()).start();
+    for _ in 0..3 {
+        visit(&t);
+    }
+    assert_eq!(t.front().seen().streams, [3]);
+    t.proxy().sigterm();
+    assert_eq!(t.proxy().wait_exit(DEADLINE).code(), Some(0));
+    assert_eq!(t.front().seen_when("its end", |seen| seen.ended.len() == 1).ended, [true]);
+    t.no_rst();
+}
+
+/// A backend that wants less (`ENHANCE_YOUR_CALM`) gets fewer streams on a connection.
+#[test]
+fn an_exhausted_backend_gets_less() {
+    let t = Scene::new(&one_worker("max_streams = 8"))
+        .front(treating(|stream| if stream == 1 { Treat::Reset(Reason::ENHANCE_YOUR_CALM) } else { Treat::Play }))
+        .start();
+    visit(&t);
+    visit(&t);
+    let open = Arc::new(tokio::sync::Barrier::new(8));
+    t.clients(8, async |c| {
+        c.handshake("/").await;
+        open.wait().await;
+        bye(c).await;
+    });
+    let seen = t.front().seen_when("the end of all", |seen| seen.ended.len() == seen.streams.len());
+    assert!(seen.streams.iter().all(|streams| *streams <= 4), "{seen:?}");
+    t.no_rst();
+}
+
+/// What the proxy has in memory, in bytes.
+fn resident(t: &Scene) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", t.proxy().pid())).expect("procfs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process with memory");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+/// 16 clients stop reading while the backend floods each with messages of 20 bytes, as many as flow control allows; on the same
+/// connection 48 others talk. Those get every answer, the memory that it takes is bounded, and after `pool.stall_timeout` each
+/// of the 16 finds what was under way, Close 1013 and FIN when it reads on.
+#[test]
+fn slow_readers_harm_nobody_else() {
+    const SLOW: usize = 16;
+    const OTHERS: usize = 48;
+    let settings = one_worker("max_streams = 64, stall_timeout = '1s'");
+    let settings = format!(
+        "{settings}close = {{ delay = '0ms', handshake_timeout = '300ms', linger = '300ms' }}\n\
+                            websocket = {{ ping_interval = '0s', send_buffer = '16KiB' }}"
+    );
+    let t = Scene::new(&settings)
+        .front(treating(|stream| match stream.checked_sub(SLOW + OTHERS) {
+            Some(0..SLOW) => Treat::Flood(20),
+            _ => Treat::Play,
+        }))
+        .start();
+    // What as many sessions take that are no burden.
+    let open = Arc::new(tokio::sync::Barrier::new(SLOW + OTHERS));
+    t.clients(SLOW + OTHERS, async |c| {
+        c.handshake("/").await;
+        open.wait().await;
+        says(c, "hello").await;
+        bye(c).await;
+    });
+    let before = resident(&t);
+    let (ended, stalled) = (Gate::new("all slow ones were given up"), Arc::new(tokio::sync::Semaphore::new(0)));
+    let (t, ended) = (&t, &ended);
+    std::thread::scope(|scope| {
+        let slow: Vec<_> = (0..SLOW)
+            .map(|_| {
+                let stalled = Arc::clone(&stalled);
+                scope.spawn(move || {
+                    t.client_with(Dial { recv_buffer: Some(4096), ..Dial::default() }, async |c| {
+                        c.handshake("/").await;
+                        stalled.add_permits(1);
+                        ended.passed().await;
+                        c.read_close().await;
+                        c.answer_close().await;
+                        c.until_end().await
+                    })
+                })
+            })
+            .collect();
+        // The flood is for the first streams.
+        let all = u32::try_from(SLOW).expect("a few");
+        crate::harness::block(stalled.acquire_many(all)).expect("open").forget();
+        let rounds = t.clients(OTHERS, async |c| {
+            c.handshake("/").await;
+            let mut rounds = 0;
+            // Until long after all slow ones were given up.
+            while rounds < 20 || t.front().seen().floods_over < SLOW {
+                says(c, "are you there?").await;
+                rounds += 1;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            bye(c).await;
+            rounds
+        });
+        let grown = resident(t).saturating_sub(before);
+        // The backend hears of it first.
+        t.front().seen_when("all given up", |seen| seen.floods_over == SLOW);
+        ended.open();
+        for slow in slow {
+            let seen = slow.join().expect("a client that was told why");
+            assert_eq!((seen.closes(), seen.end), (vec![1013], End::Fin));
+            assert!(seen.frames.len() > 100, "{} frames", seen.frames.len());
+        }
+        let seen = t.front().seen_when("the end", |seen| seen.ended.len() == 2);
+        assert_eq!((seen.streams, seen.ended, seen.plain), (vec![SLOW + OTHERS; 2], vec![true; 2], 0));
+        let metrics = t.proxy().metrics();
+        assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"client_stalled\"}"), SLOW as u64);
+        // For each the stream's window, as much that was read already, and the room that both leave; left as frames it would
+        // be 3,000 of a few hundred bytes.
+        let bound = ((SLOW as u64 * 256) << 10) + (2 << 20);
+        assert!(grown < bound, "{grown} bytes for {SLOW} slow readers, of {bound}");
+        println!("{SLOW} slow readers: {grown} bytes; rounds of the others: {:?}", rounds.iter().min());
+    });
+    t.no_rst();
+}
+
+/// 1,000 sessions at the same time: 16 connections of 64 streams with one worker, and all are gone after the idle timeout.
+#[test]
+fn a_thousand_share_sixteen() {
+    const COUNT: usize = 1000;
+    let settings = "listen.workers = 2\npool = { mode = 'multiplexed', max_streams = 64, idle_timeout = '100ms' }\n";
+    let t = Scene::new(settings).front(Manners::default()).start();
+    let open = Arc::new(tokio::sync::Barrier::new(COUNT));
+    t.clients(COUNT, async |c| {
+        c.handshake("/").await;
+        open.wait().await;
+        says(c, "all here").await;
+        bye(c).await;
+    });
+    let seen = t.front().seen_when("the end of all", |seen| seen.ended.len() == seen.streams.len());
+    assert_eq!(seen.all_streams(), COUNT);
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_pool_opens_total{result=\"opened\"}"), seen.streams.len() as u64);
+    for zero in ["tidegate_pool_references", "tidegate_pool_waiters", "tidegate_pool_invariant_violations_total"] {
+        assert_eq!(metrics.count(zero), 0, "{zero}");
+    }
+    // Two workers have at most one connection that is not full each.
+    assert!((16..=17).contains(&seen.streams.len()), "{seen:?}");
+    assert!(seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
+    t.no_rst();
+}
