@@ -36,7 +36,7 @@ use crate::{
     metrics::Metrics,
     net::{Kept, Stream},
     side::Side,
-    upstream::Upstreams,
+    upstream::{self, Upstreams},
 };
 
 /// Connections at once, from other hosts and from this one; a further one is closed. They are short: one request each. Nobody elsewhere can
@@ -328,11 +328,16 @@ impl Admin {
 
     /// Connects to the backend, any endpoint of it, and leaves again by FIN. Those of routes do not count: others still have one.
     async fn dial(&self, upstreams: &Upstreams) -> Result<(), String> {
-        let stream = upstreams.otherwise().connect().await.map_err(|error| error.to_string())?;
+        let (stream, result) = match upstreams.otherwise().connect().await {
+            Ok(stream) => (Some(stream), Ok(())),
+            Err(upstream::Failure { error, stream }) => (stream, Err(error.to_string())),
+        };
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.
-        self.linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);
-        Ok(())
+        if let Some(stream) = stream {
+            self.linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);
+        }
+        result
     }
 }
 

@@ -37,7 +37,7 @@ use tokio::{
 use crate::{
     admission::{Admission, Place, Spares},
     metrics::{Counted, Metrics},
-    net::{self, Last, Poller, Stream, with_scratch},
+    net::{self, Last, Poller, Stream, send_some, with_scratch},
     side::Side,
     sparse::Sparse,
 };
@@ -141,6 +141,8 @@ struct Sockets {
 #[derive(Debug)]
 struct Socket {
     fd: OwnedFd,
+    /// What is to go out before our FIN; empty: that is on its way.
+    unsent: Box<[u8]>,
     side: Side,
     wait: Wait,
     keeps: Keeps,
@@ -202,15 +204,15 @@ impl Linger {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Ends a socket: `shutdown(WR)`, then reads and discards until the peer's FIN or a deadline of `patience`, then
+    /// Ends a socket: `shutdown(WR)`, with TLS behind its `close_notify`, then reads and discards until the peer's FIN or a deadline of `patience`, then
     /// `close()`.
     ///
     /// `peer_is_done`: its Close frame (or the end of its last message) was received, so it sends nothing more of
     /// its own accord, and the wait may end when the peer's kernel has everything.
     pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
         let now = Instant::now();
-        let (fd, port) = match stream.into_last() {
-            Ok(Last::Socket(fd, port)) => (fd, port),
+        let (fd, port, unsent) = match stream.into_last() {
+            Ok(Last::Socket { fd, port, unsent }) => (fd, port, unsent),
             // It takes no descriptor, so it needs no place.
             Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, *patience),
             Err(error) => {
@@ -218,7 +220,7 @@ impl Linger {
                 return self.inner.count(side, Lingered::Evicted);
             }
         };
-        if shutdown(&fd, Shutdown::Write).is_err() {
+        if unsent.is_empty() && shutdown(&fd, Shutdown::Write).is_err() {
             // ENOTCONN: the connection is dead already and has no FIN to send.
             return self.inner.count(side, Lingered::Reset);
         }
@@ -240,11 +242,11 @@ impl Linger {
             drop(sockets);
             return self.inner.count(side, Lingered::Evicted);
         }
-        let wait = Wait::new(peer_is_done, patience, net::unacked(&fd).unwrap_or(0), now);
+        let wait = Wait::new(peer_is_done, patience, net::unacked(&fd).unwrap_or(0) + unsent.len(), now);
         let is_first = sockets.due.first().is_none_or(|(first, _)| wait.due < *first);
         sockets.due.insert((wait.due, id));
         let counted = self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering));
-        let socket = Socket { fd, side, wait, keeps, _port: port, _counted: counted };
+        let socket = Socket { fd, unsent, side, wait, keeps, _port: port, _counted: counted };
         if matches!(&socket.keeps, Keeps::Place(place) if place.refused.is_none()) {
             sockets.spare.insert(id);
         }
@@ -418,7 +420,13 @@ impl Socket {
     fn look(&mut self, now: Instant, has_news: bool) -> Option<Lingered> {
         // Also when it is only time: what came just now must not be what it is reset for.
         let found = discard(&self.fd);
-        let left = (!has_news).then(|| net::unacked(&self.fd).unwrap_or(0));
+        if !has_news && !self.unsent.is_empty() {
+            self.unsent = send_some(&self.fd, std::mem::take(&mut self.unsent));
+            if self.unsent.is_empty() && shutdown(&self.fd, Shutdown::Write).is_err() {
+                return Some(Lingered::Reset);
+            }
+        }
+        let left = (!has_news).then(|| net::unacked(&self.fd).unwrap_or(0) + self.unsent.len());
         self.wait.go_on(&found, left, now)
     }
 }

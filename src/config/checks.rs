@@ -11,11 +11,14 @@ use std::{
 use super::{
     Settings,
     finding::{Finding, Place},
-    keys::{Name, PATH, ROUTE},
+    keys::{BACKEND, Name, PATH, ROUTE},
     units::{format_duration, format_size},
     written::named_route,
 };
-use crate::net::Address;
+use crate::{
+    net::{Address, TlsFile, TlsFileError},
+    upstream::Addresses,
+};
 
 /// Where the values came from.
 #[derive(Clone, Copy)]
@@ -28,6 +31,11 @@ pub(super) struct Origins<'a> {
 
 const LISTEN: Name = name("listen", "address");
 const UPSTREAM: Name = name("upstream", "address");
+const TLS: Name = name("upstream", "tls");
+const TLS_CA: Name = name("upstream", "tls_ca");
+const TLS_SERVER_NAME: Name = name("upstream", "tls_server_name");
+const TLS_CERTIFICATE: Name = name("upstream", "tls_client_certificate");
+const TLS_KEY: Name = name("upstream", "tls_client_key");
 const ADMIN: Name = name("admin", "address");
 const PROXIES: Name = name("http", "trusted_proxies");
 const MAX_MESSAGE: Name = name("websocket", "max_message");
@@ -70,6 +78,7 @@ impl Origins<'_> {
 /// Adds what is wrong, or dubious, about the settings as a whole.
 pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     addresses(settings, origins, findings);
+    tls(settings, origins, findings);
     limits(settings, origins, findings);
     routes(settings, origins, findings);
 }
@@ -94,6 +103,72 @@ fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
 }
 
+/// Reads the files of `upstream.tls`. What is in them is a part of the settings, so that other ones are applied like another value.
+pub(super) fn load_certificates(settings: &mut Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    if !origins.judged(&[TLS, TLS_CA, TLS_CERTIFICATE, TLS_KEY]) {
+        return;
+    }
+    for TlsFileError { file, what, fix } in settings.upstream.tls.load().err().unwrap_or_default() {
+        let name = match file {
+            TlsFile::Roots => TLS_CA,
+            TlsFile::Certificate => TLS_CERTIFICATE,
+            TlsFile::Key => TLS_KEY,
+        };
+        findings.push(Finding::error(format!("`{}.{}` {what}", name.section, name.key), origins.place(name), fix));
+    }
+}
+
+fn tls(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let tls = &settings.upstream.tls;
+    for (name, text, other, without) in [
+        (TLS_CERTIFICATE, &tls.client_certificate, TLS_KEY, &tls.client_key),
+        (TLS_KEY, &tls.client_key, TLS_CERTIFICATE, &tls.client_certificate),
+    ] {
+        if !text.is_empty() && without.is_empty() && origins.judged(&[other]) {
+            findings.push(Finding::error(
+                format!("`upstream.{}` is set, but not `upstream.{}`", name.key, other.key),
+                origins.place(name),
+                "a certificate and its key are of use together: set both, or none",
+            ));
+        }
+    }
+    if !tls.is_on {
+        let unused = [
+            (TLS_CA, &tls.ca),
+            (TLS_SERVER_NAME, &tls.server_name),
+            (TLS_CERTIFICATE, &tls.client_certificate),
+            (TLS_KEY, &tls.client_key),
+        ];
+        for (name, _) in unused.into_iter().filter(|(_, text)| !text.is_empty() && origins.judged(&[TLS])) {
+            findings.push(Finding::warning(
+                format!("`upstream.{}` is set, but `upstream.tls` is false", name.key),
+                origins.place(name),
+                "set upstream.tls to true, unless backends are to be spoken to without TLS",
+            ));
+        }
+        return;
+    }
+    for (name, addresses) in backends(settings, origins) {
+        let nameless = addresses.as_slice().iter().find(|address| tls.server(address).is_none());
+        if let (Some(address), true) = (nameless, origins.judged(&[name, TLS, TLS_SERVER_NAME])) {
+            findings.push(Finding::error(
+                format!("{address} has no name that a certificate could be for, and `upstream.tls` is true"),
+                origins.place(name),
+                "set upstream.tls_server_name to a name that the backend's certificate is for",
+            ));
+        }
+    }
+}
+
+/// All that are named. A route without a backend of its own has the one that is there for all.
+fn backends<'a>(settings: &'a Settings, origins: &Origins<'_>) -> impl Iterator<Item = (Name, &'a Addresses)> {
+    let routes = settings.routes.iter().enumerate().filter_map(|(index, route)| {
+        let name = Name { section: ROUTE, route: Some(index), key: BACKEND };
+        origins.written.contains_key(&name).then_some((name, &route.address))
+    });
+    [(UPSTREAM, &settings.upstream.address)].into_iter().chain(routes)
+}
+
 fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     let listen = settings.listen.address;
     let listen_text = listen.to_string();
@@ -104,12 +179,7 @@ fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Find
         let (what, place) = origins.pair((ADMIN, &admin.to_string()), "takes the port of", (LISTEN, &listen_text));
         findings.push(Finding::error(what, place, "give each a port of its own, or set admin.address to \"off\""));
     }
-    // A route without a backend of its own has the one that is judged already.
-    let routes = settings.routes.iter().enumerate().filter_map(|(index, route)| {
-        let name = Name { section: ROUTE, route: Some(index), key: "upstream" };
-        origins.written.contains_key(&name).then_some((name, &route.address))
-    });
-    for (name, upstream) in [(UPSTREAM, &settings.upstream.address)].into_iter().chain(routes) {
+    for (name, upstream) in backends(settings, origins) {
         let listeners = settings.admin.address.map(|admin| (ADMIN, admin)).into_iter().chain([(LISTEN, listen)]);
         for (listener_name, listener) in listeners {
             let mut own = upstream.as_slice().iter().filter(|address| reaches(address, listener));

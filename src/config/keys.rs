@@ -25,9 +25,9 @@ use crate::{
     close, downstream,
     drain::{self, Readiness},
     listen,
-    net::{Address, SocketConfig},
+    net::{Address, SocketConfig, is_server_name},
     relay,
-    upstream::{self, Addresses, Mode, Pattern, Pool},
+    upstream::{self, Addresses, Mode, Pattern, Pool, Tls},
 };
 
 /// What a key is called.
@@ -90,6 +90,10 @@ pub(super) enum Slot<'a> {
     Memory(&'a mut Memory, u64),
     /// Text of at most so many bytes.
     Text(&'a mut String, usize),
+    /// The path of a file, or nothing.
+    File(&'a mut String),
+    /// A name or an address in a certificate, or nothing.
+    Host(&'a mut String),
     /// "after-delay" or "immediate".
     Readiness(&'a mut Readiness),
     /// "auto", "json" or "text".
@@ -111,6 +115,9 @@ pub(super) enum Time<'a> {
     Always(&'a mut Duration),
     OrOff(&'a mut Option<Duration>),
 }
+
+/// `PATH_MAX` (include/uapi/linux/limits.h), without the NUL.
+const PATH_BYTES: usize = 4095;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -184,6 +191,7 @@ impl Settings {
                     stall_timeout: seconds(10),
                     ping_interval: Some(seconds(15)),
                 },
+                tls: Tls::OFF,
                 resolve_interval: seconds(5),
                 eject_after: 2,
                 eject_time: seconds(5),
@@ -245,6 +253,7 @@ impl Settings {
 
 /// All keys, in the order of `proxy.toml`; behind them those of the routes.
 #[rustfmt::skip] // a table
+#[expect(clippy::too_many_lines, reason = "a line for each key")]
 pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     use Number::{OptionU32, OptionUsize, U32, U64, Usize};
     use Slot::{Addresses, Backends, Code, Count, Filter, Format, Listen, ListenOrOff, Networks, Size, Switch, Text};
@@ -259,9 +268,10 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
     let upstream::Config {
-        address: backend, pool, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
+        address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
     } = upstream;
+    let Tls { is_on: tls, ca, server_name, client_certificate, client_key, client: _ } = tls;
     let relay::Config {
         max_message, max_frame, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
         max_age, max_age_jitter, idle_timeout, close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
@@ -309,6 +319,11 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("upstream", "max_waiting", Count(Usize(max_waiting), 1..=1_000_000)),
         live("upstream", "queue_timeout", time(queue_timeout, ABOVE_ZERO)),
         live("upstream", "source_addresses", Addresses(source_addresses)),
+        live("upstream", "tls", Switch(tls)),
+        live("upstream", "tls_ca", Slot::File(ca)),
+        live("upstream", "tls_server_name", Slot::Host(server_name)),
+        live("upstream", "tls_client_certificate", Slot::File(client_certificate)),
+        live("upstream", "tls_client_key", Slot::File(client_key)),
 
     ];
     keys.extend(pool_slots(pool).map(|(key, slot)| live("pool", key.trim_start_matches(POOL), slot)));
@@ -641,6 +656,23 @@ impl Slot<'_> {
                 }
                 text.clone_into(to);
             }
+            Slot::File(to) => {
+                let text = value.text("a path", "/etc/tidegate/ca.pem")?;
+                if text.len() > PATH_BYTES || text.contains('\0') {
+                    return refuse("is no path", format!("a path has at most {PATH_BYTES} bytes, and no NUL"));
+                }
+                text.clone_into(to);
+            }
+            Slot::Host(to) => {
+                let text = value.text("a name", "backend.example")?;
+                if !text.is_empty() && !is_server_name(text) {
+                    return refuse(
+                        format!("is no name of a host: {text:?}"),
+                        "write it as it is in the backend's certificate, without scheme or port: \"backend.example\"",
+                    );
+                }
+                text.clone_into(to);
+            }
             Slot::Readiness(to) => {
                 let text = value.text("a text", "after-delay")?;
                 **to = match text {
@@ -691,7 +723,9 @@ impl Slot<'_> {
                 Memory::Limit(bytes) => format_size(*bytes),
             }),
             Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
-            Slot::Text(from, _) | Slot::Filter(from) => Plain::Text((*from).clone()),
+            Slot::Text(from, _) | Slot::File(from) | Slot::Host(from) | Slot::Filter(from) => {
+                Plain::Text((*from).clone())
+            }
             Slot::Readiness(from) => Plain::Text(
                 match from {
                     Readiness::AfterDelay => "after-delay",

@@ -291,6 +291,7 @@ fn survey(sources: &Sources) -> Survey {
     settings.resolve();
     if complete {
         let origins = checks::Origins { written: &origins, refused: &refused };
+        checks::load_certificates(&mut settings, &origins, &mut findings);
         checks::check(&settings, &origins, &mut findings);
     }
     Survey { settings, file, findings, origins, refused, is_complete: complete }

@@ -7,6 +7,7 @@ mod dial;
 mod listener;
 mod poller;
 mod sys;
+mod tls;
 mod tunnel;
 
 use std::{
@@ -33,9 +34,10 @@ pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
+    tls::{Tls, TlsClient, TlsFile, TlsFileError, encrypt, is_server_name, send_some, tls_error},
     tunnel::{Discarded, Tunnel},
 };
-use crate::metrics::Counted;
+use crate::{metrics::Counted, sparse::Sparse};
 
 /// Where a backend is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -106,7 +108,7 @@ pub fn shortage(error: &io::Error) -> Option<&'static str> {
     }
 }
 
-/// A leg's transport: a socket of the kernel, or a stream of a connection that others share.
+/// A leg's transport: a socket of the kernel, bare or with TLS, or a stream of a connection that others share.
 ///
 /// Whatever has more to it than a socket is boxed, so that plain sessions are no larger for it.
 #[derive(Debug)]
@@ -117,6 +119,8 @@ pub enum Stream {
     Dialled(TcpStream, Counted),
     /// A Unix-domain socket.
     Unix(UnixStream),
+    /// One of these, encrypted.
+    Tls(Box<Tls>),
     /// A stream of an HTTP/2 connection.
     Multiplexed(Box<Tunnel>),
 }
@@ -125,7 +129,14 @@ pub enum Stream {
 #[derive(Debug)]
 pub enum Last {
     /// Its socket, without its runtime. It stays non-blocking.
-    Socket(OwnedFd, Option<Counted>),
+    Socket {
+        /// The socket.
+        fd: OwnedFd,
+        /// It has a port of ours.
+        port: Option<Counted>,
+        /// What is to go out before its FIN, and the kernel did not take: the end of what TLS had to say.
+        unsent: Box<[u8]>,
+    },
     /// Its stream.
     Tunnel(Box<Tunnel>),
 }
@@ -138,22 +149,39 @@ pub fn unacked(fd: impl AsFd) -> io::Result<usize> {
 impl Stream {
     /// Takes it away from whoever wrote and read.
     pub fn into_last(self) -> io::Result<Last> {
-        Ok(match self {
-            Self::Tcp(stream) => Last::Socket(stream.into_std()?.into(), None),
-            Self::Dialled(stream, counted) => Last::Socket(stream.into_std()?.into(), Some(counted)),
-            Self::Unix(stream) => Last::Socket(stream.into_std()?.into(), None),
-            Self::Multiplexed(tunnel) => Last::Tunnel(tunnel),
-        })
+        let (fd, port) = match self {
+            Self::Tcp(stream) => (stream.into_std()?.into(), None),
+            Self::Dialled(stream, counted) => (stream.into_std()?.into(), Some(counted)),
+            Self::Unix(stream) => (stream.into_std()?.into(), None),
+            Self::Tls(tls) => return tls.into_last(),
+            Self::Multiplexed(tunnel) => return Ok(Last::Tunnel(tunnel)),
+        };
+        Ok(Last::Socket { fd, port, unsent: Box::default() })
     }
 
-    /// Reads into `buffer` at once or not at all; 0 is the peer's FIN.
+    /// Reads into `buffer` at once or not at all; 0 is the peer's FIN, or the end of what TLS can make sense of: the socket is as
+    /// it was, and may be ended in order.
     ///
-    /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left. Whoever reads
-    /// again has passed on what it read before.
+    /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left there. TLS may have
+    /// more all the same, so only `Pending` means that whoever waits is woken. Whoever reads again has passed on what it read before.
     pub fn poll_read_slice(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        static SAID: Sparse = Sparse::new();
         let mut buffer = ReadBuf::new(buffer);
-        ready!(Pin::new(self).poll_read(cx, &mut buffer))?;
+        if let Err(error) = ready!(Pin::new(self).poll_read(cx, &mut buffer)) {
+            let Some(broken) = tls_error(&error) else { return Poll::Ready(Err(error)) };
+            if let Some(unsaid) = SAID.is_due() {
+                tracing::warn!(error = %broken, unsaid, "TLS is broken: nothing more can be read");
+            }
+        }
         Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// What both sides have agreed to use it for, if it is encrypted (ALPN).
+    pub fn protocol(&self) -> Option<&[u8]> {
+        match self {
+            Self::Tls(tls) => tls.protocol(),
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
+        }
     }
 
     /// What is to be done when it can't be read, since what was read before is not passed on yet.
@@ -173,7 +201,7 @@ impl Stream {
     /// How long others bear with it when nobody takes what comes from it; `None`: it is nobody else's.
     pub fn stall_timeout(&self) -> Option<Duration> {
         match self {
-            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) => None,
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) => None,
             Self::Multiplexed(tunnel) => Some(tunnel.stall_timeout()),
         }
     }
@@ -184,6 +212,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_read(cx, buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tls(tls) => tls.poll_read(cx, buffer),
             Self::Multiplexed(tunnel) => {
                 let count = ready!(tunnel.poll_read(cx, buffer.initialize_unfilled()))?;
                 buffer.advance(count);
@@ -198,6 +227,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_write(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tls(tls) => tls.poll_write(cx, bytes),
             Self::Multiplexed(tunnel) => tunnel.poll_write(cx, bytes),
         }
     }
@@ -210,10 +240,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
-            Self::Multiplexed(tunnel) => {
-                let first = bytes.iter().find(|bytes| !bytes.is_empty()).map_or(&[][..], |bytes| bytes);
-                tunnel.poll_write(cx, first)
-            }
+            Self::Tls(tls) => tls.poll_write(cx, first(bytes)),
+            Self::Multiplexed(tunnel) => tunnel.poll_write(cx, first(bytes)),
         }
     }
 
@@ -230,12 +258,17 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(tls) => tls.poll_shutdown(cx),
             Self::Multiplexed(tunnel) => {
                 tunnel.finish();
                 Poll::Ready(Ok(()))
             }
         }
     }
+}
+
+fn first<'a>(bytes: &'a [io::IoSlice<'_>]) -> &'a [u8] {
+    bytes.iter().find(|bytes| !bytes.is_empty()).map_or(&[], |bytes| bytes)
 }
 
 /// A stream in the hands of hyper: it can't be ended, and does not wait for ever for a reader.
@@ -383,4 +416,22 @@ thread_local! {
 /// When called inside itself.
 pub fn with_scratch<R>(user: impl FnOnce(&mut [u8]) -> R) -> R {
     SCRATCH_BUFFER.with_borrow_mut(|buffer| user(buffer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What has more to it than a socket is behind a pointer, so that plain sessions do not pay for it.
+    #[test]
+    fn a_stream_is_as_large_as_a_socket() {
+        #[expect(dead_code, reason = "only its size is of interest")]
+        enum Bare {
+            Tcp(TcpStream),
+            Dialled(TcpStream, Counted),
+            Unix(UnixStream),
+        }
+        assert_eq!(size_of::<Stream>(), size_of::<Bare>());
+        assert_eq!(size_of::<Option<Stream>>(), size_of::<Bare>());
+    }
 }

@@ -106,6 +106,7 @@ impl Context {
                 return self.refusal(Reason::QueueTimeout);
             }
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
+            Error::Tls { .. } => (StatusCode::BAD_GATEWAY, "there is no secure connection to the backend"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
             Error::NoAnswer(_) | Error::NoStream(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
             Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
@@ -116,7 +117,7 @@ impl Context {
 
 /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
 pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str, at: &At) {
-    static SAID: [Sparse; 5] = [const { Sparse::new() }; 5];
+    static SAID: [Sparse; 6] = [const { Sparse::new() }; 6];
     let kind = match error {
         // Said as a client that is turned away, and here with its cause.
         Error::Shortage { .. } => 0,
@@ -125,6 +126,7 @@ pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, re
         Error::Timeout(_) => 2,
         Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => 3,
         Error::Body(_) => 4,
+        Error::Tls { .. } => 5,
     };
     if let Some(unsaid) = SAID[kind].is_due() {
         let backend = at.endpoint();

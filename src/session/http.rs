@@ -395,7 +395,9 @@ impl Context {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
                     Error::Timeout(_) => Handshake::Timeout,
-                    Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => Handshake::BadBackend,
+                    Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => {
+                        Handshake::BadBackend
+                    }
                     Error::Body(_) => Handshake::Invalid,
                 };
                 (result, self.blame(&error, client), None)

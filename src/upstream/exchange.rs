@@ -27,6 +27,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use super::{
     Answer, Config, Connection, Control, Error, Failure, Reply, ReplyBody,
     handshake::{self, First},
+    tls,
 };
 use crate::{
     fields::has_token,
@@ -107,7 +108,11 @@ where
         Some(Ok(Ok(response))) => return Ok((response, driven)),
         // Of what the user gives to hyper here, only the body can fail.
         Some(Ok(Err(error))) if error.is_user() => Error::Body(error),
-        Some(Ok(Err(error))) => Error::NoAnswer(error),
+        // A backend may look at our certificate only then.
+        Some(Ok(Err(error))) => match tls::explain(&error) {
+            Some(what) => Error::Tls { backend: config.address.to_string(), what },
+            None => Error::NoAnswer(error),
+        },
         Some(Err(_)) | None => Error::Timeout("backend did not answer in time"),
     };
     Err(Failure { error, stream: driven.into_parts().map(|(stream, _)| stream) })

@@ -11,6 +11,7 @@ mod handshake;
 mod multiplexed;
 mod open;
 mod routes;
+mod tls;
 mod turns;
 mod ways;
 
@@ -42,6 +43,7 @@ pub use self::{
     endpoints::Load,
     multiplexed::{End, Home, StreamBody},
     routes::{Ambiguous, Pattern, Routes},
+    tls::Tls,
     ways::{Upstreams, Way},
 };
 use self::{
@@ -61,6 +63,8 @@ pub struct Config {
     pub address: Addresses,
     /// How connections to it are used.
     pub pool: Pool,
+    /// Whether, and how, they are encrypted.
+    pub tls: Tls,
     /// How often names are looked up, while clients come.
     pub resolve_interval: Duration,
     /// An endpoint is left alone after so many connects in a row that failed.
@@ -69,7 +73,7 @@ pub struct Config {
     pub eject_time: Duration,
     /// How often each endpoint is looked at, while clients come; `None`: only those that were left alone.
     pub health_interval: Option<Duration>,
-    /// For the TCP connection.
+    /// For the TCP connection, and for its TLS.
     pub connect_timeout: Duration,
     /// For the answer to a WebSocket handshake, once connected.
     pub handshake_timeout: Duration,
@@ -112,6 +116,14 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
+    /// It is connected, and TLS does not come about, or broke before there was an answer.
+    #[error("no TLS with {backend}: {what}")]
+    Tls {
+        /// The backend.
+        backend: String,
+        /// What is wrong, and what may be done about it.
+        what: String,
+    },
     /// Too many others were before it.
     #[error(
         "no turn at the backend within upstream.queue_timeout: more than upstream.max_pending handshakes are under way"
@@ -145,6 +157,7 @@ impl Error {
             Self::Shortage { address, lack, source } => {
                 Self::Shortage { address: address.clone(), lack: *lack, source: copy(source) }
             }
+            Self::Tls { backend, what } => Self::Tls { backend: backend.clone(), what: what.clone() },
             Self::QueueTimeout => Self::QueueTimeout,
             Self::Timeout(what) => Self::Timeout(what),
             Self::BadAccept(what) => Self::BadAccept(what),

@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 use super::{
     Control, Error, Failure, Inner, Upstream,
     endpoints::{Endpoint, Load, Looks, Nobody},
+    tls::{self, Speaks},
     turns::Begun,
 };
 use crate::{
@@ -76,12 +77,12 @@ impl Upstream {
             let pending = Counted::new(metrics.upstream_pending(is_handshake));
             control.begun.store(true, Ordering::Relaxed);
             let begun = endpoint.connects.begin();
-            match self.dial(&endpoint, &mut attempts, config.connect_timeout).await {
+            match self.dial(&endpoint, &mut attempts, config.connect_timeout, Speaks::Http1).await {
                 Ok(stream) => {
                     control.connected.store(true, Ordering::Relaxed);
                     return Ok(Opened { stream, load, turn, begun, _pending: pending });
                 }
-                Err(Some(error)) => return Err(error.into()),
+                Err(Some(failure)) => return Err(failure),
                 Err(None) => {
                     control.begun.store(false, Ordering::Relaxed);
                     control.end_turn();
@@ -91,13 +92,13 @@ impl Upstream {
     }
 
     /// A connection, within `connect_timeout`, to any endpoint that takes one.
-    pub async fn connect(&self) -> Result<Stream, Error> {
+    pub async fn connect(&self) -> Result<Stream, Failure> {
         let mut attempts = self.attempts();
         loop {
             let load = self.pick(&mut attempts).await?;
-            match self.dial(load.get(), &mut attempts, self.inner.config.connect_timeout).await {
+            match self.dial(load.get(), &mut attempts, self.inner.config.connect_timeout, Speaks::Http1).await {
                 Ok(stream) => return Ok(stream),
-                Err(Some(error)) => return Err(error),
+                Err(Some(failure)) => return Err(failure),
                 Err(None) => {}
             }
         }
@@ -128,13 +129,15 @@ impl Upstream {
         self.inner.config.address.as_slice().first().cloned().expect("there is one address at least")
     }
 
-    /// Connects to an endpoint. `Err(None)`: in vain, and another one may be tried.
+    /// Connects to an endpoint. `Err(None)`: in vain, and another one may be tried; not one that is there, but whose TLS does not
+    /// come about: that is a mistake to be seen, and its socket has to be ended.
     pub(super) async fn dial(
         &self,
         endpoint: &Arc<Endpoint>,
         attempts: &mut Attempts,
         whole: Duration,
-    ) -> Result<Stream, Option<Error>> {
+        speaks: Speaks,
+    ) -> Result<Stream, Option<Failure>> {
         let Inner { config, socket, endpoints, sources, metrics, .. } = &*self.inner;
         attempts.tried.push(Arc::clone(endpoint));
         let has_another = endpoints.has_another(&attempts.tried, false);
@@ -148,7 +151,8 @@ impl Upstream {
         let (error, may_retry) = match dialled {
             Ok(Ok(stream)) => {
                 endpoints.heard(endpoint, Ok(()), config);
-                return Ok(stream);
+                let deadline = Instant::now() + attempts.left;
+                return tls::secure(stream, endpoint.address(), config, speaks, deadline).await.map_err(Some);
             }
             Ok(Err(DialError::Io(source))) => {
                 endpoints.heard(endpoint, Err(&source), config);
@@ -168,7 +172,7 @@ impl Upstream {
             metrics.upstream_retries.inc();
             return Err(None);
         }
-        Err(Some(error))
+        Err(Some(error.into()))
     }
 
     /// Says it once when four fifths of the ports are in use, and again only after they were not for a while.

@@ -774,49 +774,58 @@ fn a_stalled_client_is_let_go() {
     assert_eq!((backend.closes(), backend.end), (vec![1001], End::Fin), "{backend:?}");
 }
 
-/// The same rows where the backend's leg is a stream of an HTTP/2 connection.
-mod multiplexed {
-    use crate::harness::scene::multiplexed;
-
-    macro_rules! rows {
-        ($($row:ident),* $(,)?) => {
+/// The same rows where the backend's leg is something else than a bare socket.
+macro_rules! rows {
+    ($($row:ident),* $(,)?) => {
+        /// A stream of an HTTP/2 connection.
+        mod multiplexed {
             $(
                 #[test]
                 fn $row() {
-                    multiplexed(super::$row);
+                    crate::harness::scene::multiplexed(super::$row);
                 }
             )*
-        };
-    }
+        }
 
-    rows!(
-        client_close_is_answered_by_the_backend,
-        backend_end_without_close_gives_1012,
-        client_reset_becomes_1001_for_the_backend,
-        drain_closes_with_1001,
-        a_talkative_client_is_not_reset,
-        a_client_that_never_answers_is_lingered_for,
-        closes_pass_verbatim_and_at_once,
-        an_unanswered_client_gets_an_echo,
-        a_client_that_does_not_wait,
-        the_delay_ends_with_the_backend,
-        a_client_that_closes_its_socket_is_normal,
-        nothing_passes_after_a_close,
-        a_backend_that_closes,
-        an_unanswered_backend_gets_an_echo,
-        both_close_at_once,
-        codes_are_configurable,
-        a_silent_side_is_found,
-        pings_of_the_peers_pass,
-        a_drain_goes_upstream_first,
-        a_close_in_pieces_is_found,
-        a_second_signal_hurries,
-        a_client_that_breaks_a_rule,
-        an_invalid_close_is_not_passed_on,
-        a_backend_that_breaks_a_rule,
-        a_backend_that_dies_inside_a_frame,
-        a_client_that_dies_inside_a_frame,
-        a_held_frame_is_released,
-        a_stalled_client_is_let_go,
-    );
+        /// TLS. At its end `close_notify` comes before each FIN.
+        mod encrypted {
+            $(
+                #[test]
+                fn $row() {
+                    crate::harness::scene::encrypted(super::$row);
+                }
+            )*
+        }
+    };
 }
+
+rows!(
+    client_close_is_answered_by_the_backend,
+    backend_end_without_close_gives_1012,
+    client_reset_becomes_1001_for_the_backend,
+    drain_closes_with_1001,
+    a_talkative_client_is_not_reset,
+    a_client_that_never_answers_is_lingered_for,
+    closes_pass_verbatim_and_at_once,
+    an_unanswered_client_gets_an_echo,
+    a_client_that_does_not_wait,
+    the_delay_ends_with_the_backend,
+    a_client_that_closes_its_socket_is_normal,
+    nothing_passes_after_a_close,
+    a_backend_that_closes,
+    an_unanswered_backend_gets_an_echo,
+    both_close_at_once,
+    codes_are_configurable,
+    a_silent_side_is_found,
+    pings_of_the_peers_pass,
+    a_drain_goes_upstream_first,
+    a_close_in_pieces_is_found,
+    a_second_signal_hurries,
+    a_client_that_breaks_a_rule,
+    an_invalid_close_is_not_passed_on,
+    a_backend_that_breaks_a_rule,
+    a_backend_that_dies_inside_a_frame,
+    a_client_that_dies_inside_a_frame,
+    a_held_frame_is_released,
+    a_stalled_client_is_let_go,
+);

@@ -25,3 +25,4 @@ mod resources;
 mod restart;
 mod routes;
 mod spike;
+mod tls;

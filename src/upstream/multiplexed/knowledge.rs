@@ -24,6 +24,9 @@ pub(in crate::upstream) enum Without {
     /// What it said was none, or it closed the connection.
     #[error("it does not speak HTTP/2")]
     Http2,
+    /// Of what TLS offered it took something else, or did not say (RFC 9113 3.3).
+    #[error("it agrees on no HTTP/2 (ALPN)")]
+    Alpn,
     /// Nothing came.
     #[error("it sent no HTTP/2 SETTINGS within 2s")]
     Settings,

@@ -26,6 +26,7 @@ use http::{
         AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, HeaderValue, SEC_WEBSOCKET_ACCEPT,
         SEC_WEBSOCKET_KEY, UPGRADE,
     },
+    uri::Scheme,
 };
 use http_body::{Body, Frame};
 use tokio::{
@@ -37,7 +38,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(super) use self::knowledge::Knowledge;
 use self::{connection::Connection, knowledge::Without};
-use super::{Answer, Control, Error, Failure, Inner, Placed, Reply, ReplyBody, Upstream, endpoints::Endpoint};
+use super::{
+    Answer, Control, Error, Failure, Inner, Placed, Reply, ReplyBody, Upstream,
+    endpoints::Endpoint,
+    tls::{Speaks, may_be_http2},
+};
 use crate::{
     drain::Drain,
     metrics::Counted,
@@ -118,7 +123,8 @@ impl Upstream {
     /// Tries a handshake on a stream of a shared connection, in its turn, if the backend is not known to be unable. Nothing is lost
     /// when it is dropped before the exchange has begun.
     pub(super) async fn multiplexed(&self, request: &Request<()>, home: &Home, control: &Control) -> Outcome {
-        let Some(bridged) = bridge(request) else { return Outcome::Dedicated(Doubt::NONE) };
+        let scheme = if self.config().tls.is_on { Scheme::HTTPS } else { Scheme::HTTP };
+        let Some(bridged) = bridge(request, scheme) else { return Outcome::Dedicated(Doubt::NONE) };
         let multiplexed = self.of_this_worker(home);
         let deadline = self.deadline();
         let mut attempts = self.attempts();
@@ -284,8 +290,8 @@ fn is_of_the_application(status: StatusCode) -> bool {
         )
 }
 
-/// A handshake of HTTP/1.1 as one of HTTP/2 (RFC 8441 5), toward a connection without TLS; `None`: its Host can't be said there.
-fn bridge(request: &Request<()>) -> Option<Request<()>> {
+/// A handshake of HTTP/1.1 as one of HTTP/2 (RFC 8441 5); `None`: its Host can't be said there.
+fn bridge(request: &Request<()>, scheme: Scheme) -> Option<Request<()>> {
     let mut headers = request.headers().clone();
     let host = headers.remove(HOST)?;
     for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_KEY] {
@@ -299,7 +305,7 @@ fn bridge(request: &Request<()>) -> Option<Request<()>> {
     let mut bridged = Request::new(());
     *bridged.method_mut() = Method::CONNECT;
     *bridged.uri_mut() =
-        Uri::builder().scheme("http").authority(host.as_bytes()).path_and_query(target).build().ok()?;
+        Uri::builder().scheme(scheme).authority(host.as_bytes()).path_and_query(target).build().ok()?;
     *bridged.version_mut() = Version::HTTP_2;
     *bridged.headers_mut() = headers;
     bridged.extensions_mut().insert(Protocol::from_static("websocket"));
@@ -411,9 +417,24 @@ impl Connector<Key> for Opener {
         let (Key(endpoint), config) = (key, upstream.config());
         let turn = endpoint.connects.next(upstream.deadline()).await.ok_or(Error::QueueTimeout)?;
         let begun = endpoint.connects.begin();
-        let dialled = upstream.dial(endpoint, &mut upstream.attempts(), config.connect_timeout).await;
-        let stream = dialled.map_err(|error| error.map_or(Fault::Elsewhere, Fault::Backend))?;
+        let dialled = upstream.dial(endpoint, &mut upstream.attempts(), config.connect_timeout, Speaks::Http2).await;
+        let stream = dialled.map_err(|failure| match failure {
+            None => Fault::Elsewhere,
+            Some(Failure { error, stream }) => {
+                if let Some(stream) = stream {
+                    (self.home.end)(stream);
+                }
+                Fault::Backend(error)
+            }
+        })?;
         let connected = endpoint.connects.connected(turn, begun);
+        if !may_be_http2(&stream) {
+            connected.was_accepted();
+            // Nothing was said on it, but several may wait for it: those who come next have one of their own each.
+            (self.home.end)(stream);
+            endpoint.knowledge.remember(endpoint.name(), Without::Alpn);
+            return Err(Without::Alpn.into());
+        }
         let opened = connection::open(stream, config, endpoint, &self.home, reports).await;
         if !matches!(opened, Err(Without::Settings)) {
             connected.was_accepted();

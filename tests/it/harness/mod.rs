@@ -7,6 +7,7 @@
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
 //! - [`front`]: the same on streams of HTTP/2 connections.
+//! - [`tls`]: the same over TLS.
 //! - [`cgroup`]: little memory for one process.
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
@@ -28,6 +29,7 @@ pub mod proxy;
 pub mod report;
 pub mod scene;
 pub mod talk;
+pub mod tls;
 pub mod transcript;
 pub mod visit;
 pub mod ws;

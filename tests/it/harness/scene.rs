@@ -21,6 +21,7 @@ use super::{
     peer::{Peer, Role},
     proxy::Proxy,
     report,
+    tls::{self, TlsFront},
     transcript::Transcript,
 };
 use futures_util::future::join_all;
@@ -50,6 +51,7 @@ pub struct Dial {
 
 std::thread_local! {
     static MULTIPLEXED: Cell<bool> = const { Cell::new(false) };
+    static ENCRYPTED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs a test whose scenes have their backend's connections on streams of HTTP/2.
@@ -57,6 +59,13 @@ pub fn multiplexed(test: impl FnOnce()) {
     MULTIPLEXED.set(true);
     test();
     MULTIPLEXED.set(false);
+}
+
+/// Runs a test whose scenes have TLS in front of their backends.
+pub fn encrypted(test: impl FnOnce()) {
+    ENCRYPTED.set(true);
+    test();
+    ENCRYPTED.set(false);
 }
 
 /// So that connections end with the last of their sessions, which is when a test looks.
@@ -70,6 +79,7 @@ pub struct SceneBuilder {
     middle: Kind,
     options: Options,
     manners: Option<Manners>,
+    tls: Option<tls::Manners>,
     start_backend: Box<StartBackend>,
 }
 
@@ -95,6 +105,7 @@ impl SceneBuilder {
             middle,
             options,
             manners: MULTIPLEXED.get().then(Manners::default),
+            tls: ENCRYPTED.get().then(tls::Manners::default),
             start_backend: Box::new(|lab, options| Backend::start(lab, options, backend::echo)),
         }
     }
@@ -130,6 +141,13 @@ impl SceneBuilder {
         self
     }
 
+    /// The backend's connections come by a [`TlsFront`].
+    #[must_use]
+    pub fn tls(mut self, manners: tls::Manners) -> Self {
+        self.tls = Some(manners);
+        self
+    }
+
     pub fn start(mut self) -> Scene {
         if self.manners.is_some() && !self.settings.contains("pool") {
             self.settings = format!("{SHARED}\n{}", self.settings);
@@ -141,13 +159,18 @@ impl SceneBuilder {
         let backend = (self.start_backend)(&lab, options);
         let front = self.manners.map(|manners| Front::start(&lab, manners, backend.address));
         let address = front.as_ref().map_or(backend.address, |front| front.address);
+        let tls = self.tls.map(|manners| TlsFront::start(&lab, manners, address));
+        let address = tls.as_ref().map_or(address, |tls| tls.address);
+        if let Some(tls) = tls.as_ref().filter(|_| !self.settings.contains("tls_ca")) {
+            self.settings = format!("{}{}", tls.settings(), self.settings);
+        }
         let middle = match self.middle {
             Kind::Tidegate => Middle::Tidegate(Proxy::start(&lab, &self.settings, address, started)),
             Kind::Direct => Middle::Direct,
             Kind::Copy => Middle::Copy(CopyRelay::start(&lab, address)),
         };
         let (seed, clients) = (options.seed, Mutex::default());
-        Scene { middle, front, backend, seed, started, baseline, clients, lab }
+        Scene { middle, tls, front, backend, seed, started, baseline, clients, lab }
     }
 }
 
@@ -171,6 +194,7 @@ enum Middle {
 #[derive(Debug)]
 pub struct Scene {
     middle: Middle,
+    tls: Option<TlsFront>,
     front: Option<Front>,
     backend: Backend,
     seed: u64,
@@ -216,6 +240,11 @@ impl Scene {
     #[track_caller]
     pub fn front(&self) -> &Front {
         self.front.as_ref().expect("a scene with HTTP/2 in front of its backend")
+    }
+
+    #[track_caller]
+    pub fn tls(&self) -> &TlsFront {
+        self.tls.as_ref().expect("a scene with TLS in front of its backend")
     }
 
     /// What the backend knows of its nth connection, as soon as it is accepted.
@@ -312,6 +341,13 @@ impl Scene {
             let seen = front.seen();
             assert!(seen.plain == 0 && seen.all_streams() > 0, "not on streams: {seen:?}");
             assert!(seen.ended.len() == seen.streams.len() && seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
+        }
+        if let Some(tls) = self.tls.as_ref().filter(|_| ENCRYPTED.get()) {
+            // Each connection is over: its FIN had come, so close_notify had.
+            let seen = tls.seen_when("the end of its connections", |seen| {
+                seen.notified + seen.truncated + seen.reset == seen.protocols.len()
+            });
+            assert!(!seen.protocols.is_empty() && seen.truncated == 0, "{seen:?}");
         }
         let counters = self.counters(Side::Proxy);
         // An EstabResets is also a RST that was received: it proves something where no peer sent any.

@@ -1,0 +1,416 @@
+//! TLS over a socket, on either side of it: what goes through is encrypted, and nothing else is different about the leg.
+//!
+//! - What was taken is in the kernel: rustls keeps nothing that was written, so that whoever waits for a slow reader, or says that
+//!   something is sent, is as right as with a bare socket.
+//! - A FIN is a FIN, whether `close_notify` came before it or not. What that protects from, an end that somebody else made, is seen
+//!   by whoever counts frames, or the bytes of a body.
+//! - At its end `close_notify` goes out, and then it is a socket like any other, with the same last wait.
+//!
+//! Not here: which files are used (`config/`), what backends are asked for (`upstream/`), and a way around verification.
+
+use std::{
+    error::Error,
+    fmt, fs, io,
+    io::Read as _,
+    path::Path,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
+};
+
+use rustix::net::{SendFlags, send};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, timeout_at},
+};
+use tokio_rustls::{
+    TlsConnector, TlsStream,
+    rustls::{
+        self, ClientConfig, RootCertStore,
+        crypto::ring,
+        pki_types::{
+            CertificateDer, PrivateKeyDer, ServerName, TrustAnchor,
+            pem::{self, PemObject},
+        },
+    },
+};
+
+use super::{Last, Stream};
+
+/// What is encrypted at once: the plaintext of one record (RFC 8446 5.1).
+const RECORD: usize = 16 * 1024;
+
+/// What rustls may have waiting to be sent: one record. More is never given to it.
+const BUFFER: usize = 2 * RECORD;
+
+/// The largest file that is read.
+const FILE_BYTES: u64 = 4 << 20;
+
+/// A leg that is encrypted.
+#[derive(Debug)]
+pub struct Tls {
+    stream: TlsStream<Raw>,
+    /// Bytes that were encrypted and whose writer was not told so, since not all of them are in the kernel. It comes again with the
+    /// same bytes.
+    owed: usize,
+    /// Why nothing more can be read or written, though the socket may be as it should.
+    broken: Option<rustls::Error>,
+}
+
+/// The socket below. While a handshake is under way it comes back when it is dropped.
+struct Raw {
+    /// `None` only when it was given back.
+    stream: Option<Stream>,
+    back: Option<Arc<Mutex<Option<Stream>>>>,
+}
+
+/// Who we are toward servers, and whom we believe.
+#[derive(Clone)]
+pub struct TlsClient {
+    config: Arc<ClientConfig>,
+    given: Arc<Given>,
+}
+
+/// What a [`TlsClient`] was made of.
+#[derive(PartialEq, Eq)]
+struct Given {
+    roots: Vec<TrustAnchor<'static>>,
+    identity: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+}
+
+/// A file that a [`TlsClient`] is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsFile {
+    /// Whom we believe.
+    Roots,
+    /// Our certificate, and those between it and its root.
+    Certificate,
+    /// Its key.
+    Key,
+}
+
+/// Why a file is of no use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFileError {
+    /// Which.
+    pub file: TlsFile,
+    /// What is wrong, to follow on its name.
+    pub what: String,
+    /// What to do.
+    pub fix: String,
+}
+
+impl TlsClient {
+    /// Of PEM files. `roots`: whom to believe, `None`: whom the host believes. `identity`: our certificate and its key, for servers
+    /// that ask for one.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the files.
+    pub fn load(roots: Option<&Path>, identity: Option<(&Path, &Path)>) -> Result<Self, Vec<TlsFileError>> {
+        let store = match roots {
+            Some(path) => roots_of(path),
+            None => host_roots(),
+        };
+        let identity = identity.map(|(certificate, key)| (certificates(certificate), private_key(key)));
+        let (store, identity) = match (store, identity) {
+            (Ok(store), None) => (store, None),
+            (Ok(store), Some((Ok(chain), Ok(key)))) => (store, Some((chain, key))),
+            (store, identity) => {
+                let (chain, key) = identity.map_or((None, None), |(chain, key)| (chain.err(), key.err()));
+                return Err([store.err(), chain, key].into_iter().flatten().collect());
+            }
+        };
+        let given = Given { roots: store.roots.clone(), identity };
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("ring has cipher suites for all versions")
+            .with_root_certificates(store);
+        let config = match &given.identity {
+            None => builder.with_no_client_auth(),
+            Some((chain, key)) => builder.with_client_auth_cert(chain.clone(), key.clone_key()).map_err(|error| {
+                let what = format!("is no key that can be used with the certificate: {error}");
+                vec![mistake(TlsFile::Key, what, "name the key that the certificate was made for")]
+            })?,
+        };
+        Ok(Self { config: Arc::new(config), given: Arc::new(given) })
+    }
+}
+
+impl PartialEq for TlsClient {
+    /// The same files, as far as what is in them goes.
+    fn eq(&self, other: &Self) -> bool {
+        self.given == other.given
+    }
+}
+
+impl Eq for TlsClient {}
+
+impl fmt::Debug for TlsClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Given { roots, identity } = &*self.given;
+        f.debug_struct("TlsClient")
+            .field("roots", &roots.len())
+            .field("identity", &identity.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+fn mistake(file: TlsFile, what: impl Into<String>, fix: impl Into<String>) -> TlsFileError {
+    TlsFileError { file, what: what.into(), fix: fix.into() }
+}
+
+fn read(file: TlsFile, path: &Path) -> Result<Vec<u8>, TlsFileError> {
+    let unreadable = |error: io::Error| {
+        let fix = "name a file in PEM that this process may read";
+        mistake(file, format!("cannot be read: {}: {error}", path.display()), fix)
+    };
+    let metadata = fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() || metadata.len() > FILE_BYTES {
+        let what = format!("is no regular file of at most 4 MiB: {}", path.display());
+        return Err(mistake(file, what, "name a file in PEM"));
+    }
+    let mut bytes = Vec::new();
+    // It may have grown.
+    fs::File::open(path).and_then(|open| open.take(FILE_BYTES).read_to_end(&mut bytes)).map_err(unreadable)?;
+    Ok(bytes)
+}
+
+fn no_pem(file: TlsFile, path: &Path, error: &pem::Error) -> TlsFileError {
+    let (noun, label) = match file {
+        TlsFile::Roots | TlsFile::Certificate => ("certificate", "CERTIFICATE"),
+        TlsFile::Key => ("private key without a password", "PRIVATE KEY"),
+    };
+    let what = format!("has no {noun} in PEM: {}: {error}", path.display());
+    mistake(file, what, format!("name a file with -----BEGIN {label}----- in it"))
+}
+
+fn certificates_in(file: TlsFile, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsFileError> {
+    let bytes = read(file, path)?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+    match certificates {
+        Ok(certificates) if certificates.is_empty() => Err(no_pem(file, path, &pem::Error::NoItemsFound)),
+        certificates => certificates.map_err(|error| no_pem(file, path, &error)),
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsFileError> {
+    certificates_in(TlsFile::Certificate, path)
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsFileError> {
+    let bytes = read(TlsFile::Key, path)?;
+    PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| no_pem(TlsFile::Key, path, &error))
+}
+
+fn roots_of(path: &Path) -> Result<RootCertStore, TlsFileError> {
+    let mut store = RootCertStore::empty();
+    for (index, certificate) in certificates_in(TlsFile::Roots, path)?.into_iter().enumerate() {
+        store.add(certificate).map_err(|error| {
+            let what = format!("has a certificate, number {}, that is no root: {}: {error}", index + 1, path.display());
+            mistake(TlsFile::Roots, what, "name the certificates of those who sign the backend's")
+        })?;
+    }
+    Ok(store)
+}
+
+/// Those that can't be used are passed over: a host may have some that are older than X.509 v3.
+fn host_roots() -> Result<RootCertStore, TlsFileError> {
+    let mut store = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    let (usable, _) = store.add_parsable_certificates(found.certs);
+    if usable == 0 {
+        let why = found.errors.first().map_or_else(String::new, |error| format!(": {error}"));
+        let fix = "name a file with the certificates of those who sign the backend's, or install this host's (ca-certificates)";
+        return Err(mistake(TlsFile::Roots, format!("is not set, and this host has no roots{why}"), fix));
+    }
+    Ok(store)
+}
+
+/// A certificate can be for this: a name as in DNS, or an IP address.
+pub fn is_server_name(text: &str) -> bool {
+    ServerName::try_from(text).is_ok()
+}
+
+/// What TLS itself has to say in an error; `None`: it is about something else.
+pub fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<rustls::Error>() {
+            return Some(found);
+        }
+        // An io::Error leaves out what it wraps itself.
+        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+/// Encrypts a connection, as its client. `protocols`: what it may be used for, as in ALPN.
+///
+/// # Errors
+///
+/// With the socket, as far as it is there: the server may have seen something of it, so it is to be ended in order. What TLS says
+/// is found by [`tls_error`]; `TimedOut`: `deadline` has passed.
+pub async fn encrypt(
+    stream: Stream,
+    client: &TlsClient,
+    server: ServerName<'static>,
+    protocols: &[&[u8]],
+    deadline: Instant,
+) -> Result<Stream, (io::Error, Option<Stream>)> {
+    let back = Arc::new(Mutex::new(None));
+    let raw = Raw { stream: Some(stream), back: Some(Arc::clone(&back)) };
+    let connector = TlsConnector::from(Arc::clone(&client.config));
+    let protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    let connect = connector.with_alpn(protocols).connect_with(server, raw, |session| {
+        session.set_buffer_limit(Some(BUFFER));
+    });
+    // The socket is back when this is over.
+    let result = match timeout_at(deadline, connect).await {
+        Ok(Ok(mut stream)) => {
+            stream.get_mut().0.back = None;
+            let tls = Tls { stream: stream.into(), owed: 0, broken: None };
+            return Ok(Stream::Tls(Box::new(tls)));
+        }
+        Ok(Err(error)) => error,
+        Err(_) => io::ErrorKind::TimedOut.into(),
+    };
+    let stream = back.lock().unwrap_or_else(PoisonError::into_inner).take();
+    Err((result, stream))
+}
+
+impl Tls {
+    /// What both sides have agreed to use it for (ALPN).
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.stream.get_ref().1.alpn_protocol()
+    }
+
+    /// Behind what it has not sent yet `close_notify` goes out, as far as the kernel takes it; what it does not is left for the last
+    /// wait, a record at most.
+    ///
+    /// "Each party MUST send a `close_notify` alert before closing its write side of the connection, unless it has already sent some
+    /// error alert" (RFC 8446 6.1).
+    pub(super) fn into_last(self) -> io::Result<Last> {
+        let (mut raw, mut session) = match self.stream {
+            TlsStream::Client(stream) => {
+                let (raw, session) = stream.into_inner();
+                (raw, rustls::Connection::from(session))
+            }
+            TlsStream::Server(stream) => {
+                let (raw, session) = stream.into_inner();
+                (raw, rustls::Connection::from(session))
+            }
+        };
+        session.send_close_notify();
+        let mut unsent = Vec::new();
+        while session.wants_write() {
+            session.write_tls(&mut unsent)?;
+        }
+        let stream = raw.stream.take().ok_or(io::ErrorKind::NotConnected)?;
+        Ok(match stream.into_last()? {
+            Last::Socket { fd, port, .. } => Last::Socket { unsent: send_some(&fd, unsent.into()), fd, port },
+            tunnel @ Last::Tunnel(_) => tunnel,
+        })
+    }
+
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(broken) = &self.broken {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, broken.clone())));
+        }
+        let Err(error) = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer)) else { return Poll::Ready(Ok(())) };
+        // A FIN without close_notify.
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            return Poll::Ready(Ok(()));
+        }
+        // rustls says it once.
+        self.broken = tls_error(&error).cloned();
+        Poll::Ready(Err(error))
+    }
+
+    /// Takes a record at most. Whoever gets `Pending` is to come again with the same bytes, more may be behind them.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.broken.is_some() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if self.owed == 0 {
+            self.owed = ready!(Pin::new(&mut self.stream).poll_write(cx, &bytes[..bytes.len().min(RECORD)]))?;
+        }
+        debug_assert!(bytes.len() >= self.owed, "not the bytes that were written before");
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        Poll::Ready(Ok(std::mem::take(&mut self.owed).min(bytes.len())))
+    }
+
+    pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Sends what the kernel takes at once; gives what it does not.
+pub fn send_some(fd: &std::os::fd::OwnedFd, bytes: Box<[u8]>) -> Box<[u8]> {
+    let mut at = 0;
+    while at < bytes.len() {
+        match send(fd, &bytes[at..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(sent) => at += sent,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => break,
+            // Nobody will have the rest.
+            Err(_) => return Box::default(),
+        }
+    }
+    if at == 0 { bytes } else { bytes[at..].into() }
+}
+
+impl Raw {
+    fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(back) = &self.back {
+            *back.lock().unwrap_or_else(PoisonError::into_inner) = self.stream.take();
+        }
+    }
+}
+
+impl fmt::Debug for Raw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.stream.fmt(f)
+    }
+}
+
+impl AsyncRead for Raw {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().stream()?.poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Raw {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.get_mut().stream()?.poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().stream()?.poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().stream()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().stream()?.poll_shutdown(cx)
+    }
+}
