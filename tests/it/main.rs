@@ -20,6 +20,7 @@ mod linger;
 mod listeners;
 mod memory;
 mod multiplexed;
+mod pool_bursts;
 mod reload;
 mod resources;
 mod restart;
