@@ -333,6 +333,8 @@ impl Reload {
         });
         match reloaded {
             Ok(config::Reloaded { settings, file, applied, restart_required, findings, .. }) => {
+                self.apply(settings);
+                // Only now: whoever reads it may count on it.
                 info!(
                     by = by.as_str(),
                     file,
@@ -345,7 +347,6 @@ impl Reload {
                 }
                 self.metrics().reload(ReloadResult::Applied);
                 self.metrics().restart_required.set(i64::try_from(restart_required.len()).unwrap_or(i64::MAX));
-                self.apply(settings);
                 let findings = findings.iter().map(Said::from).collect();
                 let result = ReloadResult::Applied.as_str();
                 let report = Report { result, file, applied, restart_required, findings, ..Report::default() };

@@ -50,9 +50,8 @@ async fn assert_all_echo(members: &mut [Member]) {
 
 /// All of them leave, in order.
 async fn leave_all(members: Vec<Member>) {
-    let count = members.len();
     let ends = join_all(members.into_iter().map(leave)).await;
-    assert_eq!(tally(ends), BTreeMap::from([(Outcome::Served, count)]));
+    assert!(ends.iter().all(|end| *end == Outcome::Served), "{:?}", tally(ends));
 }
 
 /// Comes again and again until there is a session; who is refused until then is told so. How long that took.
