@@ -130,6 +130,8 @@ pub struct Metrics {
     pub upstream_retries: Counter,
     /// Endpoints that took no connections any more.
     pub upstream_ejections: Counter,
+    /// Requests whose path can be read as one of another route.
+    pub ambiguous_paths: Counter,
     /// Sessions that are being relayed.
     pub sessions: Gauge,
     /// Client connections, those in their handshake included.
@@ -206,6 +208,7 @@ impl Metrics {
             upstream_endpoints: ["active", "ejected"].map(|state| endpoints.get_or_create(&[("state", state)]).clone()),
             upstream_retries: Counter::default(),
             upstream_ejections: Counter::default(),
+            ambiguous_paths: Counter::default(),
             sessions: Gauge::default(),
             connections: Gauge::default(),
             connections_queued: Gauge::default(),
@@ -263,6 +266,8 @@ impl Metrics {
         registry.register("upstream_retries", help, metrics.upstream_retries.clone());
         let help = "Endpoints that got no clients for a while, since they took no connections";
         registry.register("upstream_ejections", help, metrics.upstream_ejections.clone());
+        let help = "Requests that got 400, since their path can be read as one of another route";
+        registry.register("ambiguous_paths", help, metrics.ambiguous_paths.clone());
         let help = "TCP connections to the backend, each with a port of this host";
         registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
         let help = "Ports for connections to the backend; 0: no limit is known";
@@ -436,6 +441,45 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+/// Ports of this host toward one endpoint, of open connections.
+#[derive(Debug)]
+pub struct Ports {
+    here: AtomicU64,
+    all: Gauge,
+}
+
+impl Ports {
+    /// None yet. They are counted with those toward all others, too.
+    pub fn new(metrics: &Metrics) -> Arc<Self> {
+        Arc::new(Self { here: AtomicU64::new(0), all: metrics.upstream_ports.clone() })
+    }
+
+    /// How many there are.
+    pub fn in_use(&self) -> u64 {
+        self.here.load(Ordering::Relaxed)
+    }
+}
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+pub struct Port(Arc<Ports>);
+
+impl Port {
+    /// Counts up.
+    pub fn new(ports: &Arc<Ports>) -> Self {
+        ports.here.fetch_add(1, Ordering::Relaxed);
+        ports.all.inc();
+        Self(Arc::clone(ports))
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.0.here.fetch_sub(1, Ordering::Relaxed);
+        self.0.all.dec();
     }
 }
 

@@ -36,7 +36,7 @@ use crate::{
     metrics::Metrics,
     net::{Kept, Stream},
     side::Side,
-    upstream::{self, Upstreams},
+    upstream::{self, EndpointState, Upstreams},
 };
 
 /// Connections at once, from other hosts and from this one; a further one is closed. They are short: one request each. Nobody elsewhere can
@@ -54,6 +54,9 @@ const READINESS_AGE: Duration = Duration::from_secs(5);
 /// asks it, also when only the backend is restarted. An `httpGet` hook comes from the node, and so from elsewhere.
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
+
+/// That are listed: a name may have hundreds.
+const MAX_ENDPOINTS: usize = 64;
 
 /// For the backend's side of the end of a look at it, and for who is not served.
 const BRIEF: Patience = Patience { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
@@ -106,6 +109,10 @@ struct Status {
     connections: i64,
     /// Sockets after our FIN.
     lingering: i64,
+    /// So many of them, those that take no connections first.
+    endpoints: Vec<EndpointState>,
+    /// How many there are besides.
+    more_endpoints: usize,
 }
 
 /// One request, and where it came from.
@@ -270,6 +277,7 @@ impl Admin {
 
     fn status(&self, code: StatusCode) -> Response<Full<Bytes>> {
         let status = self.control.status();
+        let (endpoints, more_endpoints) = self.parts.borrow().upstreams.endpoints(MAX_ENDPOINTS);
         let now = Instant::now();
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let status = Status {
@@ -282,6 +290,8 @@ impl Admin {
             sessions: self.metrics.sessions.get(),
             connections: self.metrics.connections.get(),
             lingering: self.metrics.lingering.get(),
+            endpoints,
+            more_endpoints,
         };
         let mut text = serde_json::to_string(&status).expect("numbers and texts are JSON");
         text.push('\n');
@@ -330,7 +340,7 @@ impl Admin {
     async fn dial(&self, upstreams: &Upstreams) -> Result<(), String> {
         let (stream, result) = match upstreams.otherwise().connect().await {
             Ok(stream) => (Some(stream), Ok(())),
-            Err(upstream::Failure { error, stream }) => (stream, Err(error.to_string())),
+            Err(upstream::Failure { error, stream }) => (stream, Err(format!("[upstream]: {error}"))),
         };
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.

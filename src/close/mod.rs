@@ -36,7 +36,7 @@ use tokio::{
 
 use crate::{
     admission::{Admission, Place, Spares},
-    metrics::{Counted, Metrics},
+    metrics::{Counted, Metrics, Port},
     net::{self, Last, Poller, Stream, send_some, with_scratch},
     side::Side,
     sparse::Sparse,
@@ -146,7 +146,7 @@ struct Socket {
     side: Side,
     wait: Wait,
     keeps: Keeps,
-    _port: Option<Counted>,
+    _port: Option<Port>,
     _counted: Option<Counted>,
 }
 

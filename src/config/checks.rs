@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     net::{Address, TlsFile, TlsFileError},
-    upstream::Addresses,
+    upstream::{Addresses, Mode},
 };
 
 /// Where the values came from.
@@ -41,6 +41,8 @@ const PROXIES: Name = name("http", "trusted_proxies");
 const MAX_MESSAGE: Name = name("websocket", "max_message");
 pub(super) const MAX_FRAME: Name = name("websocket", "max_frame");
 const PING_INTERVAL: Name = name("websocket", "ping_interval");
+const WRITE_TIMEOUT: Name = name("websocket", "write_timeout");
+const STALL_TIMEOUT: Name = name("pool", "stall_timeout");
 const LINGER: Name = name("close", "linger");
 const LINGER_MAX: Name = name("close", "linger_max");
 
@@ -232,12 +234,38 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
         findings.push(Finding::error(what, place, fix));
     }
 
+    slow_clients(settings, origins, findings);
+
     if relay.ping_interval >= Duration::from_mins(1) {
         findings.push(Finding::warning(
             format!("`websocket.ping_interval` is {}", format_duration(relay.ping_interval)),
             origins.place(PING_INTERVAL),
             "most load balancers cut what was silent for 60s: use \"25s\", unless none is in between",
         ));
+    }
+}
+
+/// What waits for a client that shares its connection with others must not wait for as long as it may elsewhere: the first of both
+/// deadlines ends the session.
+fn slow_clients(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let write = settings.relay.write_timeout;
+    let of_routes = settings.routes.iter().enumerate().map(|(index, route)| {
+        let own = Name { section: ROUTE, route: Some(index), key: "pool.stall_timeout" };
+        (if origins.written.contains_key(&own) { own } else { STALL_TIMEOUT }, &route.pool)
+    });
+    let mut said = Vec::new();
+    for (name, pool) in [(STALL_TIMEOUT, &settings.upstream.pool)].into_iter().chain(of_routes) {
+        let is_late = pool.mode == Mode::Multiplexed && pool.stall_timeout >= write;
+        if !is_late || said.contains(&name) || !origins.judged(&[name, WRITE_TIMEOUT]) {
+            continue;
+        }
+        said.push(name);
+        let (stall, write) = (format_duration(pool.stall_timeout), format_duration(write));
+        let (what, place) = origins.pair((name, &stall), "is not shorter than", (WRITE_TIMEOUT, &write));
+        let fix = format!(
+            "a client that takes nothing would get a FIN without a Close, and not 1013: set stall_timeout to less than \"{write}\""
+        );
+        findings.push(Finding::warning(what, place, fix));
     }
 }
 

@@ -360,6 +360,10 @@ fn port_range(facts: &Facts, wishes: &Wishes, plan: &Plan) -> Finding {
         let why = "A connection to a Unix socket takes no port.";
         return Finding::new(name, Severity::Ok, "not needed", wanted).because(why);
     };
+    if wishes.all_share {
+        let why = "WebSockets share connections (pool.mode), which take few ports; a backend that can't share them takes one for each.";
+        return Finding::new(name, Severity::Ok, "not the limit", wanted).because(why);
+    }
     if plan.by_ports.is_none() && facts.port_range.is_some() {
         let why = "There is a backend to which connections take no port.";
         return Finding::new(name, Severity::Ok, "not the limit", wanted).because(why);

@@ -266,6 +266,15 @@ fn findings() {
             Ok,
             &["not the limit"],
         ),
+        (
+            "port_range",
+            |f, w| {
+                f.port_range = Some(40_000..=40_099);
+                w.all_share = true;
+            },
+            Ok,
+            &["not the limit", "share connections"],
+        ),
         // Ports that are given away.
         (
             "backend_port",

@@ -9,7 +9,7 @@ use crate::{
     config::Settings,
     net::{Address, Wish},
     system::{self, Memory as Bounded},
-    upstream::Addresses,
+    upstream::{Addresses, Mode},
 };
 
 /// What the settings want of the host.
@@ -20,6 +20,8 @@ pub(super) struct Wishes {
     pub backend: Address,
     /// Those that there are besides, also of routes; each once.
     pub other_backends: Vec<Address>,
+    /// Sessions share connections, whatever backend they are with.
+    pub all_share: bool,
     pub backlog: u32,
     /// Accept queues at most.
     pub max_sockets: usize,
@@ -49,6 +51,8 @@ impl From<&Settings> for Wishes {
             admin: admin.address,
             backend: backends.remove(0),
             other_backends,
+            all_share: upstream.pool.mode == Mode::Multiplexed
+                && settings.ways().all(|(_, way)| way.pool.mode == Mode::Multiplexed),
             backlog: listen.backlog,
             max_sockets: listen.max_sockets,
             accept_loops: listen.accept_loops,
@@ -118,6 +122,7 @@ impl Plan {
         };
         // A port is taken toward one destination.
         let ports = match &facts.port_range {
+            _ if wishes.all_share => None,
             Some(range) if wishes.backends().all(|backend| matches!(backend, Address::Tcp { .. })) => {
                 let each = system::usable_ports(range, &facts.reserved_ports).saturating_mul(wishes.source_addresses);
                 Some(each.saturating_mul(wide(wishes.backends().count())))

@@ -13,7 +13,7 @@ use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use super::{Address, SocketConfig, Stream, shortage, sys};
-use crate::metrics::Counted;
+use crate::metrics::Port;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -107,13 +107,13 @@ fn bind(socket: &TcpSocket, source: IpAddr) -> io::Result<()> {
     })
 }
 
-/// Connects to a backend; a host name's addresses are tried in order. Deadlines are the caller's. `counted` lives as
+/// Connects to a backend; a host name's addresses are tried in order. Deadlines are the caller's. What `taken` gives lives as
 /// long as a TCP socket does.
 pub async fn dial(
     address: &Address,
     sources: &Sources,
     config: &SocketConfig,
-    counted: impl FnOnce() -> Counted,
+    taken: impl FnOnce() -> Port,
 ) -> Result<Stream, DialError> {
     match address {
         Address::Unix(path) => {
@@ -123,7 +123,7 @@ pub async fn dial(
             let mut failure = None;
             for address in tokio::net::lookup_host((host.as_str(), *port)).await? {
                 match dial_tcp(address, sources, config).await {
-                    Ok(stream) => return Ok(Stream::Dialled(stream, counted())),
+                    Ok(stream) => return Ok(Stream::Dialled(stream, taken())),
                     Err(error) => failure = Some(error),
                 }
             }

@@ -37,7 +37,7 @@ pub use self::{
     tls::{Tls, TlsClient, TlsFile, TlsFileError, encrypt, is_server_name, send_some, tls_error},
     tunnel::{Discarded, Tunnel},
 };
-use crate::{metrics::Counted, sparse::Sparse};
+use crate::{metrics::Port, sparse::Sparse};
 
 /// Where a backend is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -116,7 +116,7 @@ pub enum Stream {
     /// TCP, accepted.
     Tcp(TcpStream),
     /// TCP, connected by us: it has a port of ours, and is counted until it is closed.
-    Dialled(TcpStream, Counted),
+    Dialled(TcpStream, Port),
     /// A Unix-domain socket.
     Unix(UnixStream),
     /// One of these, encrypted.
@@ -133,7 +133,7 @@ pub enum Last {
         /// The socket.
         fd: OwnedFd,
         /// It has a port of ours.
-        port: Option<Counted>,
+        port: Option<Port>,
         /// What is to go out before its FIN, and the kernel did not take: the end of what TLS had to say.
         unsent: Box<[u8]>,
     },
@@ -151,7 +151,7 @@ impl Stream {
     pub fn into_last(self) -> io::Result<Last> {
         let (fd, port) = match self {
             Self::Tcp(stream) => (stream.into_std()?.into(), None),
-            Self::Dialled(stream, counted) => (stream.into_std()?.into(), Some(counted)),
+            Self::Dialled(stream, port) => (stream.into_std()?.into(), Some(port)),
             Self::Unix(stream) => (stream.into_std()?.into(), None),
             Self::Tls(tls) => return tls.into_last(),
             Self::Multiplexed(tunnel) => return Ok(Last::Tunnel(tunnel)),
@@ -428,7 +428,7 @@ mod tests {
         #[expect(dead_code, reason = "only its size is of interest")]
         enum Bare {
             Tcp(TcpStream),
-            Dialled(TcpStream, Counted),
+            Dialled(TcpStream, Port),
             Unix(UnixStream),
         }
         assert_eq!(size_of::<Stream>(), size_of::<Bare>());

@@ -13,23 +13,30 @@ use http::{
 };
 use tracing::{debug, warn};
 
-use super::Context;
+use super::{About, Context};
 use crate::{
     admission::Reason,
     downstream::{Body, Intent, Refusal, answer, answer_later},
     metrics::Handshake,
     net::Lack,
     sparse::Sparse,
-    upstream::{At, Error},
+    upstream::{Ambiguous, At, Error, Way},
 };
 
 impl Context {
     /// Counts a client that gets a 503 of ours, and says so once in a while: in a spike there are thousands.
     pub(super) fn refuse_for(&self, reason: Reason, client: SocketAddr) {
+        self.refuse_at(reason, client, None);
+    }
+
+    /// The same for what there is too little of toward one endpoint.
+    fn refuse_at(&self, reason: Reason, client: SocketAddr, at: Option<(&str, &At)>) {
         static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
         self.traffic.refuse(reason);
         if let Some(unsaid) = SAID[reason as usize].is_due() {
-            warn!(%client, reason = reason.as_str(), fix = reason.fix(), unsaid, "clients are turned away with 503");
+            let (route, endpoint) = at.map(|(route, at)| (route, at.endpoint())).unzip();
+            let (endpoint, reason, fix) = (endpoint.flatten(), reason.as_str(), reason.fix());
+            warn!(%client, route, endpoint = endpoint.as_deref(), reason, fix, unsaid, "clients are turned away with 503");
         }
     }
 
@@ -71,6 +78,24 @@ impl Context {
         last(response)
     }
 
+    /// A request that could be one for another route. Its path is said without its query, which may hold secrets.
+    pub(super) fn refuse_path(&self, client: SocketAddr, path: &str, ambiguous: &Ambiguous<'_, Way>) -> Response<Body> {
+        static SAID: Sparse = Sparse::new();
+        const TOLD: &str =
+            "the path can be read in more than one way; send it without dot segments, and encode only what has to be";
+        self.metrics.ambiguous_paths.inc();
+        let Ambiguous { chosen: Way { route, .. }, other: Way { route: other, .. } } = ambiguous;
+        let path = &path[..path.floor_char_boundary(256)];
+        if let Some(unsaid) = SAID.is_due() {
+            let fix = "have it sent without dot segments, doubled slashes and parameters of segments, and with nothing encoded that \
+                       need not be; or lead both ways to the same route";
+            warn!(%client, path, %route, %other, fix, unsaid, "a path can be read in two ways: it gets 400");
+        } else {
+            debug!(%client, path, %route, %other, "a path can be read in two ways: it gets 400");
+        }
+        answer(StatusCode::BAD_REQUEST, TOLD)
+    }
+
     /// A request too many.
     pub(super) fn shed(&self, intent: Intent, client: SocketAddr) -> Response<Body> {
         self.refuse_for(Reason::MaxWaiting, client);
@@ -88,7 +113,7 @@ impl Context {
     }
 
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
-    pub(super) fn blame(&self, error: &Error, client: SocketAddr) -> Response<Body> {
+    pub(super) fn blame(&self, error: &Error, client: SocketAddr, route: &str, at: &At) -> Response<Body> {
         let (status, reason) = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
@@ -98,11 +123,11 @@ impl Context {
                     Lack::Descriptors => Reason::Descriptors,
                     Lack::Memory => Reason::Memory,
                 };
-                self.refuse_for(reason, client);
+                self.refuse_at(reason, client, Some((route, at)));
                 return self.refusal(reason);
             }
             Error::QueueTimeout => {
-                self.refuse_for(Reason::QueueTimeout, client);
+                self.refuse_at(Reason::QueueTimeout, client, Some((route, at)));
                 return self.refusal(Reason::QueueTimeout);
             }
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
@@ -116,7 +141,7 @@ impl Context {
 }
 
 /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.
-pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, request_id: &str, at: &At) {
+pub(super) fn complain(error: &Error, about: &About, at: &At) {
     static SAID: [Sparse; 6] = [const { Sparse::new() }; 6];
     let kind = match error {
         // Said as a client that is turned away, and here with its cause.
@@ -128,11 +153,13 @@ pub(super) fn complain(error: &Error, client: SocketAddr, path: Option<&str>, re
         Error::Body(_) => 4,
         Error::Tls { .. } => 5,
     };
+    let About { client, path, request_id, route } = about;
+    let endpoint = at.endpoint();
+    let endpoint = endpoint.as_deref();
     if let Some(unsaid) = SAID[kind].is_due() {
-        let backend = at.endpoint();
-        warn!(%client, path, request_id, backend = backend.as_deref(), %error, unsaid, "request failed");
+        warn!(%client, path, request_id, %route, endpoint, %error, unsaid, "request failed");
     } else {
-        debug!(%client, path, request_id, %error, "request failed");
+        debug!(%client, path, request_id, %route, endpoint, %error, "request failed");
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header::SEC_WEBSOCKET_EXTENSIONS};
+use http::{HeaderMap, Request, Response, header::SEC_WEBSOCKET_EXTENSIONS};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -30,7 +30,7 @@ use super::{
 use crate::{
     admission::{Extra, Reason},
     close::Keeps,
-    downstream::{self, Body, Intent, TimedBody, answer},
+    downstream::{self, Body, Intent, TimedBody},
     fields::tokens,
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
     listen::Accounting,
@@ -41,10 +41,6 @@ use crate::{
     upstream::{Answer, Error, Placed, Reply, Way},
     ws::Rsv,
 };
-
-/// What is said to a request that could be one for another route.
-const AMBIGUOUS: &str =
-    "the path can be read in more than one way; send it without dot segments, and encode only what has to be";
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
@@ -361,9 +357,9 @@ impl Context {
             }
         }
         let mut path = request.uri().path().to_owned();
-        let Ok(Way { route, upstream }) = self.upstreams.choose(&path) else {
-            debug!(%client, path, "the path can be read as another one, of another route");
-            return (Handshake::Invalid, answer(StatusCode::BAD_REQUEST, AMBIGUOUS), None);
+        let Way { route, upstream } = match self.upstreams.choose(&path) {
+            Ok(way) => way,
+            Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client, &path, &ambiguous), None),
         };
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
@@ -383,14 +379,13 @@ impl Context {
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
-                let About { path, request_id, .. } = &about;
-                let backend = load.endpoint();
-                info!(%client, path, request_id, %backend, status, "the backend refused a handshake");
+                let About { path, request_id, route, .. } = &about;
+                let endpoint = load.endpoint();
+                info!(%client, path, request_id, %route, %endpoint, status, "the backend refused a handshake");
                 (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
             Err(error) => {
-                let About { path, request_id, .. } = &about;
-                complain(&error, client, Some(path), request_id, &at);
+                complain(&error, &about, &at);
                 let result = match error {
                     Error::Unreachable { .. } => Handshake::Unreachable,
                     Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
@@ -400,19 +395,23 @@ impl Context {
                     }
                     Error::Body(_) => Handshake::Invalid,
                 };
-                (result, self.blame(&error, client), None)
+                (result, self.blame(&error, client, &about.route, &at), None)
             }
         }
     }
 
     /// A request that is no upgrade, streamed both ways.
     async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: SocketAddr) -> Response<Body> {
-        let Ok(Way { upstream, .. }) = self.upstreams.choose(request.uri().path()) else {
-            debug!(%client, path = request.uri().path(), "the path can be read as another one, of another route");
-            return answer(StatusCode::BAD_REQUEST, AMBIGUOUS);
+        let mut path = request.uri().path().to_owned();
+        let Way { route, upstream } = match self.upstreams.choose(&path) {
+            Ok(way) => way,
+            Err(ambiguous) => return self.refuse_path(client, &path, &ambiguous),
         };
-        let id = downstream::request_id(request.headers());
-        if downstream::forward_request(&mut request, client.ip(), &self.downstream.trusted_proxies, &id, false) {
+        path.truncate(path.floor_char_boundary(256));
+        let request_id = downstream::request_id(request.headers());
+        let about = About { client, path, request_id, route: Arc::clone(route) };
+        let trusted = &self.downstream.trusted_proxies;
+        if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, false) {
             self.doubt(client.ip());
         }
         let body_timeout = upstream.config().body_timeout;
@@ -424,8 +423,8 @@ impl Context {
         match self.carried_out(exchange).await {
             Ok(reply) => self.pass_on(reply, body_timeout),
             Err(error) => {
-                complain(&error, client, None, &id, &at);
-                self.blame(&error, client)
+                complain(&error, &about, &at);
+                self.blame(&error, client, &about.route, &at)
             }
         }
     }

@@ -45,7 +45,7 @@ struct Ejected {
 
 impl Health {
     /// Since when it is left alone.
-    pub(super) fn ejected(&self) -> Option<Instant> {
+    pub(super) fn ejected_since(&self) -> Option<Instant> {
         self.ejected.map(|ejected| ejected.since)
     }
 
@@ -150,14 +150,14 @@ mod tests {
         assert!(!health.succeeded(start));
         assert!(!health.failed(start, POLICY, 0.0), "the row was broken");
         assert!(health.failed(start, POLICY, 0.0));
-        assert_eq!(health.ejected(), Some(start));
+        assert_eq!(health.ejected_since(), Some(start));
         // Those that were under way.
         assert!(!health.failed(start + secs(1), POLICY, 0.0));
         assert!(!health.begin_trial(start + secs(4)));
         assert!(health.begin_trial(start + secs(5)));
         assert!(!health.begin_trial(start + secs(5)), "one is enough");
         assert!(health.succeeded(start + secs(5)));
-        assert_eq!(health.ejected(), None);
+        assert_eq!(health.ejected_since(), None);
     }
 
     #[test]

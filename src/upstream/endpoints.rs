@@ -15,11 +15,12 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use serde::Serialize;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::{Notify, watch},
@@ -35,7 +36,7 @@ use super::{
     turns::Turns,
 };
 use crate::{
-    metrics::{Counted, Metrics},
+    metrics::{Counted, Metrics, Port, Ports},
     net::{self, Address, SocketConfig, Sources},
 };
 
@@ -61,9 +62,13 @@ pub(super) struct Endpoint {
     /// Whether it takes WebSockets over HTTP/2.
     pub(super) knowledge: Knowledge,
     load: AtomicUsize,
+    /// Not its sessions: these may share connections, and a Unix socket takes none.
+    pub(super) ports: Arc<Ports>,
+    /// That they become scarce was said.
+    pub(super) has_warned: AtomicBool,
     known: Mutex<Known>,
     /// Told when it is left alone.
-    left: Notify,
+    ejections: Notify,
     /// In which state it is counted.
     counted: Mutex<Counted>,
     metrics: Arc<Metrics>,
@@ -123,7 +128,7 @@ impl Endpoint {
     }
 
     pub(super) fn is_ejected(&self) -> bool {
-        self.known().health.ejected().is_some()
+        self.known().health.ejected_since().is_some()
     }
 
     /// A connection came about.
@@ -141,7 +146,7 @@ impl Endpoint {
             warn!(endpoint = %self.name, %error, fix, "an endpoint takes no connections: others get its clients");
             self.metrics.upstream_ejections.inc();
             self.count();
-            self.left.notify_waiters();
+            self.ejections.notify_waiters();
         }
     }
 
@@ -154,6 +159,17 @@ impl Endpoint {
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What may be said of an endpoint.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct State {
+    /// Where it is.
+    pub address: String,
+    /// `active`, or `ejected` while it is left alone since it takes no connections.
+    pub state: &'static str,
+    /// Sessions and plain requests that are with it, or on their way.
+    pub sessions: usize,
 }
 
 /// All endpoints and names of a process.
@@ -189,8 +205,27 @@ impl Registry {
         for endpoint in known.endpoints.values().filter_map(Weak::upgrade) {
             endpoint.connects.resize(from, max_pending, tracker);
             endpoint.handshakes.resize(from, max_pending, tracker);
+        }
+    }
+
+    /// What was found out of whoever listens there is found out anew.
+    pub(super) fn forget(&self) {
+        for endpoint in self.known().endpoints.values().filter_map(Weak::upgrade) {
             endpoint.knowledge.forget();
         }
+    }
+
+    /// The state of `most` of them, those that are left alone first, and how many there are besides.
+    pub(super) fn states(&self, most: usize) -> (Vec<State>, usize) {
+        let mut all: Vec<_> = self.known().endpoints.values().filter_map(Weak::upgrade).collect();
+        all.sort_by_cached_key(|endpoint| (!endpoint.is_ejected(), Arc::clone(&endpoint.name)));
+        let besides = all.len().saturating_sub(most);
+        let state = |endpoint: &Arc<Endpoint>| State {
+            address: endpoint.name.to_string(),
+            state: if endpoint.is_ejected() { "ejected" } else { "active" },
+            sessions: endpoint.load(),
+        };
+        (all.iter().take(most).map(state).collect(), besides)
     }
 
     fn endpoint(&self, address: Address) -> Arc<Endpoint> {
@@ -207,8 +242,10 @@ impl Registry {
             handshakes: Turns::new(known.max_pending),
             knowledge: Knowledge::default(),
             load: AtomicUsize::new(0),
+            ports: Ports::new(&self.metrics),
+            has_warned: AtomicBool::new(false),
             known: Mutex::default(),
-            left: Notify::new(),
+            ejections: Notify::new(),
             counted: Mutex::new(Counted::new(&self.metrics.upstream_endpoints[0])),
             metrics: Arc::clone(&self.metrics),
         });
@@ -381,11 +418,6 @@ impl Endpoints {
         }
     }
 
-    /// There is one, and the only.
-    pub(super) fn is_one(&self) -> bool {
-        self.only().is_some()
-    }
-
     /// The endpoint for one more, other than those in `tried`. Waits for names of which nothing is known yet.
     pub(super) async fn pick(&self, tried: &[Arc<Endpoint>], looks: &Looks<'_>) -> Result<Load, Nobody> {
         if let Some(only) = self.only() {
@@ -420,28 +452,28 @@ impl Endpoints {
         choose_from(&all, tried).ok_or(Nobody { failure: None })
     }
 
-    /// Whether another one is left than those in `tried`, and well unless all are allowed.
+    /// Whether there is another one than those in `tried`, and well unless all are allowed.
     pub(super) fn has_another(&self, tried: &[Arc<Endpoint>], is_well: bool) -> bool {
-        let is_left = |one: &Arc<Endpoint>| !(contains(tried, one) || (is_well && one.is_ejected()));
+        let is_another = |one: &Arc<Endpoint>| !(contains(tried, one) || (is_well && one.is_ejected()));
         self.members.iter().any(|member| match member {
-            Member::One(one) => is_left(one),
-            Member::Name(name) => name.answer().endpoints.iter().any(is_left),
+            Member::One(one) => is_another(one),
+            Member::Name(name) => name.answer().endpoints.iter().any(is_another),
         })
     }
 
     /// Ends when it makes no sense to wait for a turn there: it is left alone, and another one is not.
-    pub(super) async fn is_left(&self, endpoint: &Endpoint, tried: &[Arc<Endpoint>]) {
+    pub(super) async fn is_in_vain(&self, endpoint: &Endpoint, tried: &[Arc<Endpoint>]) {
         if self.only().is_some() {
             return pending().await;
         }
         loop {
-            let mut left = pin!(endpoint.left.notified());
-            left.as_mut().enable();
+            let mut ejection = pin!(endpoint.ejections.notified());
+            ejection.as_mut().enable();
             // It is not in `tried`, but is not well either.
             if endpoint.is_ejected() && self.has_another(tried, true) {
                 return;
             }
-            left.await;
+            ejection.await;
         }
     }
 
@@ -486,7 +518,7 @@ impl Endpoints {
             let is_trial = known.health.begin_trial(now);
             let every = looks.config.health_interval;
             let is_time = every.is_some_and(|every| known.looked.is_none_or(|at| now.duration_since(at) >= every));
-            let is_due = is_trial || (is_time && known.health.ejected().is_none());
+            let is_due = is_trial || (is_time && known.health.ejected_since().is_none());
             if !is_due {
                 continue;
             }
@@ -497,8 +529,8 @@ impl Endpoints {
             let (patience, policy) = (looks.config.connect_timeout, policy(looks.config));
             self.registry.tracker.spawn(async move {
                 let Trial(endpoint) = &trial;
-                let counted = || Counted::new(&endpoint.metrics.upstream_ports);
-                match timeout(patience, net::dial(&endpoint.address, &sources, &socket, counted)).await {
+                let port = || Port::new(&endpoint.ports);
+                match timeout(patience, net::dial(&endpoint.address, &sources, &socket, port)).await {
                     Ok(Ok(mut stream)) => {
                         endpoint.succeeded();
                         // A FIN without a byte, and its own is waited for.
@@ -550,7 +582,7 @@ fn choose_from(all: &[Arc<Endpoint>], tried: &[Arc<Endpoint>]) -> Option<Load> {
         .iter()
         .map(|endpoint| Candidate {
             load: endpoint.load(),
-            ejected: endpoint.known().health.ejected(),
+            ejected: endpoint.known().health.ejected_since(),
             is_tried: contains(tried, endpoint),
         })
         .collect();
@@ -634,6 +666,24 @@ mod tests {
         let failure =
             picked.err().and_then(|nobody| nobody.failure).map(|(address, error)| format!("{address}: {error}"));
         assert_eq!(failure.as_deref(), Some("app.invalid:1: the resolver is down"));
+    }
+
+    /// Of many those are named that something is wrong with.
+    #[test]
+    fn states_are_told_of_so_many() {
+        let registry = Registry::new(Arc::new(Metrics::new()), 4);
+        let all: Vec<_> = (1..=9)
+            .map(|last| registry.endpoint(Address::Tcp { host: format!("10.0.0.{last}"), port: 80 }))
+            .map(Load::new)
+            .collect();
+        all[7].get().failed(Policy { after: 1, time: Duration::from_secs(1) }, &"refused");
+        let (states, besides) = registry.states(2);
+        let state = |address: &str, state, sessions| State { address: address.to_owned(), state, sessions };
+        assert_eq!(states, [state("10.0.0.8:80", "ejected", 1), state("10.0.0.1:80", "active", 1)]);
+        assert_eq!(besides, 7);
+        assert_eq!((registry.states(9).0.len(), registry.states(9).1), (9, 0));
+        drop(all);
+        assert_eq!(registry.states(9), (Vec::new(), 0));
     }
 
     #[test]

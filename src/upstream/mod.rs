@@ -40,7 +40,7 @@ use tokio::{
 
 pub use self::{
     config::{Addresses, Mode, Pool},
-    endpoints::Load,
+    endpoints::{Load, State as EndpointState},
     multiplexed::{End, Home, StreamBody},
     routes::{Ambiguous, Pattern, Routes},
     tls::Tls,
@@ -99,7 +99,7 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No connection.
-    #[error("cannot connect to {address} (upstream.address): {source}")]
+    #[error("cannot connect to {address}: {source}")]
     Unreachable {
         /// The backend.
         address: Address,
@@ -398,8 +398,6 @@ struct Inner {
     metrics: Arc<Metrics>,
     /// Ports toward one endpoint, for all sources together; 0: nobody knows.
     ports: u64,
-    /// That they become scarce was said.
-    has_warned: AtomicBool,
     shared: multiplexed::Workers,
 }
 
@@ -413,9 +411,9 @@ impl Upstream {
         registry: &Arc<Registry>,
     ) -> Self {
         let endpoints = Endpoints::new(&config.address, registry);
-        let (sources, has_warned) = (Sources::new(&config.source_addresses), AtomicBool::new(false));
+        let sources = Sources::new(&config.source_addresses);
         let (ports, shared) = (ports.unwrap_or(0), multiplexed::Workers::default());
-        let inner = Inner { config, socket, endpoints, sources, metrics, ports, has_warned, shared };
+        let inner = Inner { config, socket, endpoints, sources, metrics, ports, shared };
         Self { inner: Arc::new(inner) }
     }
 

@@ -22,11 +22,15 @@ use super::{
     turns::Begun,
 };
 use crate::{
-    metrics::Counted,
+    metrics::{Counted, Port},
     net::{self, Address, DialError, Lack, Stream},
 };
 
 const LATE: &str = "backend did not take the connection in time";
+
+/// An endpoint that took no connection for so long, or for a quarter of `connect_timeout`, is late. For less we may just have had no
+/// more time: others were asked before, or a name was long in being looked up.
+const PATIENT: Duration = Duration::from_secs(1);
 
 /// A fresh connection.
 pub(super) struct Opened {
@@ -66,7 +70,7 @@ impl Upstream {
             let turn = tokio::select! {
                 biased;
                 // While it waits, others may find that nobody is there.
-                () = endpoints.is_left(&endpoint, &attempts.tried) => {
+                () = endpoints.is_in_vain(&endpoint, &attempts.tried) => {
                     control.end_turn();
                     attempts.tried.push(endpoint);
                     continue;
@@ -163,7 +167,9 @@ impl Upstream {
                 (Error::Shortage { address: address(), lack, source }, lack == Lack::Ports)
             }
             Err(_) => {
-                endpoints.heard(endpoint, Err(&LATE), config);
+                if patience >= PATIENT.min(whole / 4) {
+                    endpoints.heard(endpoint, Err(&LATE), config);
+                }
                 (Error::Timeout(LATE), true)
             }
         };
@@ -175,29 +181,24 @@ impl Upstream {
         Err(Some(error.into()))
     }
 
-    /// Says it once when four fifths of the ports are in use, and again only after they were not for a while.
-    fn one_more_port(&self, endpoint: &Endpoint) -> Counted {
-        let Inner { metrics, ports, has_warned, endpoints, .. } = &*self.inner;
-        let counted = Counted::new(&metrics.upstream_ports);
-        // Where there are several, what they have of sessions is near enough.
-        let in_use = if endpoints.is_one() {
-            u64::try_from(metrics.upstream_ports.get()).unwrap_or(0)
-        } else {
-            endpoint.load() as u64
-        };
-        if *ports > 0 {
-            if in_use * 10 >= ports * 8 {
+    /// Says it once when four fifths of an endpoint's ports are in use, and again only after they were not for a while.
+    fn one_more_port(&self, endpoint: &Endpoint) -> Port {
+        let Endpoint { ports, has_warned, .. } = endpoint;
+        let (port, limit) = (Port::new(ports), &self.inner.ports);
+        let in_use = ports.in_use();
+        if *limit > 0 {
+            if in_use * 10 >= limit * 8 {
                 if !has_warned.swap(true, Ordering::Relaxed) {
                     let fix = "name more addresses of this host in upstream.source_addresses, widen \
                                net.ipv4.ip_local_port_range, or use a Unix socket";
-                    let endpoint = endpoint.address();
-                    warn!(%endpoint, in_use, limit = ports, fix, "ports toward the backend become scarce");
+                    let endpoint = endpoint.name();
+                    warn!(endpoint, in_use, limit, fix, "ports toward the backend become scarce");
                 }
-            } else if in_use * 10 < ports * 6 {
+            } else if in_use * 10 < limit * 6 {
                 has_warned.store(false, Ordering::Relaxed);
             }
         }
-        counted
+        port
     }
 }
 
@@ -212,6 +213,82 @@ mod tests {
         upstream::{Addresses, Upstreams},
     };
 
+    fn upstreams(at: &[std::net::SocketAddr], metrics: &Arc<Metrics>, change: impl FnOnce(&mut Settings)) -> Upstreams {
+        let mut settings = Settings::default();
+        let address = |at: &std::net::SocketAddr| Address::Tcp { host: at.ip().to_string(), port: at.port() };
+        settings.upstream.address = Addresses::new(at.iter().map(address).collect()).expect("one at least");
+        change(&mut settings);
+        Upstreams::new(settings.upstream, [], &settings.socket, metrics, None)
+    }
+
+    /// Endpoints that are asked one after the other by the same client have less and less time each. Only those that had enough
+    /// of it may have been too slow.
+    #[tokio::test(start_paused = true)]
+    async fn an_endpoint_is_not_blamed_for_our_haste() {
+        let silent = || {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+            socket.bind(&std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a port");
+            // One connection fills its accept queue, so that whoever comes then hears nothing.
+            socket.listen(0).expect("an accept queue");
+            let at = socket.local_addr().expect("bound").as_socket().expect("TCP");
+            let first = std::net::TcpStream::connect(at).expect("the first");
+            (at, socket, first)
+        };
+        let endpoints: Vec<_> = std::iter::repeat_with(silent).take(5).collect();
+        let at: Vec<_> = endpoints.iter().map(|(at, ..)| *at).collect();
+        let metrics = Arc::new(Metrics::new());
+        let upstreams = upstreams(&at, &metrics, |settings| {
+            settings.upstream.connect_timeout = Duration::from_secs(4);
+            settings.upstream.eject_after = 2;
+            settings.upstream.eject_time = Duration::from_hours(1);
+        });
+        let connect = async || {
+            let failure = upstreams.otherwise().connect().await.expect_err("nobody answers");
+            assert!(matches!(failure.error, Error::Timeout(_)), "{failure}");
+        };
+        // Two of the five have a second or more: 2 s and 1 s.
+        for _ in 0..2 {
+            connect().await;
+        }
+        assert_eq!(metrics.upstream_retries.get(), 8, "all of them were asked each time");
+        assert!(metrics.upstream_ejections.get() <= 2, "{}", metrics.upstream_ejections.get());
+        // The first of five has enough of it: after six times it was the same one twice.
+        for _ in 0..4 {
+            connect().await;
+        }
+        assert!(metrics.upstream_ejections.get() >= 1, "those that are silent are left alone");
+    }
+
+    /// Ports are counted for each endpoint, whoever leads there, until their sockets are closed.
+    #[tokio::test]
+    async fn each_endpoint_has_ports_of_its_own() {
+        let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port"));
+        let at = listeners.each_ref().map(|listener| listener.local_addr().expect("bound"));
+        let metrics = Arc::new(Metrics::new());
+        let upstreams = upstreams(&at, &metrics, |_| {});
+        let upstream = upstreams.otherwise();
+        let mut attempts = upstream.attempts();
+        let (first, second) = {
+            let mut next = async || {
+                let load = upstream.pick(&mut attempts).await.expect("an endpoint");
+                attempts.tried.push(Arc::clone(load.get()));
+                load
+            };
+            (next().await, next().await)
+        };
+        // Sessions that share connections take no ports.
+        let in_use = || [&first, &second].map(|load| load.get().ports.in_use());
+        assert_eq!(in_use(), [0, 0]);
+        let dial = async |load: &Load| {
+            let (mut attempts, timeout) = (upstream.attempts(), upstream.config().connect_timeout);
+            upstream.dial(load.get(), &mut attempts, timeout, Speaks::Http1).await.expect("a connection")
+        };
+        let streams = [dial(&first).await, dial(&first).await, dial(&second).await];
+        assert_eq!((in_use(), metrics.upstream_ports.get()), ([2, 1], 3));
+        drop(streams);
+        assert_eq!((in_use(), metrics.upstream_ports.get()), ([0, 0], 0));
+    }
+
     /// Whoever waits for a turn at an endpoint that turns out to be gone goes to another one at once.
     #[tokio::test]
     async fn nobody_waits_for_a_turn_at_an_endpoint_that_is_gone() {
@@ -219,12 +296,8 @@ mod tests {
         let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let [there_at, gone_at] = [&there, &gone].map(|at| at.local_addr().expect("bound"));
         drop(gone);
-        let mut settings = Settings::default();
-        let address = |at: std::net::SocketAddr| Address::Tcp { host: at.ip().to_string(), port: at.port() };
-        settings.upstream.address = Addresses::new(vec![address(there_at), address(gone_at)]).expect("two");
-        settings.upstream.max_pending = 1;
         let metrics = Arc::new(Metrics::new());
-        let upstreams = Upstreams::new(settings.upstream, [], &settings.socket, &metrics, None);
+        let upstreams = upstreams(&[there_at, gone_at], &metrics, |settings| settings.upstream.max_pending = 1);
         let upstream = upstreams.otherwise();
         // So that it is the less loaded one, and its turn is taken.
         let mut attempts = upstream.attempts();

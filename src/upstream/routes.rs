@@ -35,9 +35,14 @@ impl Pattern {
     }
 }
 
-/// The path can be read as another one, which would go another way.
+/// The path can be read as another one, which would go another way; or it has dot segments, and these two may be the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ambiguous;
+pub struct Ambiguous<'a, T> {
+    /// Its way as it was sent.
+    pub chosen: &'a T,
+    /// Its way if it is read otherwise; there may be more.
+    pub other: &'a T,
+}
 
 /// The ways that paths may go. The most specific one is chosen: exactly this path, else the longest beginning.
 #[derive(Debug, Clone)]
@@ -102,17 +107,18 @@ impl<T> Routes<T> {
     ///
     /// It has dot segments; or it might be another way, once percent-encoding, backslashes, empty segments and the parameters of
     /// segments (`;a=b`) are resolved, some of them or all.
-    pub fn choose(&self, path: &str) -> Result<&T, Ambiguous> {
+    pub fn choose(&self, path: &str) -> Result<&T, Ambiguous<'_, T>> {
         let way = self.as_sent.find(path);
-        let to = way.and_then(|way| self.ways.get(way)).unwrap_or(&self.otherwise);
+        let chosen = self.way(way);
         if self.ways.is_empty() || is_plain(path) {
-            return Ok(to);
+            return Ok(chosen);
         }
+        let ambiguous = |other| Err(Ambiguous { chosen, other: self.way(other) });
         let decoded = decode(path).replace('\\', "/");
         let bare = without_parameters(&decoded);
         // No client that means well sends these: browsers resolve them. What a backend makes of them, nobody knows.
         if bare.split('/').any(|segment| segment == "." || segment == "..") {
-            return Err(Ambiguous);
+            return ambiguous(self.decoded.find(&without_dots(&bare)));
         }
         let merged = merge_slashes(path);
         let readings = [
@@ -124,7 +130,11 @@ impl<T> Routes<T> {
             self.decoded.find(&merge_slashes(&decoded)),
             self.decoded.find(&merge_slashes(&bare)),
         ];
-        if readings.iter().all(|reading| *reading == way) { Ok(to) } else { Err(Ambiguous) }
+        readings.into_iter().find(|reading| *reading != way).map_or(Ok(chosen), ambiguous)
+    }
+
+    fn way(&self, index: Option<usize>) -> &T {
+        index.and_then(|index| self.ways.get(index)).unwrap_or(&self.otherwise)
     }
 }
 
@@ -168,6 +178,20 @@ fn merge_slashes(path: &str) -> String {
         }
     }
     merged
+}
+
+/// As most backends do, which also take several slashes for one.
+fn without_dots(path: &str) -> String {
+    let mut kept = Vec::new();
+    for segment in path.split('/') {
+        match segment {
+            "" | "." => {}
+            ".." => _ = kept.pop(),
+            _ => kept.push(segment),
+        }
+    }
+    let is_below = matches!(path.rsplit('/').next(), Some("" | "." | "..")) && !kept.is_empty();
+    format!("/{}{}", kept.join("/"), if is_below { "/" } else { "" })
 }
 
 #[cfg(test)]
@@ -243,7 +267,19 @@ mod tests {
             "/x/..;/chat",
             "/chat%3bx",
         ] {
-            assert_eq!(routes.choose(path), Err(Ambiguous), "{path}");
+            assert!(routes.choose(path).is_err(), "{path}");
+        }
+        for (path, chosen, other) in [
+            ("/x/../chat", "otherwise", "chat"),
+            ("/chat/..", "below chat", "otherwise"),
+            ("/chat/x/..", "below chat", "below chat"),
+            ("/x/..", "otherwise", "otherwise"),
+            ("/%63hat", "otherwise", "chat"),
+            ("/chat%2fx", "otherwise", "below chat"),
+            ("/a/b;v=1", "a", "exact"),
+        ] {
+            let ambiguous = Ambiguous { chosen: &chosen, other: &other };
+            assert_eq!(routes.choose(path), Err(ambiguous), "{path}");
         }
         // However it is read, it goes the same way.
         for (path, to) in [

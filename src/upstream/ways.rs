@@ -4,7 +4,10 @@ use std::{collections::HashSet, sync::Arc};
 
 use tokio_util::task::TaskTracker;
 
-use super::{Ambiguous, Config, Pattern, Routes, Upstream, endpoints::Registry};
+use super::{
+    Ambiguous, Config, Mode, Pattern, Routes, Upstream,
+    endpoints::{Registry, State},
+};
 use crate::{
     metrics::Metrics,
     net::{Address, SocketConfig, Sources},
@@ -46,8 +49,8 @@ impl Upstreams {
         Self::with(config, routes, socket, metrics, ports, registry)
     }
 
-    /// The ways from now on; these remain for those who have begun with them. At the same endpoint both share their turns and what
-    /// is known of it: what it can bear has not changed.
+    /// The ways from now on; these remain for those who have begun with them. At the same endpoint both share their turns and
+    /// its health: what it can bear has not changed. How it can be spoken to is found out anew: the backend may be another one.
     #[must_use]
     pub fn reconfigured(
         &self,
@@ -59,6 +62,7 @@ impl Upstreams {
     ) -> Self {
         let registry = Arc::clone(&self.inner.registry);
         registry.resize(config.max_pending, tracker);
+        registry.forget();
         let metrics = Arc::clone(registry.metrics());
         Self::with(config, routes, socket, &metrics, ports, registry)
     }
@@ -84,6 +88,8 @@ impl Upstreams {
         let takes_ports = all.iter().all(|address| matches!(address, Address::Tcp { .. }));
         let ports = each.filter(|ports| takes_ports && *ports > 0).map(|ports| ports.saturating_mul(all.len() as u64));
         metrics.upstream_ports_limit.set(ports.map_or(0, |ports| i64::try_from(ports).unwrap_or(i64::MAX)));
+        // Sessions that share connections take few. Where they can't after all, those for whom there is none get 503 all the same.
+        let ports = ports.filter(|_| routes.all().any(|way| way.upstream.config().pool.mode == Mode::Dedicated));
         Self { inner: Arc::new(Inner { routes, ports, registry }) }
     }
 
@@ -92,7 +98,7 @@ impl Upstreams {
     /// # Errors
     ///
     /// Read in another way it is one of another route.
-    pub fn choose(&self, path: &str) -> Result<&Way, Ambiguous> {
+    pub fn choose(&self, path: &str) -> Result<&Way, Ambiguous<'_, Way>> {
         self.inner.routes.choose(path)
     }
 
@@ -101,12 +107,18 @@ impl Upstreams {
         &self.inner.routes.otherwise().upstream
     }
 
+    /// The state of `most` endpoints, old ones that still have sessions among them; and how many there are besides.
+    pub fn endpoints(&self, most: usize) -> (Vec<State>, usize) {
+        self.inner.registry.states(most)
+    }
+
     /// It is this very one, and not one that took its place.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
-    /// Ports toward all backends, for all sources together, a name counted as one; `None`: some take none, or nobody knows.
+    /// How many sessions have a port toward a backend, for all sources together, a name counted as one; `None`: some take none, all
+    /// share connections, or nobody knows.
     pub fn ports(&self) -> Option<u64> {
         self.inner.ports
     }

@@ -79,6 +79,15 @@ fn an_endpoint_dies_and_comes_back() {
         let placed = opened(&t, 160);
         let after = shares(&others, &placed);
         assert!(!after.contains_key(&dead), "{after:?}");
+        let status: serde_json::Value = serde_json::from_slice(&t.get("/status").body).expect("JSON");
+        let listed = status["endpoints"].as_array().expect("a list");
+        assert_eq!((listed.len(), status["more_endpoints"].as_u64()), (ENDPOINTS, Some(0)), "{status}");
+        assert_eq!((&listed[0]["address"], &listed[0]["state"]), (&dead.to_string().into(), &"ejected".into()));
+        for well in &listed[1..] {
+            let address: SocketAddr = well["address"].as_str().and_then(|text| text.parse().ok()).expect("an address");
+            let sessions = shares(kept.iter().chain(&others), &placed)[&address];
+            assert_eq!((&well["state"], &well["sessions"]), (&"active".into(), &sessions.into()), "{status}");
+        }
         for mut member in kept.into_iter().chain(others) {
             assert_eq!(echo(&mut member, "a").await, Ok(()));
             assert_eq!(leave(member).await, Outcome::Served);

@@ -575,6 +575,23 @@ fn few_ports_are_planned_with() {
     t.assert_no_rst();
 }
 
+/// Sessions that share connections are not limited by ports; as soon as those of one route do not, they are.
+#[test]
+fn ports_limit_only_those_that_take_one() {
+    let stage = Stage::new();
+    let backend = stage.backend(crowd::anything);
+    if !stage.lab().set(Side::Proxy, "ipv4/ip_local_port_range", "30000 30019") {
+        return;
+    }
+    let dedicated = "route = [{ path = '/chat', pool.mode = 'dedicated' }]";
+    for (routes, limited_by) in [("", "descriptors"), (dedicated, "ports")] {
+        let settings = format!("{}\nlimits.memory = 'off'\npool.mode = 'multiplexed'\n{routes}", listeners(&stage));
+        let t = stage.tidegate(&settings, backend.address);
+        let budget = t.log_where("its budget", |line| line["message"] == "budget");
+        assert_eq!(budget["limited_by"], limited_by, "{budget}");
+    }
+}
+
 /// With nobody listening on the backend's port and that port the only one that the kernel gives away, a connection to it is one to
 /// itself: the client gets a 502, nothing of what it sent comes back, and the log says what happened and what helps.
 #[test]

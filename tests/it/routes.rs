@@ -25,6 +25,19 @@ fn named(name: &'static str) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static 
     }
 }
 
+/// Says no, once `is_due`.
+fn refuses(asked: &Board<u32>, is_due: &Board<bool>) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static {
+    let (asked, is_due) = (asked.clone(), is_due.clone());
+    async move |c: &mut Peer| {
+        while c.is_asked().await {
+            c.read_head().await;
+            asked.change(|asked| *asked += 1);
+            is_due.until(DEADLINE, |is_due| is_due.then_some(())).await.expect("leave to answer");
+            c.reply(Message::status(403, "Forbidden", "no")).await;
+        }
+    }
+}
+
 /// A scene whose backend is "all", and two more for routes.
 struct Ways {
     t: Scene,
@@ -126,8 +139,61 @@ fn a_path_with_two_meanings_is_refused() {
         assert_eq!(c.request(Message::get("/rest/a%2fb")).await.text(), "rest");
     });
     assert_eq!((ways.chat.count(), ways.rest.count()), (0, 1));
-    assert_eq!(ways.t.proxy().metrics().count("tidegate_handshakes_total{result=\"invalid\"}"), 6);
+    let metrics = ways.t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_handshakes_total{result=\"invalid\"}"), 6);
+    assert_eq!(metrics.count("tidegate_http_requests_total{status=\"4xx\"}"), 1);
+    assert_eq!(metrics.count("tidegate_ambiguous_paths_total"), 7);
+    let line = ways.t.proxy().log_where("such a path", |line| line["message"].to_string().contains("two ways"));
+    assert_eq!(
+        [&line["level"], &line["path"], &line["route"], &line["other"]],
+        [&json!("WARN"), &json!("/x/../chat"), &json!(""), &json!("/chat")]
+    );
+    assert!(line["fix"].to_string().contains("dot segments"), "{line}");
     ways.t.no_rst();
+}
+
+/// Whatever fails at a backend is said with the route that led there, the endpoint, and no key that is not the route's.
+#[test]
+fn what_fails_names_its_route_and_its_endpoint() {
+    let (asked, is_due) = (Board::new(0), Board::new(false));
+    let settings = "reload.watch = '0s'\nupstream.max_pending = 1\nupstream.queue_timeout = '100ms'";
+    let t = Scene::new(settings).backend(named("all")).start();
+    let gone = Backend::start(t.lab(), Options::default(), named("gone"));
+    let no = Backend::start(t.lab(), Options::default(), refuses(&asked, &is_due));
+    let (gone_at, no_at) = (gone.address.to_string(), no.address.to_string());
+    drop(gone);
+    t.proxy().configure(&format!(
+        "{settings}\nroute = [{{ path = '/gone', upstream = '{gone_at}' }}, {{ path = '/no', upstream = '{no_at}' }}]"
+    ));
+    reload(t.proxy());
+    let status = async |c: &mut Peer, request| {
+        let response = c.request(request).await;
+        c.until_end().await;
+        response.code()
+    };
+    let get = |path| Message::get(path).header("Connection", "close");
+    t.client(async |c| assert_eq!(status(c, Message::websocket("/gone")).await, 502));
+    t.client(async |c| assert_eq!(status(c, get("/gone")).await, 502));
+    let first = t.start_client(async move |c: &mut Peer| {
+        assert_eq!(c.request(Message::websocket("/no?secret")).await.code(), 403);
+        c.until_end().await
+    });
+    asked.wait(DEADLINE, |asked| (*asked == 1).then_some(())).expect("the first");
+    t.client(async |c| assert_eq!(status(c, Message::websocket("/no")).await, 503));
+    is_due.change(|is_due| *is_due = true);
+    first.join();
+
+    let names = |message: &'static str, route: &'static str, endpoint: &str| {
+        let line = t.proxy().log_where(message, |line| line["message"] == message && line["route"] == route);
+        assert_eq!(line["endpoint"], endpoint, "{line}");
+        line
+    };
+    let failed = names("request failed", "/gone", &gone_at);
+    let error = failed["error"].as_str().expect("a text");
+    assert!(error.contains(&gone_at) && !error.contains("upstream.address"), "{error}");
+    assert_eq!(names("the backend refused a handshake", "/no", &no_at)["path"], "/no");
+    let turned_away = names("clients are turned away with 503", "/no", &no_at);
+    assert_eq!(turned_away["reason"], "queue_timeout");
 }
 
 /// Routes are added, led elsewhere and taken away while sessions are open: none of these is cut, and each stays where it is.
