@@ -3,6 +3,7 @@
 //! ```text
 //! descriptors = open at the start (accept queues, runtimes, log, admin listener) + spare (admin connections, looks at
 //!               the backend, names, plain requests' backends after their client) + turned away + 1 in reserve
+//!             + connections to the backend that wait for their use, up to a sixteenth
 //!             + 2 for each client connection
 //! ```
 
@@ -26,6 +27,8 @@ pub struct Host {
     pub workers: usize,
     /// Ports for connections to the backend, for all source addresses together; `None`: it takes none (a Unix socket).
     pub ports: Option<u64>,
+    /// Connections to backends that are to wait for their use (`pool.prewarm`, `pool.keep_alive`).
+    pub idle: usize,
 }
 
 /// What can be given, and why not more.
@@ -35,6 +38,8 @@ pub struct Budget {
     pub capacity: Capacity,
     /// Descriptors for everything that is neither a client nor its session.
     pub spare: usize,
+    /// Connections to backends that may wait for their use.
+    pub idle: usize,
     /// What sets the number of connections.
     pub limited_by: LimitedBy,
 }
@@ -114,10 +119,12 @@ pub fn most_queues(descriptors: u64, max_sockets: usize) -> usize {
 impl Budget {
     /// `wanted` is `limits.max_connections`.
     pub fn new(host: &Host, wanted: Option<usize>) -> Result<Self, NoRoom> {
-        let Host { descriptors, open, memory, workers, ports } = *host;
+        let Host { descriptors, open, memory, workers, ports, idle } = *host;
         let spare = (descriptors / 16).clamp(4, 256);
         let turned_away = (descriptors / 32).clamp(2, 256);
-        let needed = open + spare + turned_away + 1;
+        // Without one of these a connection is opened when it is needed, so clients come first.
+        let idle = (idle as u64).min(descriptors / 16).min(ports.map_or(u64::MAX, |ports| ports / 16));
+        let needed = open + spare + turned_away + idle + 1;
         let by_descriptors = descriptors.saturating_sub(needed) / 2;
         if by_descriptors == 0 {
             return Err(NoRoom::Descriptors { descriptors, needed });
@@ -134,7 +141,7 @@ impl Budget {
             (Some(by_descriptors), LimitedBy::Descriptors),
             // A quarter is for what some of them take beyond that: handshakes that wait for long, headers in pieces.
             (memory.map(|bytes| bytes / 4 * 3 / CONNECTION_BYTES), LimitedBy::Memory),
-            (ports, LimitedBy::Ports),
+            (ports.map(|ports| ports - idle), LimitedBy::Ports),
             (wanted.and_then(|wanted| u64::try_from(wanted).ok()), LimitedBy::Setting),
         ];
         let all = candidates.into_iter().filter_map(|(count, by)| Some((count?, by)));
@@ -146,7 +153,7 @@ impl Budget {
             memory,
             full: limited_by.reason(),
         };
-        Ok(Self { capacity, spare: whole(spare), limited_by })
+        Ok(Self { capacity, spare: whole(spare), idle: whole(idle), limited_by })
     }
 }
 
@@ -154,7 +161,7 @@ impl Budget {
 mod tests {
     use super::*;
 
-    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, workers: 2, ports: None };
+    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, workers: 2, ports: None, idle: 0 };
 
     fn budget(host: Host, wanted: Option<usize>) -> (usize, LimitedBy) {
         let budget = Budget::new(&host, wanted).expect("room");
@@ -165,6 +172,8 @@ mod tests {
     #[test]
     fn what_is_scarcest_decides() {
         assert_eq!(budget(HOST, None), (9_663, LimitedBy::Descriptors));
+        assert_eq!(budget(Host { idle: 40, ..HOST }, None), (9_643, LimitedBy::Descriptors));
+        assert_eq!(budget(Host { idle: 100_000, ..HOST }, None), (9_038, LimitedBy::Descriptors));
         assert_eq!(budget(HOST, Some(100)), (100, LimitedBy::Setting));
         assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
@@ -188,9 +197,9 @@ mod tests {
     proptest::proptest! {
         /// Whatever was found, what is given fits into the descriptors.
         #[test]
-        fn it_always_fits(descriptors in 1_u64..1 << 20, open in 0_u64..1 << 10) {
-            if let Ok(Budget { capacity, spare, .. }) = Budget::new(&Host { descriptors, open, ..HOST }, None) {
-                let given = capacity.connections * 2 + capacity.turned_away + spare + 1;
+        fn it_always_fits(descriptors in 1_u64..1 << 20, open in 0_u64..1 << 10, idle in 0_usize..1 << 12) {
+            if let Ok(Budget { capacity, spare, idle, .. }) = Budget::new(&Host { descriptors, open, idle, ..HOST }, None) {
+                let given = capacity.connections * 2 + capacity.turned_away + spare + idle + 1;
                 proptest::prop_assert!(given as u64 + open <= descriptors);
             }
         }

@@ -83,6 +83,32 @@ impl Handshake {
     }
 }
 
+/// Of connections that wait for their use.
+const IDLE: [&str; 2] = ["prewarm", "keep_alive"];
+
+/// What came of looking for a connection that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdleUse {
+    /// It was used.
+    Hit,
+    /// None was there.
+    Miss,
+    /// The backend had ended it, or did so before a byte of an answer.
+    Stale,
+}
+
+impl IdleUse {
+    const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Stale];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Stale => "stale",
+        }
+    }
+}
+
 /// What came of a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReloadResult {
@@ -126,6 +152,10 @@ pub struct Metrics {
     upstream: [[Gauge; 2]; 2],
     /// Endpoints of backends: those that are well, and those that are left alone.
     pub upstream_endpoints: [Gauge; 2],
+    /// Connections to backends that wait for their use: prewarmed, and of plain requests.
+    pub idle: [Gauge; 2],
+    /// What came of looking for one, for each kind.
+    idle_uses: [[Counter; 3]; 2],
     /// Connects to another endpoint, after one in vain.
     pub upstream_retries: Counter,
     /// Endpoints that took no connections any more.
@@ -190,6 +220,8 @@ impl Metrics {
         registry.register_collector(Box::new(PoolCollector(Arc::clone(&pools))));
         let upstream: [Family<Labels<1>, Gauge>; 2] = Default::default();
         let endpoints: Family<Labels<1>, Gauge> = Family::default();
+        let idle: Family<Labels<1>, Gauge> = Family::default();
+        let idle_uses: Family<Labels<2>, Counter> = Family::default();
         // 0.5 ms to about 16 s.
         let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
         let (handshake_duration, close_duration) = (latency(), latency());
@@ -206,6 +238,10 @@ impl Metrics {
                 ["request", "handshake"].map(|kind| family.get_or_create(&[("kind", kind)]).clone())
             }),
             upstream_endpoints: ["active", "ejected"].map(|state| endpoints.get_or_create(&[("state", state)]).clone()),
+            idle: IDLE.map(|kind| idle.get_or_create(&[("kind", kind)]).clone()),
+            idle_uses: IDLE.map(|kind| {
+                IdleUse::ALL.map(|what| idle_uses.get_or_create(&[("kind", kind), ("result", what.as_str())]).clone())
+            }),
             upstream_retries: Counter::default(),
             upstream_ejections: Counter::default(),
             ambiguous_paths: Counter::default(),
@@ -262,6 +298,10 @@ impl Metrics {
         }
         let help = "Endpoints of the backends: active, or ejected since they took no connections";
         registry.register("upstream_endpoints", help, endpoints);
+        let help = "Connections to the backends that wait for their use: opened ahead (prewarm), or of plain requests (keep_alive)";
+        registry.register("upstream_idle_connections", help, idle);
+        let help = "What was found of those: hit, miss (none was there), stale (the backend had ended it, which no client noticed)";
+        registry.register("upstream_idle_uses", help, idle_uses);
         let help = "Connects to another endpoint of the same backend, after one that failed";
         registry.register("upstream_retries", help, metrics.upstream_retries.clone());
         let help = "Endpoints that got no clients for a while, since they took no connections";
@@ -363,6 +403,10 @@ impl Metrics {
     }
 
     /// WebSocket handshakes, or plain requests, that wait for their turn at the backend.
+    pub fn idle_use(&self, kind: usize, what: IdleUse) {
+        self.idle_uses[kind][what as usize].inc();
+    }
+
     pub fn upstream_waiting(&self, is_handshake: bool) -> &Gauge {
         &self.upstream[0][usize::from(is_handshake)]
     }

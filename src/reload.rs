@@ -415,10 +415,19 @@ impl Reload {
             && new.close.patience == old.close.patience
             && upstreams.is(&first.upstreams);
         if !is_same_for_sessions {
+            if !is_same {
+                warn_of_idle(&upstreams);
+            }
             warn_of_ports(&upstreams, first.metrics.max_connections.get());
             let relay = Arc::new(new.relay.clone());
+            if !is_same {
+                first.upstreams.retire();
+            }
             for context in contexts {
                 let context = context.latest();
+                if !is_same {
+                    upstreams.prewarm(&context.home);
+                }
                 context.current.set(Arc::new(Context {
                     downstream: new.downstream.clone(),
                     relay: Arc::clone(&relay),
@@ -472,6 +481,15 @@ fn list(changes: &[Change]) -> String {
         None => key.clone(),
     };
     changes.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// What may wait was taken out of the budget at the start.
+fn warn_of_idle(upstreams: &Upstreams) {
+    let (wanted, most) = (upstreams.idle(), upstreams.most_idle());
+    if wanted > most {
+        let fix = "restart, so that more is set aside";
+        warn!(wanted, most, fix, "pool.prewarm and pool.keep_alive together are more than may wait");
+    }
 }
 
 /// How many connections there may be was computed at the start, for the ports of that time.

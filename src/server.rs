@@ -145,6 +145,7 @@ impl Server {
             }),
             workers,
             ports: upstreams.ports(),
+            idle: upstreams.idle(),
         };
         let budget = match Budget::new(&host, settings.limits.max_connections) {
             Err(error @ NoRoom::Memory { limit, .. }) if settings.limits.memory == Memory::Auto => {
@@ -160,6 +161,7 @@ impl Server {
             metrics.saw_memory(limit, used);
         }
         metrics.max_connections.set(i64::try_from(budget.capacity.connections).unwrap_or(i64::MAX));
+        upstreams.allow_idle(budget.idle);
         let admission = Admission::new(budget.capacity, &settings.limits);
 
         for linger in &lingers {
@@ -193,7 +195,14 @@ impl Server {
             let (drain, tracker, last) = (drain.clone(), TaskTracker::new(), linger.clone());
             let patience = settings.close.patience;
             let end = Arc::new(move |stream| last.add(Side::Backend, stream, true, &patience, Keeps::Nothing));
-            let home = Home { runtime: runtime.handle().clone(), tracker: tracker.clone(), drain: drain.clone(), end };
+            let home = Home {
+                worker: index,
+                workers,
+                runtime: runtime.handle().clone(),
+                tracker: tracker.clone(),
+                drain: drain.clone(),
+                end,
+            };
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
@@ -578,6 +587,18 @@ impl Worker {
         let lingering = TaskTracker::new();
         lingering.spawn(context.linger.clone().run());
         context.tracker.spawn(Arc::clone(&context).take_on(balancer.counter(index)));
+        {
+            let (context, go) = (Arc::clone(&context), go.clone());
+            loops.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = go.cancelled() => {}
+                    () = context.drain.begun() => return,
+                }
+                let context = context.latest();
+                context.upstreams.prewarm(&context.home);
+            });
+        }
         for listener in listeners {
             let (context, balancer, door, go) = (Arc::clone(&context), balancer.clone(), door.clone(), go.clone());
             loops.spawn(async move {

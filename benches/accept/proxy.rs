@@ -215,6 +215,9 @@ impl<'a> Parts<'a> {
             runtime: runtime.handle().clone(),
             tracker: tracker.clone(),
             drain: self.drain.clone(),
+            // Nothing is opened ahead here.
+            worker: 0,
+            workers: 1,
             // None is shared here.
             end: Arc::new(drop),
         };

@@ -37,7 +37,7 @@ fn facts() -> Facts {
 
 /// The defaults, on any machine.
 fn wishes() -> Wishes {
-    Wishes { workers: 2, ..Wishes::from(&Settings::default()) }
+    Wishes { workers: 2, idle: 0, ..Wishes::from(&Settings::default()) }
 }
 
 fn tcp(host: &str, port: u16) -> Address {

@@ -33,6 +33,8 @@ pub(super) struct Wishes {
     /// At least 1: where none is set, the kernel chooses one.
     pub source_addresses: u64,
     pub memory: Memory,
+    /// Connections to backends that are to wait for their use.
+    pub idle: usize,
 }
 
 impl From<&Settings> for Wishes {
@@ -60,6 +62,7 @@ impl From<&Settings> for Wishes {
             max_connections: limits.max_connections,
             source_addresses: wide(upstream.source_addresses.len()).max(1),
             memory: limits.memory,
+            idle: upstream.idle() + settings.ways().map(|(_, way)| way.idle()).sum::<usize>(),
         }
     }
 }
@@ -130,7 +133,7 @@ impl Plan {
             _ => None,
         };
         let memory = memory.map(|limit| (limit, PROCESS_BYTES));
-        let whole = Host { descriptors, open, memory, workers, ports };
+        let whole = Host { descriptors, open, memory, workers, ports, idle: wishes.idle };
         let count =
             |host: Host, wanted| Budget::new(&host, wanted).map_or(0, |budget| wide(budget.capacity.connections));
         let by_descriptors = count(Host { memory: None, ports: None, ..whole }, None);
@@ -168,6 +171,7 @@ pub(super) fn memory_for(connections: u64, wishes: &Wishes) -> u64 {
             memory: Some((limit, PROCESS_BYTES)),
             workers: wishes.workers,
             ports: None,
+            idle: wishes.idle,
         };
         Budget::new(&host, None).map_or(0, |budget| wide(budget.capacity.connections))
     };

@@ -93,7 +93,7 @@ pub fn forward_request<B>(
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     } else {
-        // One request per connection: its end is ours to make orderly. "A sender of TE MUST also send a 'TE' connection
+        // One request per connection, unless the upstream keeps it: its end is ours to make orderly. "A sender of TE MUST also send a 'TE' connection
         // option" (RFC 9110 10.1.4).
         let options = if headers.contains_key(TE) { "close, TE" } else { "close" };
         headers.insert(CONNECTION, HeaderValue::from_static(options));

@@ -198,6 +198,28 @@ impl Stream {
         }
     }
 
+    /// Nothing has come from the peer, no FIN or RST either, as its kernel has it now. For one that is not being read.
+    pub fn is_silent(&mut self) -> bool {
+        // TLS has words of its own, such as tickets for the next time. What it has not taken yet does not count as such.
+        if let Self::Tls(_) = self {
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            if self.poll_read_slice(&mut cx, &mut [0; 1]).is_ready() {
+                return false;
+            }
+        }
+        let below = match self {
+            Self::Tls(tls) => tls.below(),
+            _ => Some(&*self),
+        };
+        let fd = match below {
+            Some(Self::Tcp(stream) | Self::Dialled(stream, _)) => stream.as_fd(),
+            Some(Self::Unix(stream)) => stream.as_fd(),
+            Some(Self::Tls(_) | Self::Multiplexed(_)) | None => return false,
+        };
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        matches!(rustix::net::recv(fd, &mut [0; 1], flags), Err(rustix::io::Errno::AGAIN))
+    }
+
     /// How long others bear with it when nobody takes what comes from it; `None`: it is nobody else's.
     pub fn stall_timeout(&self) -> Option<Duration> {
         match self {
@@ -283,12 +305,13 @@ pub struct Kept {
     stalled: Option<Pin<Box<Sleep>>>,
     /// What was read already.
     early: Bytes,
+    has_read: bool,
 }
 
 impl Kept {
     /// Of a connected stream.
     pub const fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, write_timeout, stalled: None, early: Bytes::new() }
+        Self { stream, write_timeout, stalled: None, early: Bytes::new(), has_read: false }
     }
 
     /// What was read already is read again.
@@ -296,6 +319,16 @@ impl Kept {
     pub fn rewind(mut self, early: Bytes) -> Self {
         self.early = early;
         self
+    }
+
+    /// Something was read of it.
+    pub const fn has_read(&self) -> bool {
+        self.has_read
+    }
+
+    /// Its peer does not take what was written last, which waits for that.
+    pub const fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
     }
 
     /// The stream itself.
@@ -347,7 +380,10 @@ impl AsyncRead for Kept {
             buffer.put_slice(&this.early.split_to(this.early.len().min(buffer.remaining())));
             return Poll::Ready(Ok(()));
         }
-        Pin::new(&mut this.stream).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        this.has_read |= buffer.filled().len() > before;
+        Poll::Ready(Ok(()))
     }
 }
 

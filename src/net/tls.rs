@@ -283,6 +283,11 @@ pub async fn encrypt(
 }
 
 impl Tls {
+    /// What it goes through.
+    pub(super) fn below(&self) -> Option<&Stream> {
+        self.stream.get_ref().0.stream.as_ref()
+    }
+
     /// What both sides have agreed to use it for (ALPN).
     pub fn protocol(&self) -> Option<&[u8]> {
         self.stream.get_ref().1.alpn_protocol()

@@ -418,7 +418,7 @@ impl Context {
         // A request's body must come as its header must: whoever waits for it holds a place.
         let patience = body_timeout.min(self.downstream.header_timeout);
         let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
-        let exchange = upstream.plain(request.map(body));
+        let exchange = upstream.plain(request.map(body), &self.home);
         let at = exchange.at();
         match self.carried_out(exchange).await {
             Ok(reply) => self.pass_on(reply, body_timeout),

@@ -9,7 +9,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    future::pending,
+    future::{Future, pending},
     io,
     net::{IpAddr, SocketAddr},
     pin::pin,
@@ -23,7 +23,7 @@ use std::{
 use serde::Serialize;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::{Notify, watch},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError, watch},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::task::TaskTracker;
@@ -32,6 +32,7 @@ use tracing::{debug, info, warn};
 use super::{
     Addresses, Config,
     choice::{Candidate, Health, Policy, choose},
+    idle,
     multiplexed::Knowledge,
     turns::Turns,
 };
@@ -61,6 +62,8 @@ pub(super) struct Endpoint {
     pub(super) handshakes: Turns,
     /// Whether it takes WebSockets over HTTP/2.
     pub(super) knowledge: Knowledge,
+    /// Idle connections of plain requests, on all workers.
+    pub(super) kept: idle::Count,
     load: AtomicUsize,
     /// Not its sessions: these may share connections, and a Unix socket takes none.
     pub(super) ports: Arc<Ports>,
@@ -179,6 +182,10 @@ pub(super) struct Registry {
     known: Mutex<Everybody>,
     /// Look-ups, and looks at endpoints. They end by themselves, and nobody has to wait for them.
     tracker: TaskTracker,
+    /// For connections that wait for their use, as many as the budget has set aside.
+    idle: Arc<Semaphore>,
+    /// How many that are in all.
+    most_idle: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -191,11 +198,28 @@ struct Everybody {
 impl Registry {
     pub(super) fn new(metrics: Arc<Metrics>, max_pending: usize) -> Arc<Self> {
         let known = Everybody { max_pending, endpoints: HashMap::new(), names: HashMap::new() };
-        Arc::new(Self { metrics, known: Mutex::new(known), tracker: TaskTracker::new() })
+        Arc::new(Self {
+            metrics,
+            known: Mutex::new(known),
+            tracker: TaskTracker::new(),
+            idle: Arc::new(Semaphore::new(0)),
+            most_idle: AtomicUsize::new(0),
+        })
     }
 
     pub(super) fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// So many connections more may wait for their use.
+    pub(super) fn allow_idle(&self, count: usize) {
+        self.idle.add_permits(count.min(Semaphore::MAX_PERMITS / 2));
+        self.most_idle.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// How many may.
+    pub(super) fn most_idle(&self) -> usize {
+        self.most_idle.load(Ordering::Relaxed)
     }
 
     /// So many turns from now on, at each.
@@ -241,6 +265,7 @@ impl Registry {
             connects: Turns::new(known.max_pending),
             handshakes: Turns::new(known.max_pending),
             knowledge: Knowledge::default(),
+            kept: idle::Count::default(),
             load: AtomicUsize::new(0),
             ports: Ports::new(&self.metrics),
             has_warned: AtomicBool::new(false),
@@ -497,8 +522,25 @@ impl Endpoints {
         })
     }
 
+    /// Asks for the addresses of its names, if what is known of them is old; nobody waits for that.
+    pub(super) fn ask(&self, config: &Config) {
+        for name in self.names() {
+            name.ask(config.resolve_interval, &self.registry);
+        }
+    }
+
+    /// For a connection that is to wait for its use.
+    pub(super) fn idle_slot(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {
+        Arc::clone(&self.registry.idle).try_acquire_owned()
+    }
+
+    /// Runs something on this worker that has nothing to bring to an end.
+    pub(super) fn in_background(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.registry.tracker.spawn(task);
+    }
+
     /// All that are known.
-    fn now(&self) -> Vec<Arc<Endpoint>> {
+    pub(super) fn now(&self) -> Vec<Arc<Endpoint>> {
         let mut all = Vec::new();
         for member in &self.members {
             match member {

@@ -1,4 +1,7 @@
 //! One request on one connection, by hyper, driven inside the caller's own task.
+//!
+//! A connection object of hyper's is for one request, also on a connection that had others before and will have more: it begins and
+//! ends with a bare socket, so that what waits in between (`idle.rs`) is the same for both kinds, and can be looked at.
 
 use std::{
     future::{Future, poll_fn},
@@ -15,7 +18,7 @@ use http_body::Body;
 use http_body_util::Empty;
 use hyper::{
     body::Incoming,
-    client::conn::http1::{self, Connection as Driver},
+    client::conn::http1::{self, Connection as Driver, SendRequest},
 };
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -44,6 +47,8 @@ impl<S: AsyncRead + AsyncWrite + Into<Kept> + Unpin + Send + 'static> Transport 
 /// A hyper connection that is polled until it is done, and gives its socket back.
 struct Driven<S: Transport, B: Body + 'static> {
     driver: Option<Driver<TokioIo<S>, B>>,
+    /// Says when the connection could have another request.
+    sender: SendRequest<B>,
     is_done: bool,
 }
 
@@ -64,11 +69,43 @@ where
         if self.is_done { Poll::Ready(()) } else { Poll::Pending }
     }
 
+    /// Ready when the response, and the request, are over.
+    fn poll_over(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Over> {
+        match (self.poll(cx), self.sender.poll_ready(cx)) {
+            (Poll::Ready(()), _) => Poll::Ready(Over::Ended),
+            (Poll::Pending, Poll::Ready(Ok(()))) => Poll::Ready(Over::Idle),
+            (Poll::Pending, _) => Poll::Pending,
+        }
+    }
+
+    /// The socket of one that is idle, if nothing is on its way in either direction.
+    fn into_idle(mut self) -> Result<Stream, Option<Stream>> {
+        let Some(driver) = self.driver.take() else { return Err(None) };
+        let parts = driver.into_parts();
+        let kept = parts.io.into_inner().into();
+        // An answer may be there before all of its request was taken.
+        let is_clean = parts.read_buf.is_empty() && !kept.is_stalled();
+        let (stream, unread) = kept.into_parts();
+        if is_clean && unread.is_empty() { Ok(stream) } else { Err(Some(stream)) }
+    }
+
+    fn into_kept(mut self) -> Option<Kept> {
+        Some(self.driver.take()?.into_parts().io.into_inner().into())
+    }
+
     fn into_parts(mut self) -> Option<(Stream, Bytes)> {
         let parts = self.driver.take()?.into_parts();
         let (stream, unread) = parts.io.into_inner().into().into_parts();
         Some((stream, concat(parts.read_buf, unread)))
     }
+}
+
+/// What is left of a connection after a response.
+enum Over {
+    /// It can have another request (RFC 9112 9.3), as far as hyper knows.
+    Idle,
+    /// It can't.
+    Ended,
 }
 
 /// Sends the request and waits for the response's header; a failure gives the socket back.
@@ -84,16 +121,16 @@ where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
-    let (mut sender, connection) = http1::Builder::new()
+    let (sender, connection) = http1::Builder::new()
         .max_header_size(config.header_bytes)
         // hyper wants at least 8 KiB.
         .max_buf_size(config.header_bytes.max(8 * 1024))
         .handshake(TokioIo::new(stream))
         .await
         .map_err(Error::NoAnswer)?;
-    let mut driven = Driven { driver: Some(connection), is_done: false };
+    let mut driven = Driven { driver: Some(connection), sender, is_done: false };
     let answer = {
-        let mut response = pin!(sender.send_request(request));
+        let mut response = pin!(driven.sender.send_request(request));
         let waited = poll_fn(|cx| {
             let _ = driven.poll(cx);
             response.as_mut().poll(cx)
@@ -115,19 +152,28 @@ where
         },
         Some(Err(_)) | None => Error::Timeout("backend did not answer in time"),
     };
-    Err(Failure { error, stream: driven.into_parts().map(|(stream, _)| stream) })
+    let kept = driven.into_kept();
+    if let Some(kept) = &kept {
+        control.has_heard(kept.has_read());
+    }
+    Err(Failure { error, stream: kept.map(Kept::into_inner) })
 }
 
+/// Takes a connection that can have another request; gives it back if it is not wanted.
+pub(super) type Keep = Box<dyn FnOnce(Stream) -> Option<Stream> + Send>;
+
 /// A response, and what goes on while its body is read.
-fn reply<S, B>(response: Response<Incoming>, mut driven: Driven<S, B>) -> Reply
+fn reply<S, B>(response: Response<Incoming>, mut driven: Driven<S, B>, keep: Option<Keep>) -> Reply
 where
     S: Transport,
     B: Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<BoxError>,
 {
     let connection: Connection = Box::pin(async move {
-        poll_fn(|cx| driven.poll(cx)).await;
-        driven.into_parts().map(|(stream, _)| stream)
+        match (poll_fn(|cx| driven.poll_over(cx)).await, keep) {
+            (Over::Idle, Some(keep)) => driven.into_idle().map_or_else(|stream| stream, keep),
+            _ => driven.into_parts().map(|(stream, _)| stream),
+        }
     });
     Reply { response: response.map(ReplyBody::Connection), connection }
 }
@@ -135,19 +181,19 @@ where
 /// See [`super::Upstream::websocket`].
 pub(super) async fn websocket(
     stream: Stream,
-    request: Request<()>,
+    request: &Request<()>,
     config: &Config,
     control: &Control,
 ) -> Result<Answer, Failure> {
     let deadline = Instant::now() + config.handshake_timeout;
     let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
-    let (response, parts) = match handshake::ask(stream, &request, config, deadline, control).await? {
+    let (response, parts) = match handshake::ask(stream, request, config, deadline, control).await? {
         First::Switching(response, stream, early) => (response, Some((stream, early))),
         First::Other(asked) => {
-            let request = request.map(|()| Empty::<Bytes>::new());
+            let request = request.clone().map(|()| Empty::<Bytes>::new());
             let (response, mut driven) = send(asked, request, config, deadline, control).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(reply(response, driven).into());
+                return Ok(reply(response, driven, None).into());
             }
             // Behind another answer of 1xx.
             poll_fn(|cx| driven.poll(cx)).await;
@@ -189,6 +235,7 @@ pub(super) async fn plain<B>(
     request: Request<B>,
     config: &Config,
     control: &Control,
+    keep: Option<Keep>,
 ) -> Result<Reply, Failure>
 where
     B: Body<Data = Bytes> + Send + Unpin + 'static,
@@ -204,5 +251,7 @@ where
             stream,
         });
     }
-    Ok(reply(response, driven))
+    // What "keep-alive" of HTTP/1.0 means was never the same everywhere (RFC 9112 C.2.2).
+    let keep = keep.filter(|_| response.version() == Version::HTTP_11);
+    Ok(reply(response, driven, keep))
 }

@@ -8,6 +8,7 @@ mod config;
 mod endpoints;
 mod exchange;
 mod handshake;
+mod idle;
 mod multiplexed;
 mod open;
 mod routes;
@@ -30,8 +31,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{
+    HeaderMap, HeaderValue, Request, Response,
+    header::{CONNECTION, TE},
+};
 use http_body::{Body, Frame, SizeHint};
+use http_body_util::Empty;
 use hyper::body::Incoming;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit},
@@ -48,7 +53,10 @@ pub use self::{
 };
 use self::{
     endpoints::{Endpoints, Registry},
+    exchange::Keep,
+    idle::Kind,
     multiplexed::{Doubt, Outcome},
+    open::Opened,
     turns::Connected,
 };
 use crate::{
@@ -93,6 +101,14 @@ pub struct Config {
     pub header_bytes: usize,
     /// How long the backend may take nothing of a plain request.
     pub write_timeout: Duration,
+}
+
+impl Config {
+    /// Connections that are to wait for their use, a name counted as one endpoint.
+    pub fn idle(&self) -> usize {
+        let prewarm = if self.pool.mode == Mode::Dedicated { self.pool.prewarm } else { 0 };
+        self.address.as_slice().len() * (prewarm + self.pool.keep_alive)
+    }
 }
 
 /// Why the backend gave no answer that could be passed on.
@@ -229,6 +245,16 @@ impl Body for ReplyBody {
     }
 }
 
+/// What is said otherwise is that each connection has one request.
+fn stay_open(headers: &mut HeaderMap) {
+    // "A sender of TE MUST also send a 'TE' connection option" (RFC 9110 10.1.4).
+    if headers.contains_key(TE) {
+        headers.insert(CONNECTION, HeaderValue::from_static("TE"));
+    } else {
+        headers.remove(CONNECTION);
+    }
+}
+
 /// What a backend said to a WebSocket handshake.
 pub enum Answer {
     /// A valid 101: a tunnel.
@@ -298,6 +324,8 @@ struct Control {
     turn: Mutex<Option<OwnedSemaphorePermit>>,
     endpoint: Mutex<Option<Arc<str>>>,
     given_up: Notify,
+    /// A byte of an answer, at the last try that failed.
+    has_heard: AtomicBool,
 }
 
 impl Control {
@@ -305,6 +333,23 @@ impl Control {
     fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
         self.connected.store(true, Ordering::Relaxed);
+    }
+
+    /// Nothing came of it, and it is tried anew: until then the backend sees nothing of it.
+    fn begin_anew(&self) {
+        self.end_turn();
+        self.begun.store(false, Ordering::Relaxed);
+        self.connected.store(false, Ordering::Relaxed);
+    }
+
+    fn has_heard(&self, has_heard: bool) {
+        self.has_heard.store(has_heard, Ordering::Relaxed);
+    }
+
+    /// The backend's last word was the end of a connection that had waited, without a byte of an answer: it had ended it before
+    /// it saw the request, or so that this can't be told from that.
+    fn was_stale<T>(&self, answer: &Result<T, Failure>) -> bool {
+        matches!(answer, Err(Failure { error: Error::NoAnswer(_), .. })) && !self.has_heard.load(Ordering::Relaxed)
     }
 
     async fn given_up(&self) {
@@ -399,6 +444,7 @@ struct Inner {
     /// Ports toward one endpoint, for all sources together; 0: nobody knows.
     ports: u64,
     shared: multiplexed::Workers,
+    idle: idle::Workers,
 }
 
 impl Upstream {
@@ -413,7 +459,8 @@ impl Upstream {
         let endpoints = Endpoints::new(&config.address, registry);
         let sources = Sources::new(&config.source_addresses);
         let (ports, shared) = (ports.unwrap_or(0), multiplexed::Workers::default());
-        let inner = Inner { config, socket, endpoints, sources, metrics, ports, shared };
+        let idle = idle::Workers::default();
+        let inner = Inner { config, socket, endpoints, sources, metrics, ports, shared, idle };
         Self { inner: Arc::new(inner) }
     }
 
@@ -439,31 +486,77 @@ impl Upstream {
             } else {
                 Doubt::NONE
             };
-            let opened = this.open(true, &control).await?;
-            let connected = opened.load.get().connects.connected(opened.turn, opened.begun);
-            let answer = exchange::websocket(opened.stream, request, &this.inner.config, &control).await;
-            connected.heard(&answer);
-            doubt.heard(opened.load.get(), &answer);
-            control.end_turn();
-            Ok(Placed { what: answer?, load: opened.load })
+            let mut idle = this.idle(&home, Kind::Prewarm);
+            loop {
+                let Opened { stream, load, fresh, _pending } = this.open(true, idle.as_deref(), &control).await?;
+                let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
+                let answer = exchange::websocket(stream, &request, &this.inner.config, &control).await;
+                match (connected, idle.take()) {
+                    (Some(connected), _) => connected.heard(&answer),
+                    (None, Some(idle)) if control.was_stale(&answer) => {
+                        idle.was_stale(Kind::Prewarm, answer.err().and_then(|failure| failure.stream));
+                        control.begin_anew();
+                        continue;
+                    }
+                    (None, _) => {}
+                }
+                doubt.heard(load.get(), &answer);
+                control.end_turn();
+                return Ok(Placed { what: answer?, load });
+            }
         });
         Exchange { future, control: shared }
     }
 
     /// Passes a plain request on, in its turn, and gives the response when its header is there.
-    pub fn plain<B>(&self, request: Request<B>) -> Exchange<Placed<Reply>>
+    ///
+    /// One that may be sent twice (idempotent and without a body, RFC 9110 9.2.2) gets a connection that others have used before,
+    /// if one waits; and a fresh one, if the backend ends that without a byte of an answer. All others get a fresh one at once.
+    pub fn plain<B>(&self, mut request: Request<B>, home: &Home) -> Exchange<Placed<Reply>>
     where
         B: Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        let (this, control) = (self.clone(), Arc::new(Control::default()));
+        let (this, home, control) = (self.clone(), home.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let opened = this.open(false, &control).await?;
-            let connected = opened.load.get().connects.connected(opened.turn, opened.begun);
-            let answer = exchange::plain(opened.stream, request, &this.inner.config, &control).await;
-            connected.heard(&answer);
-            Ok(Placed { what: answer?, load: opened.load })
+            let idle = this.idle(&home, Kind::KeepAlive);
+            if idle.is_some() {
+                stay_open(request.headers_mut());
+            }
+            let keep = |load: &Load| {
+                let (idle, endpoint) = (Arc::clone(idle.as_ref()?), Arc::clone(load.get()));
+                Some(Box::new(move |stream| idle.keep(&endpoint, stream)) as Keep)
+            };
+            let config = &this.inner.config;
+            let again = request.body().is_end_stream() && request.method().is_idempotent();
+            if let (true, Some(idle)) = (again, &idle) {
+                let (head, _) = request.into_parts();
+                let mut waiting = Some(&**idle);
+                loop {
+                    let Opened { stream, load, fresh, _pending } = this.open(false, waiting, &control).await?;
+                    let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
+                    let request = Request::from_parts(head.clone(), Empty::<Bytes>::new());
+                    let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
+                    match (connected, waiting.take()) {
+                        (Some(connected), _) => connected.heard(&answer),
+                        (None, Some(idle)) if control.was_stale(&answer) => {
+                            idle.was_stale(Kind::KeepAlive, answer.err().and_then(|failure| failure.stream));
+                            control.begin_anew();
+                            continue;
+                        }
+                        (None, _) => {}
+                    }
+                    return Ok(Placed { what: answer?, load });
+                }
+            }
+            let Opened { stream, load, fresh, _pending } = this.open(false, None, &control).await?;
+            let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
+            let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
+            if let Some(connected) = connected {
+                connected.heard(&answer);
+            }
+            Ok(Placed { what: answer?, load })
         });
         Exchange { future, control: shared }
     }

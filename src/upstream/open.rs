@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 use super::{
     Control, Error, Failure, Inner, Upstream,
     endpoints::{Endpoint, Load, Looks, Nobody},
+    idle::{Idle, Kind},
     tls::{self, Speaks},
     turns::Begun,
 };
@@ -32,15 +33,20 @@ const LATE: &str = "backend did not take the connection in time";
 /// more time: others were asked before, or a name was long in being looked up.
 const PATIENT: Duration = Duration::from_secs(1);
 
-/// A fresh connection.
+/// A connection.
 pub(super) struct Opened {
     pub stream: Stream,
     pub load: Load,
-    /// It may not be accepted yet.
-    pub turn: OwnedSemaphorePermit,
-    pub begun: Begun,
+    /// It may not be accepted yet; `None`: it has waited for its use.
+    pub fresh: Option<(OwnedSemaphorePermit, Begun)>,
     /// That the backend has something to answer.
     pub _pending: Counted,
+}
+
+/// Whose turn it is.
+enum Turn {
+    Fresh(OwnedSemaphorePermit),
+    Waited(Stream),
 }
 
 /// What was tried for one client.
@@ -51,8 +57,14 @@ pub(super) struct Attempts {
 }
 
 impl Upstream {
-    /// A connection for a WebSocket handshake or a plain request, in its turn.
-    pub(super) async fn open(&self, is_handshake: bool, control: &Control) -> Result<Opened, Failure> {
+    /// A connection for a WebSocket handshake or a plain request, in its turn: one of those that wait, or a fresh one.
+    pub(super) async fn open(
+        &self,
+        is_handshake: bool,
+        idle: Option<&Idle>,
+        control: &Control,
+    ) -> Result<Opened, Failure> {
+        let kind = if is_handshake { Kind::Prewarm } else { Kind::KeepAlive };
         let Inner { config, endpoints, metrics, .. } = &*self.inner;
         let deadline = self.deadline();
         let mut attempts = self.attempts();
@@ -65,7 +77,11 @@ impl Upstream {
                 if is_handshake {
                     control.begin_turn(endpoint.handshakes.next(deadline).await?);
                 }
-                endpoint.connects.next(deadline).await
+                // In the backend's accept queue it has had its turn.
+                if let Some(stream) = idle.and_then(|idle| idle.take(kind, &endpoint)) {
+                    return Some(Turn::Waited(stream));
+                }
+                endpoint.connects.next(deadline).await.map(Turn::Fresh)
             };
             let turn = tokio::select! {
                 biased;
@@ -79,12 +95,19 @@ impl Upstream {
             };
             drop(waiting);
             let pending = Counted::new(metrics.upstream_pending(is_handshake));
+            let turn = match turn {
+                Turn::Waited(stream) => {
+                    control.begin();
+                    return Ok(Opened { stream, load, fresh: None, _pending: pending });
+                }
+                Turn::Fresh(turn) => turn,
+            };
             control.begun.store(true, Ordering::Relaxed);
             let begun = endpoint.connects.begin();
             match self.dial(&endpoint, &mut attempts, config.connect_timeout, Speaks::Http1).await {
                 Ok(stream) => {
                     control.connected.store(true, Ordering::Relaxed);
-                    return Ok(Opened { stream, load, turn, begun, _pending: pending });
+                    return Ok(Opened { stream, load, fresh: Some((turn, begun)), _pending: pending });
                 }
                 Err(Some(failure)) => return Err(failure),
                 Err(None) => {
@@ -182,7 +205,7 @@ impl Upstream {
     }
 
     /// Says it once when four fifths of an endpoint's ports are in use, and again only after they were not for a while.
-    fn one_more_port(&self, endpoint: &Endpoint) -> Port {
+    pub(super) fn one_more_port(&self, endpoint: &Endpoint) -> Port {
         let Endpoint { ports, has_warned, .. } = endpoint;
         let (port, limit) = (Port::new(ports), &self.inner.ports);
         let in_use = ports.in_use();
@@ -317,7 +340,7 @@ mod tests {
         let turn = gone_endpoint.handshakes.next(deadline).await.expect("the only one");
 
         let control = Control::default();
-        let opening = upstream.open(true, &control);
+        let opening = upstream.open(true, None, &control);
         let failing = async {
             tokio::task::yield_now().await;
             for _ in 0..2 {

@@ -8,7 +8,10 @@
 use std::{
     collections::BTreeMap,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,6 +34,10 @@ pub(super) struct Turns {
     connected: Mutex<Waiting>,
     /// Held by the one who looks for turns that are overdue.
     sweeper: tokio::sync::Mutex<()>,
+    /// How many there are.
+    size: AtomicUsize,
+    /// Those of connections that nobody waits for, with the moment: whoever needs one has it.
+    spare: Mutex<Vec<(Instant, OwnedSemaphorePermit)>>,
 }
 
 /// Turns of connections that may not be accepted yet.
@@ -60,11 +67,14 @@ impl Turns {
             free: Arc::new(Semaphore::new(count)),
             connected: Mutex::default(),
             sweeper: tokio::sync::Mutex::default(),
+            size: AtomicUsize::new(count),
+            spare: Mutex::default(),
         }
     }
 
     /// `to` of them from now on, where there were `from`; those that are taken stay so.
     pub(super) fn resize(&self, from: usize, to: usize, tracker: &TaskTracker) {
+        self.size.store(to, Ordering::Relaxed);
         slots::resize(&self.free, from, to, tracker);
     }
 
@@ -74,6 +84,8 @@ impl Turns {
         if let Ok(turn) = Arc::clone(&self.free).try_acquire_owned() {
             return Some(turn);
         }
+        let spare = self.spare_ones().pop();
+        drop(spare);
         let mut turn = pin!(Arc::clone(&self.free).acquire_owned());
         // One of those who wait looks for turns that are overdue; when it has its own, the next one does.
         let _sweeper = tokio::select! {
@@ -90,6 +102,23 @@ impl Turns {
                 () = sleep_until(look) => if look == deadline { return None },
             }
         }
+    }
+
+    /// Takes a turn for a connection that nobody waits for, if more than half of all are free. It is held as one of a connection
+    /// without an answer, but goes to the first who needs it: what is opened ahead never keeps anybody waiting.
+    pub(super) fn spare(&self) -> bool {
+        let mut spare = self.spare_ones();
+        spare.retain(|(at, _)| at.elapsed() < ACCEPTED_BY_NOW);
+        if self.free.available_permits() * 2 <= self.size.load(Ordering::Relaxed) {
+            return false;
+        }
+        let turn = Arc::clone(&self.free).try_acquire_owned();
+        spare.extend(turn.ok().map(|turn| (Instant::now(), turn)));
+        true
+    }
+
+    fn spare_ones(&self) -> std::sync::MutexGuard<'_, Vec<(Instant, OwnedSemaphorePermit)>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// To be called just before a connection is begun.
@@ -182,6 +211,24 @@ mod tests {
         assert_eq!(turns.free.available_permits(), 1);
         connected[0].was_accepted();
         assert_eq!(turns.free.available_permits(), 2);
+    }
+
+    /// What is opened ahead takes half of the turns, and those only as long as nobody else needs them.
+    #[tokio::test(start_paused = true)]
+    async fn spare_turns_go_to_whoever_needs_them() {
+        let turns = Turns::new(4);
+        assert!(turns.spare() && turns.spare() && !turns.spare(), "half");
+        let begun = Instant::now();
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            held.push(turns.next(deadline()).await.expect("a turn"));
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO, "nobody waits for what was opened ahead");
+        assert!(!turns.spare());
+        held.clear();
+        assert!(turns.spare() && turns.spare() && !turns.spare());
+        tokio::time::sleep(ACCEPTED_BY_NOW).await;
+        assert!(turns.spare(), "by now they are accepted");
     }
 
     #[tokio::test(start_paused = true)]

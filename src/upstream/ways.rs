@@ -5,7 +5,7 @@ use std::{collections::HashSet, sync::Arc};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Ambiguous, Config, Mode, Pattern, Routes, Upstream,
+    Ambiguous, Config, Home, Mode, Pattern, Routes, Upstream,
     endpoints::{Registry, State},
 };
 use crate::{
@@ -91,6 +91,35 @@ impl Upstreams {
         // Sessions that share connections take few. Where they can't after all, those for whom there is none get 503 all the same.
         let ports = ports.filter(|_| routes.all().any(|way| way.upstream.config().pool.mode == Mode::Dedicated));
         Self { inner: Arc::new(Inner { routes, ports, registry }) }
+    }
+
+    /// Keeps connections ready for the handshakes of a worker, as far as that is configured. Once is enough, for each worker.
+    pub fn prewarm(&self, home: &Home) {
+        for way in self.inner.routes.all() {
+            way.upstream.prewarm(home);
+        }
+    }
+
+    /// No connection waits for its use any more: others have taken the place of these.
+    pub fn retire(&self) {
+        for way in self.inner.routes.all() {
+            way.upstream.inner.idle.close();
+        }
+    }
+
+    /// So many connections may wait for their use, all ways, endpoints and kinds together; none before this was said.
+    pub fn allow_idle(&self, count: usize) {
+        self.inner.registry.allow_idle(count);
+    }
+
+    /// How many may.
+    pub fn most_idle(&self) -> usize {
+        self.inner.registry.most_idle()
+    }
+
+    /// How many connections are to wait for their use, a name counted as one endpoint.
+    pub fn idle(&self) -> usize {
+        self.inner.routes.all().map(|way| way.upstream.config().idle()).sum()
     }
 
     /// The way of a request for `path`, as it was sent and without its query.

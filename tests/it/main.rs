@@ -14,6 +14,7 @@ mod endpoints;
 mod handshake;
 mod harness_self;
 mod http;
+mod idle;
 mod injection;
 mod lifetime;
 mod linger;

@@ -66,6 +66,10 @@ pub type End = dyn Fn(Stream) + Send + Sync;
 /// Where the connections of a worker live.
 #[derive(Clone)]
 pub struct Home {
+    /// Which of how many workers it is, from 0.
+    pub worker: usize,
+    /// How many there are.
+    pub workers: usize,
     /// The worker's.
     pub runtime: Handle,
     /// For their tasks.

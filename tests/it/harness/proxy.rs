@@ -123,7 +123,8 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts it with the settings that a test needs, over those that every test needs, and waits until it listens.
+    /// Starts it with the settings that a test needs, over those that every test needs (without keep-alive to the backend: most
+    /// scripts are for one request), and waits until it listens.
     pub fn start(lab: &Lab, settings: &str, backend: SocketAddr, started: Instant) -> Self {
         Self::start_in(lab, Surroundings::default(), settings, backend, started)
     }
@@ -429,6 +430,7 @@ fn base(lab: &Lab, backend: SocketAddr) -> Table {
         "listen.address = '{front}'\n\
          upstream.address = '{backend}'\n\
          admin.address = '127.0.0.1:0'\n\
+         pool.keep_alive = 0\n\
          log.format = 'json'\n\
          log.filter = 'info,tidegate=debug'\n"
     );
