@@ -33,6 +33,24 @@ use crate::{
     ws::Opcode,
 };
 
+/// Why WebSockets that should share a connection have their own. The backend: speaks no HTTP/2, ends it before its SETTINGS, or sends
+/// none; has no extended CONNECT, refuses what it then accepts, gives no answer, wants HTTP/1.1 for this one; was found to be like that
+/// (`known`). The connection was lost twice before anything was sent (`unsent`), the drain or a reload has begun (`closing`), or the
+/// client's Host can't be said in HTTP/2.
+pub const FALLBACKS: [&str; 11] = [
+    "no_http2",
+    "closed",
+    "no_settings",
+    "no_extension",
+    "fails",
+    "unanswered",
+    "required",
+    "known",
+    "unsent",
+    "closing",
+    "host",
+];
+
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -180,6 +198,7 @@ pub struct Metrics {
     pub delays_cut: Counter,
     /// Keys that were written otherwise than they run, until a restart.
     pub restart_required: Gauge,
+    pool_fallbacks: Family<Labels<1>, Counter>,
     /// Of all pools of upstream connections.
     pub pools: Arc<Stats>,
     reload_is_good: Gauge,
@@ -254,6 +273,7 @@ impl Metrics {
             crossed_messages: Counter::default(),
             delays_cut: Counter::default(),
             restart_required: Gauge::default(),
+            pool_fallbacks: Family::default(),
             pools,
             reload_is_good: Gauge::default(),
             reloads: Family::default(),
@@ -308,6 +328,12 @@ impl Metrics {
         registry.register("upstream_ejections", help, metrics.upstream_ejections.clone());
         let help = "Requests that got 400, since their path can be read as one of another route";
         registry.register("ambiguous_paths", help, metrics.ambiguous_paths.clone());
+        let help =
+            "WebSockets of pool.mode \"multiplexed\" that got a connection of their own, by what stood in the way";
+        registry.register("pool_fallbacks", help, metrics.pool_fallbacks.clone());
+        for why in FALLBACKS {
+            drop(metrics.pool_fallbacks.get_or_create(&[("why", why)]));
+        }
         let help = "TCP connections to the backend, each with a port of this host";
         registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
         let help = "Ports for connections to the backend; 0: no limit is known";
@@ -409,6 +435,11 @@ impl Metrics {
 
     pub fn upstream_waiting(&self, is_handshake: bool) -> &Gauge {
         &self.upstream[0][usize::from(is_handshake)]
+    }
+
+    /// One of [`FALLBACKS`].
+    pub fn pool_fallback(&self, why: &'static str) {
+        self.pool_fallbacks.get_or_create(&[("why", why)]).inc();
     }
 
     /// Those that are with the backend, and not answered yet.
@@ -840,6 +871,7 @@ mod tests {
         let text = Metrics::new().encode();
         for line in [
             "tidegate_pool_connections{state=\"idle\"} 0",
+            "tidegate_pool_fallbacks_total{why=\"known\"} 0",
             "tidegate_pool_references 0",
             "tidegate_pool_opens_total{result=\"panicked\"} 0",
             "tidegate_pool_acquire_duration_seconds_bucket{le=\"0.0005\",how=\"revive\"} 0",

@@ -64,11 +64,13 @@ pub enum Reason {
     MaxWaiting,
     /// It waited for its turn at the backend for `upstream.queue_timeout`.
     QueueTimeout,
+    /// It waited as long for one of the connections that WebSockets share.
+    PoolFull,
 }
 
 impl Reason {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::MaxConnections,
         Self::Memory,
         Self::Descriptors,
@@ -76,6 +78,7 @@ impl Reason {
         Self::Rate,
         Self::MaxWaiting,
         Self::QueueTimeout,
+        Self::PoolFull,
     ];
 
     /// For metrics and logs.
@@ -88,6 +91,7 @@ impl Reason {
             Self::Rate => "rate",
             Self::MaxWaiting => "max_waiting",
             Self::QueueTimeout => "queue_timeout",
+            Self::PoolFull => "pool_full",
         }
     }
 
@@ -105,6 +109,7 @@ impl Reason {
             Self::QueueTimeout => {
                 "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
             }
+            Self::PoolFull => "raise pool.max_connections or pool.max_streams",
         }
     }
 
@@ -113,7 +118,7 @@ impl Reason {
         match self {
             Self::MaxConnections | Self::Memory | Self::Descriptors | Self::Ports => "no room for another connection",
             Self::Rate => "too many handshakes at once",
-            Self::MaxWaiting | Self::QueueTimeout => "too many requests are waiting for the backend",
+            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull => "too many requests are waiting for the backend",
         }
     }
 }

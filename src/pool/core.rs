@@ -295,6 +295,16 @@ impl<E: Clone> Entry<E> {
         self.slots.iter().map(|(id, slot)| (*id, slot))
     }
 
+    /// One more gets a reference at once.
+    pub fn has_room(&self) -> bool {
+        self.slots.values().any(Slot::has_room)
+    }
+
+    /// An open is under way.
+    pub fn is_opening(&self) -> bool {
+        self.opening.is_some()
+    }
+
     /// How many wait.
     pub fn waiters(&self) -> usize {
         self.waiters.len()

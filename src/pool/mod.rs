@@ -201,6 +201,16 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         answer.map(|(lease, _)| lease)
     }
 
+    /// There is a reference for one more, at once and on a connection that is there.
+    pub fn has_room(&self, key: &K) -> bool {
+        self.shared.look(key, core::Entry::has_room)
+    }
+
+    /// A connection is being opened.
+    pub fn is_opening(&self, key: &K) -> bool {
+        self.shared.look(key, core::Entry::is_opening)
+    }
+
     /// From now on these count. Connections beyond them stay until nobody uses them.
     pub fn configure(&self, config: Config) {
         self.shared.configure(config);
@@ -323,6 +333,11 @@ impl<K: Key, C: Connector<K>> Lease<K, C> {
     /// Of which connection; for the log.
     pub fn id(&self) -> Id {
         self.connection.slot
+    }
+
+    /// How many leases its connection has, this one among them.
+    pub fn references(&self) -> usize {
+        self.connection.leases()
     }
 
     /// Whether the connection has ended under it.

@@ -150,6 +150,10 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
         lock(&self.shards[self.hasher.hash_one(key) as usize % SHARDS])
     }
 
+    pub(super) fn look(&self, key: &K, at: impl Fn(&Entry<Arc<C::Error>>) -> bool) -> bool {
+        self.shard(key).cells.get(key).is_some_and(|cell| at(&cell.entry))
+    }
+
     /// Asks for a reference; the answer may be there at once. Gives the waiter's number.
     pub(super) fn ask(self: &Arc<Self>, key: &K) -> (Id, oneshot::Receiver<Answer<K, C>>, Duration) {
         let (sender, receiver) = oneshot::channel();
@@ -365,6 +369,10 @@ impl<K: Key, C: Connector<K>> Drop for Shared<K, C> {
 }
 
 impl<K, C: Connector<K>> Connection<K, C> {
+    pub(super) fn leases(&self) -> usize {
+        self.leases.load(Ordering::Relaxed)
+    }
+
     /// A lease is about to be given back.
     pub(super) fn leave(&self) {
         self.leases.fetch_sub(1, Ordering::Relaxed);

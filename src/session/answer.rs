@@ -130,6 +130,11 @@ impl Context {
                 self.refuse_at(Reason::QueueTimeout, client, Some((route, at)));
                 return self.refusal(Reason::QueueTimeout);
             }
+            Error::PoolFull => {
+                self.refuse_for(Reason::PoolFull, client);
+                return self.refusal(Reason::PoolFull);
+            }
+            Error::Busy => (StatusCode::SERVICE_UNAVAILABLE, "the backend takes nobody else now"),
             Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
             Error::Tls { .. } => (StatusCode::BAD_GATEWAY, "there is no secure connection to the backend"),
             Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
@@ -146,10 +151,10 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
     let kind = match error {
         // Said as a client that is turned away, and here with its cause.
         Error::Shortage { .. } => 0,
-        Error::QueueTimeout => return,
+        Error::QueueTimeout | Error::PoolFull => return,
         Error::Unreachable { .. } => 1,
         Error::Timeout(_) => 2,
-        Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => 3,
+        Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) | Error::Busy => 3,
         Error::Body(_) => 4,
         Error::Tls { .. } => 5,
     };

@@ -388,11 +388,12 @@ impl Context {
                 complain(&error, &about, &at);
                 let result = match error {
                     Error::Unreachable { .. } => Handshake::Unreachable,
-                    Error::Shortage { .. } | Error::QueueTimeout => Handshake::Shed,
+                    Error::Shortage { .. } | Error::QueueTimeout | Error::PoolFull => Handshake::Shed,
                     Error::Timeout(_) => Handshake::Timeout,
                     Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => {
                         Handshake::BadBackend
                     }
+                    Error::Busy => Handshake::Refused,
                     Error::Body(_) => Handshake::Invalid,
                 };
                 (result, self.blame(&error, client, &about.route, &at), None)

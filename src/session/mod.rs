@@ -246,7 +246,9 @@ impl Context {
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
         let Tunnel { backend, load, rsv, about } = tunnel;
-        let mut open = Open::new(&self.metrics, about, load);
+        let is_shared = matches!(backend.stream, Some(Stream::Multiplexed(_)));
+        let way = if is_shared { "multiplexed" } else { "dedicated" };
+        let mut open = Open::new(&self.metrics, about, load, way);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(
             Arc::clone(&self.relay),

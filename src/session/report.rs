@@ -80,6 +80,8 @@ pub(super) struct Open<'a> {
     about: About,
     /// The endpoint has one more until both legs have ended.
     load: Load,
+    /// How its connection to the backend is used: the name of `pool.mode`.
+    way: &'static str,
     begun: Instant,
     metrics: &'a Metrics,
     is_closed: bool,
@@ -87,11 +89,11 @@ pub(super) struct Open<'a> {
 }
 
 impl<'a> Open<'a> {
-    pub(super) fn new(metrics: &'a Metrics, about: About, load: Load) -> Self {
+    pub(super) fn new(metrics: &'a Metrics, about: About, load: Load, way: &'static str) -> Self {
         let About { client, path, request_id, route } = &about;
-        info!(%client, path, request_id, %route, endpoint = %load.endpoint(), "open");
+        info!(%client, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
         let counted = Counted::new(&metrics.sessions);
-        Self { about, load, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+        Self { about, load, way, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
     }
 
     pub(super) fn close(&mut self, report: &Report) {
@@ -114,6 +116,7 @@ impl<'a> Open<'a> {
             request_id = self.about.request_id,
             route = %self.about.route,
             endpoint = %self.load.endpoint(),
+            way = self.way,
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -150,9 +153,9 @@ impl Drop for Open<'_> {
         self.metrics.close("tidegate", None, false, Duration::ZERO);
         self.metrics.abnormal(cause);
         let About { client, path, request_id, route } = &self.about;
-        let endpoint = self.load.endpoint();
+        let (endpoint, way) = (self.load.endpoint(), self.way);
         let duration_ms = millis(self.begun.elapsed());
-        warn!(%client, path, request_id, %route, %endpoint, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        warn!(%client, path, request_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
 

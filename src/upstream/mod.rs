@@ -145,6 +145,14 @@ pub enum Error {
         "no turn at the backend within upstream.queue_timeout: more than upstream.max_pending handshakes are under way"
     )]
     QueueTimeout,
+    /// Too many others have the connections that are shared.
+    #[error(
+        "no stream was free within upstream.queue_timeout: pool.max_connections of pool.max_streams each are in use"
+    )]
+    PoolFull,
+    /// It says so itself, on a stream.
+    #[error("backend takes no more WebSockets now (REFUSED_STREAM or ENHANCE_YOUR_CALM)")]
+    Busy,
     /// A deadline passed.
     #[error("{0}")]
     Timeout(&'static str),
@@ -175,6 +183,8 @@ impl Error {
             }
             Self::Tls { backend, what } => Self::Tls { backend: backend.clone(), what: what.clone() },
             Self::QueueTimeout => Self::QueueTimeout,
+            Self::PoolFull => Self::PoolFull,
+            Self::Busy => Self::Busy,
             Self::Timeout(what) => Self::Timeout(what),
             Self::BadAccept(what) => Self::BadAccept(what),
             // Not of a connect.
@@ -326,6 +336,8 @@ struct Control {
     given_up: Notify,
     /// A byte of an answer, at the last try that failed.
     has_heard: AtomicBool,
+    /// Its client.
+    is_left: AtomicBool,
 }
 
 impl Control {
@@ -350,6 +362,11 @@ impl Control {
     /// it saw the request, or so that this can't be told from that.
     fn was_stale<T>(&self, answer: &Result<T, Failure>) -> bool {
         matches!(answer, Err(Failure { error: Error::NoAnswer(_), .. })) && !self.has_heard.load(Ordering::Relaxed)
+    }
+
+    /// Nobody waits for it any more.
+    fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Relaxed)
     }
 
     async fn given_up(&self) {
@@ -405,6 +422,7 @@ impl<T> Exchange<T> {
 
     /// Nobody waits for it any more: others may have its turn.
     pub fn end_turn(&self) {
+        self.control.is_left.store(true, Ordering::Relaxed);
         self.control.end_turn();
     }
 
@@ -478,17 +496,19 @@ impl Upstream {
         let (this, home, control) = (self.clone(), home.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
-            let doubt = if this.inner.config.pool.mode == Mode::Multiplexed {
+            let (first, doubt) = if this.inner.config.pool.mode == Mode::Multiplexed {
                 match Box::pin(this.multiplexed(&request, &home, &control)).await {
-                    Outcome::Dedicated(doubt) => doubt,
+                    Outcome::Dedicated(first, doubt) => (first, doubt),
                     Outcome::Over(result) => return result,
                 }
             } else {
-                Doubt::NONE
+                (None, Doubt::NONE)
             };
             let mut idle = this.idle(&home, Kind::Prewarm);
+            let mut first = first;
             loop {
-                let Opened { stream, load, fresh, _pending } = this.open(true, idle.as_deref(), &control).await?;
+                let Opened { stream, load, fresh, _pending } =
+                    this.open(true, idle.as_deref(), first.take(), &control).await?;
                 let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
                 let answer = exchange::websocket(stream, &request, &this.inner.config, &control).await;
                 match (connected, idle.take()) {
@@ -534,7 +554,7 @@ impl Upstream {
                 let (head, _) = request.into_parts();
                 let mut waiting = Some(&**idle);
                 loop {
-                    let Opened { stream, load, fresh, _pending } = this.open(false, waiting, &control).await?;
+                    let Opened { stream, load, fresh, _pending } = this.open(false, waiting, None, &control).await?;
                     let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
                     let request = Request::from_parts(head.clone(), Empty::<Bytes>::new());
                     let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
@@ -550,7 +570,7 @@ impl Upstream {
                     return Ok(Placed { what: answer?, load });
                 }
             }
-            let Opened { stream, load, fresh, _pending } = this.open(false, None, &control).await?;
+            let Opened { stream, load, fresh, _pending } = this.open(false, None, None, &control).await?;
             let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
             let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
             if let Some(connected) = connected {

@@ -27,7 +27,7 @@ use crate::{
     net::{self, Address, DialError, Lack, Stream},
 };
 
-const LATE: &str = "backend did not take the connection in time";
+pub(super) const LATE: &str = "backend did not take the connection in time";
 
 /// An endpoint that took no connection for so long, or for a quarter of `connect_timeout`, is late. For less we may just have had no
 /// more time: others were asked before, or a name was long in being looked up.
@@ -54,14 +54,27 @@ pub(super) struct Attempts {
     pub tried: Vec<Arc<Endpoint>>,
     /// What is left of `connect_timeout`.
     left: Duration,
+    /// Why the last one was in vain.
+    pub failure: Option<Error>,
+}
+
+impl Attempts {
+    pub(super) fn spend(&mut self, time: Duration) {
+        self.left = self.left.saturating_sub(time);
+    }
+
+    pub(super) const fn is_left(&self) -> bool {
+        !self.left.is_zero()
+    }
 }
 
 impl Upstream {
-    /// A connection for a WebSocket handshake or a plain request, in its turn: one of those that wait, or a fresh one.
+    /// A connection for a WebSocket handshake or a plain request, in its turn: one of those that wait, or a fresh one; to `first` before others.
     pub(super) async fn open(
         &self,
         is_handshake: bool,
         idle: Option<&Idle>,
+        mut first: Option<Load>,
         control: &Control,
     ) -> Result<Opened, Failure> {
         let kind = if is_handshake { Kind::Prewarm } else { Kind::KeepAlive };
@@ -70,7 +83,10 @@ impl Upstream {
         let mut attempts = self.attempts();
         loop {
             let waiting = Counted::new(metrics.upstream_waiting(is_handshake));
-            let load = self.pick(&mut attempts).await?;
+            let load = match first.take() {
+                Some(load) => load,
+                None => self.pick(&mut attempts).await?,
+            };
             let endpoint = Arc::clone(load.get());
             control.is_for(load.endpoint());
             let turns = async {
@@ -132,7 +148,7 @@ impl Upstream {
     }
 
     pub(super) fn attempts(&self) -> Attempts {
-        Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout }
+        Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout, failure: None }
     }
 
     pub(super) async fn pick(&self, attempts: &mut Attempts) -> Result<Load, Error> {
@@ -199,6 +215,7 @@ impl Upstream {
         if may_retry && has_another && !attempts.left.is_zero() {
             debug!(%error, "another endpoint is tried");
             metrics.upstream_retries.inc();
+            attempts.failure = Some(error);
             return Err(None);
         }
         Err(Some(error.into()))
@@ -340,7 +357,7 @@ mod tests {
         let turn = gone_endpoint.handshakes.next(deadline).await.expect("the only one");
 
         let control = Control::default();
-        let opening = upstream.open(true, None, &control);
+        let opening = upstream.open(true, None, None, &control);
         let failing = async {
             tokio::task::yield_now().await;
             for _ in 0..2 {

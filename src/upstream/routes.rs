@@ -125,6 +125,7 @@ impl<T> Routes<T> {
             self.as_sent.find(&without_parameters(path)),
             self.as_sent.find(&without_parameters(&merged)),
             self.as_sent.find(&merged),
+            self.as_sent.find(&merge_slashes(&without_parameters(path))),
             self.decoded.find(&decoded),
             self.decoded.find(&bare),
             self.decoded.find(&merge_slashes(&decoded)),
@@ -266,6 +267,8 @@ mod tests {
             "/chat;a=b",
             "/x/..;/chat",
             "/chat%3bx",
+            // Decoded it is "/;/x/chat".
+            "/;%2fx/chat",
         ] {
             assert!(routes.choose(path).is_err(), "{path}");
         }

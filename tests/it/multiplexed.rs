@@ -23,6 +23,45 @@ fn treating(treat: impl Fn(usize) -> Treat + Send + Sync + 'static) -> Manners {
     Manners { treat: Arc::new(treat), ..Manners::default() }
 }
 
+fn greeting(greets: impl Fn(usize) -> Greets + Send + Sync + 'static) -> Manners {
+    Manners { greets: Arc::new(greets), ..Manners::default() }
+}
+
+/// What a client is answered that comes to nothing.
+fn refusal(t: &Scene) -> Message {
+    t.client(async |c| c.request(Message::websocket("/")).await)
+}
+
+/// While a session is open, and after it has been told that the backend takes WebSockets.
+fn beside_a_session(t: &Scene, others: impl FnOnce()) {
+    let (opened, gone) = (Gate::new("the session is open"), Gate::new("the others have been served"));
+    let (open, go_on) = (opened.clone(), gone.clone());
+    let session = t.start_client(async move |c| {
+        c.handshake("/").await;
+        says(c, "before").await;
+        open.open();
+        go_on.passed().await;
+        says(c, "after").await;
+        bye(c).await;
+    });
+    opened.pass();
+    others();
+    gone.open();
+    session.join();
+}
+
+/// The log says that the backend can't.
+fn is_left_in_peace(t: &Scene) -> bool {
+    let said = |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.contains("of its own to"));
+    t.proxy().log().iter().any(said)
+}
+
+/// The same, as soon as it is there.
+fn until_left_in_peace(t: &Scene) {
+    t.proxy()
+        .log_where("that it can't", |line| line["message"].as_str().is_some_and(|text| text.contains("of its own to")));
+}
+
 async fn says(c: &mut Peer, text: &str) {
     c.send_text(text).await;
     assert_eq!(c.read_text().await, text);
@@ -84,18 +123,23 @@ fn a_handshake_is_bridged() {
 /// session over HTTP/1.1, and so does the next one without another try; the log says so once.
 #[test]
 fn backends_that_cannot_are_left_in_peace() {
-    let greets = |greets| Manners { greets, ..Manners::default() };
-    for (manners, why) in [
-        (greets(Greets::Http400), "it does not speak HTTP/2"),
-        (greets(Greets::Garbage), "it does not speak HTTP/2"),
-        (greets(Greets::Fin), "it does not speak HTTP/2"),
-        (greets(Greets::Nothing), "it sent no HTTP/2 SETTINGS within 2s"),
-        (Manners { advertises: false, ..Manners::default() }, "its HTTP/2 has no extended CONNECT (RFC 8441)"),
-        (treating(|_| Treat::Status(500)), "it advertises extended CONNECT (RFC 8441) and fails at it"),
+    const FAILS: &str = "it advertises extended CONNECT (RFC 8441) and fails at it";
+    const CLOSES: &str = "it advertises extended CONNECT (RFC 8441) and does not answer it";
+    for (manners, label, why) in [
+        (greeting(|_| Greets::Http400), "no_http2", "it does not speak HTTP/2"),
+        (greeting(|_| Greets::Garbage), "no_http2", "it does not speak HTTP/2"),
+        (greeting(|_| Greets::Fin), "closed", "it ends connections of HTTP/2 before its SETTINGS"),
+        (greeting(|_| Greets::Nothing), "no_settings", "it sent no HTTP/2 SETTINGS within 2s"),
         (
-            treating(|_| Treat::Reset(Reason::PROTOCOL_ERROR)),
-            "it advertises extended CONNECT (RFC 8441) and fails at it",
+            Manners { advertises: false, ..Manners::default() },
+            "no_extension",
+            "its HTTP/2 has no extended CONNECT (RFC 8441)",
         ),
+        (treating(|_| Treat::Status(500)), "fails", FAILS),
+        (treating(|_| Treat::Page), "fails", FAILS),
+        (treating(|_| Treat::Reset(Reason::PROTOCOL_ERROR)), "fails", FAILS),
+        (treating(|_| Treat::Reset(Reason::HTTP_1_1_REQUIRED)), "fails", FAILS),
+        (treating(|_| Treat::Close), "unanswered", CLOSES),
     ] {
         let t = Scene::new(ONE_WORKER).front(manners).start();
         for _ in 0..3 {
@@ -108,6 +152,17 @@ fn backends_that_cannot_are_left_in_peace() {
         };
         t.proxy().log_where(why, said);
         assert_eq!(t.proxy().log().into_iter().filter(said).count(), 1);
+        let metrics = t.proxy().metrics();
+        for (label, count) in [(label, 1), ("known", 2)] {
+            assert_eq!(metrics.count(&format!("tidegate_pool_fallbacks_total{{why=\"{label}\"}}")), count, "{label}");
+        }
+        let way = |line: &serde_json::Value| line["message"] == "close" && line["way"] == "dedicated";
+        let begun = std::time::Instant::now();
+        // A line may be behind the end that it tells of.
+        while t.proxy().log().into_iter().filter(way).count() < 3 {
+            assert!(begun.elapsed() < DEADLINE, "not three sessions of their own");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         t.no_rst();
     }
 }
@@ -118,8 +173,137 @@ fn an_unreachable_backend_is_not_taken_for_an_old_one() {
     let t = Scene::new(ONE_WORKER).start();
     t.backend().stop_listening();
     t.client(async |c| assert_eq!(c.request(Message::websocket("/")).await.code(), 502));
-    let said = |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.contains("of its own"));
-    assert!(!t.proxy().log().iter().any(said));
+    assert!(!is_left_in_peace(&t));
+}
+
+/// A connection that ends before its SETTINGS may be one of a backend that is being restarted: while that has shared, it is a
+/// connect that failed; otherwise HTTP/1.1 is tried, and says whether there is anything to be remembered.
+#[test]
+fn an_early_end_is_no_proof() {
+    let t = Scene::new(ONE_WORKER).front(greeting(|nth| if nth == 1 { Greets::Fin } else { Greets::Settings })).start();
+    visit(&t);
+    assert_eq!(refusal(&t).code(), 502);
+    std::thread::sleep(Duration::from_millis(60));
+    visit(&t);
+    let seen = t.front().seen();
+    assert_eq!((seen.streams, seen.plain, is_left_in_peace(&t)), (vec![1, 0, 1], 0, false));
+
+    let t = Scene::new(ONE_WORKER)
+        .backend(async |c: &mut Peer| {
+            let request = c.read_head().await;
+            if request.target() == "/none" {
+                c.reply(Message::status(403, "Forbidden", "")).await;
+                c.fin().await;
+                c.until_end().await;
+            } else {
+                c.reply(Message::switching(&request)).await;
+                backend::echo_on(c).await;
+            }
+        })
+        .front(greeting(|nth| if nth == 0 { Greets::Fin } else { Greets::Settings }))
+        .start();
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/none")).await.code(), 403));
+    std::thread::sleep(Duration::from_millis(60));
+    visit(&t);
+    let seen = t.front().seen();
+    assert_eq!((seen.streams, seen.plain, is_left_in_peace(&t)), (vec![0, 1], 1, false));
+}
+
+/// One that advertises it and answers nothing costs one client its wait, and not each that comes.
+#[test]
+fn a_backend_without_an_answer_is_left_in_peace() {
+    let settings = format!("{ONE_WORKER}upstream.handshake_timeout = '300ms'\n");
+    let t = Scene::new(&settings).front(treating(|_| Treat::Silence)).start();
+    assert_eq!(refusal(&t).code(), 504);
+    for _ in 0..3 {
+        visit(&t);
+    }
+    let seen = t.front().seen();
+    assert_eq!((seen.all_streams(), seen.plain), (1, 3));
+    until_left_in_peace(&t);
+}
+
+/// A backend that has shared may be replaced by one that can't: what a connection has shown holds for that one.
+#[test]
+fn a_backend_that_was_replaced_is_tried_anew() {
+    let t =
+        Scene::new(ONE_WORKER).front(treating(|stream| if stream == 0 { Treat::Play } else { Treat::Page })).start();
+    for _ in 0..3 {
+        visit(&t);
+    }
+    let seen = t.front().seen();
+    assert_eq!((seen.streams, seen.plain), (vec![1, 1], 2));
+    until_left_in_peace(&t);
+}
+
+/// What a backend may have looked at is not sent to it again, on no way, once WebSockets were seen to work on a connection.
+#[test]
+fn nothing_is_sent_twice() {
+    let t =
+        Scene::new(ONE_WORKER).front(treating(|stream| if stream == 1 { Treat::Close } else { Treat::Play })).start();
+    let open = Gate::new("the session is open");
+    let opened = open.clone();
+    let session = t.start_client(async move |c| {
+        c.handshake("/").await;
+        opened.open();
+        c.read_close().await
+    });
+    open.pass();
+    assert_eq!(refusal(&t).code(), 502);
+    session.join();
+    let seen = t.front().seen();
+    assert_eq!((seen.streams, seen.plain), (vec![2], 0));
+}
+
+/// Refused twice, a client is told to come later, and others share on; no connection is opened for each refusal.
+#[test]
+fn refusals_open_no_connections() {
+    const CLIENTS: usize = 10;
+    let t = Scene::new("listen.workers = 1\npool = { mode = 'multiplexed', idle_timeout = '2s' }\n")
+        .front(treating(|stream| if stream == 0 { Treat::Play } else { Treat::Reset(Reason::REFUSED_STREAM) }))
+        .start();
+    beside_a_session(&t, || {
+        for _ in 0..CLIENTS {
+            let response = refusal(&t);
+            assert_eq!(response.code(), 503);
+            assert!(response.field("Retry-After").is_some(), "{response:?}");
+        }
+    });
+    let seen = t.front().seen();
+    assert!(seen.streams.len() <= 3 && seen.plain == 0, "{seen:?}");
+}
+
+/// Whoever waits for a stream holds up nobody else, on no other way to the same backend; and is told when it takes too long.
+#[test]
+fn a_full_pool_holds_up_nobody_else() {
+    let settings = format!(
+        "{}upstream.max_pending = 1\nupstream.queue_timeout = '3s'\n\
+         route = [{{ path = '/own', pool = {{ mode = 'dedicated' }} }}]\n",
+        one_worker("max_streams = 1, max_connections = 1")
+    );
+    let t = Scene::new(&settings).front(Manners::default()).start();
+    beside_a_session(&t, || {
+        let waiting = t.start_client(async |c| c.request(Message::websocket("/")).await);
+        while t.proxy().metrics().count("tidegate_pool_waiters") == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        t.client(async |c| {
+            c.handshake("/own").await;
+            says(c, "hello").await;
+            bye(c).await;
+        });
+        let metrics = t.proxy().metrics();
+        assert_eq!(metrics.count("tidegate_pool_waiters"), 1, "it waits still");
+        assert!((metrics.sum("tidegate_upstream_waiting") - 1.0).abs() < 0.1);
+        let response = waiting.join();
+        assert_eq!(response.code(), 503);
+        assert!(response.field("Retry-After").is_some(), "{response:?}");
+        let refused = t.proxy().metrics().sum_with("tidegate_refused_total", "reason=\"pool_full\"");
+        assert!((refused - 1.0).abs() < 0.1, "{refused}");
+    });
+    visit(&t);
+    assert_eq!(t.front().seen().plain, 1);
+    t.no_rst();
 }
 
 /// What an application refuses is passed on with its body, and says nothing against streams: an answer that may come from a
@@ -131,7 +315,7 @@ fn refusals_of_the_application_pass() {
         3 => Treat::Status(403),
         _ => Treat::Play,
     });
-    let t = Scene::new(ONE_WORKER)
+    let t = Scene::new("listen.workers = 1\npool = { mode = 'multiplexed', idle_timeout = '2s' }\n")
         .backend(async |c: &mut Peer| {
             let request = c.read_head().await;
             if request.target() == "/none" {
@@ -179,8 +363,8 @@ fn refused_streams_go_elsewhere() {
         bye(c).await;
     });
     assert_eq!(t.front().seen_when("the end", |seen| seen.ended.len() == 2).streams, [2, 1]);
-    visit(&t);
-    t.client(async |c| assert_eq!(c.request(Message::websocket("/")).await.code(), 502));
+    // On a connection that has shown that it can.
+    beside_a_session(&t, || assert_eq!(refusal(&t).code(), 502));
     visit(&t);
     assert_eq!(t.front().seen().plain, 0);
     t.no_rst();
@@ -254,10 +438,27 @@ fn idle_connections_wait_and_give_way_to_a_drain() {
 #[test]
 fn an_exhausted_backend_gets_less() {
     let t = Scene::new(&one_worker("max_streams = 8"))
-        .front(treating(|stream| if stream == 1 { Treat::Reset(Reason::ENHANCE_YOUR_CALM) } else { Treat::Play }))
+        .front(treating(|stream| match stream {
+            1..=3 => Treat::Reset(Reason::ENHANCE_YOUR_CALM),
+            _ => Treat::Play,
+        }))
         .start();
-    visit(&t);
-    visit(&t);
+    // On the same connection, whose complaints count once; it may have looked at the requests.
+    beside_a_session(&t, || {
+        for _ in 0..3 {
+            let response = refusal(&t);
+            assert_eq!(response.code(), 503);
+            assert!(response.field("Retry-After").is_some(), "{response:?}");
+        }
+    });
+    let said =
+        |line: &serde_json::Value| line["fix"].as_str().is_some_and(|fix| fix.starts_with("lower pool.max_streams"));
+    t.proxy().log_where("that it wants less", said);
+    let said: Vec<_> = t.proxy().log().into_iter().filter(said).collect();
+    assert_eq!(
+        said.iter().map(|line| (line["before"].as_u64(), line["after"].as_u64())).collect::<Vec<_>>(),
+        [(Some(8), Some(4))]
+    );
     let open = Arc::new(tokio::sync::Barrier::new(8));
     t.clients(8, async |c| {
         c.handshake("/").await;

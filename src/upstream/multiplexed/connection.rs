@@ -24,7 +24,8 @@ use h2::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep, sleep, timeout},
+    sync::Notify,
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tracing::debug;
@@ -39,6 +40,9 @@ use crate::{
 /// A backend that speaks HTTP/2 says so at once: SETTINGS are the first it sends. One that waits for the end of a request in
 /// HTTP/1.1 says nothing, and its client waits for this.
 const SETTINGS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// For so long a connection that has refused a stream gets no more than it then had.
+const LOWERED: Duration = Duration::from_secs(5);
 
 /// For GOAWAY to be taken.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -60,6 +64,29 @@ pub(in crate::upstream) struct Connection {
     sender: SendRequest<Bytes>,
     reports: Arc<Told>,
     over: CancellationToken,
+    shown: Arc<Shown>,
+}
+
+/// What this connection has shown of its backend.
+#[derive(Debug, Default)]
+struct Shown {
+    /// It has accepted a WebSocket.
+    is_proven: AtomicBool,
+    /// It wanted less, which counts once.
+    has_complained: AtomicBool,
+    /// Streams that it may have for a while, since it refused more.
+    lowered: Mutex<Option<(usize, Instant)>>,
+    /// Tells the driver.
+    news: Notify,
+}
+
+impl Shown {
+    /// ... and until when.
+    fn lowered(&self) -> Option<(usize, Instant)> {
+        let mut lowered = self.lowered.lock().unwrap_or_else(PoisonError::into_inner);
+        lowered.take_if(|(_, until)| *until <= Instant::now());
+        *lowered
+    }
 }
 
 /// What the pool is told of a connection, by its driver and by its users; `None`: that it has ended.
@@ -86,9 +113,29 @@ impl Connection {
         self.sender.clone()
     }
 
-    /// It refuses streams that it said it would take: it gets no more of them.
-    pub(super) fn refuses(&self) {
-        self.reports.with(Reports::go_away);
+    /// It has accepted a WebSocket: whatever it refuses from now on, it refuses for what it is.
+    pub(super) fn prove(&self) {
+        self.shown.is_proven.store(true, Ordering::Relaxed);
+    }
+
+    /// See [`Connection::prove`].
+    pub(super) fn is_proven(&self) -> bool {
+        self.shown.is_proven.load(Ordering::Relaxed)
+    }
+
+    /// It refuses a stream that it said it would take, and `has` others: for a while it gets no more than these.
+    pub(super) fn refuses(&self, has: usize) {
+        *self.shown.lowered.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((has.max(1), Instant::now() + LOWERED));
+        // At once, so that whoever was refused does not get this one again.
+        self.reports.with(|reports| reports.capacity(has.max(1)));
+        self.shown.news.notify_one();
+    }
+
+    /// It wants less. True: for the first time.
+    pub(super) fn complains(&self) -> bool {
+        self.shown.news.notify_one();
+        !self.shown.has_complained.swap(true, Ordering::Relaxed)
     }
 
     /// Nobody uses it any more.
@@ -152,11 +199,14 @@ pub(super) async fn open(
         Ok(Ok(greeted)) => greeted,
         Ok(Err(error)) => {
             debug!(backend = endpoint.name(), %error, "no HTTP/2");
-            return Err(Without::Http2);
+            // What h2 itself objects to are bytes that came.
+            return Err(if error.is_library() { Without::Http2 } else { Without::Closed });
         }
         Err(_) => return Err(Without::Settings),
     };
+    endpoint.knowledge.has_spoken();
     let (reports, over) = (Arc::new(Told(Mutex::new(Some(reports)))), CancellationToken::new());
+    let shown = Arc::new(Shown::default());
     let peer_max = connection.max_concurrent_send_streams();
     let driver = Driver {
         connection,
@@ -170,6 +220,7 @@ pub(super) async fn open(
         capacity: limit.min(peer_max),
         endpoint: Arc::clone(endpoint),
         reports: Arc::clone(&reports),
+        shown: Arc::clone(&shown),
     };
     let capacity = driver.capacity;
     home.tracker.spawn(async move {
@@ -177,7 +228,7 @@ pub(super) async fn open(
         driver.drive().await;
         drop(ending);
     });
-    let connection = Connection { sender, reports, over };
+    let connection = Connection { sender, reports, over, shown };
     if !takes_websockets {
         return Err(Without::Extension);
     }
@@ -207,6 +258,7 @@ struct Driver {
     capacity: usize,
     endpoint: Arc<Endpoint>,
     reports: Arc<Told>,
+    shown: Arc<Shown>,
 }
 
 /// Why a connection has come to its end.
@@ -221,13 +273,23 @@ enum Ended {
 
 impl Driver {
     async fn drive(mut self) {
-        let ended = poll_fn(|cx| self.poll(cx)).await;
+        let shown = Arc::clone(&self.shown);
+        let ended = loop {
+            let until = shown.lowered().map_or_else(|| Instant::now() + LOWERED, |(_, until)| until);
+            tokio::select! {
+                biased;
+                ended = poll_fn(|cx| self.poll(cx)) => break ended,
+                () = shown.news.notified() => {}
+                () = sleep_until(until), if self.has_less() => {}
+            }
+        };
         let backend = self.endpoint.name();
         match &ended {
             Ended::Result(Ok(())) => {}
             Ended::Result(Err(error)) => {
-                if error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
-                    self.endpoint.knowledge.calm_down(self.max_streams);
+                let is_tired = error.is_remote() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM);
+                if is_tired && !shown.has_complained.swap(true, Ordering::Relaxed) {
+                    self.endpoint.knowledge.calm_down(backend, self.max_streams);
                 }
                 debug!(backend, %error, "a shared connection has ended");
             }
@@ -236,6 +298,18 @@ impl Driver {
         }
         // The pool hears of it before its streams do, so that none of those who then come again get this one.
         self.reports.ended();
+    }
+
+    /// Streams that both sides want.
+    fn wanted(&self) -> usize {
+        let wanted = self.endpoint.knowledge.streams(self.max_streams);
+        let lowered = self.shown.lowered().map_or(usize::MAX, |(streams, _)| streams);
+        wanted.min(lowered).min(self.connection.max_concurrent_send_streams())
+    }
+
+    /// There are less than were configured, which may not be for ever.
+    fn has_less(&self) -> bool {
+        self.capacity < self.max_streams
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
@@ -256,8 +330,7 @@ impl Driver {
                 debug!(backend = self.endpoint.name(), "a shared connection takes nobody else");
                 self.reports.with(Reports::go_away);
             }
-            let peer_max = self.connection.max_concurrent_send_streams();
-            let capacity = self.endpoint.knowledge.streams(self.max_streams).min(peer_max);
+            let capacity = self.wanted();
             if capacity != self.capacity {
                 self.capacity = capacity;
                 self.reports.with(|reports| reports.capacity(capacity));

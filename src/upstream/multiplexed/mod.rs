@@ -11,7 +11,8 @@ use std::{
     collections::HashMap,
     fmt,
     hash::{Hash, Hasher},
-    pin::Pin,
+    io,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, ready},
     thread::{self, ThreadId},
@@ -31,16 +32,19 @@ use http::{
 use http_body::{Body, Frame};
 use tokio::{
     runtime::Handle,
+    sync::OwnedSemaphorePermit,
     time::{Instant, timeout_at},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::debug;
 
 pub(super) use self::knowledge::Knowledge;
 use self::{connection::Connection, knowledge::Without};
 use super::{
     Answer, Control, Error, Failure, Inner, Placed, Reply, ReplyBody, Upstream,
-    endpoints::Endpoint,
+    endpoints::{Endpoint, Load},
+    open::LATE,
     tls::{Speaks, may_be_http2},
 };
 use crate::{
@@ -56,6 +60,8 @@ const STREAM_WINDOW: u32 = 64 << 10;
 /// Times that a handshake is begun on a stream. What the first refused may be the last straw for a connection that is about
 /// to end, and goes well on another.
 const ATTEMPTS: usize = 2;
+
+const UNANSWERED: &str = "backend did not answer in time";
 
 /// After an open that failed, until the next one.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -94,31 +100,47 @@ pub(super) struct Workers(Mutex<HashMap<ThreadId, Arc<Multiplexed>>>);
 pub(super) enum Outcome {
     /// The backend's answer, or that there is none and would be none to another way of asking.
     Over(Result<Placed<Answer>, Failure>),
-    /// To be asked over HTTP/1.1.
-    Dedicated(Doubt),
+    /// To be asked over HTTP/1.1: there, if it is known where.
+    Dedicated(Option<Load>, Doubt),
 }
 
 /// What an attempt on a stream came to.
 enum Asked {
     Answer(Answer),
     Failed(Error),
-    Dedicated(Doubt),
-    /// This connection has not looked at it, another one may.
-    Elsewhere,
+    /// No connection came about; another endpoint may be tried.
+    Unreached(Error),
+    /// By a name of `metrics::FALLBACKS`.
+    Dedicated(&'static str, Doubt),
+    /// The backend has not seen it, another connection may take it.
+    Unsent,
+    /// The backend says that it has not looked at it.
+    Refused,
 }
 
-/// What the answer over HTTP/1.1 may say about the backend: if it accepts what it has refused on a stream, it can't do that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Doubt(Option<Without>);
+/// What the answer over HTTP/1.1 may say about an endpoint: if it accepts what it has refused on a stream, it can't do that.
+#[derive(Debug)]
+pub(super) struct Doubt(Option<(Arc<Endpoint>, Without)>);
 
 impl Doubt {
     /// Nothing.
     pub(super) const NONE: Self = Self(None);
 
-    /// The answer is here.
-    pub(super) fn heard(self, endpoint: &Endpoint, answer: &Result<Answer, Failure>) {
-        if let (Some(why), Ok(Answer::Tunnel { .. })) = (self.0, answer) {
-            endpoint.knowledge.remember(endpoint.name(), why);
+    fn of(endpoint: &Arc<Endpoint>, why: Without) -> Self {
+        Self(Some((Arc::clone(endpoint), why)))
+    }
+
+    /// The answer is here, of this endpoint.
+    pub(super) fn heard(self, from: &Arc<Endpoint>, answer: &Result<Answer, Failure>) {
+        let Self(Some((endpoint, why))) = self else { return };
+        if !Arc::ptr_eq(&endpoint, from) {
+            return;
+        }
+        match answer {
+            Ok(Answer::Tunnel { .. }) => endpoint.knowledge.remember(endpoint.name(), why),
+            // The next one may show it.
+            _ if why == Without::Unanswered => endpoint.knowledge.suspect(why),
+            _ => {}
         }
     }
 }
@@ -127,66 +149,78 @@ impl Upstream {
     /// Tries a handshake on a stream of a shared connection, in its turn, if the backend is not known to be unable. Nothing is lost
     /// when it is dropped before the exchange has begun.
     pub(super) async fn multiplexed(&self, request: &Request<()>, home: &Home, control: &Control) -> Outcome {
-        let scheme = if self.config().tls.is_on { Scheme::HTTPS } else { Scheme::HTTP };
-        let Some(bridged) = bridge(request, scheme) else { return Outcome::Dedicated(Doubt::NONE) };
+        let Inner { config, endpoints, metrics, .. } = &*self.inner;
+        let fall_back = |why, load: Option<Load>, doubt| {
+            let backend = load.as_ref().map(Load::endpoint);
+            debug!(backend = backend.map(|name| &**name), why, "a WebSocket gets a connection of its own");
+            metrics.pool_fallback(why);
+            Outcome::Dedicated(load, doubt)
+        };
+        let scheme = if config.tls.is_on { Scheme::HTTPS } else { Scheme::HTTP };
+        let Some(bridged) = bridge(request, scheme) else { return fall_back("host", None, Doubt::NONE) };
         let multiplexed = self.of_this_worker(home);
         let deadline = self.deadline();
         let mut attempts = self.attempts();
+        let mut asked_before = 0;
         loop {
-            let waiting = Counted::new(self.inner.metrics.upstream_waiting(true));
+            let waiting = Counted::new(metrics.upstream_waiting(true));
             let load = match self.pick(&mut attempts).await {
                 Ok(load) => load,
-                Err(error) => return Outcome::Over(Err(error.into())),
+                Err(error) => return Outcome::Over(Err(attempts.failure.take().unwrap_or(error).into())),
             };
             let endpoint = Arc::clone(load.get());
-            if !endpoint.knowledge.may_speak() {
-                return Outcome::Dedicated(Doubt::NONE);
-            }
             control.is_for(load.endpoint());
-            match endpoint.handshakes.next(deadline).await {
-                Some(turn) => control.begin_turn(turn),
-                None => return Outcome::Over(Err(Error::QueueTimeout.into())),
-            }
+            let begun = Instant::now();
+            let reached = tokio::select! {
+                biased;
+                // While it waits, others may find that nobody is there.
+                () = endpoints.is_in_vain(&endpoint, &attempts.tried) => {
+                    attempts.tried.push(endpoint);
+                    continue;
+                }
+                reached = multiplexed.reach(&endpoint, deadline) => reached,
+            };
             drop(waiting);
-            let asked = self.on_a_stream(&multiplexed, &endpoint, &bridged, request, control).await;
-            // Whoever goes on takes another one.
-            control.end_turn();
+            let asked = match reached {
+                Ok((lease, turn)) => {
+                    control.begin_turn(turn);
+                    let asked = self.ask(lease, &endpoint, &bridged, request, control).await;
+                    control.end_turn();
+                    asked
+                }
+                Err(asked) => asked,
+            };
+            // Whoever has left is not asked for again.
+            let may_go_on = !control.is_left();
             match asked {
                 Asked::Answer(answer) => return Outcome::Over(Ok(Placed { what: answer, load })),
+                Asked::Unreached(error) => {
+                    attempts.tried.push(endpoint);
+                    attempts.spend(begun.elapsed());
+                    if !attempts.is_left() || !endpoints.has_another(&attempts.tried, false) {
+                        return Outcome::Over(Err(error.into()));
+                    }
+                    debug!(%error, "another endpoint is tried");
+                    metrics.upstream_retries.inc();
+                    attempts.failure = Some(error);
+                }
+                Asked::Dedicated(why, doubt) if may_go_on => {
+                    control.begin_anew();
+                    return fall_back(why, Some(load), doubt);
+                }
+                Asked::Unsent if may_go_on && asked_before + 1 == ATTEMPTS => {
+                    control.begin_anew();
+                    return fall_back("unsent", Some(load), Doubt::NONE);
+                }
+                Asked::Unsent | Asked::Refused if may_go_on && asked_before + 1 < ATTEMPTS => {
+                    control.begin_anew();
+                    asked_before += 1;
+                }
                 Asked::Failed(error) => return Outcome::Over(Err(error.into())),
-                Asked::Dedicated(doubt) => return Outcome::Dedicated(doubt),
-                Asked::Elsewhere => attempts.tried.push(endpoint),
+                Asked::Refused => return Outcome::Over(Err(Error::Busy.into())),
+                Asked::Dedicated(..) | Asked::Unsent => return Outcome::Over(Err(Error::Timeout(UNANSWERED).into())),
             }
         }
-    }
-
-    /// `Elsewhere`: no connection came about, and there are other endpoints.
-    async fn on_a_stream(
-        &self,
-        multiplexed: &Multiplexed,
-        endpoint: &Arc<Endpoint>,
-        bridged: &Request<()>,
-        request: &Request<()>,
-        control: &Control,
-    ) -> Asked {
-        let key = Key(Arc::clone(endpoint));
-        for _ in 0..ATTEMPTS {
-            let lease = match multiplexed.pool.acquire(&key).await {
-                Ok(lease) => lease,
-                Err(AcquireError::Open(OpenError::Failed(error))) => match &*error {
-                    Fault::Backend(error) => return Asked::Failed(error.again()),
-                    Fault::Elsewhere => return Asked::Elsewhere,
-                    Fault::Without(_) | Fault::Reconfigured => return Asked::Dedicated(Doubt::NONE),
-                },
-                Err(AcquireError::Full | AcquireError::Timeout) => return Asked::Failed(Error::QueueTimeout),
-                Err(AcquireError::Open(_) | AcquireError::Closing) => return Asked::Dedicated(Doubt::NONE),
-            };
-            match self.ask(lease, endpoint, bridged, request, control).await {
-                Asked::Elsewhere => {}
-                asked => return asked,
-            }
-        }
-        Asked::Dedicated(Doubt::NONE)
     }
 
     fn of_this_worker(&self, home: &Home) -> Arc<Multiplexed> {
@@ -199,7 +233,7 @@ impl Upstream {
     async fn ask(
         &self,
         lease: Lease,
-        endpoint: &Endpoint,
+        endpoint: &Arc<Endpoint>,
         bridged: &Request<()>,
         request: &Request<()>,
         control: &Control,
@@ -208,23 +242,29 @@ impl Upstream {
         let deadline = Instant::now() + config.handshake_timeout;
         // An error here: it has just ended, or is about to.
         let Ok((response, mut send)) = lease.sender().send_request(bridged.clone(), false) else {
-            return Asked::Elsewhere;
+            return Asked::Unsent;
         };
         control.begin();
         let answered = tokio::select! {
             biased;
-            () = control.given_up() => None,
-            answered = timeout_at(deadline, response) => answered.ok(),
+            () = control.given_up() => return Asked::Failed(Error::Timeout(UNANSWERED)),
+            answered = timeout_at(deadline, response) => answered,
         };
         let response = match answered {
-            Some(Ok(response)) => response,
-            Some(Err(error)) => return self.failed(error, &lease, endpoint),
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return self.failed(error, &lease, endpoint),
             // With its handles the stream goes too: RST_STREAM (CANCEL).
-            None => return Asked::Failed(Error::Timeout("backend did not answer in time")),
+            Err(_) => {
+                if !lease.is_proven() {
+                    knowledge.suspect(Without::Unanswered);
+                }
+                return Asked::Failed(Error::Timeout(UNANSWERED));
+            }
         };
         let status = response.status();
-        if status.is_success() && (knowledge.is_proven() || is_of_a_tunnel(&response)) {
-            knowledge.prove();
+        if status.is_success() && is_of_a_tunnel(&response) {
+            lease.prove();
+            knowledge.prove(endpoint.name());
             let (parts, recv) = response.into_parts();
             let mut response = Response::from_parts(parts, ());
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -238,39 +278,46 @@ impl Upstream {
             let stream = Stream::Multiplexed(Box::new(tunnel));
             return Asked::Answer(Answer::Tunnel { stream, early: Bytes::new(), response });
         }
-        if !knowledge.is_proven() && !is_of_the_application(status) {
-            return Asked::Dedicated(Doubt(Some(Without::Practice)));
+        if !lease.is_proven() && !is_of_the_application(status) {
+            return Asked::without(endpoint, Without::Practice);
         }
         let _ = send.send_data(Bytes::new(), true);
         let response = response.map(|recv| ReplyBody::Stream(StreamBody { recv, _lease: lease }));
         Asked::Answer(Reply { response, connection: Box::pin(async { None }) }.into())
     }
 
-    /// What is to be done when there was no answer.
-    fn failed(&self, error: h2::Error, lease: &Lease, endpoint: &Endpoint) -> Asked {
-        let knowledge = &endpoint.knowledge;
+    /// What is to be done when there was no answer. What the backend may have looked at is not sent again, but for one case: as
+    /// long as the connection has shown no WebSocket it is asked for over HTTP/1.1, since a backend that can't do it may fail in any way.
+    fn failed(&self, error: h2::Error, lease: &Lease, endpoint: &Arc<Endpoint>) -> Asked {
         match error.reason() {
             // "The endpoint refused the stream prior to performing any application processing" (RFC 9113 7).
-            Some(Reason::REFUSED_STREAM) => {
-                lease.refuses();
-                Asked::Elsewhere
+            Some(Reason::REFUSED_STREAM) if error.is_remote() => {
+                lease.refuses(lease.references().saturating_sub(1));
+                return Asked::Refused;
             }
-            Some(Reason::ENHANCE_YOUR_CALM) => {
-                knowledge.calm_down(self.inner.config.pool.max_streams);
-                lease.refuses();
-                Asked::Elsewhere
+            // h2 gives it to those streams only that are behind the last one of which it says that it was looked at.
+            _ if error.is_go_away() && error.is_remote() => return Asked::Unsent,
+            Some(Reason::ENHANCE_YOUR_CALM) if error.is_remote() => {
+                if lease.complains() {
+                    endpoint.knowledge.calm_down(endpoint.name(), self.inner.config.pool.max_streams);
+                }
+                return Asked::Failed(Error::Busy);
             }
-            Some(Reason::HTTP_1_1_REQUIRED) => {
-                knowledge.remember(endpoint.name(), Without::Practice);
-                Asked::Dedicated(Doubt::NONE)
-            }
-            // It was on its way when the connection ended, or when that was announced.
-            _ if error.is_io() || (error.is_go_away() && error.is_remote() && knowledge.is_proven()) => {
-                Asked::Elsewhere
-            }
-            _ if !knowledge.is_proven() => Asked::Dedicated(Doubt(Some(Without::Practice))),
-            _ => Asked::Failed(Error::NoStream(error)),
+            // It may be so for this path only.
+            Some(Reason::HTTP_1_1_REQUIRED) if lease.is_proven() => return Asked::Dedicated("required", Doubt::NONE),
+            _ => {}
         }
+        if lease.is_proven() {
+            return Asked::Failed(Error::NoStream(error));
+        }
+        Asked::without(endpoint, if error.is_io() { Without::Unanswered } else { Without::Practice })
+    }
+}
+
+impl Asked {
+    /// What is certain was remembered where it was found.
+    fn without(endpoint: &Arc<Endpoint>, why: Without) -> Self {
+        Self::Dedicated(why.as_str(), if why.is_certain() { Doubt::NONE } else { Doubt::of(endpoint, why) })
     }
 }
 
@@ -352,6 +399,7 @@ struct Multiplexed {
 impl Multiplexed {
     fn new(upstream: &Upstream, home: &Home) -> Self {
         let super::Config { pool: config, connect_timeout, queue_timeout, max_waiting, .. } = &upstream.inner.config;
+        let patience = *queue_timeout + *connect_timeout + Duration::from_secs(5);
         let settings = pool::Config {
             limits: pool::Limits {
                 max_connections: config.max_connections,
@@ -361,8 +409,9 @@ impl Multiplexed {
                 max_backoff: BACKOFF.1,
             },
             // Each of its parts has a deadline of its own, after which it ends in order.
-            open_timeout: *queue_timeout + *connect_timeout + Duration::from_secs(5),
-            max_wait: *queue_timeout,
+            open_timeout: patience,
+            // Whoever waits for the end of an open does so for longer than for others to leave (`reach`).
+            max_wait: patience,
         };
         let opener = Opener { upstream: Arc::downgrade(&upstream.inner), home: home.clone() };
         let stats = Arc::clone(&upstream.inner.metrics.pools);
@@ -381,6 +430,50 @@ impl Multiplexed {
         );
         Self { pool, gone }
     }
+
+    /// A reference on a connection, and then a turn for the handshake on it, so that none is held by somebody who can't go on.
+    async fn reach(&self, endpoint: &Arc<Endpoint>, deadline: Instant) -> Result<(Lease, OwnedSemaphorePermit), Asked> {
+        let (key, knowledge) = (Key(Arc::clone(endpoint)), &endpoint.knowledge);
+        let may_speak = knowledge.may_speak();
+        // Where others are well there is a place, whatever was found out meanwhile.
+        if !self.pool.has_room(&key) {
+            if !may_speak {
+                return Err(Asked::Dedicated("known", Doubt::NONE));
+            }
+            if let Some(why) = knowledge.suspicion() {
+                return Err(Asked::without(endpoint, why));
+            }
+        }
+        let mut acquired = pin!(self.pool.acquire(&key));
+        let lease = match timeout_at(deadline, &mut acquired).await {
+            Ok(acquired) => acquired,
+            // That has deadlines of its own.
+            Err(_) if self.pool.is_opening(&key) => acquired.await,
+            Err(_) => Err(AcquireError::Timeout),
+        };
+        let lease = lease.map_err(|error| match error {
+            AcquireError::Open(OpenError::Failed(fault)) => match &*fault {
+                Fault::Backend(error) => Asked::Failed(error.again()),
+                Fault::Unreached(error) => Asked::Unreached(error.again()),
+                Fault::Without(why) => Asked::without(endpoint, *why),
+                Fault::Reconfigured => Asked::Dedicated("closing", Doubt::NONE),
+            },
+            AcquireError::Full | AcquireError::Timeout => Asked::Failed(Error::PoolFull),
+            AcquireError::Open(OpenError::TimedOut) => Asked::Failed(Error::Timeout(LATE)),
+            AcquireError::Open(OpenError::Aborted) | AcquireError::Closing => Asked::Dedicated("closing", Doubt::NONE),
+            AcquireError::Open(OpenError::Stillborn | OpenError::Panicked) => Asked::Dedicated("unsent", Doubt::NONE),
+        })?;
+        if !lease.is_proven() {
+            if !may_speak {
+                return Err(Asked::Dedicated("known", Doubt::NONE));
+            }
+            if let Some(why) = knowledge.suspicion() {
+                return Err(Asked::without(endpoint, why));
+            }
+        }
+        let turn = endpoint.handshakes.next(deadline).await.ok_or(Asked::Failed(Error::QueueTimeout))?;
+        Ok((lease, turn))
+    }
 }
 
 impl Drop for Multiplexed {
@@ -398,8 +491,8 @@ pub(super) enum Fault {
     #[error(transparent)]
     Without(#[from] Without),
     /// Nobody is there, and another endpoint may be tried.
-    #[error("not connected; there are others")]
-    Elsewhere,
+    #[error("{0}")]
+    Unreached(Error),
     #[error("this way to the backend is given up")]
     Reconfigured,
 }
@@ -421,9 +514,10 @@ impl Connector<Key> for Opener {
         let (Key(endpoint), config) = (key, upstream.config());
         let turn = endpoint.connects.next(upstream.deadline()).await.ok_or(Error::QueueTimeout)?;
         let begun = endpoint.connects.begin();
-        let dialled = upstream.dial(endpoint, &mut upstream.attempts(), config.connect_timeout, Speaks::Http2).await;
+        let mut attempts = upstream.attempts();
+        let dialled = upstream.dial(endpoint, &mut attempts, config.connect_timeout, Speaks::Http2).await;
         let stream = dialled.map_err(|failure| match failure {
-            None => Fault::Elsewhere,
+            None => Fault::Unreached(attempts.failure.take().unwrap_or(Error::Timeout(LATE))),
             Some(Failure { error, stream }) => {
                 if let Some(stream) = stream {
                     (self.home.end)(stream);
@@ -445,8 +539,14 @@ impl Connector<Key> for Opener {
         }
         match opened {
             Ok((connection, capacity)) => Ok(Opened { connection, capacity }),
+            Err(Without::Closed | Without::Settings) if endpoint.knowledge.is_excused() => {
+                let source = io::Error::other("it ended a connection of HTTP/2 before its SETTINGS");
+                Err(Fault::Unreached(Error::Unreachable { address: endpoint.address().clone(), source }))
+            }
             Err(why) => {
-                endpoint.knowledge.remember(endpoint.name(), why);
+                if why.is_certain() {
+                    endpoint.knowledge.remember(endpoint.name(), why);
+                }
                 Err(why.into())
             }
         }
@@ -486,5 +586,80 @@ impl Body for StreamBody {
 
     fn is_end_stream(&self) -> bool {
         self.recv.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+    use super::*;
+    use crate::{
+        config::Settings,
+        metrics::Metrics,
+        net::Address,
+        upstream::{Addresses, Mode, Upstreams},
+    };
+
+    /// A way of two endpoints at which nobody listens.
+    fn to_nobody() -> (Upstream, [SocketAddr; 2], Settings) {
+        let mut settings = Settings::default();
+        let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port"));
+        let at = listeners.map(|listener| listener.local_addr().expect("bound"));
+        let addresses = at.map(|at| Address::Tcp { host: at.ip().to_string(), port: at.port() });
+        settings.upstream.address = Addresses::new(addresses.to_vec()).expect("two");
+        settings.upstream.pool.mode = Mode::Multiplexed;
+        let upstreams =
+            Upstreams::new(settings.upstream.clone(), [], &settings.socket, &Arc::new(Metrics::new()), None);
+        (upstreams.otherwise().clone(), at, settings)
+    }
+
+    /// What an answer over HTTP/1.1 shows, it shows of the endpoint that gave it.
+    #[tokio::test]
+    async fn a_doubt_is_about_one_endpoint() {
+        let (upstream, ..) = to_nobody();
+        let mut attempts = upstream.attempts();
+        let mut loads = Vec::new();
+        for _ in 0..2 {
+            let load = upstream.pick(&mut attempts).await.expect("an endpoint");
+            attempts.tried.push(Arc::clone(load.get()));
+            loads.push(load);
+        }
+        let [doubted, other] = [0, 1].map(|index: usize| Arc::clone(loads[index].get()));
+        let accepted = || {
+            let socket = std::os::unix::net::UnixStream::pair().expect("a pair").0;
+            socket.set_nonblocking(true).expect("a socket");
+            let stream = Stream::Unix(tokio::net::UnixStream::from_std(socket).expect("a runtime"));
+            Ok(Answer::Tunnel { stream, early: Bytes::new(), response: Response::new(()) })
+        };
+        for (from, why) in [(&other, Without::Practice), (&doubted, Without::Closed)] {
+            Doubt::of(&doubted, why).heard(from, &accepted());
+            assert_eq!(doubted.knowledge.may_speak(), Arc::ptr_eq(from, &other));
+            assert!(other.knowledge.may_speak());
+        }
+        doubted.knowledge.forget();
+        Doubt::of(&doubted, Without::Closed).heard(&doubted, &Err(Error::QueueTimeout.into()));
+        assert!(doubted.knowledge.may_speak(), "nothing was accepted");
+    }
+
+    /// When nobody is there at all, the client hears of the last one that was tried.
+    #[tokio::test]
+    async fn the_last_failure_is_the_answer() {
+        let (upstream, at, settings) = to_nobody();
+        let home = Home {
+            worker: 0,
+            workers: 1,
+            runtime: Handle::current(),
+            tracker: TaskTracker::new(),
+            drain: Drain::new(settings.drain),
+            end: Arc::new(drop),
+        };
+        let request = Request::builder().uri("/").header(HOST, "app").body(()).expect("a request");
+        let outcome = upstream.multiplexed(&request, &home, &Control::default()).await;
+        let Outcome::Over(Err(Failure { error: Error::Unreachable { address, source }, .. })) = outcome else {
+            panic!("another outcome");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(at.iter().any(|at| at.to_string() == address.to_string()), "{address}");
     }
 }

@@ -29,6 +29,10 @@ pub enum Treat {
     Page,
     /// It is reset.
     Reset(Reason),
+    /// It gets no answer.
+    Silence,
+    /// It gets none, and its connection is closed.
+    Close,
     /// It is accepted, and floods: messages of so many bytes, each in a DATA frame of its own, for as long as it may.
     Flood(usize),
 }
@@ -51,7 +55,8 @@ pub enum Greets {
 /// How a front behaves.
 #[derive(Clone)]
 pub struct Manners {
-    pub greets: Greets,
+    /// By the connection's number.
+    pub greets: Arc<dyn Fn(usize) -> Greets + Send + Sync>,
     pub advertises: bool,
     pub max_streams: u32,
     /// By its number, of all streams of all connections.
@@ -60,13 +65,14 @@ pub struct Manners {
 
 impl Default for Manners {
     fn default() -> Self {
-        Self { greets: Greets::Settings, advertises: true, max_streams: 100, treat: Arc::new(|_| Treat::Play) }
+        let (greets, treat) = (Arc::new(|_| Greets::Settings), Arc::new(|_| Treat::Play));
+        Self { greets, advertises: true, max_streams: 100, treat }
     }
 }
 
 impl fmt::Debug for Manners {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Manners").field("greets", &self.greets).finish_non_exhaustive()
+        f.debug_struct("Manners").field("advertises", &self.advertises).finish_non_exhaustive()
     }
 }
 
@@ -170,7 +176,8 @@ async fn serve(mut stream: TcpStream, manners: Manners, seen: Board<Seen>, backe
         seen.streams.push(0);
         seen.streams.len() - 1
     });
-    let greeting: &[u8] = match manners.greets {
+    let greets = (manners.greets)(index);
+    let greeting: &[u8] = match greets {
         Greets::Settings => {
             let mut builder = server::Builder::new();
             builder.max_concurrent_streams(manners.max_streams).initial_connection_window_size(16 << 20);
@@ -188,7 +195,7 @@ async fn serve(mut stream: TcpStream, manners: Manners, seen: Board<Seen>, backe
         Greets::Fin | Greets::Nothing => b"",
     };
     let _ = stream.write_all(greeting).await;
-    if manners.greets != Greets::Nothing {
+    if greets != Greets::Nothing {
         let _ = stream.shutdown().await;
     }
     let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
@@ -224,7 +231,11 @@ async fn streams(
             seen.request = Some((format!("{} {}", request.method(), request.uri()), fields.collect()));
             seen.all_streams() - 1
         });
-        tokio::task::spawn_local(treat(request, response, (manners.treat)(number), backend, seen.clone()));
+        let how = (manners.treat)(number);
+        if how == Treat::Close {
+            return false;
+        }
+        tokio::task::spawn_local(treat(request, response, how, backend, seen.clone()));
     }
 }
 
@@ -257,6 +268,9 @@ async fn treat(
                 let _ = send.send_data(Bytes::from_static(b"<p>a page"), true);
             }
         }
+        // Told apart before.
+        Treat::Close => {}
+        Treat::Silence => _ = poll_fn(|cx| response.poll_reset(cx)).await,
         Treat::Reset(reason) => response.send_reset(reason),
         Treat::Flood(size) => {
             let Ok(mut send) = response.send_response(answer(200), false) else { return };
