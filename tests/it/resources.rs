@@ -274,7 +274,7 @@ fn a_small_cgroup_turns_clients_away_before_the_oom_killer_comes() {
 /// `limits.memory` does the same without any cgroup.
 #[test]
 fn a_memory_limit_of_its_own() {
-    let (mib, count) = if is_strict() { (48, 10_000) } else { (28, 1500) };
+    let (mib, count) = if is_strict() { (48, 10_000) } else { (34, 1500) };
     let stage = Stage::new();
     let backend = stage.backend(crowd::anything);
     let t = stage.tidegate(&format!("limits.memory = '{mib}MiB'"), backend.address);
