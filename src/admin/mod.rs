@@ -1,4 +1,4 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, the drain, and the reload.
+//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, `/connections`, the drain, and the reload.
 //!
 //! It runs on a thread of its own, so a busy worker does not delay a probe. GET changes nothing. POST does, and is taken only
 //! from loopback addresses, and not from web pages: whoever can reach the port from elsewhere can look, and nothing else.
@@ -212,7 +212,7 @@ impl Admin {
         let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
         let changes = match request.uri().path() {
             "/drain" | "/undrain" | "/reload" => true,
-            "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/drain/wait" => false,
+            "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/connections" | "/drain/wait" => false,
             _ => return plain(StatusCode::NOT_FOUND, format!("not found: there are {PATHS}\n")),
         };
         let (is_right, allow) =
@@ -238,6 +238,7 @@ impl Admin {
             "/readyz" => self.readyz().await,
             "/metrics" => typed("application/openmetrics-text; version=1.0.0; charset=utf-8", self.metrics.encode()),
             "/status" => self.status(StatusCode::OK),
+            "/connections" => self.connections(),
             "/drain" => {
                 info!(%peer, "a drain is asked for");
                 self.control.drain().await;
@@ -273,6 +274,14 @@ impl Admin {
             }
             _ => plain(StatusCode::OK, format!("tidegate: {PATHS}\n")),
         }
+    }
+
+    /// Those toward backends that sessions share.
+    fn connections(&self) -> Response<Full<Bytes>> {
+        let (shared, more) = self.parts.borrow().upstreams.shared(MAX_ENDPOINTS);
+        let mut text = serde_json::json!({ "shared": shared, "more": more }).to_string();
+        text.push('\n');
+        typed("application/json", text)
     }
 
     fn status(&self, code: StatusCode) -> Response<Full<Bytes>> {
@@ -351,7 +360,7 @@ impl Admin {
     }
 }
 
-const PATHS: &str = "/livez /readyz /metrics /status /drain/wait; POST /drain /undrain /reload";
+const PATHS: &str = "/livez /readyz /metrics /status /connections /drain/wait; POST /drain /undrain /reload";
 
 /// Who may change something: whoever is on this host, or in this Pod. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
 fn may_change(headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {

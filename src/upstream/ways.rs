@@ -1,7 +1,8 @@
 //! All ways to backends: that of `[upstream]`, and those of the routes.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Instant};
 
+use serde::Serialize;
 use tokio_util::task::TaskTracker;
 
 use super::{
@@ -11,6 +12,7 @@ use super::{
 use crate::{
     metrics::Metrics,
     net::{Address, SocketConfig, Sources},
+    pool::{ConnectionSnapshot, KeySnapshot},
 };
 
 /// Where requests go. Clones share everything.
@@ -33,6 +35,49 @@ pub struct Way {
     pub route: Arc<str>,
     /// Its backend.
     pub upstream: Upstream,
+}
+
+/// What one worker shares toward an endpoint.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Shared {
+    /// The path of the route; "" for that of `[upstream]`.
+    pub route: String,
+    /// The endpoint.
+    pub endpoint: String,
+    /// Sessions that wait for a stream.
+    pub waiters: usize,
+    /// The last connect failed: until then nobody tries again.
+    pub retry_in_ms: Option<u64>,
+    /// Oldest first.
+    pub connections: Vec<SharedConnection>,
+}
+
+/// A connection that sessions share.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct SharedConnection {
+    /// `open`, `idle`, `draining` or `closed`, as in `tidegate_pool_connections`.
+    pub state: &'static str,
+    /// Sessions that have a stream of it.
+    pub references: usize,
+    /// So many may have one.
+    pub capacity: Option<usize>,
+}
+
+impl Shared {
+    fn new(route: &str, key: KeySnapshot, now: Instant) -> Self {
+        let millis = |until: Instant| u64::try_from((until - now).as_millis()).unwrap_or(u64::MAX);
+        let connections =
+            key.connections.into_iter().map(|ConnectionSnapshot { state, references, capacity, .. }| {
+                SharedConnection { state, references, capacity }
+            });
+        Self {
+            route: route.to_owned(),
+            endpoint: key.key,
+            waiters: key.waiters,
+            retry_in_ms: key.fails_until.filter(|until| *until > now).map(millis),
+            connections: connections.collect(),
+        }
+    }
 }
 
 impl Upstreams {
@@ -139,6 +184,19 @@ impl Upstreams {
     /// The state of `most` endpoints, old ones that still have sessions among them; and how many there are besides.
     pub fn endpoints(&self, most: usize) -> (Vec<State>, usize) {
         self.inner.registry.states(most)
+    }
+
+    /// The shared connections of each worker toward `most` endpoints of its ways; and toward how many there are besides.
+    pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
+        let now = Instant::now();
+        let all = self.inner.routes.all().flat_map(|way| {
+            let keys = way.upstream.inner.shared.snapshot();
+            keys.into_iter().map(|key| Shared::new(&way.route, key, now))
+        });
+        let mut all: Vec<_> = all.collect();
+        let more = all.len().saturating_sub(most);
+        all.truncate(most);
+        (all, more)
     }
 
     /// It is this very one, and not one that took its place.

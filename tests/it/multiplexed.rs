@@ -559,6 +559,29 @@ fn slow_readers_harm_nobody_else() {
     t.no_rst();
 }
 
+/// An operator sees who shares what: with whom, how many, and what is kept for the next.
+#[test]
+fn shared_connections_are_shown() {
+    let settings = "listen.workers = 1\npool = { mode = 'multiplexed', max_streams = 10, idle_timeout = '1h' }\n";
+    let t = Scene::new(settings).front(Manners::default()).start();
+    let shown = || serde_json::from_slice::<serde_json::Value>(&t.proxy().get("/connections").body).expect("JSON");
+    assert_eq!(shown(), serde_json::json!({ "shared": [], "more": 0 }));
+    let with = |state: &str, references: u32| {
+        let connection = serde_json::json!({ "state": state, "references": references, "capacity": 10 });
+        let endpoint = t.front().address.to_string();
+        let key = serde_json::json!({ "route": "", "endpoint": endpoint, "waiters": 0, "retry_in_ms": null, "connections": [connection] });
+        serde_json::json!({ "shared": [key], "more": 0 })
+    };
+    t.client(async |c| {
+        c.handshake("/").await;
+        says(c, "hello").await;
+        assert_eq!(shown(), with("open", 1));
+        bye(c).await;
+    });
+    t.proxy().metrics_when("that nobody uses it", |metrics| metrics.count("tidegate_pool_references") == 0);
+    assert_eq!(shown(), with("idle", 0));
+}
+
 /// 1,000 sessions at the same time: 16 connections of 64 streams with one worker, and all are gone after the idle timeout.
 #[test]
 fn a_thousand_share_sixteen() {

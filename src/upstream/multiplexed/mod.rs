@@ -51,6 +51,7 @@ use crate::{
     drain::Drain,
     metrics::Counted,
     net::{Stream, Tunnel},
+    pool::KeySnapshot,
     pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
 };
 
@@ -95,6 +96,14 @@ impl fmt::Debug for Home {
 /// The connections of each worker that this way has.
 #[derive(Debug, Default)]
 pub(super) struct Workers(Mutex<HashMap<ThreadId, Arc<Multiplexed>>>);
+
+impl Workers {
+    /// What each of them has toward each endpoint.
+    pub(super) fn snapshot(&self) -> Vec<KeySnapshot> {
+        let all: Vec<_> = self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        all.iter().flat_map(|worker| worker.pool.snapshot()).collect()
+    }
+}
 
 /// What came of trying.
 pub(super) enum Outcome {
