@@ -211,11 +211,6 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         self.shared.look(key, core::Entry::is_opening)
     }
 
-    /// From now on these count. Connections beyond them stay until nobody uses them.
-    pub fn configure(&self, config: Config) {
-        self.shared.configure(config);
-    }
-
     /// Nothing is opened or given out from now on. Connections that nobody uses are closed at once, the others when they are
     /// given back.
     pub fn close(&self) {
@@ -330,11 +325,6 @@ pub struct Lease<K: Key, C: Connector<K>> {
 }
 
 impl<K: Key, C: Connector<K>> Lease<K, C> {
-    /// Of which connection; for the log.
-    pub fn id(&self) -> Id {
-        self.connection.slot
-    }
-
     /// How many leases its connection has, this one among them.
     pub fn references(&self) -> usize {
         self.connection.leases()

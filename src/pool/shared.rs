@@ -340,13 +340,6 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
         self.look_whether_closed();
     }
 
-    pub(super) fn configure(self: &Arc<Self>, config: Config) {
-        for mut shard in self.shards() {
-            shard.config = config;
-        }
-        self.tell_all();
-    }
-
     fn tell_all(self: &Arc<Self>) {
         let keys: Vec<K> = self.shards().flat_map(|shard| shard.cells.keys().cloned().collect::<Vec<_>>()).collect();
         for key in &keys {

@@ -415,25 +415,6 @@ async fn a_closed_pool_ends_with_its_last_lease() {
     stage.end().await;
 }
 
-/// New limits count at once: for what is idle, and for those who wait.
-#[tokio::test(start_paused = true)]
-async fn limits_change_in_use() {
-    let mut config = config();
-    config.limits.max_connections = 1;
-    let stage = Stage::open(config, 1);
-    let one = stage.pool.acquire(&"a").await.expect("a lease");
-    let mut two = Box::pin(stage.pool.acquire(&"a"));
-    assert!(two.as_mut().now_or_never().is_none());
-    config.limits.max_connections = 2;
-    stage.pool.configure(config);
-    drop((two.await.expect("a lease"), one));
-    assert_eq!(stage.stats.census().connections, [0, 0, 2, 0, 0]);
-    config.limits.idle_timeout = Duration::ZERO;
-    stage.pool.configure(config);
-    assert_eq!((stage.stats.census().keys, stage.closed().len()), (0, 2));
-    stage.end().await;
-}
-
 /// Many threads and keys at once, over a pool whose tasks run on a runtime of one thread: nothing leaks, and no rule is
 /// broken. The leases are given back on other threads than the pool's.
 #[test]

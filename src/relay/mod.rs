@@ -667,10 +667,13 @@ impl Relay {
                 return true;
             }
             None if self.settling.is_none() => {
-                let is_answer_due = self.last_data.0 == Side::Client && !self.config.close_delay.is_zero();
-                self.settling = Some(if is_answer_due { now + APART } else { now });
-                // Wakes the task after the next look at the kernel; only its waker is needed.
-                let _ = pin!(yield_now()).poll(cx);
+                if self.last_data.0 == Side::Client && !self.config.close_delay.is_zero() {
+                    self.settling = Some(now + APART);
+                } else {
+                    self.settling = Some(now);
+                    // Wakes the task after the next look at the kernel; only its waker is needed.
+                    let _ = pin!(yield_now()).poll(cx);
+                }
             }
             _ => {}
         }

@@ -391,12 +391,9 @@ impl Idle {
     }
 
     fn opened(&self, endpoint: &Arc<Endpoint>, dialled: Result<Stream, Option<Stream>>, slot: OwnedSemaphorePermit) {
-        let Some(inner) = self.upstream.upgrade() else { return };
         let mut shelves = self.shelves();
-        let is_over = shelves.is_closed || self.is_over();
-        let left = if is_over {
-            dialled.map_or_else(|left| left, Some)
-        } else {
+        let inner = self.upstream.upgrade().filter(|_| !shelves.is_closed && !self.is_over());
+        let left = if let Some(inner) = inner {
             let row = shelves.of(endpoint);
             row.is_opening = false;
             match dialled {
@@ -415,6 +412,9 @@ impl Idle {
                     left
                 }
             }
+        } else {
+            // Nobody will use it. Its TLS handshake may have left something unread, so it is ended in order, too.
+            dialled.map_or_else(|left| left, Some)
         };
         drop(shelves);
         if let Some(stream) = left {

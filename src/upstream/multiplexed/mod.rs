@@ -15,7 +15,6 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, ready},
-    thread::{self, ThreadId},
     time::Duration,
 };
 
@@ -51,8 +50,7 @@ use crate::{
     drain::Drain,
     metrics::Counted,
     net::{Stream, Tunnel},
-    pool::KeySnapshot,
-    pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
+    pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
 };
 
 /// What a stream may have under way toward us; also the most that is kept of one that is not read.
@@ -95,7 +93,7 @@ impl fmt::Debug for Home {
 
 /// The connections of each worker that this way has.
 #[derive(Debug, Default)]
-pub(super) struct Workers(Mutex<HashMap<ThreadId, Arc<Multiplexed>>>);
+pub(super) struct Workers(Mutex<HashMap<usize, Arc<Multiplexed>>>);
 
 impl Workers {
     /// What each of them has toward each endpoint.
@@ -235,7 +233,7 @@ impl Upstream {
     fn of_this_worker(&self, home: &Home) -> Arc<Multiplexed> {
         let mut workers = self.inner.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(Multiplexed::new(self, home));
-        Arc::clone(workers.entry(thread::current().id()).or_insert_with(new))
+        Arc::clone(workers.entry(home.worker).or_insert_with(new))
     }
 
     /// One handshake on one stream.
