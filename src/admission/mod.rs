@@ -277,14 +277,20 @@ impl Admission {
         let inner = &self.inner;
         let free = inner.connections.available_permits();
         if place.refused.is_some() || free < inner.few && free + self.spare_halves() < inner.few {
-            // One place is for two sockets, and who has lost its client has one.
-            let mut halves = 0;
-            while halves < HALVES as usize
-                && let Some(sockets) = inner.delays.end_oldest()
-            {
-                halves += sockets.max(1);
-            }
+            self.end_delays();
         }
+    }
+
+    /// A place's worth of them, the oldest; false: there is none.
+    fn end_delays(&self) -> bool {
+        // One place is for two sockets, and who has lost its client has one.
+        let mut halves = 0;
+        while halves < HALVES as usize
+            && let Some(sockets) = self.inner.delays.end_oldest()
+        {
+            halves += sockets.max(1);
+        }
+        halves > 0
     }
 
     /// A place for a client that got none at first: one that is free by now, or that of a session whose delay was cut short; `None`: there
@@ -295,9 +301,14 @@ impl Admission {
         let Ok(_waiting) = self.inner.late.try_acquire() else { return served() };
         let (tries, interval) = TRIES;
         for _ in 0..tries {
-            let place = served();
-            if place.is_some() || !self.inner.delays.is_any_leaving() {
-                return place;
+            // In this order: whoever leaves gives his place back before.
+            let is_coming = self.inner.delays.is_any_leaving();
+            if let Some(place) = served() {
+                return Some(place);
+            }
+            // Places that became free for those who wait may have gone to clients that came later.
+            if !is_coming && !self.end_delays() {
+                return None;
             }
             sleep(interval).await;
         }

@@ -181,6 +181,7 @@ fn the_number_of_waits_is_bounded() {
 fn nobody_is_turned_away_for_a_delay() {
     const PLACES: usize = 40;
     const CLIENTS: usize = 400;
+    const BURST: usize = PLACES / 2;
     let stage = Stage::new();
     let backend = stage.backend(async |mut member: Member| {
         member.handshake().await;
@@ -213,16 +214,17 @@ fn nobody_is_turned_away_for_a_delay() {
         assert!(cut + waiting == CLIENTS && waiting > PLACES, "{cut} {waiting}");
         waiting
     });
-    // As many at once as there are places, none of which is free: each gets that of another.
+    // Many at once, and no place is free: each gets that of another. Not as many as there are places: on a busy machine a client's
+    // end may not have been noticed yet, and a worker that looks for connections has a place meanwhile.
     let burst = stage.clients(async || {
-        let clients = connect(t.address, PLACES).await;
+        let clients = connect(t.address, BURST).await;
         together(clients, async |client| client.rst()).await.len()
     });
-    assert_eq!(burst, PLACES);
+    assert_eq!(burst, BURST);
     // The drain ends the rest.
     t.sigterm();
     assert_eq!(t.wait_exit(DEADLINE).code(), Some(0));
-    let ends = tally(backend.results(CLIENTS + PLACES).iter().map(|(code, end)| format!("{code} {end:?}")));
-    assert_eq!(ends.get("1001 Fin"), Some(&(CLIENTS + PLACES)), "{ends:?}, {waiting} waited");
+    let ends = tally(backend.results(CLIENTS + BURST).iter().map(|(code, end)| format!("{code} {end:?}")));
+    assert_eq!(ends.get("1001 Fin"), Some(&(CLIENTS + BURST)), "{ends:?}, {waiting} waited");
     t.assert_sent_no_rst();
 }
