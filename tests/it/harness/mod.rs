@@ -49,10 +49,10 @@ pub use transcript::{End, Seen};
 pub use ws::{Frame, NO_CODE};
 
 /// The bound of one wait. More than the proxy's own longest default of an ending (`close.linger_max`).
-pub const DEADLINE: Duration = Duration::from_secs(15);
+pub const DEADLINE: Duration = Duration::from_secs(45);
 
 /// The bound of a whole script.
-pub const LIMIT: Duration = Duration::from_secs(90);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// A value that several threads see and any of them can wait for, from async code or not.
 pub struct Board<T>(Arc<watch::Sender<T>>);
