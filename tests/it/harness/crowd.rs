@@ -81,8 +81,10 @@ impl Stage {
 
     /// As [`Stage::tidegate`], with less around it, or more.
     pub fn tidegate_in(&self, surroundings: Surroundings<'_>, settings: &str, backend: SocketAddr) -> Front<'_> {
-        // A debug line for each session would cost more than the session.
-        let settings = format!("log.filter = 'info'\n{settings}");
+        // A debug line for each session would cost more than the session. And nobody here expects a Ping, which only a machine
+        // that takes half a minute for a script would see.
+        let quiet = if settings.contains("websocket = {") { "" } else { "websocket.ping_interval = '0s'\n" };
+        let settings = format!("log.filter = 'info'\n{quiet}{settings}");
         let baseline = self.lab.counters(Side::Proxy);
         let proxy = Proxy::start_in(&self.lab, surroundings, &settings, backend, self.started);
         let descriptors = proxy.descriptors();
