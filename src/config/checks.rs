@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Settings,
+    Grace, Settings,
     finding::{Finding, Place},
     keys::{BACKEND, Name, PATH, ROUTE},
     units::{format_duration, format_size},
@@ -43,12 +43,20 @@ pub(super) const MAX_FRAME: Name = name("websocket", "max_frame");
 const PING_INTERVAL: Name = name("websocket", "ping_interval");
 const WRITE_TIMEOUT: Name = name("websocket", "write_timeout");
 const STALL_TIMEOUT: Name = name("pool", "stall_timeout");
+const DELAY: Name = name("drain", "delay");
+const WINDOW: Name = name("drain", "window");
+const TIMEOUT: Name = name("drain", "timeout");
+const GRACE_PERIOD: Name = name("drain", "grace_period");
+const BACKEND_STOP: Name = name("drain", "backend_stop");
 const LINGER: Name = name("close", "linger");
 const LINGER_MAX: Name = name("close", "linger_max");
 
 const fn name(section: &'static str, key: &'static str) -> Name {
     Name { section, route: None, key }
 }
+
+/// What the kubelet, or another service manager, needs for itself in a grace period.
+const KUBELET: Duration = Duration::from_secs(5);
 
 impl Origins<'_> {
     fn place(&self, name: Name) -> Place {
@@ -83,6 +91,31 @@ pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut V
     tls(settings, origins, findings);
     limits(settings, origins, findings);
     routes(settings, origins, findings);
+    grace(settings, origins, findings);
+}
+
+/// What ends last, the backend, must have ended before the grace period does.
+fn grace(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let (drain, Grace { period: Some(period), backend_stop }) = (&settings.drain, settings.grace) else { return };
+    let whole = drain.delay + drain.window + drain.timeout + backend_stop;
+    let needed = whole + KUBELET;
+    if period >= needed || !origins.judged(&[DELAY, WINDOW, TIMEOUT, GRACE_PERIOD, BACKEND_STOP]) {
+        return;
+    }
+    let parts = [drain.delay, drain.window, drain.timeout, backend_stop].map(format_duration).join(" + ");
+    let what = format!(
+        "`drain.grace_period` is {}, but delay + window + timeout + backend_stop ({parts}) is {}, and {} more are for hooks and probes on \
+         their way",
+        format_duration(period),
+        format_duration(whole),
+        format_duration(KUBELET),
+    );
+    let fix = format!(
+        "whoever is left then is cut by SIGKILL: raise the grace period to {needed} (terminationGracePeriodSeconds, TimeoutStopSec, \
+         docker stop -t) and say so in drain.grace_period, or shorten drain.window",
+        needed = format_duration(needed),
+    );
+    findings.push(Finding::warning(what, origins.place(GRACE_PERIOD), fix));
 }
 
 fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {

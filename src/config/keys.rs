@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Admin, Log, LogFormat, Plain, Reload, Route, Settings,
+    Admin, Grace, Log, LogFormat, Plain, Reload, Route, Settings,
     units::{
         Refusal, either, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network,
         parse_pattern, parse_size, refuse,
@@ -127,6 +127,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const NINE_HOURS: Duration = Duration::from_hours(9);
 const HOUR: Duration = Duration::from_hours(1);
 const DAY: Duration = Duration::from_hours(24);
+const WEEK: Duration = Duration::from_hours(24 * 7);
 const LONGEST_AGE: Duration = Duration::from_hours(24 * 365);
 /// For a wait that may be left out.
 const FROM_ZERO: RangeInclusive<Duration> = Duration::ZERO..=DAY;
@@ -239,6 +240,7 @@ impl Settings {
             },
             admin: Admin { address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)) },
             reload: Reload { watch: Some(seconds(5)) },
+            grace: Grace { period: None, backend_stop: seconds(10) },
             socket: SocketConfig {
                 keepalive: Some(seconds(60)),
                 recv_buffer: Some(128 << 10),
@@ -263,7 +265,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, socket, log, routes } = settings;
+    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
@@ -357,6 +359,8 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("drain", "close_code", Code(close_code, DRAIN_CODES)),
         live("drain", "reason", Text(reason, REASON_BYTES)),
         live("drain", "readiness", Slot::Readiness(readiness)),
+        live("drain", "grace_period", Slot::Time(Time::OrOff(grace_period), SECOND..=WEEK, MS)),
+        live("drain", "backend_stop", time(backend_stop, FROM_ZERO)),
 
         fixed("admin", "address", ListenOrOff(admin)),
 

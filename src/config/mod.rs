@@ -65,6 +65,7 @@ pub struct Settings {
     pub admin: Admin,
     /// `[reload]`.
     pub reload: Reload,
+    pub grace: Grace,
     /// `listen.keepalive` and the buffers of `[websocket]`.
     pub socket: SocketConfig,
     /// `[log]`.
@@ -91,6 +92,15 @@ pub struct Route {
 pub struct Admin {
     /// Where it listens; port 0 means any free one.
     pub address: Option<std::net::SocketAddr>,
+}
+
+/// What `[drain]` has to fit into: only `checks.rs` uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grace {
+    /// From SIGTERM, or the hooks before it, to SIGKILL; `None`: not known.
+    pub period: Option<Duration>,
+    /// What the backend takes to stop when its clients are gone.
+    pub backend_stop: Duration,
 }
 
 /// `[reload]`.

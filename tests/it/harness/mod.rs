@@ -52,7 +52,7 @@ pub use ws::{Frame, NO_CODE};
 pub const DEADLINE: Duration = Duration::from_secs(45);
 
 /// The bound of a whole script.
-pub const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_mins(4);
 
 /// A value that several threads see and any of them can wait for, from async code or not.
 pub struct Board<T>(Arc<watch::Sender<T>>);
