@@ -1,5 +1,5 @@
 //! The echo backend: one thread with one accept loop. It answers every message with one of the same length, every plain
-//! request with 200 and a small body, and prints where it listens.
+//! request with 200 and a small body, and prints where it listens. Over HTTP/1.1, and over HTTP/2 (RFC 8441), by what comes first.
 
 use std::{
     collections::HashMap,
@@ -10,6 +10,9 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
+use h2::server::SendResponse;
+use http::{Method, Request as HttpRequest, Response, StatusCode};
 use socket2::{Domain, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -17,7 +20,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Request, Role, frame};
+use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Reader, Request, Role, frame};
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -35,7 +38,14 @@ pub struct Options {
 const WORK_SECONDS: RangeInclusive<f64> = 0.010..=0.050;
 
 /// The frames that were sent so far, by their payload's length.
-type Prepared = Mutex<HashMap<usize, Arc<[u8]>>>;
+type Prepared = Mutex<HashMap<usize, Bytes>>;
+
+/// Of the connection preface (RFC 9113 3.4), where HTTP/1.1 has a method of a request.
+const PREFACE: &[u8] = b"PRI";
+
+/// Of HTTP/2: as many as tidegate may be told to have, each with the window that is the protocol's default.
+const STREAMS: u32 = 4096;
+const CONNECTION_WINDOW_BYTES: u32 = STREAMS * 65_535;
 
 pub fn main(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -57,30 +67,103 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
     })
 }
 
-async fn serve(stream: TcpStream, prepared: &Prepared, works: bool) -> io::Result<()> {
+async fn serve(stream: TcpStream, prepared: &Arc<Prepared>, works: bool) -> io::Result<()> {
+    let mut first = [0; PREFACE.len()];
+    // It comes in one piece.
+    if stream.peek(&mut first).await? == PREFACE.len() && first == PREFACE {
+        return serve_http2(stream, prepared, works).await;
+    }
     let mut connection = match Connection::accept(stream).await? {
         Request::Session(connection) => connection,
         Request::Answered => return Ok(()),
     };
-    let mut last: Option<(usize, Arc<[u8]>)> = None;
+    let mut answers = Answers::new(prepared);
     while let Some(received) = connection.next().await? {
         if received.opcode == CLOSE {
             return connection.closed(&frame(Role::Backend, CLOSE, &CLOSE_NORMAL)).await;
         }
-        let message = match &last {
-            Some((length, message)) if *length == received.length => message,
-            _ => {
-                let mut prepared = prepared.lock().unwrap_or_else(PoisonError::into_inner);
-                let message = prepared
-                    .entry(received.length)
-                    .or_insert_with_key(|length| frame(Role::Backend, BINARY, &vec![b'x'; *length]).into());
-                &last.insert((received.length, Arc::clone(message))).1
-            }
-        };
         if works {
-            sleep(Duration::from_secs_f64(rand::random_range(WORK_SECONDS))).await;
+            work().await;
         }
-        connection.write(message).await?;
+        connection.write(answers.to(received.length)).await?;
     }
     Ok(())
+}
+
+async fn serve_http2(stream: TcpStream, prepared: &Arc<Prepared>, works: bool) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut builder = h2::server::Builder::new();
+    builder
+        .enable_connect_protocol()
+        .max_concurrent_streams(STREAMS)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    let mut connection = builder.handshake::<_, Bytes>(stream).await.map_err(io::Error::other)?;
+    let tasks = TaskTracker::new();
+    while let Some(accepted) = connection.accept().await {
+        let (request, respond) = accepted.map_err(io::Error::other)?;
+        let prepared = Arc::clone(prepared);
+        tasks.spawn(async move { serve_stream(request, respond, &prepared, works).await });
+    }
+    Ok(())
+}
+
+async fn serve_stream(
+    request: HttpRequest<h2::RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    prepared: &Prepared,
+    works: bool,
+) -> Result<(), h2::Error> {
+    let mut response = Response::new(());
+    if request.method() != Method::CONNECT {
+        *response.status_mut() = StatusCode::NOT_FOUND;
+        return respond.send_response(response, true).map(drop);
+    }
+    let mut send = respond.send_response(response, false)?;
+    let (mut receive, mut reader, mut answers) = (request.into_body(), Reader::default(), Answers::new(prepared));
+    while let Some(bytes) = receive.data().await.transpose()? {
+        receive.flow_control().release_capacity(bytes.len())?;
+        let mut rest = &*bytes;
+        while let Some((received, taken)) = reader.take(rest) {
+            rest = &rest[taken..];
+            let is_close = received.opcode == CLOSE;
+            let answer = if is_close {
+                frame(Role::Backend, CLOSE, &CLOSE_NORMAL).into()
+            } else {
+                if works {
+                    work().await;
+                }
+                answers.to(received.length).clone()
+            };
+            // What its windows do not allow yet waits in h2: no more than the client has asked for.
+            send.send_data(answer, is_close)?;
+        }
+    }
+    Ok(())
+}
+
+async fn work() {
+    sleep(Duration::from_secs_f64(rand::random_range(WORK_SECONDS))).await;
+}
+
+/// Of a session. Most have one length only, and look it up once.
+struct Answers<'a> {
+    prepared: &'a Prepared,
+    last: Option<(usize, Bytes)>,
+}
+
+impl<'a> Answers<'a> {
+    fn new(prepared: &'a Prepared) -> Self {
+        Self { prepared, last: None }
+    }
+
+    fn to(&mut self, length: usize) -> &Bytes {
+        let last = self.last.take().filter(|(last, _)| *last == length);
+        let (_, answer) = self.last.insert(last.unwrap_or_else(|| {
+            let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+            let answer =
+                prepared.entry(length).or_insert_with(|| frame(Role::Backend, BINARY, &vec![b'x'; length]).into());
+            (length, answer.clone())
+        }));
+        answer
+    }
 }

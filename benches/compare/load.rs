@@ -129,9 +129,13 @@ pub fn main(order: &str) -> anyhow::Result<()> {
 /// Every connection sends a message when the one before has come back.
 async fn echo(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
     let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
-    let mut tasks = JoinSet::new();
+    let mut open = Vec::with_capacity(order.connections);
     for _ in 0..order.connections {
-        let mut connection = limited(Connection::open(order.address)).await?;
+        open.push(limited(Connection::open(order.address)).await?);
+    }
+    // Only now: those that talk would hold up who still connects.
+    let mut tasks = JoinSet::new();
+    for mut connection in open {
         let (message, counts, bytes) = (Arc::clone(&message), Arc::clone(counts), order.bytes);
         tasks.spawn(async move {
             loop {

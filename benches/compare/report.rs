@@ -297,6 +297,12 @@ impl Report {
         Ok(Self { rows: Vec::new(), setting })
     }
 
+    /// The peer that all others are compared with: where there is no nginx but a second tidegate, that is the first one.
+    fn with(&self, table: &Table) -> Peer {
+        let alone = table.with == Peer::Nginx && self.setting.nginx.is_none() && self.setting.other.is_some();
+        if alone { Peer::Tidegate } else { table.with }
+    }
+
     fn summaries(&self) -> Vec<Summary> {
         let mut groups: Vec<(Case, Peer)> = self.rows.iter().map(|row| (row.case, row.peer)).collect();
         groups.sort_unstable();
@@ -320,7 +326,8 @@ impl Report {
         let compared = |peer| -> BTreeMap<u32, f64> {
             rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared)?))).collect()
         };
-        let others = compared(table.with);
+        let with = self.with(table);
+        let others = compared(with);
         let differences = compared(peer).into_iter().filter_map(|(round, value)| {
             let other = others.get(&round).filter(|other| **other > 0.0)?;
             Some((value - other) / other * 100.0)
@@ -329,7 +336,7 @@ impl Report {
             case,
             peer,
             values: values.into_iter().filter_map(|(name, values)| Some((name, Spread::of(values)?))).collect(),
-            difference_percent: if peer == table.with { None } else { Spread::of(differences.collect()) },
+            difference_percent: if peer == with { None } else { Spread::of(differences.collect()) },
             errors,
         }
     }
@@ -362,7 +369,9 @@ impl Report {
             writeln!(text, "\n**A debug build: these figures say nothing.**")?;
         }
         let summaries = self.summaries();
-        for Table { measure, title, compared, with, columns } in TABLES {
+        for table in TABLES {
+            let with = self.with(&table);
+            let Table { measure, title, compared, columns, .. } = table;
             let rows: Vec<&Summary> = summaries.iter().filter(|summary| summary.case.measure() == measure).collect();
             if rows.is_empty() {
                 continue;

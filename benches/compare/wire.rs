@@ -82,7 +82,7 @@ pub struct Received {
 
 /// Where the reading of a frame stands.
 #[derive(Debug, Default)]
-struct Reader {
+pub struct Reader {
     header: [u8; 14],
     header_have: usize,
     /// None: within the header.
@@ -92,7 +92,7 @@ struct Reader {
 
 impl Reader {
     /// Takes bytes up to the end of a frame, and says how many. None: all were taken, and more are needed.
-    fn take(&mut self, bytes: &[u8]) -> Option<(Received, usize)> {
+    pub fn take(&mut self, bytes: &[u8]) -> Option<(Received, usize)> {
         let mut taken = 0;
         let left = loop {
             if let Some(left) = self.payload_left {

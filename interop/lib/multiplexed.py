@@ -18,6 +18,9 @@ MIB = 1024 * 1024
 SUBPROTOCOL = "tidegate.interop"
 IDLE_SECONDS = 2
 MULTIPLEXED = {"TIDEGATE_POOL__MODE": "multiplexed", "TIDEGATE_POOL__IDLE_TIMEOUT": f"{IDLE_SECONDS}s"}
+# Hypercorn 0.18 does not end a stream whose Close it has answered, and drops the connection with all that is on it when we do (its
+# issue 329). So that comes when all sessions of a crowd have closed, also on a slow machine; until then the others are all right.
+LATE_END = {"TIDEGATE_CLOSE__HANDSHAKE_TIMEOUT": "6s"}
 SAID = "each WebSocket gets a connection of its own to this backend"
 
 
@@ -163,7 +166,8 @@ async def multiplexed(report: Report, options) -> None:
         return
     workers = min(max(2, os.cpu_count() or 2), 4)
 
-    async with hypercorn() as backend, Proxy(backend.address, settings=MULTIPLEXED) as proxy, PythonClient() as client:
+    late = {**MULTIPLEXED, **LATE_END}
+    async with hypercorn() as backend, Proxy(backend.address, settings=late) as proxy, PythonClient() as client:
         await session(report, "hypercorn", client, proxy, (client, backend, proxy))
         async with report.check("hypercorn: it was asked over HTTP/2", backend, proxy):
             expect("version", (await backend.wait_for_line(json_line(event="open", name="main"), "open"))["version"], "2")
@@ -175,6 +179,13 @@ async def multiplexed(report: Report, options) -> None:
         # Each worker may have one that is not full.
         await crowd(report, "hypercorn", 1000, 1000 // 64 + workers, proxy, backend.address, (backend, proxy))
         async with report.check("hypercorn: no fallback, no reset, tidegate ends with 0", backend, proxy):
+            expect("fallbacks", sum(SAID in line for line in proxy.lines), 0)
+            expect("exit status", await proxy.stop(), 0)
+    # As many streams as it allows: with two workers, ten connections and one that is not full.
+    full = {**late, "TIDEGATE_POOL__MAX_STREAMS": "100", "TIDEGATE_LISTEN__WORKERS": "2"}
+    async with hypercorn() as backend, Proxy(backend.address, settings=full) as proxy:
+        await crowd(report, "hypercorn, max_streams = 100", 1000, 12, proxy, backend.address, (backend, proxy))
+        async with report.check("hypercorn, max_streams = 100: no fallback, tidegate ends with 0", backend, proxy):
             expect("fallbacks", sum(SAID in line for line in proxy.lines), 0)
             expect("exit status", await proxy.stop(), 0)
 

@@ -6,7 +6,6 @@ saw; tidegate's own word counts only for its exit status.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import signal
 import sys
@@ -15,6 +14,7 @@ import urllib.error
 import urllib.request
 
 from clients import CLIENTS, ChromiumClient, ProcessClient, PythonClient
+from everybody import everybody, expect_everywhere
 from harness import (
     INTEROP,
     WORK,
@@ -27,11 +27,10 @@ from harness import (
     run,
 )
 from multiplexed import multiplexed
+from tls import tls
 
 MIB = 1024 * 1024
 SUBPROTOCOL = "tidegate.interop"
-# Clients that report 1006 or an unclean end when FIN, RST or a Close is missing.
-ENDING_SECONDS = 20
 
 
 class Options:
@@ -111,30 +110,6 @@ async def check_stop(report: Report, proxy: Proxy, flavour: str) -> None:
         async with report.check(f"{flavour}: tidegate ends with 0", proxy):
             proxy.kill(signal.SIGTERM)
             expect("exit status", await proxy.ended(), 0)
-
-
-@contextlib.asynccontextmanager
-async def everybody(report: Report, proxy: Proxy, backend: Backend, what: str):
-    """Yields all clients, each with one session that has been used."""
-    async with contextlib.AsyncExitStack() as stack:
-        clients = {}
-        async with report.check(f"{what}: everybody is connected", backend, proxy, seconds=90):
-            for flavour, make in CLIENTS.items():
-                client = await stack.enter_async_context(make())
-                await client.prepare(proxy.address)
-                await client.open(flavour, f"ws://{proxy.address}/echo?name={flavour}")
-                expect(f"{flavour}'s echo", (await client.echo(flavour, text="hello"))["same"], True)
-                clients[flavour] = client
-        yield clients
-
-
-async def expect_everywhere(
-    report: Report, clients: dict, witnesses: tuple, what: str, code: int, clean: bool = True
-) -> None:
-    for flavour, client in clients.items():
-        async with report.check(f"{what}: {flavour} sees {code}, clean", client, *witnesses, seconds=ENDING_SECONDS):
-            end = await client.closed(flavour)
-            expect("(code, clean)", (end["code"], end["clean"]), (code, clean))
 
 
 async def endings(report: Report, options: Options) -> None:
@@ -368,6 +343,7 @@ GROUPS = {
     "tomcat": tomcat,
     "demo": demo,
     "multiplexed": multiplexed,
+    "tls": tls,
 }
 
 

@@ -1,6 +1,6 @@
 """The same echo backend as echo.py as an ASGI application, under servers that speak HTTP/2: `asgi.py hypercorn|uvicorn`.
 
-One JSON object per line on stdout. Over HTTP/2 and HTTP/1.1, on one port, without TLS.
+One JSON object per line on stdout. Over HTTP/2 and HTTP/1.1, on one port, without TLS; `asgi.py hypercorn KEY CERTIFICATE`: with it.
 """
 
 import asyncio
@@ -54,12 +54,14 @@ async def app(scope, receive, send) -> None:
         report("close", name=name, code=message.get("code"))
 
 
-async def hypercorn(listener: socket.socket) -> None:
+async def hypercorn(listener: socket.socket, identity: list[str]) -> None:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
 
     config = Config()
     config.bind = [f"fd://{listener.fileno()}"]
+    if identity:
+        config.keyfile, config.certfile = identity
     config.h2_max_concurrent_streams = 100
     config.websocket_max_message_size = 64 * 1024 * 1024
     config.websocket_ping_interval = None
@@ -86,6 +88,6 @@ if __name__ == "__main__":
     listening.set_inheritable(True)
     report("listening", address="{}:{}".format(*listening.getsockname()))
     if sys.argv[1] == "hypercorn":
-        asyncio.run(hypercorn(listening))
+        asyncio.run(hypercorn(listening, sys.argv[2:]))
     else:
         uvicorn(listening)
