@@ -1,25 +1,44 @@
 # One static binary on nothing: no shell, no libc, no packages to update.
 #
+#   docker build -t tidegate:0.1.0 .
+#   docker build -t tidegate-demo-backend:0.1.0 --target demo-backend .   the backend of k8s/overlays
+#   .ci/image                                                             both without a daemon, and tried out
+#
 # Each platform is built on itself (`docker buildx build --platform linux/amd64,linux/arm64 .`), natively or emulated:
 # a cross toolchain would be one more thing that differs between the platforms.
+#
+# To get the same bytes again: the same commit, the Rust image by its digest (docker buildx build --build-context
+# rust:1.95-slim-bookworm=docker-image://rust@sha256:...), and the time of the commit for that of the files
+# (SOURCE_DATE_EPOCH=$(git log -1 --format=%ct), --output type=oci,rewrite-timestamp=true,dest=tidegate.tar; buildah has
+# --timestamp). Crates are pinned by Cargo.lock, and the binaries have no time or name of the machine in them.
 
 # Not older than rust-version in Cargo.toml. The variant brings gcc and the static libc, so nothing is installed here.
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
 COPY . .
-# --target also where it is the host: without it the flags would apply to build scripts and proc macros too, and a
-# proc macro cannot be linked statically. TARGETARCH comes from the builder; without BuildKit, the machine says it.
 ARG TARGETARCH
-RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
-    case "${TARGETARCH:-$(uname -m)}" in \
-        amd64|x86_64) target=x86_64-unknown-linux-gnu ;; \
-        arm64|aarch64) target=aarch64-unknown-linux-gnu ;; \
-        *) echo "no build is known for ${TARGETARCH:-$(uname -m)}" >&2; exit 1 ;; \
-    esac \
-    && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin tidegate --target "$target" \
-    && mv "target/$target/release/tidegate" /tidegate
+RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked .ci/static tidegate /tidegate
 
-FROM scratch
+# Not needed, and so not built, for tidegate alone.
+FROM build AS build-demo-backend
+RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked .ci/static demo-backend /demo-backend
+
+FROM scratch AS demo-backend
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="tidegate-demo-backend" \
+      org.opencontainers.image.description="A WebSocket backend that echoes, to try tidegate with" \
+      org.opencontainers.image.licenses="Apache-2.0 OR MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+COPY --from=build /build/LICENSE-APACHE /build/LICENSE-MIT /licenses/
+COPY --from=build-demo-backend /demo-backend /demo-backend
+USER 65532:65532
+# It listens on loopback until --listen says otherwise, so there is no port to name.
+ENTRYPOINT ["/demo-backend"]
+
+# Last, so that it is what is built when no target is named.
+FROM scratch AS tidegate
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="tidegate" \
