@@ -4,6 +4,7 @@ mod harness;
 
 mod architecture;
 mod close_table;
+mod cold_pool;
 mod config;
 mod crowd;
 mod delay_matrix;
@@ -26,5 +27,6 @@ mod reload;
 mod resources;
 mod restart;
 mod routes;
+mod shared_endpoints;
 mod spike;
 mod tls;

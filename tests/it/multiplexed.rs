@@ -4,8 +4,9 @@
 //! How sessions end on streams is in `close_table.rs`, row by row.
 
 use crate::harness::{
-    DEADLINE, Gate, Message, Peer, Scene, backend,
+    DEADLINE, Gate, Message, Peer, Scene, Side, backend,
     front::{Greets, Manners, Treat},
+    proxy::Metrics,
     scene::Dial,
     transcript::End,
 };
@@ -606,4 +607,171 @@ fn a_thousand_share_sixteen() {
     assert!((16..=17).contains(&seen.streams.len()), "{seen:?}");
     assert!(seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
     t.no_rst();
+}
+
+/// Nothing is left of any session: no gauge, no descriptor.
+#[track_caller]
+fn nothing_left(t: &Scene, descriptors: usize) {
+    const GAUGES: [&str; 8] = [
+        "tidegate_connections_active",
+        "tidegate_client_connections",
+        "tidegate_lingering_sockets",
+        "tidegate_upstream_waiting",
+        "tidegate_upstream_pending",
+        "tidegate_pool_connections",
+        "tidegate_pool_references",
+        "tidegate_pool_waiters",
+    ];
+    let all_zero = |metrics: &Metrics| GAUGES.iter().all(|gauge| metrics.sum(gauge).abs() < 0.5);
+    let metrics = t.proxy().metrics_when("that nothing is left", all_zero);
+    assert_eq!(metrics.count("tidegate_pool_invariant_violations_total"), 0);
+    let begun = std::time::Instant::now();
+    while t.proxy().descriptors() != descriptors {
+        assert!(begun.elapsed() < DEADLINE, "{} descriptors, {descriptors} before", t.proxy().descriptors());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How a client leaves that has asked and has no answer.
+#[derive(Clone, Copy, Debug)]
+enum Leaves {
+    Fin,
+    Rst,
+}
+
+impl Leaves {
+    const ALL: [Self; 2] = [Self::Fin, Self::Rst];
+
+    /// A client asks, leaves when `is_due` returns, and tidegate has seen it.
+    fn after(self, t: &Scene, is_due: impl FnOnce() + Send) {
+        t.client(async |c| {
+            c.send_bytes(&Message::websocket("/").bytes()).await;
+            // It blocks, which a runtime's thread may not.
+            std::thread::scope(|scope| scope.spawn(is_due).join().expect("it comes so far"));
+            match self {
+                Self::Fin => {
+                    c.fin().await;
+                    let seen = c.until_end().await;
+                    assert_eq!((seen.end, seen.frames.len()), (End::Fin, 0));
+                }
+                Self::Rst => c.rst(),
+            }
+        });
+        t.proxy().metrics_when("that it has left", |metrics| metrics.count("tidegate_client_connections") == 0);
+    }
+}
+
+/// A client leaves on its way from a stream to a connection of its own: before the connection that would be shared has said anything, before its stream
+/// is refused, and before its own connection has an answer. Nothing is left of it, nothing is begun for it that was not, and the
+/// next one is served.
+#[test]
+fn clients_may_leave_while_they_fall_back() {
+    for leaves in Leaves::ALL {
+        let t = Scene::new(ONE_WORKER).front(greeting(|_| Greets::Nothing)).start();
+        let descriptors = t.proxy().descriptors();
+        leaves.after(&t, || {
+            t.front().seen_when("a connection", |seen| seen.streams.len() == 1);
+        });
+        visit(&t);
+        let metrics = t.proxy().metrics();
+        let seen = t.front().seen();
+        assert_eq!((seen.streams, seen.plain), (vec![0], 1), "{leaves:?}: one connection that says nothing is enough");
+        assert_eq!(metrics.count("tidegate_pool_refusals_total{reason=\"cancelled\"}"), 1);
+        nothing_left(&t, descriptors);
+        t.no_rst();
+
+        let t = Scene::new(ONE_WORKER)
+            .front(treating(|stream| if stream == 0 { Treat::LateStatus(500) } else { Treat::Play }))
+            .start();
+        let descriptors = t.proxy().descriptors();
+        leaves.after(&t, || {
+            t.front().seen_when("a stream", |seen| seen.all_streams() == 1);
+        });
+        t.front().answer();
+        nothing_left(&t, descriptors);
+        visit(&t);
+        let seen = t.front().seen();
+        assert_eq!((seen.all_streams(), seen.plain), (2, 0), "{leaves:?}: it is not asked for again");
+        nothing_left(&t, descriptors);
+        t.no_rst();
+
+        let (asked, left) = (Gate::new("the backend is asked"), Gate::new("the client has left"));
+        let (is_asked, go_on) = (asked.clone(), left.clone());
+        let t = Scene::new(ONE_WORKER)
+            .backend(async move |c: &mut Peer| {
+                let request = c.read_head().await;
+                if c.index() == 0 {
+                    is_asked.open();
+                    go_on.passed().await;
+                }
+                c.reply(Message::switching(&request)).await;
+                backend::echo_on(c).await;
+            })
+            .front(Manners { advertises: false, ..Manners::default() })
+            .start();
+        let descriptors = t.proxy().descriptors();
+        leaves.after(&t, || asked.pass());
+        left.open();
+        t.connection(0).seen().assert_closed_with(1001);
+        visit(&t);
+        let seen = t.front().seen();
+        assert_eq!((seen.streams, seen.plain), (vec![0], 2), "{leaves:?}");
+        nothing_left(&t, descriptors);
+        t.no_rst();
+    }
+}
+
+/// A process is stopped, and its kernel goes on: no FIN comes. Pings find out: its sessions get Close 1012, who has just asked gets 502, and the
+/// next one another connection. That is as silent, and stays, since its pings are answered.
+#[test]
+fn a_connection_that_stands_still_is_given_up() {
+    const COUNT: usize = 8;
+    let settings = format!("{}upstream.handshake_timeout = '60s'\n", one_worker("ping_interval = '2s'"));
+    let t = Scene::new(&settings).front(Manners::default()).start();
+    let (t, open) = (&t, Arc::new(tokio::sync::Barrier::new(COUNT)));
+    let stopped = Gate::new("the backend stands still");
+    std::thread::scope(|scope| {
+        let sessions = scope.spawn(|| {
+            t.clients(COUNT, async |c| {
+                c.handshake("/").await;
+                says(c, "hello").await;
+                if open.wait().await.is_leader() {
+                    t.front().stand_still();
+                    stopped.open();
+                }
+                let code = c.read_close().await;
+                c.answer_close().await;
+                (code, c.until_end().await.end)
+            })
+        });
+        stopped.pass();
+        assert_eq!(refusal(t).code(), 502);
+        let ends = sessions.join().expect("sessions with an end");
+        assert_eq!(ends, vec![(1012, End::Fin); COUNT]);
+    });
+    let said = |line: &serde_json::Value| {
+        line["message"] == "a shared connection answers no ping: it is given up"
+            && line["backend"] == t.front().address.to_string().as_str()
+    };
+    t.proxy().log_where("why", said);
+    t.client(async |c| {
+        c.handshake("/").await;
+        says(c, "before").await;
+        // No message, and more than two pings: whoever answered none would have been given up.
+        tokio::time::sleep(Duration::from_secs(7)).await;
+        says(c, "after").await;
+        bye(c).await;
+    });
+    assert_eq!(t.proxy().log().into_iter().filter(said).count(), 1);
+    // What it sends when it goes on finds a socket that was closed long ago.
+    t.counters(Side::Proxy).assert_sent_no_rst();
+    t.front().go_on();
+    let seen = t.front().seen_when("the end of both", |seen| seen.ended.len() == 2);
+    assert_eq!((seen.streams, seen.plain), (vec![COUNT, 1], 0));
+    let metrics =
+        t.proxy().metrics_when("that none is left", |metrics| metrics.count("tidegate_connections_active") == 0);
+    assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"backend_reset\"}"), COUNT as u64, "{metrics:?}");
+    for zero in ["tidegate_pool_references", "tidegate_pool_waiters", "tidegate_pool_invariant_violations_total"] {
+        assert_eq!(metrics.count(zero), 0, "{zero}");
+    }
 }

@@ -207,8 +207,8 @@ impl Upstream {
                     if !attempts.is_left() || !endpoints.has_another(&attempts.tried, false) {
                         return Outcome::Over(Err(error.into()));
                     }
+                    // Counted with the connect, which is for all who waited for it.
                     debug!(%error, "another endpoint is tried");
-                    metrics.upstream_retries.inc();
                     attempts.failure = Some(error);
                 }
                 Asked::Dedicated(why, doubt) if may_go_on => {
@@ -546,7 +546,14 @@ impl Connector<Key> for Opener {
         }
         match opened {
             Ok((connection, capacity)) => Ok(Opened { connection, capacity }),
-            Err(Without::Closed | Without::Settings) if endpoint.knowledge.is_excused() => {
+            Err(why @ (Without::Closed | Without::Settings)) if endpoint.knowledge.is_excused() => {
+                let Inner { endpoints, metrics, .. } = &*upstream.inner;
+                if endpoints.has_another(&attempts.tried, false) {
+                    metrics.upstream_retries.inc();
+                }
+                if why == Without::Settings {
+                    return Err(Fault::Unreached(Error::Timeout(LATE)));
+                }
                 let source = io::Error::other("it ended a connection of HTTP/2 before its SETTINGS");
                 Err(Fault::Unreached(Error::Unreachable { address: endpoint.address().clone(), source }))
             }

@@ -3,7 +3,12 @@
 //!
 //! `END_STREAM` is a FIN, and a reset a RST, in both directions. Whoever speaks HTTP/1.1 gets to the scripted backend unchanged.
 
-use super::{Board, DEADLINE, LIMIT, Lab, Message, Side, http::KEY, lab::Place};
+use super::{
+    Board, DEADLINE, Frame, LIMIT, Lab, Message, Side,
+    http::KEY,
+    lab::Place,
+    ws::{CLOSE, PING, PONG, SeenFrame},
+};
 use bytes::Bytes;
 use h2::{
     Reason, RecvStream, SendStream,
@@ -23,8 +28,12 @@ use tokio::{
 pub enum Treat {
     /// It is played by the script.
     Play,
+    /// It is an echo that closes first, as a server should, and costs no other connection.
+    Echo,
     /// It is answered with this status.
     Status(u16),
+    /// The same, once [`Front::answer`] says so.
+    LateStatus(u16),
     /// It is answered with a page and 200, as if it were any request.
     Page,
     /// It is reset.
@@ -91,7 +100,21 @@ pub struct Seen {
     pub request: Option<(String, Vec<(String, String)>)>,
     /// As many of the first connections are told to go away.
     goes_away: usize,
+    /// As many of the first connections are neither read nor written.
+    stands_still: usize,
+    answers: bool,
+    listening: Listening,
     is_over: bool,
+}
+
+/// Whether it takes connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Listening {
+    #[default]
+    Yes,
+    /// It is to stop.
+    Closing,
+    No,
 }
 
 impl Seen {
@@ -119,13 +142,22 @@ impl Front {
                     let listener = TcpListener::bind(at).await.expect("port 0 is free");
                     address.change(|a| *a = listener.local_addr().ok());
                     let over = async { while seen.until(LIMIT, |seen| seen.is_over.then_some(())).await.is_none() {} };
-                    let accept = async {
+                    let all = seen.clone();
+                    // It has the listener, which goes with it.
+                    let accept = async move {
                         while let Ok((stream, _)) = listener.accept().await {
-                            let (manners, seen) = (manners.clone(), seen.clone());
+                            let (manners, seen) = (manners.clone(), all.clone());
                             tokio::task::spawn_local(async move { serve(stream, manners, seen, backend).await });
                         }
                     };
-                    tokio::select! { () = over => {}, () = accept => {} }
+                    let closing = |seen: &Seen| (seen.listening == Listening::Closing).then_some(());
+                    let closes = async { while seen.until(LIMIT, closing).await.is_none() {} };
+                    let listens = async {
+                        tokio::select! { () = accept => {}, () = closes => {} }
+                        seen.change(|seen| seen.listening = Listening::No);
+                        std::future::pending::<()>().await;
+                    };
+                    tokio::select! { () = over => {}, () = listens => {} }
                 }));
             }
         };
@@ -148,6 +180,29 @@ impl Front {
     /// GOAWAY on all connections that there are; what is open on them goes on.
     pub fn go_away(&self) {
         self.seen.change(|seen| seen.goes_away = seen.streams.len());
+    }
+
+    /// All connections that there are stand still, as those of a process that was stopped: their kernel takes what comes, and nobody
+    /// answers. Who comes then is served.
+    pub fn stand_still(&self) {
+        self.seen.change(|seen| seen.stands_still = seen.streams.len());
+    }
+
+    /// They go on.
+    pub fn go_on(&self) {
+        self.seen.change(|seen| seen.stands_still = 0);
+    }
+
+    /// Streams that wait for this are answered.
+    pub fn answer(&self) {
+        self.seen.change(|seen| seen.answers = true);
+    }
+
+    /// Closes the listener: new connections are refused, the others go on.
+    pub async fn stop_listening(&self) {
+        self.seen.change(|seen| seen.listening = Listening::Closing);
+        let closed = self.seen.until(DEADLINE, |seen| (seen.listening == Listening::No).then_some(())).await;
+        closed.expect("the front's thread closes its listener");
     }
 }
 
@@ -218,6 +273,10 @@ async fn streams(
                 connection.graceful_shutdown();
                 continue;
             }
+            Some(()) = seen.until(LIMIT, |seen| (seen.stands_still > index).then_some(())) => {
+                while seen.until(LIMIT, |seen| (seen.stands_still <= index).then_some(())).await.is_none() {}
+                continue;
+            }
         };
         let Some(Ok((request, response))) = accepted else {
             return accepted.is_none();
@@ -256,7 +315,15 @@ async fn treat(
             // A stream that is gone already.
             let _ = play(request, response, backend).await;
         }
-        Treat::Status(status) => {
+        Treat::Echo => {
+            if let Ok(mut send) = response.send_response(answer(200), false) {
+                let _ = echo(request.into_body(), &mut send).await;
+            }
+        }
+        Treat::Status(status) | Treat::LateStatus(status) => {
+            if matches!(treat, Treat::LateStatus(_)) {
+                while seen.until(LIMIT, |seen| seen.answers.then_some(())).await.is_none() {}
+            }
             if let Ok(mut send) = response.send_response(answer(status), false) {
                 let _ = send.send_data(Bytes::from_static(b"no"), true);
             }
@@ -290,6 +357,28 @@ async fn treat(
             }
         }
     }
+}
+
+async fn echo(mut body: RecvStream, send: &mut SendStream<Bytes>) -> Result<(), ()> {
+    let mut read = Vec::new();
+    while let Some(Ok(bytes)) = body.data().await {
+        let _ = body.flow_control().release_capacity(bytes.len());
+        read.extend_from_slice(&bytes);
+        while let Some((frame, length)) = SeenFrame::parse(&read, Duration::ZERO) {
+            read.drain(..length);
+            let answer = match frame.opcode {
+                CLOSE => Frame::new(CLOSE, &frame.payload[..frame.payload.len().min(2)]),
+                PING => Frame::new(PONG, &frame.payload),
+                PONG => continue,
+                _ => frame.again(),
+            };
+            write(send, answer.bytes(None).into()).await?;
+            if frame.opcode == CLOSE {
+                send.send_data(Bytes::new(), true).map_err(|_| ())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes one DATA frame.
