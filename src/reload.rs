@@ -1,6 +1,6 @@
 //! The configuration, read again while it runs: who asks for that, the reading, and what is done about it.
 //!
-//! It is asked for by SIGHUP, at the admin listener, or by a file that is not as it was when it was read. No session is cut, whatever
+//! It is asked for by SIGHUP, at the admin listener, or by a file that is not as it was when it was read: its own, or a certificate or key that it names. No session is cut, whatever
 //! has changed: sessions, and handshakes that have begun, keep what they began with; what begins later has the new. What is
 //! counted or limited over all of them stays the same object. When the listeners are about to close it is too late.
 //!
@@ -29,7 +29,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin, close,
-    config::{self, Change, FileSource, Finding, Findings, Level, Place, Rejected, Seen, Settings, Sources},
+    config::{self, Change, FileSource, Finding, Findings, Level, Loaded, Place, Rejected, Seen, Settings, Sources},
     metrics::ReloadResult,
     net::{self, Listener},
     session::Context,
@@ -58,11 +58,13 @@ impl fmt::Debug for SetFilter {
     }
 }
 
-/// Where the configuration comes from, and how its file looked before it was read.
+/// Where the configuration comes from, and how its file looked before it was read, with the files that it names.
 #[derive(Debug)]
 pub struct Source {
     sources: Sources,
-    seen: Seen,
+    named: Vec<PathBuf>,
+    /// `None`: not as it was read.
+    seen: Option<Seen>,
     /// A pipe, perhaps of a shell's `<(...)`.
     once: Option<PathBuf>,
 }
@@ -70,17 +72,34 @@ pub struct Source {
 impl Source {
     /// To be made before the first reading: what changes while that goes on is then found by the first look.
     pub fn new(sources: Sources) -> Self {
-        let seen = sources.file.look();
+        let seen = Some(sources.file.look(&[]));
         let once = match &sources.file {
             FileSource::Named { path, .. } => fs::metadata(path).is_ok_and(|it| !it.is_file()).then(|| path.clone()),
             _ => None,
         };
-        Self { sources, seen, once }
+        Self { sources, named: Vec::new(), seen, once }
+    }
+
+    /// What came of the first reading.
+    pub fn was_read(&mut self, loaded: &Loaded) {
+        self.keep_to(loaded.file.as_deref());
+        self.named = loaded.named_files();
+        if !self.named.is_empty() {
+            // The file as it was before, those that it names as they are now.
+            let before = self.seen.take();
+            let is_same = before == Some(self.sources.file.look(&[]));
+            let seen = self.look();
+            self.seen = Some(seen).filter(|_| is_same && loaded.is_as_named_files_are());
+        }
+    }
+
+    fn look(&self) -> Seen {
+        self.sources.file.look(&self.named)
     }
 
     /// A file that was read once is looked for in no other place. Where it is gone for a moment, as in some ways to replace it,
     /// the defaults must not take its place.
-    pub fn keep_to(&mut self, file: Option<&str>) {
+    fn keep_to(&mut self, file: Option<&str>) {
         if let (FileSource::Search(_), Some(file)) = (&self.sources.file, file) {
             self.sources.file = FileSource::Named { path: PathBuf::from(file), by: "its last reading" };
         }
@@ -163,7 +182,7 @@ fn millis(watch: Option<Duration>) -> u64 {
 /// Reads when asked, and when the file is not as it was read, but as it was at the last look: in the middle of being
 /// written it may look like a whole one that says less.
 fn serve(mut source: Source, asked: &Receiver<Ask>, watch: &AtomicU64, read: &mpsc::Sender<Done>) {
-    let mut last = source.seen.clone();
+    let mut last = source.look();
     loop {
         let ask = match watch.load(Ordering::Relaxed) {
             0 => asked.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -175,20 +194,27 @@ fn serve(mut source: Source, asked: &Receiver<Ask>, watch: &AtomicU64, read: &mp
             Err(RecvTimeoutError::Timeout) => By::Change,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        let before = std::mem::replace(&mut last, source.sources.file.look());
+        let before = std::mem::replace(&mut last, source.look());
         let is_look = matches!(by, By::Change);
-        if is_look && (last == source.seen || last != before) {
+        if is_look && (source.seen.as_ref() == Some(&last) || last != before) {
             continue;
         }
-        let survey = match &source.once {
+        let read_now = || match &source.once {
             Some(path) => config::read_no_more(&source.sources, path),
             None => config::read(&source.sources),
         };
+        let mut survey = read_now();
+        if survey.named_files() != source.named {
+            // They are looked at before they are read.
+            last = source.sources.file.look(&survey.named_files());
+            survey = read_now();
+        }
+        source.named = survey.named_files();
         // Written to in this very moment: by the next look it will have been another change.
-        if is_look && last != source.sources.file.look() {
+        if is_look && last != source.look() {
             continue;
         }
-        source.seen = last.clone();
+        source.seen = Some(last.clone());
         source.keep_to(survey.file());
         if read.blocking_send(Done { by, read: survey }).is_err() {
             return;
@@ -421,7 +447,7 @@ impl Reload {
             warn_of_ports(&upstreams, first.metrics.max_connections.get());
             let relay = Arc::new(new.relay.clone());
             if !is_same {
-                first.upstreams.retire();
+                first.upstreams.retire(&upstreams);
             }
             for context in contexts {
                 let context = context.latest();

@@ -347,14 +347,16 @@ impl Admin {
 
     /// Connects to the backend, any endpoint of it, and leaves again by FIN. Those of routes do not count: others still have one.
     async fn dial(&self, upstreams: &Upstreams) -> Result<(), String> {
-        let (stream, result) = match upstreams.otherwise().connect().await {
+        let linger = self.linger.clone();
+        let end = move |stream| linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);
+        let (stream, result) = match upstreams.otherwise().connect(&end).await {
             Ok(stream) => (Some(stream), Ok(())),
             Err(upstream::Failure { error, stream }) => (stream, Err(format!("[upstream]: {error}"))),
         };
         // A backend may answer the end of a connection without a request, or wait for one before it closes: its side of the
         // end is waited for, but not for long.
         if let Some(stream) = stream {
-            self.linger.add(Side::Backend, stream, false, &BRIEF, Keeps::Nothing);
+            end(stream);
         }
         result
     }

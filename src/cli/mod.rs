@@ -250,7 +250,7 @@ fn serve(loaded: &Loaded, mut source: reload::Source) -> anyhow::Result<()> {
     let settings = &loaded.settings;
     let (_flushed_at_the_end, set_filter) = log::init(&settings.log)?;
     tracing::info!(settings = settings.summary(), "effective");
-    source.keep_to(loaded.file.as_deref());
+    source.was_read(loaded);
     server::run(settings, Some((source, set_filter)), |_| {})
 }
 

@@ -211,6 +211,8 @@ impl Linger {
     /// its own accord, and the wait may end when the peer's kernel has everything.
     pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
         let now = Instant::now();
+        // Behind its Close comes its close_notify, for which a socket that is gone would reset it.
+        let peer_is_done = peer_is_done && !matches!(stream, Stream::Tls(_));
         let (fd, port, unsent) = match stream.into_last() {
             Ok(Last::Socket { fd, port, unsent }) => (fd, port, unsent),
             // It takes no descriptor, so it needs no place.

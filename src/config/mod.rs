@@ -198,10 +198,10 @@ pub enum Plain {
 }
 
 impl FileSource {
-    /// How it looks now: whether it is another one than at another time. It is found anew, so also behind symlinks that were
-    /// swapped, as in a `ConfigMap` of Kubernetes.
-    pub fn look(&self) -> Seen {
-        written::look(self)
+    /// How it looks now, together with `named`: whether they are others than at another time. They are found anew, so also behind
+    /// symlinks that were swapped, as in a `ConfigMap` or `Secret` of Kubernetes.
+    pub fn look(&self, named: &[PathBuf]) -> Seen {
+        written::look(self, named)
     }
 }
 
@@ -423,6 +423,17 @@ impl Settings {
 }
 
 impl Loaded {
+    /// The files that it names, and that were read with it, as they are there.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        self.settings.upstream.tls.files()
+    }
+
+    /// What was in these is still there. To be asked after a look at them, so that none that was replaced since is missed.
+    pub fn is_as_named_files_are(&self) -> bool {
+        let mut again = self.settings.upstream.tls.clone();
+        again.load().is_ok() && again == self.settings.upstream.tls
+    }
+
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.
     pub fn to_toml(&self) -> String {
         write_toml(&self.settings, |name| self.origins.get(&name).map(ToString::to_string))

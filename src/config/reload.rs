@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use serde::Serialize;
@@ -129,6 +129,11 @@ impl Read {
     pub fn file(&self) -> Option<&str> {
         self.survey.file.as_deref()
     }
+
+    /// The files that it names, and that were read with it, good or not.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        self.survey.settings.upstream.tls.files()
+    }
 }
 
 impl Reloaded {
@@ -214,7 +219,6 @@ mod tests {
         config::{FileSource, keys::OVERRIDES},
         upstream,
     };
-    use std::path::PathBuf;
 
     fn of(name: &str) -> Read {
         let path = PathBuf::from(format!("tests/config/valid/{name}.toml"));

@@ -8,9 +8,10 @@ use std::{
     ffi::OsString,
     fmt,
     fs::{self, File},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     io::{self, Read as _},
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use toml::{
@@ -27,6 +28,8 @@ use super::{
 
 /// A file beyond this is no configuration.
 const FILE_BYTES: u64 = 1 << 20;
+/// Of a file with certificates no more is read (`net/tls.rs`).
+const TLS_FILE_BYTES: u64 = 4 << 20;
 /// What an override in the environment begins with.
 const PREFIX: &str = "TIDEGATE_";
 /// Where the configuration is, not a key of it.
@@ -187,34 +190,48 @@ pub(super) fn read(sources: &Sources, findings: &mut Vec<Finding>) -> Everything
     Everything { written, routes, file: file.ok().flatten().map(|(path, _)| path), complete }
 }
 
-/// A file at some moment, to be compared with it at another.
+/// Files at some moment, to be compared with them at another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen(Vec<Result<Vec<u8>, io::ErrorKind>>);
+pub struct Seen {
+    configuration: Vec<Result<Vec<u8>, io::ErrorKind>>,
+    /// Of those that it names only a sum is kept: there are keys among them.
+    named: Vec<Result<u64, io::ErrorKind>>,
+}
 
-/// Up to the first file that exists. A pipe is left alone: what is in it can be read once.
-pub(super) fn look(source: &FileSource) -> Seen {
+/// The configuration up to the first file that exists, and all of `named`. A pipe is left alone: what is in it can be read once.
+pub(super) fn look(source: &FileSource, named: &[PathBuf]) -> Seen {
     let paths = match source {
         FileSource::Shipped => &[][..],
         FileSource::Named { path, .. } => std::slice::from_ref(path),
         FileSource::Search(paths) => paths,
     };
-    let mut seen = Vec::new();
+    let mut configuration = Vec::new();
     for path in paths {
-        let mut bytes = Vec::new();
-        let read = fs::metadata(path).and_then(|metadata| {
-            if metadata.is_file() {
-                File::open(path)?.take(FILE_BYTES + 1).read_to_end(&mut bytes)?;
-            }
-            Ok(bytes)
-        });
-        let read = read.map_err(|error| error.kind());
+        let read = bytes_of(path, FILE_BYTES + 1);
         let is_last = !matches!(read, Err(io::ErrorKind::NotFound));
-        seen.push(read);
+        configuration.push(read);
         if is_last {
             break;
         }
     }
-    Seen(seen)
+    let sum = |bytes: Vec<u8>| {
+        let mut hasher = DefaultHasher::new();
+        bytes.hash(&mut hasher);
+        hasher.finish()
+    };
+    let named = named.iter().map(|path| bytes_of(path, TLS_FILE_BYTES + 1).map(sum)).collect();
+    Seen { configuration, named }
+}
+
+fn bytes_of(path: &Path, most: u64) -> Result<Vec<u8>, io::ErrorKind> {
+    let mut bytes = Vec::new();
+    let read = fs::metadata(path).and_then(|metadata| {
+        if metadata.is_file() {
+            File::open(path)?.take(most).read_to_end(&mut bytes)?;
+        }
+        Ok(bytes)
+    });
+    read.map_err(|error| error.kind())
 }
 
 /// The findings say why.

@@ -30,10 +30,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use super::{
-    Addresses, Config,
+    Addresses, Config, Error, Failure,
     choice::{Candidate, Health, Policy, choose},
     idle,
     multiplexed::Knowledge,
+    open::LATE,
+    tls::{self, Speaks},
     turns::Turns,
 };
 use crate::{
@@ -567,27 +569,41 @@ impl Endpoints {
             known.looked = Some(now);
             drop(known);
             let trial = Trial(Arc::clone(endpoint));
-            let (sources, socket) = (looks.sources.clone(), looks.socket.clone());
-            let (patience, policy) = (looks.config.connect_timeout, policy(looks.config));
+            let (sources, socket, config) = (looks.sources.clone(), looks.socket.clone(), looks.config.clone());
             self.registry.tracker.spawn(async move {
                 let Trial(endpoint) = &trial;
+                let deadline = Instant::now() + config.connect_timeout;
                 let port = || Port::new(&endpoint.ports);
-                match timeout(patience, net::dial(&endpoint.address, &sources, &socket, port)).await {
-                    Ok(Ok(mut stream)) => {
-                        endpoint.succeeded();
-                        // A FIN without a byte, and its own is waited for.
-                        let _ = stream.shutdown().await;
-                        let mut unread = [0; 512];
-                        let end = async { while matches!(stream.read(&mut unread).await, Ok(1..)) {} };
-                        let _ = timeout(LOOK_LINGER, end).await;
+                let connected = match timeout_at(deadline, net::dial(&endpoint.address, &sources, &socket, port)).await
+                {
+                    Ok(Ok(stream)) => {
+                        let speaks = Speaks::with(&config.pool);
+                        tls::secure(stream, &endpoint.address, &config, speaks, deadline).await
                     }
-                    Ok(Err(net::DialError::Io(error))) => {
-                        debug!(endpoint = %endpoint.name, %error, "an endpoint was looked at in vain");
-                        endpoint.failed(policy, &error);
+                    Ok(Err(net::DialError::Io(source))) => {
+                        Err(Error::Unreachable { address: endpoint.address.clone(), source }.into())
                     }
                     // It was not asked.
-                    Ok(Err(net::DialError::Shortage { .. })) => {}
-                    Err(late) => endpoint.failed(policy, &late),
+                    Ok(Err(net::DialError::Shortage { .. })) => return,
+                    Err(_) => Err(Error::Timeout(LATE).into()),
+                };
+                let stream = match connected {
+                    Ok(stream) => {
+                        endpoint.succeeded();
+                        Some(stream)
+                    }
+                    Err(Failure { error, stream }) => {
+                        debug!(endpoint = %endpoint.name, %error, "an endpoint was looked at in vain");
+                        endpoint.failed(policy(&config), &error);
+                        stream
+                    }
+                };
+                if let Some(mut stream) = stream {
+                    // A FIN without a byte of a request, and its own is waited for.
+                    let _ = stream.shutdown().await;
+                    let mut unread = [0; 512];
+                    let end = async { while matches!(stream.read(&mut unread).await, Ok(1..)) {} };
+                    let _ = timeout(LOOK_LINGER, end).await;
                 }
                 drop(trial);
             });

@@ -11,11 +11,14 @@
 //!                                                           '-> too old, ended by the backend, drain, reload: FIN
 //! ```
 //!
+//! A reload hands those on that would be made the same way again; what a session of before leaves behind is not among them.
+//!
 //! Not here: what is sent on them, and what may be sent twice (`exchange.rs`, `mod.rs`). A connection that was upgraded never comes
 //! here.
 
 use std::{
     collections::HashMap,
+    fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -72,15 +75,29 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    /// All of them are ended, and none waits from now on.
-    pub(super) fn close(&self) {
+    /// All of them are for `heirs` to have, as far as these want them, the first ones before others; the rest is ended. None waits here
+    /// from now on.
+    pub(super) fn hand_over(&self, heirs: &[&Upstream]) {
+        let all: Vec<_> = self.all.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for idle in all {
+            for Shelf { endpoint, prewarmed, kept, .. } in idle.clear() {
+                for (kind, mut waiting) in [(Kind::Prewarm, prewarmed), (Kind::KeepAlive, kept)] {
+                    for heir in heirs {
+                        waiting = heir.idle_of(&idle.home).inherit(kind, &endpoint, waiting);
+                    }
+                    for waiting in waiting {
+                        (idle.home.end)(waiting.stream);
+                    }
+                }
+            }
+        }
         self.closed.cancel();
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.close();
+        self.closed.cancel();
     }
 }
 
@@ -122,6 +139,7 @@ struct Shelf {
 #[derive(Debug)]
 struct Waiting {
     stream: Stream,
+    since: Instant,
     until: Instant,
     _slot: OwnedSemaphorePermit,
     _counted: Counted,
@@ -190,6 +208,14 @@ impl Upstream {
         if let Some(idle) = self.idle(home, Kind::Prewarm) {
             idle.is_to_be_kept(&mut idle.shelves());
         }
+    }
+
+    /// Both make connections in the same way.
+    pub(super) fn connects_like(&self, other: &Self) -> bool {
+        let (own, others) = (&self.inner, &other.inner);
+        own.config.tls == others.config.tls
+            && own.config.source_addresses == others.config.source_addresses
+            && own.socket == others.socket
     }
 
     /// What a worker has of `prewarm`. Handshakes on streams of a shared connection have no use for it.
@@ -266,12 +292,51 @@ impl Idle {
         let Some(place) = Place::new(endpoint, pool.keep_alive) else { return Some(stream) };
         let Ok(slot) = inner.endpoints.idle_slot() else { return Some(stream) };
         let counted = Counted::new(&inner.metrics.idle[Kind::KeepAlive as usize]);
-        let until = Instant::now() + pool.keep_alive_timeout;
-        let waiting = Waiting { stream, until, _slot: slot, _counted: counted, _place: Some(place) };
+        let since = Instant::now();
+        let until = since + pool.keep_alive_timeout;
+        let waiting = Waiting { stream, since, until, _slot: slot, _counted: counted, _place: Some(place) };
         shelves.of(endpoint).kept.push(waiting);
         self.is_to_be_kept(&mut shelves);
         self.wake.notify_one();
         None
+    }
+
+    /// Goes on with some of those that waited at the same worker for another way, the youngest ones; gives back the others.
+    fn inherit(self: &Arc<Self>, kind: Kind, endpoint: &Arc<Endpoint>, mut all: Vec<Waiting>) -> Vec<Waiting> {
+        let Some(upstream) = self.upstream.upgrade().map(|inner| Upstream { inner }) else { return all };
+        let is_there = upstream.inner.endpoints.now().iter().any(|one| Arc::ptr_eq(one, endpoint));
+        if all.is_empty() || !is_there || self.is_over() {
+            return all;
+        }
+        let pool = &upstream.inner.config.pool;
+        let (most, age) = match kind {
+            Kind::Prewarm => (self.share(&upstream), pool.prewarm_max_age),
+            Kind::KeepAlive => (pool.keep_alive, pool.keep_alive_timeout),
+        };
+        let mut shelves = self.shelves();
+        let row = shelves.of(endpoint).of(kind);
+        // There may be fewer at the endpoint than before, of all workers.
+        let is_full = kind == Kind::KeepAlive && endpoint.kept.load(Ordering::Relaxed) > most;
+        let count = if is_full { 0 } else { most.saturating_sub(row.len()).min(all.len()) };
+        if count == 0 {
+            return all;
+        }
+        for mut waiting in all.split_off(all.len() - count) {
+            waiting.until = waiting.until.min(waiting.since + age);
+            row.push(waiting);
+        }
+        // Of another way there may be some already.
+        row.sort_by_key(|waiting| waiting.since);
+        self.is_to_be_kept(&mut shelves);
+        self.wake.notify_one();
+        all
+    }
+
+    /// What waits here, where nothing waits from now on.
+    fn clear(&self) -> Vec<Shelf> {
+        let mut shelves = self.shelves();
+        shelves.is_closed = true;
+        std::mem::take(&mut shelves.all)
     }
 
     fn is_over(&self) -> bool {
@@ -303,12 +368,7 @@ impl Idle {
                 () = self.wake.notified() => look = look.min(Instant::now() + LOOK),
             }
         }
-        let all = {
-            let mut shelves = self.shelves();
-            shelves.is_closed = true;
-            std::mem::take(&mut shelves.all)
-        };
-        for waiting in all.into_iter().flat_map(|shelf| shelf.prewarmed.into_iter().chain(shelf.kept)) {
+        for waiting in self.clear().into_iter().flat_map(|shelf| shelf.prewarmed.into_iter().chain(shelf.kept)) {
             (self.home.end)(waiting.stream);
         }
     }
@@ -401,8 +461,9 @@ impl Idle {
                     row.failures = 0;
                     let age = inner.config.pool.prewarm_max_age.mul_f64(rand::random_range(SPREAD));
                     let counted = Counted::new(&inner.metrics.idle[Kind::Prewarm as usize]);
-                    let until = Instant::now() + age;
-                    row.prewarmed.push(Waiting { stream, until, _slot: slot, _counted: counted, _place: None });
+                    let since = Instant::now();
+                    let until = since + age;
+                    row.prewarmed.push(Waiting { stream, since, until, _slot: slot, _counted: counted, _place: None });
                     None
                 }
                 Err(left) => {
@@ -432,9 +493,10 @@ impl Upstream {
         let dial = net::dial(endpoint.address(), sources, socket, || self.one_more_port(endpoint));
         match timeout(config.connect_timeout, dial).await {
             Ok(Ok(stream)) => {
-                endpoints.heard(endpoint, Ok(()), config);
                 let deadline = Instant::now() + config.connect_timeout;
                 let secured = tls::secure(stream, endpoint.address(), config, Speaks::Http1, deadline).await;
+                let outcome = secured.as_ref().map(drop).map_err(|failure| failure as &dyn fmt::Display);
+                endpoints.heard(endpoint, outcome, config);
                 secured.map_err(|Failure { error, stream }| {
                     debug!(endpoint = endpoint.name(), %error, "no connection ahead of the next client");
                     stream

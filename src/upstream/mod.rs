@@ -508,7 +508,7 @@ impl Upstream {
             let mut first = first;
             loop {
                 let Opened { stream, load, fresh, _pending } =
-                    this.open(true, idle.as_deref(), first.take(), &control).await?;
+                    this.open(true, &*home.end, idle.as_deref(), first.take(), &control).await?;
                 let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
                 let answer = exchange::websocket(stream, &request, &this.inner.config, &control).await;
                 match (connected, idle.take()) {
@@ -554,7 +554,8 @@ impl Upstream {
                 let (head, _) = request.into_parts();
                 let mut waiting = Some(&**idle);
                 loop {
-                    let Opened { stream, load, fresh, _pending } = this.open(false, waiting, None, &control).await?;
+                    let Opened { stream, load, fresh, _pending } =
+                        this.open(false, &*home.end, waiting, None, &control).await?;
                     let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
                     let request = Request::from_parts(head.clone(), Empty::<Bytes>::new());
                     let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
@@ -570,7 +571,7 @@ impl Upstream {
                     return Ok(Placed { what: answer?, load });
                 }
             }
-            let Opened { stream, load, fresh, _pending } = this.open(false, None, None, &control).await?;
+            let Opened { stream, load, fresh, _pending } = this.open(false, &*home.end, None, None, &control).await?;
             let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
             let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
             if let Some(connected) = connected {

@@ -1,7 +1,7 @@
 //! A connection to one of a backend's endpoints: whose turn it is, which one, and another one when nobody is there.
 //!
-//! Nothing is sent before a connection is there, so whatever fails until then may be tried elsewhere: each endpoint once, within the
-//! same deadlines that a single one has.
+//! Nothing of a client's is sent before a connection is there, with its TLS, so whatever fails until then may be tried elsewhere: each
+//! endpoint once, within the same deadlines that a single one has.
 
 use std::{
     io,
@@ -11,12 +11,12 @@ use std::{
 
 use tokio::{
     sync::OwnedSemaphorePermit,
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use tracing::{debug, warn};
 
 use super::{
-    Control, Error, Failure, Inner, Upstream,
+    Control, End, Error, Failure, Inner, Upstream,
     endpoints::{Endpoint, Load, Looks, Nobody},
     idle::{Idle, Kind},
     tls::{self, Speaks},
@@ -50,15 +50,17 @@ enum Turn {
 }
 
 /// What was tried for one client.
-pub(super) struct Attempts {
+pub(super) struct Attempts<'a> {
     pub tried: Vec<Arc<Endpoint>>,
     /// What is left of `connect_timeout`.
     left: Duration,
     /// Why the last one was in vain.
     pub failure: Option<Error>,
+    /// Takes the sockets of those that got no TLS.
+    end: &'a End,
 }
 
-impl Attempts {
+impl Attempts<'_> {
     pub(super) fn spend(&mut self, time: Duration) {
         self.left = self.left.saturating_sub(time);
     }
@@ -73,6 +75,7 @@ impl Upstream {
     pub(super) async fn open(
         &self,
         is_handshake: bool,
+        end: &End,
         idle: Option<&Idle>,
         mut first: Option<Load>,
         control: &Control,
@@ -80,7 +83,7 @@ impl Upstream {
         let kind = if is_handshake { Kind::Prewarm } else { Kind::KeepAlive };
         let Inner { config, endpoints, metrics, .. } = &*self.inner;
         let deadline = self.deadline();
-        let mut attempts = self.attempts();
+        let mut attempts = self.attempts(end);
         loop {
             let waiting = Counted::new(metrics.upstream_waiting(is_handshake));
             let load = match first.take() {
@@ -134,9 +137,9 @@ impl Upstream {
         }
     }
 
-    /// A connection, within `connect_timeout`, to any endpoint that takes one.
-    pub async fn connect(&self) -> Result<Stream, Failure> {
-        let mut attempts = self.attempts();
+    /// A connection, within `connect_timeout`, to any endpoint that takes one. `end`: for the sockets of others that were tried.
+    pub async fn connect(&self, end: &End) -> Result<Stream, Failure> {
+        let mut attempts = self.attempts(end);
         loop {
             let load = self.pick(&mut attempts).await?;
             match self.dial(load.get(), &mut attempts, self.inner.config.connect_timeout, Speaks::Http1).await {
@@ -147,11 +150,11 @@ impl Upstream {
         }
     }
 
-    pub(super) fn attempts(&self) -> Attempts {
-        Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout, failure: None }
+    pub(super) fn attempts<'a>(&self, end: &'a End) -> Attempts<'a> {
+        Attempts { tried: Vec::new(), left: self.inner.config.connect_timeout, failure: None, end }
     }
 
-    pub(super) async fn pick(&self, attempts: &mut Attempts) -> Result<Load, Error> {
+    pub(super) async fn pick(&self, attempts: &mut Attempts<'_>) -> Result<Load, Error> {
         let Inner { config, socket, endpoints, sources, .. } = &*self.inner;
         let begun = Instant::now();
         let picked = timeout(attempts.left, endpoints.pick(&attempts.tried, &Looks { config, sources, socket })).await;
@@ -172,12 +175,11 @@ impl Upstream {
         self.inner.config.address.as_slice().first().cloned().expect("there is one address at least")
     }
 
-    /// Connects to an endpoint. `Err(None)`: in vain, and another one may be tried; not one that is there, but whose TLS does not
-    /// come about: that is a mistake to be seen, and its socket has to be ended.
+    /// Connects to an endpoint, with TLS if that is configured. `Err(None)`: in vain, and another one may be tried.
     pub(super) async fn dial(
         &self,
         endpoint: &Arc<Endpoint>,
-        attempts: &mut Attempts,
+        attempts: &mut Attempts<'_>,
         whole: Duration,
         speaks: Speaks,
     ) -> Result<Stream, Option<Failure>> {
@@ -187,38 +189,46 @@ impl Upstream {
         // One that says nothing must leave time for the next.
         let patience = if has_another { attempts.left / 2 } else { attempts.left };
         let begun = Instant::now();
+        let deadline = begun + patience;
         let dial = net::dial(endpoint.address(), sources, socket, || self.one_more_port(endpoint));
-        let dialled = timeout(patience, dial).await;
-        attempts.left = attempts.left.saturating_sub(begun.elapsed()).min(whole);
-        let address = || endpoint.address().clone();
-        let (error, may_retry) = match dialled {
-            Ok(Ok(stream)) => {
-                endpoints.heard(endpoint, Ok(()), config);
-                let deadline = Instant::now() + attempts.left;
-                return tls::secure(stream, endpoint.address(), config, speaks, deadline).await.map_err(Some);
-            }
+        let (failure, may_retry) = match timeout_at(deadline, dial).await {
+            Ok(Ok(stream)) => match tls::secure(stream, endpoint.address(), config, speaks, deadline).await {
+                Ok(stream) => {
+                    endpoints.heard(endpoint, Ok(()), config);
+                    return Ok(stream);
+                }
+                Err(failure) => (failure, true),
+            },
             Ok(Err(DialError::Io(source))) => {
-                endpoints.heard(endpoint, Err(&source), config);
-                (Error::Unreachable { address: address(), source }, true)
+                (Error::Unreachable { address: endpoint.address().clone(), source }.into(), true)
             }
             // Not the endpoint's fault; but toward each there are other ports.
             Ok(Err(DialError::Shortage { lack, error: source })) => {
-                (Error::Shortage { address: address(), lack, source }, lack == Lack::Ports)
+                (Error::Shortage { address: endpoint.address().clone(), lack, source }.into(), lack == Lack::Ports)
             }
-            Err(_) => {
-                if patience >= PATIENT.min(whole / 4) {
-                    endpoints.heard(endpoint, Err(&LATE), config);
-                }
-                (Error::Timeout(LATE), true)
-            }
+            Err(_) => (Error::Timeout(LATE).into(), true),
         };
+        attempts.left = attempts.left.saturating_sub(begun.elapsed()).min(whole);
+        let Failure { error, stream } = failure;
+        let is_to_blame = match &error {
+            Error::Shortage { .. } => false,
+            Error::Timeout(_) => patience >= PATIENT.min(whole / 4),
+            _ => true,
+        };
+        if is_to_blame {
+            endpoints.heard(endpoint, Err(&error), config);
+        }
         if may_retry && has_another && !attempts.left.is_zero() {
             debug!(%error, "another endpoint is tried");
             metrics.upstream_retries.inc();
             attempts.failure = Some(error);
+            // The endpoint has seen something of us.
+            if let Some(stream) = stream {
+                (attempts.end)(stream);
+            }
             return Err(None);
         }
-        Err(Some(error.into()))
+        Err(Some(Failure { error, stream }))
     }
 
     /// Says it once when four fifths of an endpoint's ports are in use, and again only after they were not for a while.
@@ -283,7 +293,7 @@ mod tests {
             settings.upstream.eject_time = Duration::from_hours(1);
         });
         let connect = async || {
-            let failure = upstreams.otherwise().connect().await.expect_err("nobody answers");
+            let failure = upstreams.otherwise().connect(&drop).await.expect_err("nobody answers");
             assert!(matches!(failure.error, Error::Timeout(_)), "{failure}");
         };
         // Two of the five have a second or more: 2 s and 1 s.
@@ -307,7 +317,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new());
         let upstreams = upstreams(&at, &metrics, |_| {});
         let upstream = upstreams.otherwise();
-        let mut attempts = upstream.attempts();
+        let mut attempts = upstream.attempts(&drop);
         let (first, second) = {
             let mut next = async || {
                 let load = upstream.pick(&mut attempts).await.expect("an endpoint");
@@ -320,7 +330,7 @@ mod tests {
         let in_use = || [&first, &second].map(|load| load.get().ports.in_use());
         assert_eq!(in_use(), [0, 0]);
         let dial = async |load: &Load| {
-            let (mut attempts, timeout) = (upstream.attempts(), upstream.config().connect_timeout);
+            let (mut attempts, timeout) = (upstream.attempts(&drop), upstream.config().connect_timeout);
             upstream.dial(load.get(), &mut attempts, timeout, Speaks::Http1).await.expect("a connection")
         };
         let streams = [dial(&first).await, dial(&first).await, dial(&second).await];
@@ -340,7 +350,7 @@ mod tests {
         let upstreams = upstreams(&[there_at, gone_at], &metrics, |settings| settings.upstream.max_pending = 1);
         let upstream = upstreams.otherwise();
         // So that it is the less loaded one, and its turn is taken.
-        let mut attempts = upstream.attempts();
+        let mut attempts = upstream.attempts(&drop);
         let mut loads = Vec::new();
         for _ in 0..2 {
             let load = upstream.pick(&mut attempts).await.expect("an endpoint");
@@ -357,7 +367,7 @@ mod tests {
         let turn = gone_endpoint.handshakes.next(deadline).await.expect("the only one");
 
         let control = Control::default();
-        let opening = upstream.open(true, None, None, &control);
+        let opening = upstream.open(true, &drop, None, None, &control);
         let failing = async {
             tokio::task::yield_now().await;
             for _ in 0..2 {

@@ -2,12 +2,16 @@
 //!
 //! Verification can't be turned off: a certificate that nobody vouches for can be vouched for by name (`upstream.tls_ca`).
 
-use std::{error::Error as StdError, io, path::Path};
+use std::{
+    error::Error as StdError,
+    io,
+    path::{Path, PathBuf},
+};
 
 use tokio::time::Instant;
 use tokio_rustls::rustls::{self, AlertDescription, CertificateError, pki_types::ServerName};
 
-use super::{Config, Error, Failure};
+use super::{Config, Error, Failure, Mode, Pool};
 use crate::net::{self, Address, Stream, TlsClient, TlsFileError};
 
 /// What a connection is to be used for, in the order of preference (ALPN).
@@ -23,6 +27,14 @@ pub(super) enum Speaks {
 const H2: &[u8] = b"h2";
 
 impl Speaks {
+    /// What WebSockets are to have of a backend.
+    pub(super) const fn with(pool: &Pool) -> Self {
+        match pool.mode {
+            Mode::Dedicated => Self::Http1,
+            Mode::Multiplexed => Self::Http2,
+        }
+    }
+
     fn protocols(self) -> &'static [&'static [u8]] {
         match self {
             Self::Http1 => &[b"http/1.1"],
@@ -73,6 +85,12 @@ impl Tls {
             self.client = Some(TlsClient::load(path(&self.ca).as_deref(), identity)?);
         }
         Ok(())
+    }
+
+    /// The files that [`Tls::load`] reads.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let named = [&self.ca, &self.client_certificate, &self.client_key];
+        named.into_iter().filter(|path| self.is_on && !path.is_empty()).map(PathBuf::from).collect()
     }
 
     /// What the certificate of the backend at `address` must be for; `None`: nobody knows.

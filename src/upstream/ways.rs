@@ -145,10 +145,15 @@ impl Upstreams {
         }
     }
 
-    /// No connection waits for its use any more: others have taken the place of these.
-    pub fn retire(&self) {
+    /// `next` takes the place of these ways: no connection waits for its use here any more. Those that `next` would make again wait
+    /// there, first of all for the same route; the others are ended.
+    pub fn retire(&self, next: &Self) {
         for way in self.inner.routes.all() {
-            way.upstream.inner.idle.close();
+            let mut heirs: Vec<_> =
+                next.inner.routes.all().filter(|heir| heir.upstream.connects_like(&way.upstream)).collect();
+            heirs.sort_by_key(|heir| heir.route != way.route);
+            let heirs: Vec<_> = heirs.into_iter().map(|heir| &heir.upstream).collect();
+            way.upstream.inner.idle.hand_over(&heirs);
         }
     }
 

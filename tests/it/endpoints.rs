@@ -3,14 +3,18 @@
 use crate::harness::{
     Board, DEADLINE, End, Frame, Message,
     crowd::{self, EchoProcess, Front, Member, Stage, tally},
+    tls::{self, Authority, Manners, NAME, TlsFront},
     visit::{Errand, Outcome, arrive, assert_served, echo, leave, visit},
     ws::CLOSE,
 };
 use futures_util::future::join_all;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use rustix::process::Signal;
 use std::{
     collections::{BTreeMap, HashMap},
+    fs,
     net::SocketAddr,
+    path::Path,
     time::Instant,
 };
 
@@ -205,6 +209,138 @@ fn a_look_at_an_endpoint_is_a_fin_and_no_byte() {
     });
     let looks = looks.wait(DEADLINE, |looks| (looks.len() == 2).then(|| looks.clone()));
     assert_eq!(looks, Some(vec![End::Fin, End::Fin]));
+    t.assert_nothing_left();
+    t.assert_no_rst();
+}
+
+/// TLS in front of a backend. Each has an authority of its own: one is believed, and the others are not.
+fn tls_front(stage: &Stage, backend: SocketAddr) -> TlsFront {
+    TlsFront::start(stage.lab(), Manners { protocols: vec![b"http/1.1".to_vec()], ..Manners::default() }, backend)
+}
+
+/// An endpoint that is there, but with which TLS does not come about, is one that takes no connections: the client is served
+/// elsewhere, and soon nobody is sent there.
+#[test]
+fn without_tls_another_endpoint_is_tried() {
+    #[derive(Clone, Copy, Debug)]
+    enum Way {
+        Unbelieved,
+        HangsUp,
+        Silent,
+    }
+    for mode in ["dedicated", "multiplexed"] {
+        for way in [Way::Unbelieved, Way::HangsUp, Way::Silent] {
+            let stage = Stage::new();
+            let backend = stage.backend(crowd::anything);
+            let [good, front] = [(); 2].map(|()| tls_front(&stage, backend.address));
+            let other = stage.backend(async move |mut member: Member| {
+                if let Way::HangsUp = way {
+                    member.fin().await;
+                }
+                // No request comes, and nothing is said to what does.
+                let _ = member.message().await;
+                member.fin().await;
+            });
+            let bad = if let Way::Unbelieved = way { front.address } else { other.address };
+            let addresses = [good.address, bad].map(|address| address.to_string());
+            let settings = format!(
+                "upstream.address = {addresses:?}\nupstream.eject_time = '1h'\nupstream.connect_timeout = '6s'\n\
+                 listen.workers = 1\npool.mode = '{mode}'\n{}",
+                good.settings()
+            );
+            let t = stage.tidegate(&settings, good.address);
+            stage.clients(async || {
+                for _ in 0..2 {
+                    let visits = join_all((0..10).map(|_| visit(t.address, Errand::Echo))).await;
+                    assert_served(&visits, 10);
+                }
+                let visits = join_all((0..10).map(|_| visit(t.address, Errand::Get))).await;
+                assert_served(&visits, 10);
+            });
+            let metrics = t.metrics();
+            assert_eq!(metrics.count("tidegate_upstream_ejections_total"), 1, "{mode} {way:?}");
+            assert!(metrics.count("tidegate_upstream_retries_total") >= 1, "{mode} {way:?}");
+            let line = t.log_where("the endpoint's end", |line| line["endpoint"] == addresses[1].as_str());
+            let error = line["error"].as_str().expect("an error");
+            let (words, fix) = match way {
+                Way::Unbelieved => ("UnknownIssuer", "upstream.tls_ca"),
+                Way::HangsUp => ("closed the connection in the handshake", "does it speak TLS there?"),
+                Way::Silent => ("did not finish the TLS handshake in time", ""),
+            };
+            assert!(error.contains(words) && error.contains(fix), "{mode} {way:?}: {error}");
+            t.assert_nothing_left();
+            t.assert_no_rst();
+        }
+    }
+}
+
+/// An endpoint that was left alone for its certificate is so until that is believed: a connection without TLS is no sign of it.
+#[test]
+fn an_endpoint_is_looked_at_with_its_tls() {
+    let stage = Stage::new();
+    let backend = stage.backend(crowd::anything);
+    let [good, bad] = [(); 2].map(|()| tls_front(&stage, backend.address));
+    let addresses = [good.address, bad.address].map(|address| address.to_string());
+    let settings = |ca: &Path| {
+        format!(
+            "upstream.address = {addresses:?}\nupstream.eject_time = '100ms'\nreload.watch = '0s'\n\
+             upstream.tls = true\nupstream.tls_ca = '{}'\nupstream.tls_server_name = '{NAME}'",
+            ca.display()
+        )
+    };
+    let t = stage.tidegate(&settings(&good.authority().file()), good.address);
+    let visits_until = |what: &str, is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() {
+            assert!(begun.elapsed() < DEADLINE, "never {what}");
+            // It is looked at while clients come.
+            stage.clients(async || assert_served(&[visit(t.address, Errand::Echo).await], 1));
+        }
+    };
+    let ejections = || t.metrics().count("tidegate_upstream_ejections_total");
+    visits_until("left alone", &|| ejections() == 1);
+    let looks = bad.seen().failed.len() + 3;
+    visits_until("looked at", &|| bad.seen().failed.len() >= looks);
+    // Nobody was sent there meanwhile, who would have found out a second time.
+    assert_eq!(ejections(), 1);
+    let believed = good.authority().folder().join("both.pem");
+    let [own, others] = [good.authority().file(), bad.authority().file()].map(|file| fs::read(file).expect("PEM"));
+    fs::write(&believed, [own, others].concat()).expect("room for certificates");
+    t.configure(&settings(&believed));
+    t.signal(Signal::HUP);
+    t.log_where("the reload", |line| line["message"] == "reloaded");
+    visits_until("back", &|| t.metrics().count("tidegate_upstream_endpoints{state=\"active\"}") == 2);
+    visits_until("used", &|| !bad.seen().protocols.is_empty());
+    t.assert_nothing_left();
+    t.assert_no_rst();
+}
+
+/// A certificate that is wrong everywhere is a mistake to be seen: each is asked once for a client, that gets 502, and the log says
+/// what is wrong, and what to do.
+#[test]
+fn what_is_wrong_everywhere_is_said() {
+    let stage = Stage::new();
+    let backend = stage.backend(crowd::anything);
+    let fronts = [(); ENDPOINTS].map(|()| tls_front(&stage, backend.address));
+    let believed = Authority::new();
+    let addresses = fronts.each_ref().map(|front| front.address.to_string());
+    let settings =
+        format!("upstream.address = {addresses:?}\nupstream.eject_time = '1h'\n{}", tls::settings(&believed));
+    let t = stage.tidegate(&settings, fronts[0].address);
+    for count in 1..=4 {
+        let visited = stage.clients(async || visit(t.address, Errand::Echo).await);
+        assert_eq!(visited.outcome, Outcome::Status(502));
+        for front in &fronts {
+            front.seen_when("its failure", |seen| seen.failed.len() >= count);
+        }
+        assert_eq!(fronts.each_ref().map(|front| front.seen().failed.len()), [count; ENDPOINTS]);
+    }
+    let line = t.log_where("the failure", |line| line["message"] == "request failed");
+    let error = line["error"].as_str().expect("an error");
+    assert!(error.contains("UnknownIssuer") && error.contains("upstream.tls_ca"), "{error}");
+    let ready = t.get("/readyz");
+    assert_eq!(ready.code(), 503);
+    assert!(ready.text().contains("UnknownIssuer"), "{}", ready.text());
     t.assert_nothing_left();
     t.assert_no_rst();
 }

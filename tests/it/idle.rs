@@ -156,18 +156,19 @@ fn old_ones_are_replaced() {
 
 /// A reload that wants fewer ends the others in order.
 #[test]
-fn a_reload_ends_them() {
+fn a_reload_that_wants_fewer() {
     let t = Scene::new(&format!("{PREWARM}pool.prewarm = 3")).backend(patient_echo).start();
     idle(&t, "prewarm", 3);
     t.proxy().configure(&format!("{PREWARM}pool.prewarm = 1"));
     t.proxy().signal(Signal::HUP);
     t.proxy().log_where("the reload", |line| line["message"] == "reloaded");
-    for index in 0..3 {
-        ended_unused(&t.connection(index).seen());
-    }
     idle(&t, "prewarm", 1);
     t.client(session);
     idle(&t, "prewarm", 1);
+    let seen: Vec<_> = (0..3).map(|index| t.connection(index).seen()).collect();
+    let (unused, used): (Vec<_>, Vec<_>) = seen.into_iter().partition(|seen| seen.raw.is_empty());
+    unused.iter().for_each(ended_unused);
+    assert_eq!((unused.len(), used.len(), t.backend().count()), (2, 1, 4));
 }
 
 /// While nobody listens there, it is tried again ever more seldom: by the fourth attempt half of 100, 200 and 400 ms have passed.
@@ -430,4 +431,69 @@ fn what_was_asked_to_upgrade_is_not_kept() {
     t.client(async |c| get(c, "/").await);
     assert_eq!((t.backend().count(), uses(&t, "keep_alive")), (3, [0, 1, 0]));
     assert_eq!(t.connection(1).seen().end, End::Fin);
+}
+
+/// Sessions, and plain requests.
+async fn anything(c: &mut Peer) {
+    while c.is_asked().await {
+        let request = c.read_head().await;
+        if request.field("Upgrade").is_some() {
+            c.reply(Message::switching(&request)).await;
+            return backend::echo_on(c).await;
+        }
+        c.reply(Message::status(200, "OK", request.target())).await;
+    }
+}
+
+/// What a reload would open again it leaves open, also where routes come and go; what it would open in another way it ends in order.
+#[test]
+fn a_reload_keeps_what_it_would_open_again() {
+    let settings = |more: &str| {
+        format!("{PREWARM}{KEEP_ALIVE}pool.prewarm = 2\nreload.watch = '0s'\n{more}").replacen(
+            "listen.workers = 1\n",
+            "",
+            1,
+        )
+    };
+    let t = Scene::new(&settings("")).backend(anything).start();
+    let reload = |more: &str| {
+        t.proxy().configure(&settings(more));
+        let request = Message::line("POST /reload HTTP/1.1").header("Host", "localhost").header("Content-Length", "0");
+        assert_eq!(t.proxy().admin(&request).expect("an answer").code(), 200, "{more}");
+    };
+    idle(&t, "prewarm", 2);
+    t.client(async |c| get(c, "/0").await);
+    assert_eq!(t.backend().count(), 3);
+    for (round, more) in [
+        "upstream.queue_timeout = '7s'",
+        "route = [{ path = '/other', upstream = '127.0.0.1:9' }]",
+        "route = [{ path = '/same', upstream = '127.0.0.1:9', pool.keep_alive = 0 }]\npool.max_streams = 7",
+        "upstream.health_interval = '1h'",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        reload(more);
+        let round = round + 1;
+        t.client(async |c| get(c, &format!("/{round}")).await);
+        t.client(session);
+        t.connection(2 + round);
+        idle(&t, "prewarm", 2);
+        idle(&t, "keep_alive", 1);
+        // One is opened for each session that has used one.
+        assert_eq!(t.backend().count(), 3 + round, "{more}");
+    }
+    assert_eq!((uses(&t, "prewarm"), uses(&t, "keep_alive")), ([4, 0, 0], [4, 1, 0]));
+    assert!((0..7).all(|index| t.connection(index).seen_so_far().closes().len() <= 1));
+    reload("websocket.recv_buffer = '64KiB'");
+    t.connection(8);
+    idle(&t, "prewarm", 2);
+    idle(&t, "keep_alive", 0);
+    let seen: Vec<_> = (0..7).map(|index| t.connection(index).seen()).collect();
+    assert_eq!(seen.iter().filter(|seen| seen.raw.is_empty()).count(), 2);
+    assert!(seen.iter().all(|seen| seen.end == End::Fin), "{seen:?}");
+    assert_eq!(t.backend().count(), 9);
+    t.proxy().sigterm();
+    assert!(t.proxy().wait_exit(DEADLINE).success());
+    t.no_rst();
 }

@@ -8,6 +8,7 @@ use crate::harness::{
     peer::Peer,
     proxy::Proxy,
     scene::Scene,
+    tls::{self, Authority, Identity, Manners},
     ws::{CLOSE, TEXT},
 };
 use rustix::process::Signal;
@@ -574,4 +575,66 @@ fn reloads_under_busy_sessions() {
     assert!(after <= before + (2 << 20), "{before} bytes after {settled} reloads, {after} in the end");
     t.assert_nothing_left();
     t.assert_no_rst();
+}
+
+/// A Kubernetes secret with our certificate and key, which the configuration names after a while: when its directory is swapped that is
+/// a reload, without a change of the configuration. A key that does not fit changes nothing, and is spoken of once.
+#[test]
+fn a_secret_is_swapped() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (good, bad) = (authority.sign("tidegate.test"), stranger.sign("tidegate.test"));
+    let of_tls = format!("{}reload.watch = '100ms'\n", tls::settings(&authority));
+    let t = Scene::new(&of_tls).tls(Manners::asking(authority)).backend(echo).start();
+    let folder = t.proxy().config().parent().expect("a folder").join("secret");
+    fs::create_dir(&folder).expect("a folder");
+    let swap = |name: &str, certificate: &Identity, key: &Identity| {
+        let new = folder.join(name);
+        fs::create_dir(&new).expect("a folder");
+        fs::copy(&certificate.certificate_file, new.join("tls.crt")).expect("room");
+        fs::copy(&key.key_file, new.join("tls.key")).expect("room");
+        symlink(name, folder.join("..data_tmp")).expect("a link");
+        fs::rename(folder.join("..data_tmp"), folder.join("..data")).expect("the same folder");
+    };
+    let served = || {
+        t.client(async |c| {
+            let code = c.request(Message::websocket("/")).await.code();
+            if code == 101 {
+                c.send_close(1000, "").await;
+                c.until_end().await;
+            }
+            code
+        })
+    };
+    let reloads = |result: &'static str, count: u64| {
+        let name = format!("tidegate_reloads_total{{result=\"{result}\"}}");
+        t.proxy().metrics_when(&format!("{name} {count}"), |metrics| metrics.count(&name) == count);
+    };
+    assert_eq!(served(), 502, "it asks for a certificate");
+
+    swap("..2026_1", &bad, &bad);
+    for file in ["tls.crt", "tls.key"] {
+        symlink(format!("..data/{file}"), folder.join(file)).expect("a link");
+    }
+    let file = |name: &str| folder.join(name).display().to_string();
+    t.proxy().configure(&format!(
+        "{of_tls}upstream.tls_client_certificate = '{}'\nupstream.tls_client_key = '{}'\n",
+        file("tls.crt"),
+        file("tls.key")
+    ));
+    reloads("applied", 1);
+    assert_eq!(served(), 502, "it does not believe that one");
+    swap("..2026_2", &good, &good);
+    fs::remove_dir_all(folder.join("..2026_1")).expect("it is there");
+    reloads("applied", 2);
+    assert_eq!(served(), 101);
+    swap("..2026_3", &good, &bad);
+    reloads("rejected", 1);
+    assert_eq!(served(), 101);
+    swap("..2026_4", &good, &good);
+    reloads("applied", 3);
+    assert_eq!(served(), 101);
+    reloads("rejected", 1);
+    let by_change = |line: &Value| line["message"] == "reloaded" && line["by"] == "a change of the file";
+    assert_eq!(t.proxy().log().into_iter().filter(by_change).count(), 3);
+    t.no_rst();
 }

@@ -305,3 +305,30 @@ fn readiness_includes_tls() {
     let body = String::from_utf8_lossy(&response.body).into_owned();
     assert!(body.contains("UnknownIssuer"), "{body}");
 }
+
+/// A backend's `close_notify` that is long in coming behind its Close is waited for: once its socket was closed, it would be reset.
+#[test]
+fn a_late_close_notify_is_no_reason_for_a_rst() {
+    let script = async |c: &mut Peer| {
+        c.accept_websocket().await;
+        c.read_close().await;
+        c.answer_close().await;
+        // Longer than it takes to see that the backend has acknowledged everything.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        c.fin().await;
+        c.until_end().await;
+    };
+    let t = Scene::new("close = { handshake_timeout = '100ms', linger = '20s', linger_max = '20s' }")
+        .tls(Manners::default())
+        .backend(script)
+        .start();
+    t.client(async |c| {
+        c.handshake("/").await;
+        c.send_close(1000, "").await;
+        c.until_end().await.assert_closed_with(1000);
+    });
+    t.tls().seen_when("its end", |seen| seen.notified == 1);
+    let fin = "tidegate_lingered_total{leg=\"backend\",how=\"fin\"}";
+    t.proxy().metrics_when("the backend's FIN", |metrics| metrics.all().get(fin).is_some_and(|count| *count > 0.5));
+    t.no_rst();
+}

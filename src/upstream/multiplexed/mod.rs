@@ -167,7 +167,7 @@ impl Upstream {
         let Some(bridged) = bridge(request, scheme) else { return fall_back("host", None, Doubt::NONE) };
         let multiplexed = self.of_this_worker(home);
         let deadline = self.deadline();
-        let mut attempts = self.attempts();
+        let mut attempts = self.attempts(&*home.end);
         let mut asked_before = 0;
         loop {
             let waiting = Counted::new(metrics.upstream_waiting(true));
@@ -521,7 +521,7 @@ impl Connector<Key> for Opener {
         let (Key(endpoint), config) = (key, upstream.config());
         let turn = endpoint.connects.next(upstream.deadline()).await.ok_or(Error::QueueTimeout)?;
         let begun = endpoint.connects.begin();
-        let mut attempts = upstream.attempts();
+        let mut attempts = upstream.attempts(&*self.home.end);
         let dialled = upstream.dial(endpoint, &mut attempts, config.connect_timeout, Speaks::Http2).await;
         let stream = dialled.map_err(|failure| match failure {
             None => Fault::Unreached(attempts.failure.take().unwrap_or(Error::Timeout(LATE))),
@@ -632,7 +632,7 @@ mod tests {
     #[tokio::test]
     async fn a_doubt_is_about_one_endpoint() {
         let (upstream, ..) = to_nobody();
-        let mut attempts = upstream.attempts();
+        let mut attempts = upstream.attempts(&drop);
         let mut loads = Vec::new();
         for _ in 0..2 {
             let load = upstream.pick(&mut attempts).await.expect("an endpoint");
