@@ -466,8 +466,8 @@ fn a_reload_keeps_what_it_would_open_again() {
     assert_eq!(t.backend().count(), 3);
     for (round, more) in [
         "upstream.queue_timeout = '7s'",
-        "route = [{ path = '/other', upstream = '127.0.0.1:9' }]",
-        "route = [{ path = '/same', upstream = '127.0.0.1:9', pool.keep_alive = 0 }]\npool.max_streams = 7",
+        "route = [{ path = '/other', upstream = '127.0.0.1:9', pool.prewarm = 0 }]",
+        "route = [{ path = '/same', upstream = '127.0.0.1:9', pool = { keep_alive = 0, prewarm = 0 } }]\npool.max_streams = 7",
         "upstream.health_interval = '1h'",
     ]
     .into_iter()

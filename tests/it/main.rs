@@ -22,6 +22,7 @@ mod linger;
 mod listeners;
 mod memory;
 mod multiplexed;
+mod pod;
 mod pool_bursts;
 mod reload;
 mod resources;

@@ -15,7 +15,7 @@ use futures_util::{
     future::join_all,
     stream::{FuturesUnordered, StreamExt},
 };
-use rustix::process::{Resource, getrlimit, setrlimit};
+use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
     collections::BTreeMap,
@@ -135,7 +135,7 @@ impl Stage {
     }
 }
 
-fn raise_descriptor_limit() {
+pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("the soft limit may be raised to the hard one");
@@ -683,17 +683,18 @@ pub struct EchoProcess {
 
 impl EchoProcess {
     fn start(lab: &Lab) -> Self {
-        Self::start_at(lab, SocketAddr::new(lab.address(Side::Backend, Side::Proxy), 0))
+        Self::start_at(lab, Side::Backend, SocketAddr::new(lab.address(Side::Backend, Side::Proxy), 0))
     }
 
     /// Another process where this one was.
     pub fn again(&mut self, stage: &Stage) {
-        *self = Self::start_at(&stage.lab, self.address);
+        *self = Self::start_at(&stage.lab, Side::Backend, self.address);
     }
 
-    fn start_at(lab: &Lab, address: SocketAddr) -> Self {
+    /// On an address of this side's network.
+    pub fn start_at(lab: &Lab, side: Side, address: SocketAddr) -> Self {
         let binary = std::env::current_exe().expect("a running binary has a path");
-        let mut command: Command = lab.command_in(Side::Backend, binary);
+        let mut command: Command = lab.command_in(side, binary);
         let mut child = command
             .args(["--exact", "harness::crowd::backend_process", "--ignored", "--nocapture"])
             .env(BE_THE_BACKEND, address.to_string())
@@ -709,6 +710,14 @@ impl EchoProcess {
             .filter_map(|line| line.split_once(LISTENING).map(|(_, address)| address.to_owned()))
             .find_map(|address| address.trim().parse().ok());
         Self { address: address.expect("a backend that says where it listens"), child }
+    }
+
+    pub fn sigterm(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("our own child");
+    }
+
+    pub fn has_exited(&mut self) -> bool {
+        self.child.try_wait().expect("our own child").is_some()
     }
 
     /// SIGKILL. Until it is gone its kernel still takes connections for it.

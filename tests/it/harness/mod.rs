@@ -8,6 +8,7 @@
 //! - [`backend`]: backends that follow a script, mostly a bad one.
 //! - [`front`]: the same on streams of HTTP/2 connections.
 //! - [`tls`]: the same over TLS.
+//! - [`kubelet`]: a Pod of a shipped manifest, started, probed and ended as the kubelet does it.
 //! - [`cgroup`]: little memory for one process.
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
@@ -23,6 +24,7 @@ pub mod cgroup;
 pub mod crowd;
 pub mod front;
 pub mod http;
+pub mod kubelet;
 pub mod lab;
 pub mod peer;
 pub mod proxy;

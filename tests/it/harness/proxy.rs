@@ -151,13 +151,16 @@ impl Proxy {
         if surroundings.leads {
             command.process_group(0);
         }
-        // What decides is the file, not where the test was started.
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
-                command.env_remove(name);
-            }
-        }
+        only_its_file(&mut command);
         Self::spawn(lab, command, base, folder, surroundings.leads, started)
+    }
+
+    /// With these arguments, and a folder where its configuration is, as somebody else has written it.
+    pub fn start_as(lab: &Lab, arguments: &[String], config: TempDir, started: Instant) -> Self {
+        let mut command = lab.command_in(Side::Proxy, env!("CARGO_BIN_EXE_tidegate"));
+        command.args(arguments).stdin(Stdio::null());
+        only_its_file(&mut command);
+        Self::spawn(lab, command, Table::new(), config, false, started)
     }
 
     fn spawn(lab: &Lab, mut command: Command, base: Table, config: TempDir, leads: bool, started: Instant) -> Self {
@@ -421,6 +424,15 @@ fn group(leader: Pid) -> Vec<Pid> {
         fields.is_some_and(|fields| !matches!(fields[0], "Z" | "X") && fields[2] == leader.to_string())
     };
     pids.filter(is_member).collect()
+}
+
+/// What decides is the file, not where the test was started.
+fn only_its_file(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TIDEGATE_") || name == "RUST_LOG" {
+            command.env_remove(name);
+        }
+    }
 }
 
 /// The settings of every test.

@@ -2,7 +2,8 @@
 
 use super::{
     Frame,
-    crowd::{Front, Member, Rest},
+    crowd::{Member, Rest},
+    proxy::Proxy,
     ws::{CLOSE, TEXT},
 };
 use std::{collections::BTreeMap, time::Instant};
@@ -60,7 +61,7 @@ pub struct Account {
 /// To each client its own number: all that was passed on has its echo, and what has none was not passed on, but has crossed the
 /// Close on the wire. Of a tidegate that has ended: metrics are gone with the process, the log says the same of each session.
 #[track_caller]
-pub fn assert_only_crossed(t: &Front<'_>, talks: &[Talk]) -> Account {
+pub fn assert_only_crossed(t: &Proxy, talks: &[Talk]) -> Account {
     let closes: Vec<_> = t.log().into_iter().filter(|line| line["message"] == "close").collect();
     let counted = closes.iter().filter_map(|line| {
         let counts = (line["messages_from_client"].as_u64()?, line["crossed"].as_u64()?);
