@@ -1,5 +1,6 @@
 //! Connections to a backend that wait for somebody to use them: fresh ones for WebSocket handshakes (`pool.prewarm`), and those on
-//! which plain requests were answered (`pool.keep_alive`).
+//! which plain requests were answered (`pool.keep_alive`). And for a moment one that was meant for HTTP/2, until one of those who waited for it
+//! has its turn.
 //!
 //! Each worker has its own, since a socket belongs to its runtime. The bounds are for all workers together: of `prewarm` each has
 //! an equal share, the first ones one more where that leaves a rest; `keep_alive` is counted at the endpoint. All of them, of all
@@ -53,6 +54,9 @@ const NO_TURN: Duration = Duration::from_millis(50);
 /// After a dial in vain, until the next one: twice as long with each in a row.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
+/// Whoever a connection is for that agreed on HTTP/1.1 takes it in this time, or has no turn yet.
+const AGREED: Duration = Duration::from_secs(2);
+
 /// Of the age at which a prewarmed connection is replaced, as a part of `prewarm_max_age`: those that were opened together are not to
 /// end together.
 const SPREAD: std::ops::Range<f64> = 0.75..1.0;
@@ -64,6 +68,8 @@ pub(super) enum Kind {
     Prewarm,
     /// A plain request.
     KeepAlive,
+    /// A WebSocket handshake for which HTTP/2 was wanted, and HTTP/1.1 is what TLS has agreed on. Neither configured nor counted.
+    Agreed,
 }
 
 /// Those of each worker, for one way.
@@ -80,8 +86,9 @@ impl Workers {
     pub(super) fn hand_over(&self, heirs: &[&Upstream]) {
         let all: Vec<_> = self.all.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for idle in all {
-            for Shelf { endpoint, prewarmed, kept, .. } in idle.clear() {
-                for (kind, mut waiting) in [(Kind::Prewarm, prewarmed), (Kind::KeepAlive, kept)] {
+            for Shelf { endpoint, prewarmed, kept, agreed, .. } in idle.clear() {
+                let all = [(Kind::Prewarm, prewarmed), (Kind::KeepAlive, kept), (Kind::Agreed, agreed)];
+                for (kind, mut waiting) in all {
                     for heir in heirs {
                         waiting = heir.idle_of(&idle.home).inherit(kind, &endpoint, waiting);
                     }
@@ -129,6 +136,7 @@ struct Shelf {
     endpoint: Arc<Endpoint>,
     prewarmed: Vec<Waiting>,
     kept: Vec<Waiting>,
+    agreed: Vec<Waiting>,
     /// One is being dialled: one at a time.
     is_opening: bool,
     /// Dials in vain, in a row.
@@ -141,9 +149,17 @@ struct Waiting {
     stream: Stream,
     since: Instant,
     until: Instant,
-    _slot: OwnedSemaphorePermit,
-    _counted: Counted,
+    _slot: Option<OwnedSemaphorePermit>,
+    _counted: Option<Counted>,
     _place: Option<Place>,
+}
+
+impl Waiting {
+    /// The backend has said nothing since, and not ended it. Of one that was just made its TLS may still have to say something, and as
+    /// with any fresh one its end is seen when it is used.
+    fn is_as_left(&mut self, kind: Kind) -> bool {
+        kind == Kind::Agreed || self.stream.is_silent()
+    }
 }
 
 /// One of an endpoint's `keep_alive`.
@@ -169,15 +185,21 @@ pub(super) type Count = AtomicUsize;
 
 impl Shelf {
     fn new(endpoint: Arc<Endpoint>) -> Self {
-        let (prewarmed, kept) = (Vec::new(), Vec::new());
-        Self { endpoint, prewarmed, kept, is_opening: false, failures: 0, not_before: Instant::now() }
+        let (prewarmed, kept, agreed) = (Vec::new(), Vec::new(), Vec::new());
+        Self { endpoint, prewarmed, kept, agreed, is_opening: false, failures: 0, not_before: Instant::now() }
     }
 
     fn of(&mut self, kind: Kind) -> &mut Vec<Waiting> {
         match kind {
             Kind::Prewarm => &mut self.prewarmed,
             Kind::KeepAlive => &mut self.kept,
+            Kind::Agreed => &mut self.agreed,
         }
+    }
+
+    /// All that waits.
+    fn into_waiting(self) -> impl Iterator<Item = Waiting> {
+        self.prewarmed.into_iter().chain(self.kept).chain(self.agreed)
     }
 }
 
@@ -199,6 +221,7 @@ impl Upstream {
         let is_wanted = match kind {
             Kind::Prewarm => self.share(home) > 0,
             Kind::KeepAlive => pool.keep_alive > 0,
+            Kind::Agreed => pool.mode == Mode::Multiplexed,
         };
         is_wanted.then(|| self.idle_of(home))
     }
@@ -227,7 +250,7 @@ impl Upstream {
         pool.prewarm / home.workers + usize::from(home.worker < pool.prewarm % home.workers)
     }
 
-    fn idle_of(&self, home: &Home) -> Arc<Idle> {
+    pub(super) fn idle_of(&self, home: &Home) -> Arc<Idle> {
         let Workers { all, closed } = &self.inner.idle;
         let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || {
@@ -249,6 +272,9 @@ impl Idle {
     }
 
     fn count(&self, kind: Kind, what: IdleUse) {
+        if kind == Kind::Agreed {
+            return;
+        }
         if let Some(inner) = self.upstream.upgrade() {
             inner.metrics.idle_use(kind as usize, what);
         }
@@ -258,7 +284,7 @@ impl Idle {
     pub(super) fn take(&self, kind: Kind, endpoint: &Arc<Endpoint>) -> Option<Stream> {
         let found = loop {
             let Some(mut waiting) = self.shelves().of(endpoint).of(kind).pop() else { break None };
-            if waiting.until > Instant::now() && waiting.stream.is_silent() {
+            if waiting.until > Instant::now() && waiting.is_as_left(kind) {
                 break Some(waiting.stream);
             }
             if waiting.until > Instant::now() {
@@ -294,8 +320,24 @@ impl Idle {
         let counted = Counted::new(&inner.metrics.idle[Kind::KeepAlive as usize]);
         let since = Instant::now();
         let until = since + pool.keep_alive_timeout;
+        let (slot, counted) = (Some(slot), Some(counted));
         let waiting = Waiting { stream, since, until, _slot: slot, _counted: counted, _place: Some(place) };
         shelves.of(endpoint).kept.push(waiting);
+        self.is_to_be_kept(&mut shelves);
+        self.wake.notify_one();
+        None
+    }
+
+    /// A connection on which TLS has agreed on HTTP/1.1, for one of those who wanted HTTP/2 of it. It has no slot of those that wait: each
+    /// open has one at most, and its client would dial another. Given back if nothing waits any more.
+    pub(super) fn agree(self: &Arc<Self>, endpoint: &Arc<Endpoint>, stream: Stream) -> Option<Stream> {
+        let mut shelves = self.shelves();
+        if shelves.is_closed || self.is_over() {
+            return Some(stream);
+        }
+        let since = Instant::now();
+        let until = since + AGREED;
+        shelves.of(endpoint).agreed.push(Waiting { stream, since, until, _slot: None, _counted: None, _place: None });
         self.is_to_be_kept(&mut shelves);
         self.wake.notify_one();
         None
@@ -312,6 +354,7 @@ impl Idle {
         let (most, age) = match kind {
             Kind::Prewarm => (self.share(&upstream), pool.prewarm_max_age),
             Kind::KeepAlive => (pool.keep_alive, pool.keep_alive_timeout),
+            Kind::Agreed => return all,
         };
         let mut shelves = self.shelves();
         let row = shelves.of(endpoint).of(kind);
@@ -368,7 +411,7 @@ impl Idle {
                 () = self.wake.notified() => look = look.min(Instant::now() + LOOK),
             }
         }
-        for waiting in self.clear().into_iter().flat_map(|shelf| shelf.prewarmed.into_iter().chain(shelf.kept)) {
+        for waiting in self.clear().into_iter().flat_map(Shelf::into_waiting) {
             (self.home.end)(waiting.stream);
         }
     }
@@ -385,8 +428,9 @@ impl Idle {
         let mut shelves = self.shelves();
         shelves.all.retain_mut(|shelf| {
             let is_there = endpoints.iter().any(|endpoint| Arc::ptr_eq(endpoint, &shelf.endpoint));
-            for waiting in [&mut shelf.prewarmed, &mut shelf.kept] {
-                let is_over = |it: &mut Waiting| !is_there || it.until <= now || !it.stream.is_silent();
+            for kind in [Kind::Prewarm, Kind::KeepAlive, Kind::Agreed] {
+                let waiting = shelf.of(kind);
+                let is_over = |it: &mut Waiting| !is_there || it.until <= now || !it.is_as_left(kind);
                 over.extend(waiting.extract_if(.., is_over));
                 let first = waiting.iter().map(|it| it.until).min();
                 next = first.map_or(next, |first| next.min(first).min(now + LOOK));
@@ -463,6 +507,7 @@ impl Idle {
                     let counted = Counted::new(&inner.metrics.idle[Kind::Prewarm as usize]);
                     let since = Instant::now();
                     let until = since + age;
+                    let (slot, counted) = (Some(slot), Some(counted));
                     row.prewarmed.push(Waiting { stream, since, until, _slot: slot, _counted: counted, _place: None });
                     None
                 }

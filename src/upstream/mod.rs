@@ -504,17 +504,19 @@ impl Upstream {
             } else {
                 (None, Doubt::NONE)
             };
-            let mut idle = this.idle(&home, Kind::Prewarm);
+            let kind = if this.inner.config.pool.mode == Mode::Multiplexed { Kind::Agreed } else { Kind::Prewarm };
+            let mut idle = this.idle(&home, kind);
             let mut first = first;
             loop {
-                let Opened { stream, load, fresh, _pending } =
-                    this.open(true, &*home.end, idle.as_deref(), first.take(), &control).await?;
+                let Opened { stream, load, fresh, _pending } = this
+                    .open(true, &*home.end, idle.as_deref().map(|idle| (idle, kind)), first.take(), &control)
+                    .await?;
                 let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
                 let answer = exchange::websocket(stream, &request, &this.inner.config, &control).await;
                 match (connected, idle.take()) {
                     (Some(connected), _) => connected.heard(&answer),
                     (None, Some(idle)) if control.was_stale(&answer) => {
-                        idle.was_stale(Kind::Prewarm, answer.err().and_then(|failure| failure.stream));
+                        idle.was_stale(kind, answer.err().and_then(|failure| failure.stream));
                         control.begin_anew();
                         continue;
                     }
@@ -552,7 +554,7 @@ impl Upstream {
             let again = request.body().is_end_stream() && request.method().is_idempotent();
             if let (true, Some(idle)) = (again, &idle) {
                 let (head, _) = request.into_parts();
-                let mut waiting = Some(&**idle);
+                let mut waiting = Some((&**idle, Kind::KeepAlive));
                 loop {
                     let Opened { stream, load, fresh, _pending } =
                         this.open(false, &*home.end, waiting, None, &control).await?;
@@ -561,8 +563,8 @@ impl Upstream {
                     let answer = exchange::plain(stream, request, config, &control, keep(&load)).await;
                     match (connected, waiting.take()) {
                         (Some(connected), _) => connected.heard(&answer),
-                        (None, Some(idle)) if control.was_stale(&answer) => {
-                            idle.was_stale(Kind::KeepAlive, answer.err().and_then(|failure| failure.stream));
+                        (None, Some((idle, kind))) if control.was_stale(&answer) => {
+                            idle.was_stale(kind, answer.err().and_then(|failure| failure.stream));
                             control.begin_anew();
                             continue;
                         }

@@ -76,11 +76,10 @@ impl Upstream {
         &self,
         is_handshake: bool,
         end: &End,
-        idle: Option<&Idle>,
+        idle: Option<(&Idle, Kind)>,
         mut first: Option<Load>,
         control: &Control,
     ) -> Result<Opened, Failure> {
-        let kind = if is_handshake { Kind::Prewarm } else { Kind::KeepAlive };
         let Inner { config, endpoints, metrics, .. } = &*self.inner;
         let deadline = self.deadline();
         let mut attempts = self.attempts(end);
@@ -97,7 +96,7 @@ impl Upstream {
                     control.begin_turn(endpoint.handshakes.next(deadline).await?);
                 }
                 // In the backend's accept queue it has had its turn.
-                if let Some(stream) = idle.and_then(|idle| idle.take(kind, &endpoint)) {
+                if let Some(stream) = idle.and_then(|(idle, kind)| idle.take(kind, &endpoint)) {
                     return Some(Turn::Waited(stream));
                 }
                 endpoint.connects.next(deadline).await.map(Turn::Fresh)

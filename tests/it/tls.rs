@@ -259,8 +259,8 @@ fn what_is_agreed_on_is_spoken() {
         for _ in 0..2 {
             visit(&t);
         }
-        let seen = t.tls().seen_when("their ends", |seen| seen.notified == 3);
-        assert_eq!(seen.protocols, vec![agreed; 3]);
+        let seen = t.tls().seen_when("their ends", |seen| seen.notified == 2);
+        assert_eq!(seen.protocols, vec![agreed; 2], "a connection for each");
         let said = |line: &serde_json::Value| line["why"] == "it agrees on no HTTP/2 (ALPN)";
         t.proxy().log_where("the fallback", said);
         assert_eq!(t.proxy().log().into_iter().filter(said).count(), 1);
@@ -330,5 +330,24 @@ fn a_late_close_notify_is_no_reason_for_a_rst() {
     t.tls().seen_when("its end", |seen| seen.notified == 1);
     let fin = "tidegate_lingered_total{leg=\"backend\",how=\"fin\"}";
     t.proxy().metrics_when("the backend's FIN", |metrics| metrics.all().get(fin).is_some_and(|count| *count > 0.5));
+    t.no_rst();
+}
+
+/// Where HTTP/2 was wanted and HTTP/1.1 is agreed on, no connection is dialled in vain: there are as many as sessions, also when several
+/// waited for the first.
+#[test]
+fn what_agreed_on_http_1_is_used_for_that() {
+    let front = Manners { protocols: vec![b"http/1.1".to_vec()], ..Manners::default() };
+    let t = Scene::new("listen.workers = 1\npool.mode = 'multiplexed'").tls(front).backend(echo_if_asked).start();
+    t.clients(5, async |c| {
+        c.handshake("/").await;
+        c.send_text("hello").await;
+        assert_eq!(c.read_text().await, "hello");
+        c.send_close(1000, "").await;
+        c.until_end().await.assert_closed_with(1000);
+    });
+    let seen = t.tls().seen_when("their ends", |seen| seen.notified == 5);
+    assert_eq!((seen.protocols.len(), t.backend().count()), (5, 5));
+    assert!((0..5).all(|index| !t.connection(index).seen().raw.is_empty()));
     t.no_rst();
 }

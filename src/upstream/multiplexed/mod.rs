@@ -535,9 +535,11 @@ impl Connector<Key> for Opener {
         let connected = endpoint.connects.connected(turn, begun);
         if !may_be_http2(&stream) {
             connected.was_accepted();
-            // Nothing was said on it, but several may wait for it: those who come next have one of their own each.
-            (self.home.end)(stream);
             endpoint.knowledge.remember(endpoint.name(), Without::Alpn);
+            // Several may wait for it: one of them has it, the others one of their own each.
+            if let Some(stream) = upstream.idle_of(&self.home).agree(endpoint, stream) {
+                (self.home.end)(stream);
+            }
             return Err(Without::Alpn.into());
         }
         let opened = connection::open(stream, config, endpoint, &self.home, reports).await;
