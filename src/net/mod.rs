@@ -13,11 +13,11 @@ mod tunnel;
 use std::{
     cell::RefCell,
     fmt,
-    future::Future,
+    future::{Future, poll_fn},
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -182,6 +182,19 @@ impl Stream {
             Self::Tls(tls) => tls.protocol(),
             Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
         }
+    }
+
+    /// Waits for something else, with what is to be done meanwhile.
+    pub async fn wait_until<T>(&mut self, other: impl Future<Output = T>) -> T {
+        let mut other = pin!(other);
+        poll_fn(|cx| {
+            let found = other.as_mut().poll(cx);
+            if found.is_pending() {
+                self.wait(cx);
+            }
+            found
+        })
+        .await
     }
 
     /// What is to be done when it can't be read, since what was read before is not passed on yet.

@@ -200,3 +200,57 @@ impl fmt::Debug for Tunnel {
         f.debug_struct("Tunnel").field("stream", &self.recv.stream_id()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, time::Duration};
+
+    use http::{Request, Response};
+    use tokio::{
+        io::duplex,
+        time::{sleep, timeout},
+    };
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::net::Stream;
+
+    /// Small frames that come before anybody reads are joined: left with h2 these would be eight times what the connection may hold
+    /// of them, and that would be its end.
+    #[tokio::test(start_paused = true)]
+    async fn small_frames_are_joined_before_they_are_read() {
+        const FRAMES: usize = 2000;
+        const BUDGET: usize = FRAMES * 255 / 8;
+        /// As many may come in a turn of the connection.
+        const TURN: usize = 100;
+        let (near, far) = duplex(1 << 20);
+        let tracker = TaskTracker::new();
+        tracker.spawn(async move {
+            let mut connection = h2::server::handshake(far).await.expect("a client");
+            let (_, mut respond) = connection.accept().await.expect("a request").expect("a request");
+            let mut send = respond.send_response(Response::new(()), false).expect("a stream");
+            for _ in 0..FRAMES / TURN {
+                for _ in 0..TURN {
+                    send.send_data(Bytes::from_static(b"x"), false).expect("a stream");
+                }
+                // The connection moves on only with this.
+                let _ = timeout(Duration::from_millis(1), connection.accept()).await;
+            }
+            while connection.accept().await.is_some() {}
+        });
+        let mut builder = h2::client::Builder::new();
+        builder.data_frame_budget(BUDGET);
+        let (mut sender, connection) = builder.handshake(near).await.expect("a server");
+        let driver = tracker.spawn(connection);
+        let (response, send) = sender.send_request(Request::new(()), false).expect("room for one");
+        let recv = response.await.expect("an answer").into_body();
+        let mut stream = Stream::Multiplexed(Box::new(Tunnel::new(send, recv, Duration::MAX, ())));
+        stream.wait_until(sleep(Duration::from_secs(1))).await;
+        let mut read = 0;
+        while read < FRAMES {
+            read += poll_fn(|cx| stream.poll_read_slice(cx, &mut [0; 300])).await.expect("more");
+        }
+        assert_eq!(read, FRAMES);
+        assert!(!driver.is_finished());
+    }
+}

@@ -235,10 +235,13 @@ impl Context {
     }
 
     /// What follows a handshake runs in a task of its own: that of the handshake is larger.
-    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, accounting: Accounting) {
+    fn begin_relay(self: &Arc<Self>, client: Leg, mut tunnel: Box<Tunnel>, accounting: Accounting) {
         let this = Arc::clone(self);
         self.tracker.spawn(async move {
-            this.gate.calm().await;
+            match &mut tunnel.backend.stream {
+                Some(stream) => stream.wait_until(this.gate.calm()).await,
+                None => this.gate.calm().await,
+            }
             this.relay(client, *tunnel, accounting).await;
         });
     }

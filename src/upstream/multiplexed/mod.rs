@@ -573,7 +573,8 @@ impl Connector<Key> for Opener {
     }
 }
 
-/// The body of a refusal on a stream, which ends with it.
+/// The body of a refusal on a stream, which ends with it. What its client does not take waits with h2, also small frames, which are not
+/// joined: for that to be more than a connection may hold, each of 64 such clients would have to be refused with more than 500 of them.
 pub struct StreamBody {
     recv: RecvStream,
     _lease: Lease,
