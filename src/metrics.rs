@@ -789,7 +789,11 @@ impl Collector for PoolCollector {
                 "Shared upstream connections that were closed since nobody used them",
                 pools.idle_closes(),
             ),
-            ("pool_goaways", "Shared upstream connections whose backend wanted nobody else on them", pools.goaways()),
+            (
+                "pool_goaways",
+                "Shared upstream connections that take nobody else, by GOAWAY or pool.max_uses",
+                pools.goaways(),
+            ),
             (
                 "pool_invariant_violations",
                 "Mistakes in the pool itself; anything but 0 is an alert",

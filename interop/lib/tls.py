@@ -15,7 +15,7 @@ from pathlib import Path
 from clients import PythonClient
 from everybody import everybody, expect_everywhere
 from harness import INTEROP, WORK, Failed, Proxy, Report, expect, json_line
-from multiplexed import LATE_END, MULTIPLEXED, SAID, Peer, crowd, session
+from multiplexed import MULTIPLEXED, SAID, Peer, crowd, session
 
 # What the certificates are for, beside 127.0.0.1.
 NAME = "backend.interop"
@@ -137,8 +137,7 @@ async def tls(report: Report, options) -> None:
         async with authority.node("http2") as backend, Proxy(backend.address, settings=authority.settings()) as proxy:
             await one_session(report, "tls, http2 and ws, dedicated", "1.1", client, backend, proxy)
 
-        late = {**shared, **LATE_END}
-        async with authority.hypercorn() as backend, Proxy(backend.address, settings=late) as proxy:
+        async with authority.hypercorn() as backend, Proxy(backend.address, settings=shared) as proxy:
             await one_session(report, "tls, hypercorn", "2", client, backend, proxy)
             await crowd(report, "tls, hypercorn", 200, 200 // 64 + workers, proxy, backend.address, (backend, proxy))
             async with report.check("tls, hypercorn: no fallback, tidegate ends with 0", backend, proxy):

@@ -216,7 +216,7 @@ impl Linger {
         let (fd, port, unsent) = match stream.into_last() {
             Ok(Last::Socket { fd, port, unsent }) => (fd, port, unsent),
             // It takes no descriptor, so it needs no place.
-            Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, *patience),
+            Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, peer_is_done, *patience),
             Err(error) => {
                 tracing::warn!(%error, "a socket cannot be taken from its runtime: it is closed at once");
                 return self.inner.count(side, Lingered::Evicted);

@@ -1,5 +1,5 @@
 //! The end of a stream that shares its connection: END_STREAM, reading on until the peer's, and RST_STREAM only when that does
-//! not come.
+//! not come, or the peer is known to forget its streams.
 //!
 //! Such a stream has no socket that could be closed too early. What waits for its end is the reference to its connection.
 
@@ -26,7 +26,11 @@ pub(super) struct Leaving {
 }
 
 impl Linger {
-    pub(super) fn add_tunnel(&self, side: Side, mut tunnel: Box<Tunnel>, patience: Patience) {
+    pub(super) fn add_tunnel(&self, side: Side, mut tunnel: Box<Tunnel>, peer_is_done: bool, patience: Patience) {
+        if peer_is_done && tunnel.is_forgotten() {
+            tunnel.reset();
+            return self.inner.count(side, Lingered::Acked);
+        }
         tunnel.finish();
         // Often all has been said by now.
         match tunnel.poll_discard(&mut Context::from_waker(Waker::noop())) {

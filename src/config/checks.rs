@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     net::{Address, TlsFile, TlsFileError},
-    upstream::{Addresses, Mode},
+    upstream::{Addresses, Mode, Pool},
 };
 
 /// Where the values came from.
@@ -43,6 +43,8 @@ pub(super) const MAX_FRAME: Name = name("websocket", "max_frame");
 const PING_INTERVAL: Name = name("websocket", "ping_interval");
 const WRITE_TIMEOUT: Name = name("websocket", "write_timeout");
 const STALL_TIMEOUT: Name = name("pool", "stall_timeout");
+const MAX_STREAMS: Name = name("pool", "max_streams");
+const MAX_USES: Name = name("pool", "max_uses");
 const DELAY: Name = name("drain", "delay");
 const WINDOW: Name = name("drain", "window");
 const TIMEOUT: Name = name("drain", "timeout");
@@ -268,6 +270,7 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
 
     slow_clients(settings, origins, findings);
+    few_uses(settings, origins, findings);
 
     if relay.ping_interval >= Duration::from_mins(1) {
         findings.push(Finding::warning(
@@ -282,13 +285,9 @@ fn limits(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
 /// deadlines ends the session.
 fn slow_clients(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     let write = settings.relay.write_timeout;
-    let of_routes = settings.routes.iter().enumerate().map(|(index, route)| {
-        let own = Name { section: ROUTE, route: Some(index), key: "pool.stall_timeout" };
-        (if origins.written.contains_key(&own) { own } else { STALL_TIMEOUT }, &route.pool)
-    });
     let mut said = Vec::new();
-    for (name, pool) in [(STALL_TIMEOUT, &settings.upstream.pool)].into_iter().chain(of_routes) {
-        let is_late = pool.mode == Mode::Multiplexed && pool.stall_timeout >= write;
+    for (name, pool) in shared_pools(settings, origins, STALL_TIMEOUT, "pool.stall_timeout") {
+        let is_late = pool.stall_timeout >= write;
         if !is_late || said.contains(&name) || !origins.judged(&[name, WRITE_TIMEOUT]) {
             continue;
         }
@@ -300,6 +299,38 @@ fn slow_clients(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<F
         );
         findings.push(Finding::warning(what, place, fix));
     }
+}
+
+/// A connection that takes fewer handshakes than it may have sessions never has as many.
+fn few_uses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let mut said = Vec::new();
+    let streams = shared_pools(settings, origins, MAX_STREAMS, "pool.max_streams");
+    for ((name, pool), (streams, _)) in shared_pools(settings, origins, MAX_USES, "pool.max_uses").zip(streams) {
+        let is_few = pool.max_uses > 0 && pool.max_uses < pool.max_streams;
+        if !is_few || said.contains(&(name, streams)) || !origins.judged(&[name, streams]) {
+            continue;
+        }
+        said.push((name, streams));
+        let values = (pool.max_uses.to_string(), pool.max_streams.to_string());
+        let (what, place) = origins.pair((name, &values.0), "is less than", (streams, &values.1));
+        let fix = "a connection takes no more sessions than that in its life: raise max_uses, or set it to 0 if the backend has no limit \
+                   of its own on the requests of a connection";
+        findings.push(Finding::warning(what, place, fix));
+    }
+}
+
+/// All pools of shared connections, each with the name under which its value of a key was written.
+fn shared_pools<'a>(
+    settings: &'a Settings,
+    origins: &Origins<'_>,
+    of_all: Name,
+    of_route: &'static str,
+) -> impl Iterator<Item = (Name, &'a Pool)> {
+    let of_routes = settings.routes.iter().enumerate().map(move |(index, route)| {
+        let own = Name { section: ROUTE, route: Some(index), key: of_route };
+        (if origins.written.contains_key(&own) { own } else { of_all }, &route.pool)
+    });
+    [(of_all, &settings.upstream.pool)].into_iter().chain(of_routes).filter(|(_, pool)| pool.mode == Mode::Multiplexed)
 }
 
 /// Whether binding both fails. Port 0 is any free port, so never the same; an unspecified address is all of its family, and

@@ -58,7 +58,7 @@ pub(super) const BACKEND: &str = "upstream";
 /// What its keys begin with that are those of `[pool]`.
 pub(super) const POOL: &str = "pool.";
 /// How many it may have in place of what is for all.
-pub(super) const OVERRIDES: usize = 11;
+pub(super) const OVERRIDES: usize = 12;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -187,6 +187,7 @@ impl Settings {
                     keep_alive: 32,
                     keep_alive_timeout: seconds(4),
                     max_streams: 64,
+                    max_uses: 900,
                     max_connections: 16,
                     idle_timeout: seconds(10),
                     stall_timeout: seconds(10),
@@ -379,7 +380,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 }
 
 /// `[pool]`, and what a route has of its own.
-fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 10] {
+fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 11] {
     let Pool {
         mode,
         prewarm,
@@ -387,6 +388,7 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 10] {
         keep_alive,
         keep_alive_timeout,
         max_streams,
+        max_uses,
         max_connections,
         idle_timeout,
         stall_timeout,
@@ -401,6 +403,7 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 10] {
         ("pool.keep_alive", count(keep_alive, 0..=4096)),
         ("pool.keep_alive_timeout", time(keep_alive_timeout, MS..=HOUR)),
         ("pool.max_streams", count(max_streams, 1..=4096)),
+        ("pool.max_uses", count(max_uses, 0..=1_000_000)),
         ("pool.max_connections", count(max_connections, 1..=1024)),
         ("pool.idle_timeout", time(idle_timeout, Duration::ZERO..=HOUR)),
         ("pool.stall_timeout", time(stall_timeout, MS..=HOUR)),

@@ -35,7 +35,7 @@ pub use self::{
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
     tls::{Tls, TlsClient, TlsFile, TlsFileError, encrypt, is_server_name, send_some, tls_error},
-    tunnel::{Discarded, Tunnel},
+    tunnel::{Discarded, Peer, Tunnel},
 };
 use crate::{metrics::Port, sparse::Sparse};
 
@@ -239,6 +239,11 @@ impl Stream {
             Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) => None,
             Self::Multiplexed(tunnel) => Some(tunnel.stall_timeout()),
         }
+    }
+
+    /// After its peer's Close no end of it comes.
+    pub fn is_forgotten(&self) -> bool {
+        matches!(self, Self::Multiplexed(tunnel) if tunnel.is_forgotten())
     }
 }
 

@@ -25,8 +25,18 @@ pub struct Tunnel {
     /// The peer may send what its window has left, and no more.
     is_shut: bool,
     stall_timeout: Duration,
+    peer: Peer,
     /// Its reference to the connection: dropped with it, which is when the stream has ended.
     _lease: Box<dyn fmt::Debug + Send + Sync>,
+}
+
+/// What a peer makes of the end of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// It ends what it sends with END_STREAM, and takes ours.
+    EndsStreams,
+    /// After its Close it neither sends END_STREAM nor bears ours: only RST_STREAM ends a stream of it.
+    ForgetsStreams,
 }
 
 /// How what a peer sends came to its end.
@@ -55,6 +65,7 @@ impl Tunnel {
         send: SendStream<Bytes>,
         recv: RecvStream,
         stall_timeout: Duration,
+        peer: Peer,
         lease: impl fmt::Debug + Send + Sync + 'static,
     ) -> Self {
         let unread = BytesMut::new();
@@ -67,12 +78,18 @@ impl Tunnel {
             has_finished: false,
             is_shut: false,
             stall_timeout,
+            peer,
             _lease: Box::new(lease),
         }
     }
 
     pub(super) const fn stall_timeout(&self) -> Duration {
         self.stall_timeout
+    }
+
+    /// After its peer's Close nothing of it comes, and nothing may be said to it.
+    pub fn is_forgotten(&self) -> bool {
+        self.peer == Peer::ForgetsStreams
     }
 
     /// Reads what is there, of as many DATA frames as fit; 0 is the end.
@@ -164,9 +181,9 @@ impl Tunnel {
         }
     }
 
-    /// END_STREAM, behind whatever still waits. Idempotent.
+    /// END_STREAM, behind whatever still waits, if the peer takes it. Idempotent.
     pub fn finish(&mut self) {
-        if !std::mem::replace(&mut self.has_finished, true) {
+        if !std::mem::replace(&mut self.has_finished, true) && self.peer == Peer::EndsStreams {
             // Fails when it was reset: then there is nobody to tell.
             let _ = self.send.send_data(Bytes::new(), true);
         }
@@ -244,7 +261,7 @@ mod tests {
         let driver = tracker.spawn(connection);
         let (response, send) = sender.send_request(Request::new(()), false).expect("room for one");
         let recv = response.await.expect("an answer").into_body();
-        let mut stream = Stream::Multiplexed(Box::new(Tunnel::new(send, recv, Duration::MAX, ())));
+        let mut stream = Stream::Multiplexed(Box::new(Tunnel::new(send, recv, Duration::MAX, Peer::EndsStreams, ())));
         stream.wait_until(sleep(Duration::from_secs(1))).await;
         let mut read = 0;
         while read < FRAMES {

@@ -83,7 +83,7 @@ enum Report {
 }
 
 impl Reports {
-    /// The backend wants nobody else on it; those who are stay.
+    /// Nobody else is to come on it, by the backend's will or for its age; those who are stay.
     pub fn go_away(&self) {
         (self.0)(Report::GoAway);
     }

@@ -128,6 +128,8 @@ struct Leg {
 #[derive(Debug)]
 pub(super) struct Ending {
     legs: [Leg; 2],
+    /// After the backend's Close nothing comes from it, not even its FIN.
+    is_forgotten: bool,
     /// The client's Close was heard, but whether it waits for an answer is being looked at.
     unsettled: bool,
     /// It is to end because we say so.
@@ -138,8 +140,8 @@ pub(super) struct Ending {
 }
 
 impl Ending {
-    /// Of a session in which nobody said anything about an end.
-    pub(super) const fn new() -> Self {
+    /// Of a session in which nobody said anything about an end. `is_forgotten`: the backend's FIN does not come.
+    pub(super) const fn new(is_forgotten: bool) -> Self {
         let leg = Leg {
             close: None,
             gone: None,
@@ -151,7 +153,7 @@ impl Ending {
             said: None,
             cut: false,
         };
-        Self { legs: [leg; 2], unsettled: false, leave: None, hastened_at: None, first: None }
+        Self { legs: [leg; 2], is_forgotten, unsettled: false, leave: None, hastened_at: None, first: None }
     }
 
     const fn leg(&self, side: Side) -> &Leg {
@@ -517,6 +519,7 @@ impl Ending {
             (Told::Flushed, Some(_)) => Some(now),
             // "the server MUST close the connection immediately" after both Closes (RFC 6455 7.1.1).
             (Told::Flushed, None) if side == Side::Client && leg.close.is_some() => Some(now),
+            (Told::Flushed, None) if side == Side::Backend && leg.close.is_some() && self.is_forgotten => Some(now),
             // Without the peer's Close; or with the backend's, where we are the client and wait for its FIN.
             (Told::Flushed, None) => {
                 self.answer_due(side, config, views).max(leg.since.map(|at| at + config.close_handshake_timeout))

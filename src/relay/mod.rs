@@ -224,7 +224,7 @@ impl Relay {
     ) -> Self {
         let now = Instant::now();
         let limits = Limits { frame: config.max_frame, message: config.max_message };
-        let mut ending = Ending::new();
+        let mut ending = Ending::new(backend.stream.as_ref().is_some_and(Stream::is_forgotten));
         for (side, leg) in [(Side::Client, &client), (Side::Backend, &backend)] {
             if leg.stream.is_none() {
                 ending.heard_gone(side, Gone::Reset, false, now);

@@ -21,6 +21,8 @@ pub struct Pool {
     pub keep_alive_timeout: Duration,
     /// References to one connection at once (multiplexed).
     pub max_streams: usize,
+    /// Handshakes on one connection in its life (multiplexed); 0: any number.
+    pub max_uses: usize,
     /// Connections per worker and endpoint (multiplexed).
     pub max_connections: usize,
     /// From the last reference to the end of a connection; zero: at once (multiplexed).

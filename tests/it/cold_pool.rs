@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_mins(2);
 const SETTINGS: &str = "listen.workers = 1\n\
                         upstream = { connect_timeout = '120s', queue_timeout = '120s' }\n\
                         websocket.write_timeout = '120s'\n\
-                        pool = { mode = 'multiplexed', max_streams = 4096, idle_timeout = '300ms' }\n";
+                        pool = { mode = 'multiplexed', max_streams = 4096, max_uses = 0, idle_timeout = '300ms' }\n";
 
 /// Descriptors are 20,000, and the budget sets two of them aside for each client, also where streams take none.
 fn sizes() -> &'static [usize] {

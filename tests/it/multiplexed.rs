@@ -346,6 +346,44 @@ fn refusals_of_the_application_pass() {
     t.no_rst();
 }
 
+/// Where END_STREAM on a stream that is forgotten would end the connection, for all who share it, there is none: the stream is
+/// reset, at once, when its session has ended or its handshake was refused.
+#[test]
+fn forgetful_backends_get_no_end_stream() {
+    let t = Scene::new(ONE_WORKER).front(treating(|_| Treat::Forget)).start();
+    beside_a_session(&t, || {
+        t.client(async |c| {
+            let refused = c.request(Message::websocket("/refused")).await;
+            assert_eq!(refused.code(), 403);
+        });
+        // Its answer is of the application, so it says nothing of the connection.
+        visit(&t);
+        t.front().seen_when("the ends of both", |seen| seen.reset.len() == 2);
+    });
+    let seen = t.front().seen_when("the last end", |seen| seen.reset.len() == 3);
+    assert_eq!((seen.reset, seen.streams), (vec![true; 3], vec![3]));
+    assert!(!is_left_in_peace(&t));
+    t.no_rst();
+}
+
+/// A connection that has had `pool.max_uses` handshakes takes no more, and ends with the last of its sessions. Whatever a backend
+/// does with one that it has had for long enough, it does to nobody.
+#[test]
+fn connections_are_not_used_for_ever() {
+    let settings = "listen.workers = 1\npool = { mode = 'multiplexed', max_uses = 3 }\n";
+    let t = Scene::new(settings).front(treating(|_| Treat::Echo)).start();
+    beside_a_session(&t, || {
+        for _ in 0..5 {
+            visit(&t);
+        }
+        let seen = t.front().seen_when("the end of one that had three", |seen| seen.ended.len() == 1);
+        assert_eq!((seen.streams, seen.ended), (vec![3, 3], vec![true]));
+    });
+    t.front().seen_when("the end of the other", |seen| seen.ended == [true; 2]);
+    assert_eq!(t.proxy().metrics().count("tidegate_pool_goaways_total"), 2);
+    t.no_rst();
+}
+
 /// A stream that is refused without having been looked at is begun once more, on another connection: its client notices nothing.
 /// What else goes wrong with it is said to the client.
 #[test]

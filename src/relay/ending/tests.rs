@@ -110,12 +110,12 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Self {
+    fn new(ending: Ending) -> Self {
         let start = Instant::now();
         let toward = Toward { boundary: true, blocked: false, pending: false, progress: start, unblocked: start };
         Self {
             config: config(),
-            ending: Ending::new(),
+            ending,
             start,
             now: start,
             toward: [toward; 2],
@@ -130,7 +130,11 @@ impl Scene {
 
     /// Plays `events`, each at its millisecond, and then waits until both legs have ended, if an end has begun.
     fn play(events: &[(u64, Event)]) -> Self {
-        let mut scene = Self::new();
+        Self::play_on(Ending::new(false), events)
+    }
+
+    fn play_on(ending: Ending, events: &[(u64, Event)]) -> Self {
+        let mut scene = Self::new(ending);
         for (at, event) in events {
             let at = scene.start + Duration::from_millis(*at);
             scene.wait_until(Some(at));
@@ -501,7 +505,11 @@ proptest! {
 
 /// One row: what happens, and what each side is told, in order, with the milliseconds of both.
 fn row(events: &[(u64, Event)], expected: &[(u64, Side, Told)]) {
-    let scene = Scene::play(events);
+    row_on(Ending::new(false), events, expected);
+}
+
+fn row_on(ending: Ending, events: &[(u64, Event)], expected: &[(u64, Side, Told)]) {
+    let scene = Scene::play_on(ending, events);
     assert_eq!(scene.said, expected, "after {events:?}");
     assert!(scene.is_over());
 }
@@ -529,6 +537,17 @@ fn a_client_closes_and_waits() {
             (30, Client, Told::Verbatim),
             (30, Client, Told::Fin),
             (30 + ANSWER, Backend, Told::Fin),
+        ],
+    );
+    // One whose FIN does not come is not waited for, once it has said its Close.
+    row_on(
+        Ending::new(true),
+        &[(0, Event::Close(Client, C1000)), (30, Event::Close(Backend, C1000))],
+        &[
+            (0, Backend, Told::Verbatim),
+            (30, Client, Told::Verbatim),
+            (30, Client, Told::Fin),
+            (30, Backend, Told::Fin),
         ],
     );
 }
@@ -760,7 +779,7 @@ fn a_drain_goes_upstream_first() {
             (50, Client, Told::Fin),
         ],
     );
-    let mut scene = Scene::new();
+    let mut scene = Scene::new(Ending::new(false));
     scene.hear(Event::Drain);
     scene.turn();
     assert!(!scene.ending.forwards(Client), "a request would be processed without an answer");
@@ -920,7 +939,7 @@ fn a_source_dies_inside_a_large_frame() {
 /// "both send Close at once": each gets the other's, as the answer to its own.
 #[test]
 fn both_close_at_once() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::new(Ending::new(false));
     scene.hear(Event::Close(Client, C1000));
     scene.hear(Event::Close(Backend, Some(1001)));
     scene.turn();

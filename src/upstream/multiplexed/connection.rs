@@ -19,9 +19,10 @@ use std::{
 
 use bytes::Bytes;
 use h2::{
-    Ping, PingPong, Reason,
-    client::{Builder, SendRequest},
+    Ping, PingPong, Reason, SendStream,
+    client::{Builder, ResponseFuture, SendRequest},
 };
+use http::Request;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::Notify,
@@ -62,6 +63,10 @@ const SEND_BUFFER: usize = 64 << 10;
 #[derive(Debug)]
 pub(in crate::upstream) struct Connection {
     sender: SendRequest<Bytes>,
+    /// Streams that were begun.
+    uses: AtomicUsize,
+    /// With so many it takes nobody else; 0: it takes any number.
+    max_uses: usize,
     reports: Arc<Told>,
     over: CancellationToken,
     shown: Arc<Shown>,
@@ -108,9 +113,13 @@ impl Told {
 }
 
 impl Connection {
-    /// To begin a stream with.
-    pub(super) fn sender(&self) -> SendRequest<Bytes> {
-        self.sender.clone()
+    /// Begins a stream. An error: it has just ended, or is about to.
+    pub(super) fn begin(&self, request: Request<()>) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
+        let begun = self.sender.clone().send_request(request, false)?;
+        if self.uses.fetch_add(1, Ordering::Relaxed) + 1 == self.max_uses {
+            self.reports.with(Reports::go_away);
+        }
+        Ok(begun)
     }
 
     /// It has accepted a WebSocket: whatever it refuses from now on, it refuses for what it is.
@@ -228,7 +237,8 @@ pub(super) async fn open(
         driver.drive().await;
         drop(ending);
     });
-    let connection = Connection { sender, reports, over, shown };
+    let (uses, max_uses) = (AtomicUsize::new(0), config.max_uses);
+    let connection = Connection { sender, uses, max_uses, reports, over, shown };
     if !takes_websockets {
         return Err(Without::Extension);
     }

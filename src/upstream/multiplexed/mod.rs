@@ -21,10 +21,10 @@ use std::{
 use bytes::Bytes;
 use h2::{Reason, RecvStream, ext::Protocol};
 use http::{
-    Method, Request, Response, StatusCode, Uri, Version,
+    HeaderMap, Method, Request, Response, StatusCode, Uri, Version,
     header::{
         AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, HeaderValue, SEC_WEBSOCKET_ACCEPT,
-        SEC_WEBSOCKET_KEY, UPGRADE,
+        SEC_WEBSOCKET_KEY, SERVER, UPGRADE,
     },
     uri::Scheme,
 };
@@ -49,7 +49,7 @@ use super::{
 use crate::{
     drain::Drain,
     metrics::Counted,
-    net::{Stream, Tunnel},
+    net::{Peer, Stream, Tunnel},
     pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
 };
 
@@ -247,10 +247,7 @@ impl Upstream {
     ) -> Asked {
         let (Inner { config, .. }, knowledge) = (&*self.inner, &endpoint.knowledge);
         let deadline = Instant::now() + config.handshake_timeout;
-        // An error here: it has just ended, or is about to.
-        let Ok((response, mut send)) = lease.sender().send_request(bridged.clone(), false) else {
-            return Asked::Unsent;
-        };
+        let Ok((response, mut send)) = lease.begin(bridged.clone()) else { return Asked::Unsent };
         control.begin();
         let answered = tokio::select! {
             biased;
@@ -268,7 +265,7 @@ impl Upstream {
                 return Asked::Failed(Error::Timeout(UNANSWERED));
             }
         };
-        let status = response.status();
+        let (status, peer) = (response.status(), peer(response.headers()));
         if status.is_success() && is_of_a_tunnel(&response) {
             lease.prove();
             knowledge.prove(endpoint.name());
@@ -281,14 +278,17 @@ impl Upstream {
             if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key)) {
                 response.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
             }
-            let tunnel = Tunnel::new(send, recv, config.pool.stall_timeout, lease);
+            let tunnel = Tunnel::new(send, recv, config.pool.stall_timeout, peer, lease);
             let stream = Stream::Multiplexed(Box::new(tunnel));
             return Asked::Answer(Answer::Tunnel { stream, early: Bytes::new(), response });
         }
         if !lease.is_proven() && !is_of_the_application(status) {
             return Asked::without(endpoint, Without::Practice);
         }
-        let _ = send.send_data(Bytes::new(), true);
+        // Without it the stream is reset when its handles go, which is when all of the answer was read.
+        if peer == Peer::EndsStreams {
+            let _ = send.send_data(Bytes::new(), true);
+        }
         let response = response.map(|recv| ReplyBody::Stream(StreamBody { recv, _lease: lease }));
         Asked::Answer(Reply { response, connection: Box::pin(async { None }) }.into())
     }
@@ -346,6 +346,16 @@ fn is_of_the_application(status: StatusCode) -> bool {
                 | StatusCode::PROXY_AUTHENTICATION_REQUIRED
                 | StatusCode::TOO_MANY_REQUESTS
         )
+}
+
+/// Hypercorn forgets a stream when it has answered a Close, without ending it, or when its application has returned; a DATA frame
+/// that comes then, if only an empty one with END_STREAM, ends the whole connection (0.18.0; its issue 329). It
+/// is known by the name that it gives itself.
+fn peer(headers: &HeaderMap) -> Peer {
+    match headers.get(SERVER) {
+        Some(name) if name.as_bytes().starts_with(b"hypercorn") => Peer::ForgetsStreams,
+        _ => Peer::EndsStreams,
+    }
 }
 
 /// A handshake of HTTP/1.1 as one of HTTP/2 (RFC 8441 5); `None`: its Host can't be said there.

@@ -30,6 +30,9 @@ pub enum Treat {
     Play,
     /// It is an echo that closes first, as a server should, and costs no other connection.
     Echo,
+    /// The same as Hypercorn does it: it gives its name, and has forgotten the stream when it has answered a Close, without ending it. At
+    /// `/refused` it answers with 403.
+    Forget,
     /// It is answered with this status.
     Status(u16),
     /// The same, once [`Front::answer`] says so.
@@ -96,6 +99,8 @@ pub struct Seen {
     pub plain: usize,
     /// Floods whose client has said that it is over.
     pub floods_over: usize,
+    /// What came on streams that were forgotten: whether it was RST_STREAM.
+    pub reset: Vec<bool>,
     /// The header of the last stream.
     pub request: Option<(String, Vec<(String, String)>)>,
     /// As many of the first connections are told to go away.
@@ -320,6 +325,17 @@ async fn treat(
                 let _ = echo(request.into_body(), &mut send).await;
             }
         }
+        Treat::Forget => {
+            let is_refused = request.uri().path() == "/refused";
+            let mut answer = answer(if is_refused { 403 } else { 200 });
+            answer.headers_mut().insert("server", HeaderValue::from_static("hypercorn-h2"));
+            let Ok(mut send) = response.send_response(answer, is_refused) else { return };
+            let mut body = request.into_body();
+            if is_refused || until_close(&mut body, &mut send).await.is_ok() {
+                let is_reset = matches!(body.data().await, Some(Err(error)) if error.is_reset());
+                seen.change(|seen| seen.reset.push(is_reset));
+            }
+        }
         Treat::Status(status) | Treat::LateStatus(status) => {
             if matches!(treat, Treat::LateStatus(_)) {
                 while seen.until(LIMIT, |seen| seen.answers.then_some(())).await.is_none() {}
@@ -360,6 +376,16 @@ async fn treat(
 }
 
 async fn echo(mut body: RecvStream, send: &mut SendStream<Bytes>) -> Result<(), ()> {
+    until_close(&mut body, send).await?;
+    send.send_data(Bytes::new(), true).map_err(|_| ())?;
+    while let Some(Ok(bytes)) = body.data().await {
+        let _ = body.flow_control().release_capacity(bytes.len());
+    }
+    Ok(())
+}
+
+/// Echoes until it has answered a Close.
+async fn until_close(body: &mut RecvStream, send: &mut SendStream<Bytes>) -> Result<(), ()> {
     let mut read = Vec::new();
     while let Some(Ok(bytes)) = body.data().await {
         let _ = body.flow_control().release_capacity(bytes.len());
@@ -374,11 +400,11 @@ async fn echo(mut body: RecvStream, send: &mut SendStream<Bytes>) -> Result<(), 
             };
             write(send, answer.bytes(None).into()).await?;
             if frame.opcode == CLOSE {
-                send.send_data(Bytes::new(), true).map_err(|_| ())?;
+                return Ok(());
             }
         }
     }
-    Ok(())
+    Err(())
 }
 
 /// Writes one DATA frame.
