@@ -402,7 +402,7 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 11] {
         ("pool.prewarm_max_age", time(prewarm_max_age, MS * 100..=HOUR)),
         ("pool.keep_alive", count(keep_alive, 0..=4096)),
         ("pool.keep_alive_timeout", time(keep_alive_timeout, MS..=HOUR)),
-        ("pool.max_streams", count(max_streams, 1..=4096)),
+        ("pool.max_streams", count(max_streams, 1..=16_384)),
         ("pool.max_uses", count(max_uses, 0..=1_000_000)),
         ("pool.max_connections", count(max_connections, 1..=1024)),
         ("pool.idle_timeout", time(idle_timeout, Duration::ZERO..=HOUR)),
