@@ -183,6 +183,7 @@ fn an_unreachable_backend_is_not_taken_for_an_old_one() {
 fn an_early_end_is_no_proof() {
     let t = Scene::new(ONE_WORKER).front(greeting(|nth| if nth == 1 { Greets::Fin } else { Greets::Settings })).start();
     visit(&t);
+    t.front().seen_when("the end of its connection", |seen| seen.ended.len() == 1);
     assert_eq!(refusal(&t).code(), 502);
     std::thread::sleep(Duration::from_millis(60));
     visit(&t);
@@ -229,7 +230,9 @@ fn a_backend_without_an_answer_is_left_in_peace() {
 fn a_backend_that_was_replaced_is_tried_anew() {
     let t =
         Scene::new(ONE_WORKER).front(treating(|stream| if stream == 0 { Treat::Play } else { Treat::Page })).start();
-    for _ in 0..3 {
+    visit(&t);
+    t.front().seen_when("the end of its connection", |seen| seen.ended.len() == 1);
+    for _ in 0..2 {
         visit(&t);
     }
     let seen = t.front().seen();
