@@ -63,6 +63,8 @@ pub enum Handshake {
     Refused,
     /// No valid WebSocket handshake; the backend was not asked.
     Invalid,
+    /// Of a web page that is not among `http.allowed_origins`; the backend was not asked.
+    Origin,
     /// The backend answered 101 with a wrong or missing header, or no HTTP.
     BadBackend,
     /// Not connected.
@@ -76,10 +78,11 @@ pub enum Handshake {
 }
 
 impl Handshake {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Accepted,
         Self::Refused,
         Self::Invalid,
+        Self::Origin,
         Self::BadBackend,
         Self::Unreachable,
         Self::Timeout,
@@ -92,6 +95,7 @@ impl Handshake {
             Self::Accepted => "accepted",
             Self::Refused => "refused",
             Self::Invalid => "invalid",
+            Self::Origin => "origin",
             Self::BadBackend => "bad_backend",
             Self::Unreachable => "unreachable",
             Self::Timeout => "timeout",

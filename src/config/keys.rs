@@ -22,7 +22,8 @@ use super::{
 };
 use crate::{
     admission::{self, Memory},
-    close, downstream,
+    close,
+    downstream::{self, BadOrigin, Origin},
     drain::{self, Readiness},
     listen,
     net::{Address, SocketConfig, is_server_name},
@@ -82,6 +83,8 @@ pub(super) enum Slot<'a> {
     Code(&'a mut u16, &'static [RangeInclusive<u16>]),
     /// Networks.
     Networks(&'a mut Vec<IpNet>),
+    /// Origins of web pages.
+    Origins(&'a mut Vec<Origin>),
     /// Addresses of this host.
     Addresses(&'a mut Vec<IpAddr>),
     /// `true` or `false`.
@@ -148,6 +151,7 @@ const CONTROL_FRAME_BYTES: u64 = 125;
 const FILTER_BYTES: usize = 4096;
 const MAX_NETWORKS: usize = 1024;
 const MAX_ADDRESSES: usize = 256;
+const MAX_ORIGINS: usize = 256;
 const MAX_BACKENDS: usize = 64;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
@@ -177,6 +181,7 @@ impl Settings {
                 header_count: 100,
                 retry_after: seconds(1),
                 trusted_proxies: Vec::new(),
+                allowed_origins: Vec::new(),
             },
             upstream: upstream::Config {
                 address: Address::Tcp { host: "127.0.0.1".to_owned(), port: 9000 }.into(),
@@ -269,7 +274,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
-    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies } = downstream;
+    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies, allowed_origins } = downstream;
     let upstream::Config {
         address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
@@ -308,6 +313,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         // Retry-After is in whole seconds (RFC 9110 10.2.3).
         live("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
         live("http", "trusted_proxies", Networks(trusted_proxies)),
+        live("http", "allowed_origins", Slot::Origins(allowed_origins)),
 
         live("upstream", "address", Backends(backend)),
         live("upstream", "resolve_interval", time(resolve_interval, MS * 100..=HOUR)),
@@ -562,56 +568,26 @@ impl Slot<'_> {
                 **to = known;
             }
             Slot::Networks(to) => {
-                let Value::List(items) = value else {
-                    let fix = match value {
-                        Value::Text(text) => format!("put it in brackets: [{text:?}]"),
-                        _ => r#"write it like ["10.0.0.0/8", "192.168.0.0/16"]"#.to_owned(),
-                    };
-                    return refuse(format!("must be a list, but is {}", value.kind()), fix);
-                };
-                if items.len() > MAX_NETWORKS {
-                    return refuse(
-                        format!("has {} networks", items.len()),
-                        format!("at most {MAX_NETWORKS} are looked through per request"),
-                    );
-                }
-                let networks = items.iter().enumerate().map(|(index, item)| {
-                    let network = match item {
-                        Value::Text(text) => parse_network(text),
-                        _ => {
-                            refuse(format!("contains {}", item.kind()), r#"write networks as strings: ["10.0.0.0/8"]"#)
-                        }
-                    };
-                    network.map_err(|refusal| Refusal { item: Some(index), ..refusal })
-                });
-                **to = networks.collect::<Result<_, _>>()?;
+                **to = items(value, "networks", r#"["10.0.0.0/8", "192.168.0.0/16"]"#, MAX_NETWORKS, parse_network)?;
+            }
+            Slot::Origins(to) => {
+                let example = r#"["https://app.example", "http://localhost:3000"]"#;
+                **to = items(value, "origins", example, MAX_ORIGINS, parse_origin)?;
             }
             Slot::Addresses(to) => {
-                let Value::List(items) = value else {
-                    let fix = match value {
-                        Value::Text(text) => format!("put it in brackets: [{text:?}]"),
-                        _ => r#"write it like ["127.0.0.2", "127.0.0.3"]"#.to_owned(),
-                    };
-                    return refuse(format!("must be a list, but is {}", value.kind()), fix);
-                };
-                if items.len() > MAX_ADDRESSES {
-                    let what = format!("has {} addresses", items.len());
-                    return refuse(what, format!("use at most {MAX_ADDRESSES}"));
-                }
-                let addresses = items.iter().enumerate().map(|(index, item)| {
-                    let Value::Text(text) = item else {
-                        let refusal =
-                            refuse(format!("contains {}", item.kind()), r#"write addresses as strings: ["127.0.0.2"]"#);
-                        return refusal.map_err(|refusal| Refusal { item: Some(index), ..refusal });
-                    };
+                let source = |text: &str| {
                     let usable = text.parse().ok().filter(|ip: &IpAddr| !ip.is_unspecified() && !ip.is_multicast());
-                    usable.ok_or_else(|| Refusal {
-                        what: format!("contains an item that is no address to connect from: {text:?}"),
-                        fix: "name addresses of this host: \"127.0.0.2\"; all of 127.0.0.0/8 are".to_owned(),
-                        item: Some(index),
-                    })
-                });
-                **to = addresses.collect::<Result<_, _>>()?;
+                    usable.map_or_else(
+                        || {
+                            refuse(
+                                format!("contains an item that is no address to connect from: {text:?}"),
+                                "name addresses of this host: \"127.0.0.2\"; all of 127.0.0.0/8 are",
+                            )
+                        },
+                        Ok,
+                    )
+                };
+                **to = items(value, "addresses", r#"["127.0.0.2", "127.0.0.3"]"#, MAX_ADDRESSES, source)?;
             }
             Slot::Switch(to) => match value {
                 Value::Switch(on) => **to = *on,
@@ -730,6 +706,7 @@ impl Slot<'_> {
                 Memory::Limit(bytes) => format_size(*bytes),
             }),
             Slot::Networks(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
+            Slot::Origins(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Text(from, _) | Slot::File(from) | Slot::Host(from) | Slot::Filter(from) => {
                 Plain::Text((*from).clone())
             }
@@ -743,6 +720,46 @@ impl Slot<'_> {
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
         }
     }
+}
+
+/// The texts of a list, each as what it stands for.
+fn items<T>(
+    value: &Value,
+    what: &str,
+    example: &str,
+    most: usize,
+    parse: impl Fn(&str) -> Result<T, Refusal>,
+) -> Result<Vec<T>, Refusal> {
+    let Value::List(items) = value else {
+        let fix = match value {
+            Value::Text(text) => format!("put it in brackets: [{text:?}]"),
+            _ => format!("write it like {example}"),
+        };
+        return refuse(format!("must be a list, but is {}", value.kind()), fix);
+    };
+    if items.len() > most {
+        return refuse(format!("has {} {what}", items.len()), format!("use at most {most}"));
+    }
+    let items = items.iter().enumerate().map(|(index, item)| {
+        let parsed = match item {
+            Value::Text(text) => parse(text),
+            _ => refuse(format!("contains {}", item.kind()), format!("write {what} as strings: {example}")),
+        };
+        parsed.map_err(|refusal| Refusal { item: Some(index), ..refusal })
+    });
+    items.collect()
+}
+
+fn parse_origin(text: &str) -> Result<Origin, Refusal> {
+    text.parse().or_else(|BadOrigin { meant }| {
+        let fix = match meant {
+            Some(meant) => format!("browsers send {meant:?}: write it like that"),
+            None => "write scheme and host, and the port where it is not the usual one: \"https://app.example\"; or \"null\" for files and \
+                     sandboxed frames. To allow all leave the list empty"
+                .to_owned(),
+        };
+        refuse(format!("contains an item that is no origin: {text:?}"), fix)
+    })
 }
 
 impl Number<'_> {

@@ -3,6 +3,7 @@
 mod body;
 mod handshake;
 mod headers;
+mod origin;
 
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{drop_claims, forward_request, forward_response, request_id},
+    origin::{BadOrigin, Origin, is_allowed},
 };
 
 /// What the client's leg needs to know.
@@ -33,6 +35,8 @@ pub struct Config {
     pub retry_after: Duration,
     /// Whose `X-Forwarded-*` are believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Whose pages may open WebSockets; none: all.
+    pub allowed_origins: Vec<Origin>,
 }
 
 /// What goes back to a client.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use http::{
-    HeaderValue, Request, Response, StatusCode,
-    header::{ALLOW, CONNECTION, SEC_WEBSOCKET_VERSION, UPGRADE},
+    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    header::{ALLOW, CONNECTION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
 use tracing::{debug, warn};
 
@@ -143,6 +143,22 @@ impl Context {
         };
         answer_later(status, reason, self.downstream.retry_after)
     }
+}
+
+/// A handshake of a page that may not.
+pub(super) fn refuse_origin(client: SocketAddr, headers: &HeaderMap) -> Response<Body> {
+    static SAID: Sparse = Sparse::new();
+    let origins: Vec<_> = headers.get_all(ORIGIN).iter().map(|origin| origin.as_bytes().escape_ascii()).collect();
+    let mut origin = origins.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    // Escaped it is ASCII.
+    origin.truncate(256);
+    if let Some(unsaid) = SAID.is_due() {
+        let fix = "if its pages are meant to connect, add it to http.allowed_origins";
+        warn!(%client, origin, fix, unsaid, "a web page is not allowed to connect: it gets 403");
+    } else {
+        debug!(%client, origin, "a web page is not allowed to connect: it gets 403");
+    }
+    answer(StatusCode::FORBIDDEN, "pages of this Origin may not open WebSockets here")
 }
 
 /// Says what went wrong. Of each kind once in a while: when a backend is down there are as many as there are clients.

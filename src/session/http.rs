@@ -25,7 +25,7 @@ use tracing::{debug, info};
 
 use super::{
     About, Context, Tunnel,
-    answer::{complain, last},
+    answer::{complain, last, refuse_origin},
 };
 use crate::{
     admission::{Extra, Reason},
@@ -348,6 +348,9 @@ impl Context {
         mut request: Request<()>,
         client: SocketAddr,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        if !downstream::is_allowed(request.headers(), &self.downstream.allowed_origins) {
+            return (Handshake::Origin, refuse_origin(client, request.headers()), None);
+        }
         match self.admission.pace() {
             Ok(Duration::ZERO) => {}
             Ok(delay) => sleep(delay).await,

@@ -790,6 +790,58 @@ fn what_the_backend_is_told() {
     }
 }
 
+/// Cross-site WebSocket hijacking: a page of somebody else opens a WebSocket with the cookies of the user. Where origins are listed these
+/// alone may, byte by byte; the backend never hears of the others. Clients that are no browsers have none, and plain requests have
+/// rules of their own (CORS).
+#[test]
+fn pages_need_leave() {
+    let t = Scene::new("http.allowed_origins = ['https://app.example', 'https://app.example:8443']").start();
+    let with = |origins: &[&str]| {
+        origins.iter().fold(Message::websocket("/"), |request, origin| request.header("Origin", origin))
+    };
+    for stranger in [
+        &["https://evil.example"][..],
+        &["null"],
+        &[""],
+        &["https://app.example.evil.example"],
+        &["https://evilapp.example"],
+        &["https://app.example@evil.example"],
+        &["https://app.example/"],
+        &["https://app.example:443"],
+        &["http://app.example"],
+        &["https://APP.example"],
+        &["https://app.example, https://app.example"],
+        &["https://app.example https://evil.example"],
+        &["https://app.example", "https://evil.example"],
+        &["https://app.example", "https://app.example"],
+        &["*"],
+        &["\u{1b}[31mhttps://app.example"],
+    ] {
+        t.client(async |c| {
+            let response = c.request(with(stranger)).await;
+            assert!([400, 403].contains(&response.code()), "{stranger:?}: {response:?}");
+            c.until_end().await;
+        });
+    }
+    for friend in [&["https://app.example"][..], &["https://app.example:8443"], &[]] {
+        t.client(async |c| {
+            c.handshake_with(with(friend)).await;
+            c.send_close(1000, "").await;
+            c.until_end().await.assert_closed_with(1000);
+        });
+    }
+    t.client(async |c| {
+        let foreign = Message::get("/").header("Origin", "https://evil.example").header("Connection", "close");
+        // Of a backend that knows nothing but WebSockets.
+        assert_eq!(c.request(foreign).await.code(), 502);
+    });
+    assert_eq!(t.backend().count(), 4, "the backend heard of strangers");
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_handshakes_total{result=\"origin\"}"), 15);
+    t.proxy().log_where("who was refused", |line| line["origin"] == "https://evil.example");
+    t.no_rst();
+}
+
 /// A target with an authority in it: the path goes to the backend, and Host is that authority; with credentials it is refused.
 #[test]
 fn a_target_in_absolute_form() {
