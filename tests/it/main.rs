@@ -27,6 +27,7 @@ mod pool_bursts;
 mod reload;
 mod resources;
 mod restart;
+mod rollout;
 mod routes;
 mod shared_endpoints;
 mod spike;

@@ -6,33 +6,38 @@
 //!         containers have exited as well; SIGKILL for whoever is left when the grace period is over
 //! ```
 //!
-//! What the manifest says is parsed and done: hooks, probes, arguments, the `ConfigMap` and where it is mounted, the grace period. Not
-//! here: images (the backend is an echo of ours), resources, security contexts, and restarts for any other reason than a test's.
+//! What the manifest says is parsed and done: hooks, probes, arguments, the `ConfigMap` and where it is mounted, the grace period. Several
+//! Pods are several labs. Not here: images (the backend is an echo of ours), resources, security contexts, and restarts for any other
+//! reason than a test's.
 
 use super::{Board, DEADLINE, Lab, Side, crowd::EchoProcess, lab::Counters, proxy::Proxy};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::Value;
 use std::{
     fs,
     io::{self, BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpStream},
+    os::unix::process::CommandExt as _,
     path::Path,
-    process::Stdio,
+    process::{Child, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
+use toml::Table;
 
 /// What the kubelet itself says in its requests.
 const AGENT: &str = "kube-probe/1.33";
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Hook {
     Exec(Vec<String>),
     Get { port: u16, path: String },
     Sleep(Duration),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Probe {
     port: u16,
     path: String,
@@ -41,11 +46,19 @@ struct Probe {
     failures: u64,
 }
 
+/// What is in a container's image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Program {
+    Tidegate,
+    Backend,
+    Nginx,
+}
+
 /// A container's part of the manifest.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Container {
     name: String,
-    is_tidegate: bool,
+    program: Program,
     is_sidecar: bool,
     arguments: Vec<String>,
     /// Of a container with the configuration, where that is.
@@ -56,13 +69,15 @@ struct Container {
 }
 
 /// What a file of `k8s/rendered` says of the Pod of its Deployment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Manifest {
     /// Sidecars first, each kind in its order.
     containers: Vec<Container>,
     /// The keys of the `ConfigMap`.
     config: Vec<(String, String)>,
     pub grace: Duration,
+    /// `minReadySeconds`: a new Pod that has been ready for so long makes room for the end of an old one.
+    pub available_after: Duration,
     /// Of the Pod, where the Service sends its clients.
     client_port: u16,
 }
@@ -126,7 +141,11 @@ impl Container {
         let mounts = list(container, "/volumeMounts").map(|mount| text(mount, "/mountPath").to_owned());
         Self {
             name: text(container, "/name").to_owned(),
-            is_tidegate: text(container, "/image").starts_with("tidegate:"),
+            program: if text(container, "/image").starts_with("tidegate:") {
+                Program::Tidegate
+            } else {
+                Program::Backend
+            },
             is_sidecar,
             arguments: texts(container, "/args"),
             config_mount: mounts.last(),
@@ -147,7 +166,8 @@ impl Manifest {
             let mut found = objects.iter().filter(|object| object["kind"] == kind);
             found.next().unwrap_or_else(|| panic!("no {kind} in {}", path.display()))
         };
-        let pod = &of_kind("Deployment")["spec"]["template"]["spec"];
+        let deployment = &of_kind("Deployment")["spec"];
+        let pod = &deployment["template"]["spec"];
         let (sidecars, others): (Vec<_>, Vec<_>) =
             list(pod, "/initContainers").partition(|container| container["restartPolicy"] == "Always");
         assert!(others.is_empty(), "init containers that end are not started here: {others:#?}");
@@ -162,8 +182,132 @@ impl Manifest {
                 .map(|(key, value)| (key.clone(), value.as_str().expect("a text").to_owned()))
                 .collect(),
             grace: Duration::from_secs(pod["terminationGracePeriodSeconds"].as_u64().expect("a number")),
+            available_after: Duration::from_secs(deployment["minReadySeconds"].as_u64().unwrap_or_default()),
             client_port: service_port["targetPort"].as_u64().and_then(|port| port.try_into().ok()).expect("a port"),
         }
+    }
+
+    /// Where clients will connect to a Pod in this lab.
+    pub fn address_in(&self, lab: &Lab) -> SocketAddr {
+        SocketAddr::new(lab.address(Side::Proxy, Side::Client), self.client_port)
+    }
+
+    fn proxy_toml(&mut self) -> &mut String {
+        let mut keys = self.config.iter_mut();
+        keys.find(|(name, _)| name == "proxy.toml").map(|(_, text)| text).expect("a proxy.toml")
+    }
+
+    /// A duration of `[drain]`.
+    pub fn drain(&mut self, key: &str) -> Duration {
+        let config: Table = self.proxy_toml().parse().expect("TOML");
+        let seconds = config["drain"].get(key).and_then(|value| value.as_str()?.strip_suffix('s')?.parse().ok());
+        Duration::from_secs(seconds.unwrap_or_else(|| panic!("drain.{key} in whole seconds: {config:#?}")))
+    }
+
+    /// Another one, for a test that has less time than a deployment.
+    pub fn set_drain(&mut self, key: &str, value: Duration) {
+        let text = self.proxy_toml();
+        let mut config: Table = text.parse().expect("TOML");
+        let drain = config["drain"].as_table_mut().expect("a section");
+        drain.insert(key.to_owned(), format!("{}s", value.as_secs()).into());
+        *text = config.to_string();
+    }
+
+    /// The same with nginx in tidegate's place, and the hooks that are best for it: it goes on accepting for `drain.delay`, then closes its
+    /// listeners and leaves its sessions `drain.window`, and the backend serves for as long and `drain.timeout` more.
+    #[must_use]
+    pub fn with_nginx(mut self) -> Self {
+        let [delay, window, timeout] = ["delay", "window", "timeout"].map(|key| self.drain(key));
+        let backend = self.containers.iter().find(|container| container.program == Program::Backend);
+        let path = backend.and_then(|backend| backend.readiness.as_ref()).expect("a probed backend").path.clone();
+        for container in &mut self.containers {
+            if container.program == Program::Backend {
+                container.pre_stop = Some(Hook::Sleep(delay + window + timeout));
+                continue;
+            }
+            "nginx".clone_into(&mut container.name);
+            container.program = Program::Nginx;
+            // Its end begins with its own hook's, and not with that of the backend's process.
+            container.is_sidecar = false;
+            container.startup = None;
+            let probe = container.readiness.as_mut().expect("a probed proxy");
+            (probe.port, probe.path) = (self.client_port, path.clone());
+            container.pre_stop = Some(Hook::Sleep(delay));
+        }
+        let window = window.as_secs();
+        let config: Table = self.proxy_toml().parse().expect("TOML");
+        let upstream = config["upstream"]["address"].as_str().expect("an address");
+        let text = format!(
+            "daemon off;
+user root;
+worker_processes 2;
+worker_rlimit_nofile 20000;
+worker_shutdown_timeout {window}s;
+pid nginx.pid;
+error_log stderr;
+events {{ worker_connections 9000; }}
+http {{
+    access_log off;
+    client_body_temp_path client_body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    map $http_upgrade $connection_upgrade {{
+        default upgrade;
+        ''      close;
+    }}
+    server {{
+        listen 0.0.0.0:{} backlog=65535;
+        location / {{
+            proxy_pass http://{upstream};
+            proxy_http_version 1.1;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $connection_upgrade;
+            proxy_read_timeout 1h;
+            proxy_send_timeout 1h;
+        }}
+    }}
+}}
+",
+            self.client_port
+        );
+        self.config.push(("nginx.conf".to_owned(), text));
+        self
+    }
+}
+
+/// nginx as it is on the host, with its workers in a process group of their own.
+#[derive(Debug)]
+struct Nginx {
+    child: Child,
+    _folder: TempDir,
+}
+
+impl Nginx {
+    fn start(lab: &Lab, folder: TempDir) -> Self {
+        let mut command = lab.command_in(Side::Proxy, "nginx");
+        command.arg("-p").arg(folder.path()).args(["-e", "stderr", "-c"]).arg(folder.path().join("nginx.conf"));
+        // On stderr it says of each session that it cuts that it was open.
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self { child: command.spawn().expect("nginx"), _folder: folder }
+    }
+
+    fn has_exited(&mut self) -> bool {
+        self.child.try_wait().expect("our own child").is_some()
+    }
+
+    fn kill(&mut self) {
+        if !self.has_exited() {
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -172,13 +316,16 @@ impl Manifest {
 enum Process {
     Tidegate(Arc<Proxy>),
     Backend(EchoProcess),
+    Nginx(Nginx),
 }
 
 impl Process {
-    fn sigterm(&mut self) {
+    /// By the signal that its image asks for: SIGTERM where that says nothing.
+    fn stop(&mut self) {
         match self {
             Self::Tidegate(proxy) => proxy.sigterm(),
             Self::Backend(backend) => backend.sigterm(),
+            Self::Nginx(nginx) => kill_process(Pid::from_child(&nginx.child), Signal::QUIT).expect("our own child"),
         }
     }
 
@@ -186,6 +333,7 @@ impl Process {
         match self {
             Self::Tidegate(proxy) => proxy.sigkill(),
             Self::Backend(backend) => backend.kill(),
+            Self::Nginx(nginx) => nginx.kill(),
         }
     }
 
@@ -193,6 +341,7 @@ impl Process {
         match self {
             Self::Tidegate(proxy) => proxy.exit_status().is_some(),
             Self::Backend(backend) => backend.has_exited(),
+            Self::Nginx(nginx) => nginx.has_exited(),
         }
     }
 }
@@ -213,9 +362,8 @@ pub struct Pod<'a> {
 impl<'a> Pod<'a> {
     /// Starts its containers. They are ready when [`Pod::becomes_ready`] says so.
     pub fn start(lab: &'a Lab, manifest: Manifest) -> Self {
-        let ip = lab.address(Side::Proxy, Side::Client);
+        let address = manifest.address_in(lab);
         let processes = manifest.containers.iter().map(|_| Mutex::new(None)).collect();
-        let address = SocketAddr::new(ip, manifest.client_port);
         let baseline = lab.counters(Side::Proxy);
         let pod = Self { lab, manifest, processes, events: Board::new(Vec::new()), baseline, address };
         for index in 0..pod.manifest.containers.len() {
@@ -226,14 +374,18 @@ impl<'a> Pod<'a> {
 
     fn start_container(&self, index: usize) {
         let container = &self.manifest.containers[index];
-        let process = if container.is_tidegate {
-            let folder = self.mount();
-            let mount = container.config_mount.as_deref().expect("a mounted configuration");
-            let at = |text: &String| text.replace(mount, &folder.path().display().to_string());
-            let arguments: Vec<_> = container.arguments.iter().map(at).collect();
-            Process::Tidegate(Arc::new(Proxy::start_as(self.lab, &arguments, folder, Instant::now())))
-        } else {
-            Process::Backend(EchoProcess::start_at(self.lab, Side::Proxy, self.listen_address(container)))
+        let process = match container.program {
+            Program::Tidegate => {
+                let folder = self.mount();
+                let mount = container.config_mount.as_deref().expect("a mounted configuration");
+                let at = |text: &String| text.replace(mount, &folder.path().display().to_string());
+                let arguments: Vec<_> = container.arguments.iter().map(at).collect();
+                Process::Tidegate(Arc::new(Proxy::start_as(self.lab, &arguments, folder, Instant::now())))
+            }
+            Program::Nginx => Process::Nginx(Nginx::start(self.lab, self.mount())),
+            Program::Backend => {
+                Process::Backend(EchoProcess::start_at(self.lab, Side::Proxy, self.listen_address(container)))
+            }
         };
         *self.process(index) = Some(process);
         self.note(&container.name, "started");
@@ -250,7 +402,7 @@ impl<'a> Pod<'a> {
     }
 
     /// A folder with the keys of the `ConfigMap` as files. Where all Pods of the host share one loopback, a Pod has an address of it for itself.
-    fn mount(&self) -> tempfile::TempDir {
+    fn mount(&self) -> TempDir {
         let folder = tempfile::tempdir().expect("a folder for the configuration");
         for (name, text) in &self.manifest.config {
             let text = if self.lab.counts_are_exact() {
@@ -299,7 +451,9 @@ impl<'a> Pod<'a> {
     }
 
     pub fn tidegate(&self) -> Arc<Proxy> {
-        let index = self.manifest.containers.iter().position(|container| container.is_tidegate).expect("a tidegate");
+        let containers = &self.manifest.containers;
+        let index = containers.iter().position(|container| container.program == Program::Tidegate);
+        let index = index.expect("a tidegate");
         match &*self.process(index) {
             Some(Process::Tidegate(proxy)) => Arc::clone(proxy),
             other => panic!("no tidegate, but {other:?}"),
@@ -314,6 +468,26 @@ impl<'a> Pod<'a> {
         while !probes().all(|probe| self.passes(probe)) {
             assert!(begun.elapsed() < DEADLINE, "not ready: {:#?}", self.events());
             thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Goes on with the readiness probes until then, as the kubelet does also while the Pod ends; tells when it is ready no more, and
+    /// when it is again.
+    pub fn watch(&self, until: &Board<bool>, tell: impl Fn(bool)) {
+        let containers = self.manifest.containers.iter();
+        let mut probes: Vec<_> = containers.filter_map(|c| c.readiness.as_ref()).map(|probe| (probe, 0)).collect();
+        let period = probes.iter().map(|(probe, _)| probe.period).min().expect("a readiness probe");
+        let mut is_ready = true;
+        while until.wait(period, |until| until.then_some(())).is_none() {
+            for (probe, failures) in &mut probes {
+                *failures = if self.passes(probe) { 0 } else { *failures + 1 };
+            }
+            // What was not ready is it with the first probe that passes.
+            let is_ready_now = probes.iter().all(|(probe, n)| if is_ready { *n < probe.failures } else { *n == 0 });
+            if is_ready_now != is_ready {
+                tell(is_ready_now);
+            }
+            is_ready = is_ready_now;
         }
     }
 
@@ -370,8 +544,8 @@ impl<'a> Pod<'a> {
     fn stop(&self, index: usize, end: Instant) {
         let name = &self.manifest.containers[index].name;
         let with = |what: fn(&mut Process)| what(self.process(index).as_mut().expect("a process"));
-        self.note(name, "SIGTERM");
-        with(Process::sigterm);
+        self.note(name, if self.manifest.containers[index].program == Program::Nginx { "SIGQUIT" } else { "SIGTERM" });
+        with(Process::stop);
         let has_exited = || self.process(index).as_mut().is_none_or(Process::has_exited);
         while !has_exited() {
             if Instant::now() > end {

@@ -309,8 +309,9 @@ impl Place {
         self.0.as_ref().map(|name| PathBuf::from(NAMESPACES).join(name))
     }
 
-    /// Moves the calling thread, which must be one of ours: libtest's threads serve other tests after this one.
-    fn enter(&self) -> io::Result<()> {
+    /// Moves the calling thread, which must be one of ours: libtest's threads serve other tests after this one. Sockets stay where they
+    /// were made, so that one thread can have clients in several labs.
+    pub fn enter(&self) -> io::Result<()> {
         let Some(file) = self.file() else {
             return Ok(());
         };
