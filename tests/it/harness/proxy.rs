@@ -200,14 +200,18 @@ impl Proxy {
     /// Every listening socket of our port is ours: with `SO_REUSEPORT` a second process could take half of the clients.
     fn assert_only_listener(&self) {
         let sockets = self.sockets();
-        let port = self.address.port();
+        // Where all labs are on loopback, another may have the same port of another address.
+        let is_ours = |local: SocketAddr| {
+            let [own, other] = [self.address.ip(), local.ip()];
+            local.port() == self.address.port() && (own == other || own.is_unspecified() || other.is_unspecified())
+        };
         let ours: Vec<String> = fs::read_dir(format!("/proc/{}/fd", self.pid))
             .expect("our own child")
             .flatten()
             .filter_map(|entry| fs::read_link(entry.path()).ok())
             .map(|link| link.to_string_lossy().into_owned())
             .collect();
-        let listening: Vec<_> = sockets.iter().filter(|s| s.state == "LISTEN" && s.local.port() == port).collect();
+        let listening: Vec<_> = sockets.iter().filter(|s| s.state == "LISTEN" && is_ours(s.local)).collect();
         assert!(!listening.is_empty(), "nothing listens on {}: {sockets:?}", self.address);
         for socket in listening {
             let ours = ours.contains(&format!("socket:[{}]", socket.inode));
