@@ -10,7 +10,7 @@
 use std::fmt;
 
 use crate::{
-    admission::{CONNECTION_BYTES, Capacity, Reason},
+    admission::{Capacity, Reason, connection_bytes},
     gate,
 };
 
@@ -29,6 +29,8 @@ pub struct Host {
     pub ports: Option<u64>,
     /// Connections to backends that are to wait for their use (`pool.prewarm`, `pool.keep_alive`).
     pub idle: usize,
+    /// Clients speak TLS.
+    pub has_tls: bool,
 }
 
 /// What can be given, and why not more.
@@ -119,7 +121,8 @@ pub fn most_queues(descriptors: u64, max_sockets: usize) -> usize {
 impl Budget {
     /// `wanted` is `limits.max_connections`.
     pub fn new(host: &Host, wanted: Option<usize>) -> Result<Self, NoRoom> {
-        let Host { descriptors, open, memory, workers, ports, idle } = *host;
+        let Host { descriptors, open, memory, workers, ports, idle, has_tls } = *host;
+        let connection_bytes = connection_bytes(has_tls);
         let spare = (descriptors / 16).clamp(4, 256);
         let turned_away = (descriptors / 32).clamp(2, 256);
         // Without one of these a connection is opened when it is needed, so clients come first.
@@ -133,14 +136,14 @@ impl Budget {
         let memory = match memory {
             None => None,
             Some((limit, used)) => match (limit / 100 * MEMORY_SHARE).checked_sub(used + handshakes) {
-                Some(bytes) if bytes >= CONNECTION_BYTES => Some(bytes),
+                Some(bytes) if bytes >= connection_bytes => Some(bytes),
                 _ => return Err(NoRoom::Memory { limit, used, handshakes }),
             },
         };
         let candidates = [
             (Some(by_descriptors), LimitedBy::Descriptors),
             // A quarter is for what some of them take beyond that: handshakes that wait for long, headers in pieces.
-            (memory.map(|bytes| bytes / 4 * 3 / CONNECTION_BYTES), LimitedBy::Memory),
+            (memory.map(|bytes| bytes / 4 * 3 / connection_bytes), LimitedBy::Memory),
             (ports.map(|ports| ports - idle), LimitedBy::Ports),
             (wanted.and_then(|wanted| u64::try_from(wanted).ok()), LimitedBy::Setting),
         ];
@@ -151,6 +154,7 @@ impl Budget {
             connections: whole(connections),
             turned_away: whole(turned_away),
             memory,
+            connection_bytes,
             full: limited_by.reason(),
         };
         Ok(Self { capacity, spare: whole(spare), idle: whole(idle), limited_by })
@@ -161,7 +165,8 @@ impl Budget {
 mod tests {
     use super::*;
 
-    const HOST: Host = Host { descriptors: 20_000, open: 160, memory: None, workers: 2, ports: None, idle: 0 };
+    const HOST: Host =
+        Host { descriptors: 20_000, open: 160, memory: None, workers: 2, ports: None, idle: 0, has_tls: false };
 
     fn budget(host: Host, wanted: Option<usize>) -> (usize, LimitedBy) {
         let budget = Budget::new(&host, wanted).expect("room");
@@ -179,6 +184,7 @@ mod tests {
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
         let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
         assert_eq!(budget(small, None), (1_939, LimitedBy::Memory));
+        assert_eq!(budget(Host { has_tls: true, ..small }, None), (1_108, LimitedBy::Memory));
         let used_up = Host { memory: Some((1 << 20, 8 << 20)), ..HOST };
         assert!(matches!(Budget::new(&used_up, None), Err(NoRoom::Memory { .. })));
     }

@@ -82,6 +82,16 @@ impl Gate {
         Some(Permit { _slot: Some(slot), _waiter: None })
     }
 
+    /// Waits for a place, for somebody who can't be with another worker any more. After a long wait it goes on without.
+    pub async fn turn(&self) -> Permit {
+        if let Some(permit) = self.try_permit() {
+            return permit;
+        }
+        let waiter = Waiter::new(&self.waiters);
+        let slot = timeout(WAIT, Arc::clone(&self.slots).acquire_owned()).await.ok().and_then(Result::ok);
+        Permit { _slot: slot, _waiter: Some(waiter) }
+    }
+
     /// Waits for a turn, then for somebody in the pending queue whose it is; `None`: it was closed, and nobody is left. After a long
     /// wait for a turn it goes on without.
     pub async fn next<T>(&self, pending: &PendingQueue<T>) -> Option<(T, Permit)> {
@@ -201,6 +211,24 @@ mod tests {
             assert_eq!(begun.elapsed(), Duration::from_millis(150));
         };
         tokio::join!(waits, calm);
+    }
+
+    /// Whoever can't go elsewhere waits for a place of this worker's, before those who come later, and not for ever.
+    #[tokio::test(start_paused = true)]
+    async fn who_has_begun_with_a_worker_waits_for_it() {
+        let waiters = Arc::default();
+        let gate = Gate::new(&waiters);
+        let begun = Instant::now();
+        drop(gate.turn().await);
+        let mut inside = full(&gate);
+        let (_permit, ()) = tokio::join!(gate.turn(), async {
+            yield_now().await;
+            assert_eq!(waiters.size.load(Ordering::Relaxed), 1);
+            inside.pop();
+        });
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        drop(gate.turn().await);
+        assert_eq!((begun.elapsed(), waiters.size.load(Ordering::Relaxed)), (WAIT, 1));
     }
 
     /// Whichever worker has room takes the next one, in the order in which they came.

@@ -105,6 +105,54 @@ impl Handshake {
     }
 }
 
+/// How a TLS handshake with a client went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsHandshake {
+    /// As it should.
+    Full,
+    /// The same, shorter, with a ticket of an earlier session.
+    Resumed,
+    /// The client does not believe our certificate.
+    Distrusted,
+    /// Nothing could be agreed on, or what came was no TLS.
+    Failed,
+    /// It was plain HTTP.
+    PlainHttp,
+    /// The deadline passed.
+    Timeout,
+    /// The client left.
+    Abandoned,
+    /// There was no memory for it.
+    Shed,
+}
+
+impl TlsHandshake {
+    const ALL: [Self; 8] = [
+        Self::Full,
+        Self::Resumed,
+        Self::Distrusted,
+        Self::Failed,
+        Self::PlainHttp,
+        Self::Timeout,
+        Self::Abandoned,
+        Self::Shed,
+    ];
+
+    /// For labels and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Resumed => "resumed",
+            Self::Distrusted => "distrusted",
+            Self::Failed => "failed",
+            Self::PlainHttp => "plain_http",
+            Self::Timeout => "timeout",
+            Self::Abandoned => "abandoned",
+            Self::Shed => "shed",
+        }
+    }
+}
+
 /// Of connections that wait for their use.
 const IDLE: [&str; 2] = ["prewarm", "keep_alive"];
 
@@ -209,6 +257,7 @@ pub struct Metrics {
     reloads: Family<Labels<1>, Counter>,
     handshakes: Family<Labels<1>, Counter>,
     handshake_duration: Histogram,
+    tls_handshakes: Family<Labels<1>, Counter>,
     requests: Family<Labels<1>, Counter>,
     closes: Family<Labels<3>, Counter>,
     abnormal: Family<Labels<1>, Counter>,
@@ -283,6 +332,7 @@ impl Metrics {
             reloads: Family::default(),
             handshakes: Family::default(),
             handshake_duration,
+            tls_handshakes: Family::default(),
             requests: Family::default(),
             closes: Family::default(),
             abnormal: Family::default(),
@@ -365,6 +415,8 @@ impl Metrics {
         let help = "Keys of the configuration that are written otherwise than they run, until a restart";
         registry.register("config_restart_required_keys", help, metrics.restart_required.clone());
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
+        let help = "TLS handshakes of clients by result; distrusted: the client did not believe the certificate";
+        registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());
         registry.register_with_unit(
             "handshake_duration",
             "From the beginning of a handshake to the backend's 101; the wait of connections_queued comes before it",
@@ -388,6 +440,9 @@ impl Metrics {
         registry.register("accept_errors", "Failed accepts by error", metrics.accept_errors.clone());
         registry.register("build", "What runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         // A series that alerts are built on must be there before it counts.
+        for result in TlsHandshake::ALL {
+            let _ = metrics.tls_handshakes.get_or_create(&[("result", result.as_str())]);
+        }
         for result in Handshake::ALL {
             let _ = metrics.handshakes.get_or_create(&[("result", result.as_str())]);
         }
@@ -457,6 +512,11 @@ impl Metrics {
         if result == Handshake::Accepted {
             self.handshake_duration.observe(took.as_secs_f64());
         }
+    }
+
+    /// A TLS handshake with a client ended.
+    pub fn tls_handshake(&self, result: TlsHandshake) {
+        self.tls_handshakes.get_or_create(&[("result", result.as_str())]).inc();
     }
 
     /// The configuration was to be read again.

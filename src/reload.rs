@@ -28,7 +28,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::{
-    admin, close,
+    admin,
+    admission::connection_bytes,
+    close,
     config::{self, Change, FileSource, Finding, Findings, Level, Loaded, Place, Rejected, Seen, Settings, Sources},
     metrics::ReloadResult,
     net::{self, Listener},
@@ -466,7 +468,7 @@ impl Reload {
             admin.send_replace(admin::Parts { upstreams, close: new.close.patience });
         }
         bounds.reconfigure(new.close.max_lingering);
-        first.admission.reconfigure(&new.limits);
+        first.admission.reconfigure(&new.limits, connection_bytes(new.downstream.tls.server.is_some()));
         first.drain.reconfigure(new.drain.clone());
         if let Some(Reader { ask, watch, set_filter, .. }) = reader {
             if new.log.filter != old.log.filter

@@ -146,6 +146,7 @@ impl Server {
             workers,
             ports: upstreams.ports(),
             idle: upstreams.idle(),
+            has_tls: settings.downstream.tls.server.is_some(),
         };
         let budget = match Budget::new(&host, settings.limits.max_connections) {
             Err(error @ NoRoom::Memory { limit, .. }) if settings.limits.memory == Memory::Auto => {

@@ -181,6 +181,7 @@ impl<'a> Parts<'a> {
             connections: Semaphore::MAX_PERMITS,
             turned_away: 1,
             memory: None,
+            connection_bytes: 0,
             full: Reason::MaxConnections,
         };
         Self {

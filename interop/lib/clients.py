@@ -87,7 +87,7 @@ class ProcessClient(Process):
             return None
         raise Failed("opened")
 
-    async def prepare(self, address: str) -> None:
+    async def prepare(self, page: str) -> None:
         """Before the first socket."""
 
 
@@ -107,8 +107,8 @@ class ChromiumClient(ProcessClient):
         await super().__aexit__()
         self._profile.cleanup()
 
-    async def prepare(self, address: str) -> None:
-        await self.call("page", url=f"http://{address}/page")
+    async def prepare(self, page: str) -> None:
+        await self.call("page", url=page)
 
 
 class _Connection(ClientConnection):
@@ -141,7 +141,7 @@ class PythonClient:
     def _say(self, line: str) -> None:
         self.lines.append(line)
 
-    async def prepare(self, address: str) -> None:
+    async def prepare(self, page: str) -> None:
         pass
 
     async def open(self, name, url, protocols=()):

@@ -17,8 +17,8 @@ async def everybody(report: Report, proxy: Proxy, backend: Process, what: str):
         async with report.check(f"{what}: everybody is connected", backend, proxy, seconds=90):
             for flavour, make in CLIENTS.items():
                 client = await stack.enter_async_context(make())
-                await client.prepare(proxy.address)
-                await client.open(flavour, f"ws://{proxy.address}/echo?name={flavour}")
+                await client.prepare(proxy.url("/page", "http"))
+                await client.open(flavour, proxy.url(f"/echo?name={flavour}"))
                 expect(f"{flavour}'s echo", (await client.echo(flavour, text="hello"))["same"], True)
                 clients[flavour] = client
         yield clients

@@ -214,6 +214,11 @@ class Proxy(Process):
         self.address = upstream or ""
         self.direct = direct
         self._upstream = upstream
+        self._is_secure = "TIDEGATE_LISTEN__TLS_CERTIFICATE" in self._settings
+
+    def url(self, path: str, scheme: str = "ws") -> str:
+        """As its clients have to write it."""
+        return f"{scheme}{'s' if self._is_secure else ''}://{self.address}{path}"
 
     @staticmethod
     def binary() -> Path:

@@ -7,11 +7,14 @@ saw; tidegate's own word counts only for its exit status.
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from clients import CLIENTS, ChromiumClient, ProcessClient, PythonClient
 from everybody import everybody, expect_everywhere
@@ -27,7 +30,7 @@ from harness import (
     run,
 )
 from multiplexed import multiplexed
-from tls import tls
+from tls import Authority, tls
 
 MIB = 1024 * 1024
 SUBPROTOCOL = "tidegate.interop"
@@ -48,7 +51,7 @@ async def clients_and_echo(report: Report, options: Options, flavour: str) -> No
         url = f"ws://{proxy.address}/echo?name="
 
         async with report.check(f"{flavour}: connects, subprotocol and permessage-deflate end to end", *seen_by):
-            await client.prepare(proxy.address)
+            await client.prepare(proxy.url("/page", "http"))
             opened = await client.open("main", url + "main", ["other.protocol", SUBPROTOCOL])
             expect("subprotocol at the client", opened["protocol"], SUBPROTOCOL)
             if "permessage-deflate" not in opened["extensions"]:
@@ -117,26 +120,50 @@ async def endings(report: Report, options: Options) -> None:
     if options.direct:
         print("skip endings: they are tidegate's work")
         return
+    await all_endings(report, {}, "")
 
-    what = "backend killed"
-    async with Backend() as backend, Proxy(backend.address) as proxy:
+
+async def secure_endings(report: Report, options: Options) -> None:
+    """The same where clients speak TLS. They believe whoever the environment names; Chromium believes anybody, for want of a file."""
+    if options.direct:
+        print("skip endings-tls: they are tidegate's work")
+        return
+    WORK.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tls-", dir=WORK) as folder:
+        authority = await Authority(Path(folder) / "ours").make()
+        settings = {
+            "TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate),
+            "TIDEGATE_LISTEN__TLS_KEY": str(authority.key),
+        }
+        os.environ |= {"NODE_EXTRA_CA_CERTS": str(authority.ca), "SSL_CERT_FILE": str(authority.ca)}
+        try:
+            await all_endings(report, settings, "tls, ")
+        finally:
+            for name in ("NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE"):
+                del os.environ[name]
+
+
+async def all_endings(report: Report, settings: dict[str, str], over: str) -> None:
+    what = f"{over}backend killed"
+    async with Backend() as backend, Proxy(backend.address, settings=settings) as proxy:
         async with everybody(report, proxy, backend, what) as clients:
             backend.kill(signal.SIGKILL)
             await expect_everywhere(report, clients, (proxy,), what, 1012)
             async with report.check(f"{what}: a new connection gets 502, 503 or 504", proxy):
                 client = PythonClient()
-                status = await client.status(f"ws://{proxy.address}/echo?name=late")
+                status = await client.status(proxy.url("/echo?name=late"))
                 if status not in (502, 503, 504):
                     raise Failed(f"status {status}")
 
-    what = "backend stopped politely"
-    async with Backend() as backend, Proxy(backend.address) as proxy:
+    what = f"{over}backend stopped politely"
+    async with Backend() as backend, Proxy(backend.address, settings=settings) as proxy:
         async with everybody(report, proxy, backend, what) as clients:
             backend.kill(signal.SIGTERM)
             await expect_everywhere(report, clients, (backend, proxy), what, 1001)
 
     for what, by_signal in (("SIGTERM of tidegate", True), ("tidegate drain --no-wait", False)):
-        async with Backend() as backend, Proxy(backend.address) as proxy:
+        what = f"{over}{what}"
+        async with Backend() as backend, Proxy(backend.address, settings=settings) as proxy:
             async with everybody(report, proxy, backend, what) as clients:
                 start = time.monotonic()
                 if by_signal:
@@ -160,10 +187,10 @@ async def endings(report: Report, options: Options) -> None:
                     expect("exit status", await proxy.ended(), 0)
                     print(f"     all of it took {time.monotonic() - start:.2f} s, with drain.window = 1s")
 
-    what = "client killed"
-    async with Backend() as backend, Proxy(backend.address) as proxy, ProcessClient("ws") as client:
+    what = f"{over}client killed"
+    async with Backend() as backend, Proxy(backend.address, settings=settings) as proxy, ProcessClient("ws") as client:
         async with report.check(f"{what}: the backend sees an orderly 1001", client, backend, proxy):
-            await client.open("victim", f"ws://{proxy.address}/echo?name=victim")
+            await client.open("victim", proxy.url("/echo?name=victim"))
             await client.echo("victim", text="hello")
             client.kill(signal.SIGKILL)
             seen = await backend.event("close", "victim")
@@ -340,6 +367,7 @@ GROUPS = {
         for flavour in CLIENTS
     },
     "endings": endings,
+    "endings-tls": secure_endings,
     "tomcat": tomcat,
     "demo": demo,
     "multiplexed": multiplexed,

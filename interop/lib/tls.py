@@ -1,7 +1,7 @@
 """TLS between tidegate and backends that nobody wrote for it, with certificates made for this run.
 
 Of the protocols above it as much as shows that the bytes arrive and that sessions end as they do without TLS; `multiplexed` and the
-groups of the clients have the rest. Clients don't speak TLS here: it is for the backend's side.
+groups of the clients have the rest. Clients don't speak TLS here: it is for the backend's side, and `endings-tls` for theirs.
 """
 
 import asyncio

@@ -10,7 +10,7 @@ const context = await chromium.launchPersistentContext(profile, {
     // Everything Chromium would say to the outside by itself is off: the traffic of a test stays on loopback.
     args: [
         '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-        '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage',
+        '--disable-component-update', '--ignore-certificate-errors', '--disable-sync', '--disable-dev-shm-usage',
     ],
 });
 const page = await context.newPage();

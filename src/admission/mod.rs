@@ -129,6 +129,15 @@ impl Reason {
 /// kept alive, the rest the kernel's two sockets.
 pub const CONNECTION_BYTES: u64 = 16 << 10;
 
+/// What TLS with its client adds to that: keys and buffers, measured at 8 KiB for a session at rest. A handshake that is under way
+/// takes 14 before there is anything else.
+pub const TLS_BYTES: u64 = 12 << 10;
+
+/// What a connection takes in memory.
+pub const fn connection_bytes(has_tls: bool) -> u64 {
+    if has_tls { CONNECTION_BYTES + TLS_BYTES } else { CONNECTION_BYTES }
+}
+
 /// A place is for two sockets, and each of them may linger without the other.
 const HALVES: u32 = 2;
 
@@ -153,6 +162,8 @@ pub struct Capacity {
     pub turned_away: usize,
     /// Bytes for connections; `None`: no limit.
     pub memory: Option<u64>,
+    /// Bytes for each.
+    pub connection_bytes: u64,
     /// What to say when there is no place for another connection: what their number follows from.
     pub full: Reason,
 }
@@ -185,6 +196,8 @@ struct Inner {
     /// Clients that wait for the place of a session whose delay was cut short.
     late: Semaphore,
     memory: Option<Reserved>,
+    /// Of it for each connection that comes.
+    connection_bytes: AtomicU64,
     reserve: Mutex<Reserve>,
     /// It could not be taken again: others had all descriptors.
     lacks_reserve: AtomicBool,
@@ -244,6 +257,7 @@ impl Admission {
             few: (capacity.connections / FEW).max(1) * HALVES as usize,
             late: Semaphore::new(capacity.turned_away.div_ceil(2)),
             memory,
+            connection_bytes: AtomicU64::new(capacity.connection_bytes),
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             lacks_reserve: AtomicBool::new(false),
             rate,
@@ -358,7 +372,10 @@ impl Admission {
     fn reserve_memory(&self) -> Option<u64> {
         match &self.inner.memory {
             None => Some(0),
-            Some(memory) => memory.take(CONNECTION_BYTES).then_some(CONNECTION_BYTES),
+            Some(memory) => {
+                let bytes = self.inner.connection_bytes.load(Ordering::Relaxed);
+                memory.take(bytes).then_some(bytes)
+            }
         }
     }
 
@@ -390,8 +407,10 @@ impl Admission {
         }
     }
 
-    /// Another rate from now on; whoever has his moment keeps it. Everything else is given out once, by the budget.
-    pub fn reconfigure(&self, config: &Config) {
+    /// Another rate from now on; whoever has his moment keeps it. So many bytes are promised to each who comes. Everything else is
+    /// given out once, by the budget.
+    pub fn reconfigure(&self, config: &Config, connection_bytes: u64) {
+        self.inner.connection_bytes.store(connection_bytes, Ordering::Relaxed);
         let mut rate = lock(&self.inner.rate);
         *rate = Rate::of(config, rate.as_ref());
     }

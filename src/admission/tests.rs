@@ -10,7 +10,8 @@ const CONFIG: Config = Config {
 };
 
 fn admission(connections: usize, turned_away: usize, memory: Option<u64>) -> Admission {
-    Admission::new(Capacity { connections, turned_away, memory, full: Reason::MaxConnections }, &CONFIG)
+    let (full, connection_bytes) = (Reason::MaxConnections, CONNECTION_BYTES);
+    Admission::new(Capacity { connections, turned_away, memory, connection_bytes, full }, &CONFIG)
 }
 
 fn refused(admission: &Admission) -> Option<Reason> {

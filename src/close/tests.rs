@@ -157,7 +157,13 @@ async fn the_oldest_goes_first() {
 async fn they_make_room_for_new_clients() {
     const PLACES: usize = 4; // and so 8 sockets, of which 2 make room
     let scene = Scene::new(100).await;
-    let capacity = Capacity { connections: PLACES, turned_away: 1, memory: None, full: Reason::MaxConnections };
+    let capacity = Capacity {
+        connections: PLACES,
+        turned_away: 1,
+        memory: None,
+        connection_bytes: 0,
+        full: Reason::MaxConnections,
+    };
     let config = admission::Config {
         max_connections: None,
         handshakes_per_second: None,

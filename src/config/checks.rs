@@ -16,7 +16,7 @@ use super::{
     written::named_route,
 };
 use crate::{
-    net::{Address, TlsFile, TlsFileError},
+    net::{Address, TlsFile, TlsFileError, TlsServer},
     upstream::{Addresses, Mode, Pool},
 };
 
@@ -30,6 +30,8 @@ pub(super) struct Origins<'a> {
 }
 
 const LISTEN: Name = name("listen", "address");
+const CERTIFICATE: Name = name("listen", "tls_certificate");
+const CERTIFICATE_KEY: Name = name("listen", "tls_key");
 const UPSTREAM: Name = name("upstream", "address");
 const TLS: Name = name("upstream", "tls");
 const TLS_CA: Name = name("upstream", "tls_ca");
@@ -140,8 +142,9 @@ fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
 }
 
-/// Reads the files of `upstream.tls`. What is in them is a part of the settings, so that other ones are applied like another value.
+/// Reads the files that are named. What is in them is a part of the settings, so that other ones are applied like another value.
 pub(super) fn load_certificates(settings: &mut Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    load_for_clients(settings, origins, findings);
     if !origins.judged(&[TLS, TLS_CA, TLS_CERTIFICATE, TLS_KEY]) {
         return;
     }
@@ -153,6 +156,53 @@ pub(super) fn load_certificates(settings: &mut Settings, origins: &Origins<'_>, 
         };
         findings.push(Finding::error(format!("`{}.{}` {what}", name.section, name.key), origins.place(name), fix));
     }
+}
+
+fn load_for_clients(settings: &mut Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    if !origins.judged(&[CERTIFICATE, CERTIFICATE_KEY]) {
+        return;
+    }
+    let tls = &mut settings.downstream.tls;
+    let (certificates, keys) = (tls.certificates.len(), tls.keys.len());
+    if certificates != keys {
+        let (what, place) =
+            origins.pair((CERTIFICATE, &files(certificates)), "must name as many as", (CERTIFICATE_KEY, &files(keys)));
+        let fix = "name for each certificate its key, in the same order";
+        findings.push(Finding::error(what, place, fix));
+        return;
+    }
+    for (index, TlsFileError { file, what, fix }) in tls.load().err().unwrap_or_default() {
+        let (name, all) = match file {
+            TlsFile::Key => (CERTIFICATE_KEY, &tls.keys),
+            TlsFile::Roots | TlsFile::Certificate => (CERTIFICATE, &tls.certificates),
+        };
+        let which = which(all, index);
+        findings.push(Finding::error(
+            format!("`{}.{}`{which} {what}", name.section, name.key),
+            origins.place(name),
+            fix,
+        ));
+    }
+    for (index, doubt) in tls.server.iter().flat_map(TlsServer::doubts) {
+        let (which, path) = (which(&tls.certificates, index), &tls.certificates[index]);
+        findings.push(Finding::warning(
+            format!("`listen.{}`{which} names a certificate that {doubt}: {path}", CERTIFICATE.key),
+            origins.place(CERTIFICATE),
+            "renew it, or clients will refuse it; the new one is used as soon as it is there (reload.watch)",
+        ));
+    }
+}
+
+fn files(count: usize) -> String {
+    match count {
+        1 => "1 file".to_owned(),
+        _ => format!("{count} files"),
+    }
+}
+
+/// Of several.
+fn which(all: &[String], index: usize) -> String {
+    if all.len() > 1 { format!(", number {},", index + 1) } else { String::new() }
 }
 
 fn tls(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {

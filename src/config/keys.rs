@@ -95,6 +95,8 @@ pub(super) enum Slot<'a> {
     Text(&'a mut String, usize),
     /// The path of a file, or nothing.
     File(&'a mut String),
+    /// The same, or a list of them.
+    Files(&'a mut Vec<String>),
     /// A name or an address in a certificate, or nothing.
     Host(&'a mut String),
     /// "after-delay" or "immediate".
@@ -153,6 +155,7 @@ const MAX_NETWORKS: usize = 1024;
 const MAX_ADDRESSES: usize = 256;
 const MAX_ORIGINS: usize = 256;
 const MAX_BACKENDS: usize = 64;
+const MAX_FILES: usize = 64;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
 
@@ -181,6 +184,7 @@ impl Settings {
                 header_count: 100,
                 retry_after: seconds(1),
                 trusted_proxies: Vec::new(),
+                tls: downstream::Tls::OFF,
                 allowed_origins: Vec::new(),
             },
             upstream: upstream::Config {
@@ -274,7 +278,8 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
-    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies, allowed_origins } = downstream;
+    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
+    let downstream::Tls { certificates, keys: certificate_keys, server: _ } = clients_tls;
     let upstream::Config {
         address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
@@ -301,6 +306,8 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         fixed("listen", "hand_off", Switch(hand_off)),
         // TCP_KEEPIDLE: whole seconds, at most 32767 of them (MAX_TCP_KEEPIDLE, include/net/tcp.h).
         live("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
+        live("listen", "tls_certificate", Slot::Files(certificates)),
+        live("listen", "tls_key", Slot::Files(certificate_keys)),
 
         fixed("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
         live("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
@@ -641,11 +648,10 @@ impl Slot<'_> {
             }
             Slot::File(to) => {
                 let text = value.text("a path", "/etc/tidegate/ca.pem")?;
-                if text.len() > PATH_BYTES || text.contains('\0') {
-                    return refuse("is no path", format!("a path has at most {PATH_BYTES} bytes, and no NUL"));
-                }
+                check_path(text)?;
                 text.clone_into(to);
             }
+            Slot::Files(to) => **to = read_files(value)?,
             Slot::Host(to) => {
                 let text = value.text("a name", "backend.example")?;
                 if !text.is_empty() && !is_server_name(text) {
@@ -710,6 +716,11 @@ impl Slot<'_> {
             Slot::Text(from, _) | Slot::File(from) | Slot::Host(from) | Slot::Filter(from) => {
                 Plain::Text((*from).clone())
             }
+            Slot::Files(from) => match from.as_slice() {
+                [] => Plain::Text(String::new()),
+                [one] => Plain::Text(one.clone()),
+                several => Plain::List(several.to_vec()),
+            },
             Slot::Readiness(from) => Plain::Text(
                 match from {
                     Readiness::AfterDelay => "after-delay",
@@ -786,6 +797,41 @@ impl Number<'_> {
             Number::OptionUsize(from) => wide(from.unwrap_or_default()),
         }
     }
+}
+
+fn check_path(text: &str) -> Result<(), Refusal> {
+    if text.len() > PATH_BYTES || text.contains('\0') {
+        return refuse("is no path", format!("a path has at most {PATH_BYTES} bytes, and no NUL"));
+    }
+    Ok(())
+}
+
+/// The path of a file, or several, or none.
+fn read_files(value: &Value) -> Result<Vec<String>, Refusal> {
+    let items = match value {
+        Value::Text(text) if text.is_empty() => return Ok(Vec::new()),
+        Value::Text(text) => {
+            check_path(text)?;
+            return Ok(vec![text.clone()]);
+        }
+        Value::List(items) => items,
+        _ => {
+            let fix = r#"write it like "/etc/tidegate/tls/tls.crt", or like ["a.pem", "b.pem"]"#;
+            return refuse(format!("must be a path or a list of them, but is {}", value.kind()), fix);
+        }
+    };
+    if items.len() > MAX_FILES {
+        return refuse(format!("has {} files", items.len()), format!("use at most {MAX_FILES}"));
+    }
+    let files = items.iter().enumerate().map(|(index, item)| {
+        let file = match item {
+            Value::Text(text) if text.is_empty() => refuse("contains an empty path", "leave it out, or name a file"),
+            Value::Text(text) => check_path(text).map(|()| text.clone()),
+            _ => refuse(format!("contains {}", item.kind()), r#"write paths as strings: ["a.pem", "b.pem"]"#),
+        };
+        file.map_err(|refusal| Refusal { item: Some(index), ..refusal })
+    });
+    files.collect()
 }
 
 /// An address of a backend, or several.

@@ -384,6 +384,11 @@ impl Settings {
             .collect()
     }
 
+    /// The files that are named, and read with them.
+    fn named_files(&self) -> Vec<PathBuf> {
+        [self.upstream.tls.files(), self.downstream.tls.files()].concat()
+    }
+
     /// Each route's paths and its way to its backend.
     pub fn ways(&self) -> impl Iterator<Item = (Pattern, upstream::Config)> {
         self.routes.iter().filter_map(|Route { path, address, pool, .. }| {
@@ -425,13 +430,15 @@ impl Settings {
 impl Loaded {
     /// The files that it names, and that were read with it, as they are there.
     pub fn named_files(&self) -> Vec<PathBuf> {
-        self.settings.upstream.tls.files()
+        self.settings.named_files()
     }
 
     /// What was in these is still there. To be asked after a look at them, so that none that was replaced since is missed.
     pub fn is_as_named_files_are(&self) -> bool {
-        let mut again = self.settings.upstream.tls.clone();
-        again.load().is_ok() && again == self.settings.upstream.tls
+        let (upstream, downstream) = (&self.settings.upstream.tls, &self.settings.downstream.tls);
+        let (mut to_backends, mut to_clients) = (upstream.clone(), downstream.clone());
+        let is_read = to_backends.load().is_ok() && to_clients.load().is_ok();
+        is_read && to_backends == *upstream && to_clients == *downstream
     }
 
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.

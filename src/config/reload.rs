@@ -132,7 +132,7 @@ impl Read {
 
     /// The files that it names, and that were read with it, good or not.
     pub fn named_files(&self) -> Vec<PathBuf> {
-        self.survey.settings.upstream.tls.files()
+        self.survey.settings.named_files()
     }
 }
 

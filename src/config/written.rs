@@ -125,7 +125,7 @@ impl Value {
             keys::Slot::Count(..) | keys::Slot::Code(..) => matches!(value, Self::Integer(_)),
             keys::Slot::Networks(_) | keys::Slot::Addresses(_) => matches!(value, Self::List(_)),
             keys::Slot::Switch(_) => matches!(value, Self::Switch(_)),
-            keys::Slot::Backends(_) => matches!(value, Self::Text(_) | Self::List(_)),
+            keys::Slot::Backends(_) | keys::Slot::Files(_) => matches!(value, Self::Text(_) | Self::List(_)),
             _ => matches!(value, Self::Text(_)),
         };
         let parsed = DeValue::parse(text.trim()).ok().map(|parsed| Self::from_toml(parsed.get_ref()));

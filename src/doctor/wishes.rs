@@ -35,6 +35,8 @@ pub(super) struct Wishes {
     pub memory: Memory,
     /// Connections to backends that are to wait for their use.
     pub idle: usize,
+    /// Clients speak TLS.
+    pub has_tls: bool,
 }
 
 impl From<&Settings> for Wishes {
@@ -63,6 +65,7 @@ impl From<&Settings> for Wishes {
             source_addresses: wide(upstream.source_addresses.len()).max(1),
             memory: limits.memory,
             idle: upstream.idle() + settings.ways().map(|(_, way)| way.idle()).sum::<usize>(),
+            has_tls: settings.downstream.tls.server.is_some(),
         }
     }
 }
@@ -133,7 +136,7 @@ impl Plan {
             _ => None,
         };
         let memory = memory.map(|limit| (limit, PROCESS_BYTES));
-        let whole = Host { descriptors, open, memory, workers, ports, idle: wishes.idle };
+        let whole = Host { descriptors, open, memory, workers, ports, idle: wishes.idle, has_tls: wishes.has_tls };
         let count =
             |host: Host, wanted| Budget::new(&host, wanted).map_or(0, |budget| wide(budget.capacity.connections));
         let by_descriptors = count(Host { memory: None, ports: None, ..whole }, None);
@@ -172,6 +175,7 @@ pub(super) fn memory_for(connections: u64, wishes: &Wishes) -> u64 {
             workers: wishes.workers,
             ports: None,
             idle: wishes.idle,
+            has_tls: wishes.has_tls,
         };
         Budget::new(&host, None).map_or(0, |budget| wide(budget.capacity.connections))
     };

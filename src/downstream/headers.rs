@@ -47,10 +47,12 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// `X-Request-Id` come.
 ///
 /// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*` of any kind, `X-Real-IP`,
-/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `upgrade`: it stays a WebSocket handshake. True: an `X-Forwarded-For` was not believed.
+/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `is_secure`: it came by TLS. `upgrade`: it stays a
+/// WebSocket handshake. True: an `X-Forwarded-For` was not believed.
 pub fn forward_request<B>(
     request: &mut Request<B>,
     client: IpAddr,
+    is_secure: bool,
     trusted: &[IpNet],
     id: &str,
     upgrade: bool,
@@ -80,7 +82,7 @@ pub fn forward_request<B>(
     if let Ok(chain) = HeaderValue::from_str(&chain.join(", ")) {
         headers.insert(FOR, chain);
     }
-    headers.entry(PROTO).or_insert(HeaderValue::from_static("http"));
+    headers.entry(PROTO).or_insert(HeaderValue::from_static(if is_secure { "https" } else { "http" }));
     if let Some(host) = headers.get(HOST).filter(|host| !host.is_empty()).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }

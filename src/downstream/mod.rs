@@ -4,6 +4,7 @@ mod body;
 mod handshake;
 mod headers;
 mod origin;
+mod tls;
 
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ pub use self::{
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{drop_claims, forward_request, forward_response, request_id},
     origin::{BadOrigin, Origin, is_allowed},
+    tls::Tls,
 };
 
 /// What the client's leg needs to know.
@@ -35,6 +37,8 @@ pub struct Config {
     pub retry_after: Duration,
     /// Whose `X-Forwarded-*` are believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Clients speak TLS.
+    pub tls: Tls,
     /// Whose pages may open WebSockets; none: all.
     pub allowed_origins: Vec<Origin>,
 }

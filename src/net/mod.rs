@@ -34,7 +34,10 @@ pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
-    tls::{Tls, TlsClient, TlsFile, TlsFileError, encrypt, is_server_name, send_some, tls_error},
+    tls::{
+        Accepting, Secured, Tls, TlsClient, TlsFile, TlsFileError, TlsServer, encrypt, is_server_name, send_some,
+        tls_error,
+    },
     tunnel::{Discarded, Peer, Tunnel},
 };
 use crate::{metrics::Port, sparse::Sparse};
@@ -180,6 +183,14 @@ impl Stream {
     pub fn protocol(&self) -> Option<&[u8]> {
         match self {
             Self::Tls(tls) => tls.protocol(),
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
+        }
+    }
+
+    /// What was agreed on with a client, if it is encrypted.
+    pub fn secured(&self) -> Option<Secured> {
+        match self {
+            Self::Tls(tls) => tls.secured(),
             Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
         }
     }
@@ -446,6 +457,21 @@ pub fn read_ahead(stream: &std::net::TcpStream) -> Option<Bytes> {
             Err(_) => Some(Bytes::new()),
         }
     })
+}
+
+/// Waits for what a client sends first, up to [`READ_AHEAD`] bytes; none: it has ended.
+pub async fn read_ahead_of(stream: &TcpStream) -> io::Result<Bytes> {
+    loop {
+        stream.readable().await?;
+        let read: io::Result<_> = with_scratch(|buffer| {
+            let length = stream.try_read(&mut buffer[..READ_AHEAD])?;
+            Ok(Bytes::copy_from_slice(&buffer[..length]))
+        });
+        match read {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            read => return read,
+        }
+    }
 }
 
 /// What came first, and what came after it.

@@ -6,32 +6,43 @@
 //!   by whoever counts frames, or the bytes of a body.
 //! - At its end `close_notify` goes out, and then it is a socket like any other, with the same last wait.
 //!
-//! Not here: which files are used (`config/`), what backends are asked for (`upstream/`), and a way around verification.
+//! Not here: which files are used (`config/`), what backends are asked for (`upstream/`), how long a client's handshake may take
+//! (`session/`), and a way around verification.
 
 use std::{
     error::Error,
-    fmt, fs, io,
+    fmt, fs,
+    future::Future,
+    io,
     io::Read as _,
-    path::Path,
+    path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
+use bytes::Bytes;
 use rustix::net::{SendFlags, send};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, timeout_at},
 };
 use tokio_rustls::{
-    TlsConnector, TlsStream,
+    Accept, TlsAcceptor, TlsConnector, TlsStream,
     rustls::{
-        self, ClientConfig, RootCertStore,
+        self, CertificateError, ClientConfig, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
+        client::{verify_server_cert_signed_by_trust_anchor, verify_server_name},
         crypto::ring,
         pki_types::{
-            CertificateDer, PrivateKeyDer, ServerName, TrustAnchor,
+            CertificateDer, PrivateKeyDer, ServerName, TrustAnchor, UnixTime,
             pem::{self, PemObject},
         },
+        server::{ClientHello, ParsedCertificate, ResolvesServerCert},
+        sign::CertifiedKey,
     },
 };
 
@@ -42,6 +53,9 @@ const RECORD: usize = 16 * 1024;
 
 /// What rustls may have waiting to be sent: one record. More is never given to it.
 const BUFFER: usize = 2 * RECORD;
+
+/// A certificate that expires by then should have been renewed.
+const SOON: Duration = Duration::from_hours(72);
 
 /// The largest file that is read.
 const FILE_BYTES: u64 = 4 << 20;
@@ -61,7 +75,23 @@ pub struct Tls {
 struct Raw {
     /// `None` only when it was given back.
     stream: Option<Stream>,
-    back: Option<Arc<Mutex<Option<Stream>>>>,
+    /// What was read of it before.
+    early: Bytes,
+    back: Option<Arc<Back>>,
+}
+
+/// What is known of a socket while a handshake has it.
+#[derive(Default)]
+struct Back {
+    stream: Mutex<Option<Stream>>,
+    /// Bytes that were read.
+    count: AtomicUsize,
+}
+
+impl Back {
+    fn take(&self) -> Option<Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// Who we are toward servers, and whom we believe.
@@ -75,10 +105,44 @@ pub struct TlsClient {
 #[derive(PartialEq, Eq)]
 struct Given {
     roots: Vec<TrustAnchor<'static>>,
-    identity: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+    identity: Option<Chain>,
 }
 
-/// A file that a [`TlsClient`] is made of.
+/// Who we are toward clients.
+#[derive(Clone)]
+pub struct TlsServer {
+    config: Arc<ServerConfig>,
+    given: Arc<Vec<Chain>>,
+}
+
+/// A certificate with those between it and its root, and its key.
+type Chain = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// Chooses among several certificates.
+#[derive(Debug)]
+struct ByName(Vec<Arc<CertifiedKey>>);
+
+/// A handshake with a client, under way.
+///
+/// Its error is given with the socket, as far as it is there: an alert may be on its way, so it is to be ended in order. What TLS says
+/// is found by [`tls_error`].
+pub struct Accepting {
+    accept: Accept<Raw>,
+    back: Arc<Back>,
+}
+
+/// What was agreed on with a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Secured {
+    /// As logs have it.
+    pub version: &'static str,
+    /// Who it wanted to speak with (SNI): letters, digits and `-_.` only, 253 at most.
+    pub name: Option<Box<str>>,
+    /// It showed a ticket of an earlier session.
+    pub is_resumed: bool,
+}
+
+/// A file that a [`TlsClient`] or a [`TlsServer`] is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsFile {
     /// Whom we believe.
@@ -134,6 +198,116 @@ impl TlsClient {
             })?,
         };
         Ok(Self { config: Arc::new(config), given: Arc::new(given) })
+    }
+}
+
+impl TlsServer {
+    /// Of PEM files, each certificate with its key. The first one is for whoever names no other.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the files, with the number of each.
+    ///
+    /// # Panics
+    /// Without any.
+    pub fn load(files: &[(PathBuf, PathBuf)]) -> Result<Self, Vec<(usize, TlsFileError)>> {
+        let provider = Arc::new(ring::default_provider());
+        let (mut given, mut keys, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, (certificate, key)) in files.iter().enumerate() {
+            match (certificates(certificate), private_key(key)) {
+                (Ok(chain), Ok(key)) => match CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider) {
+                    Ok(certified) => {
+                        given.push((chain, key));
+                        keys.push(Arc::new(certified));
+                    }
+                    Err(error) => {
+                        let what = format!("is no key that can be used with the certificate: {error}");
+                        let fix = "name the key that the certificate was made for";
+                        wrong.push((index, mistake(TlsFile::Key, what, fix)));
+                    }
+                },
+                (chain, key) => {
+                    wrong.extend([chain.err(), key.err()].into_iter().flatten().map(|error| (index, error)));
+                }
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(wrong);
+        }
+        assert!(!keys.is_empty(), "a server has a certificate");
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("ring has cipher suites for all versions")
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(ByName(keys)));
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        // With tickets nothing of a session is kept here. Their keys are random, change every six hours, and are gone with these files.
+        config.ticketer = ring::Ticketer::new().map_err(|error| {
+            let what = format!("can't be used, since this host gives no random numbers: {error}");
+            vec![(0, mistake(TlsFile::Key, what, "see getrandom(2)"))]
+        })?;
+        Ok(Self { config: Arc::new(config), given: Arc::new(given) })
+    }
+
+    /// Certificates that clients will not believe, by their numbers, and why.
+    pub fn doubts(&self) -> Vec<(usize, &'static str)> {
+        let now = UnixTime::now();
+        let doubt = |chain: &[CertificateDer<'_>]| {
+            let (own, between) = chain.split_first()?;
+            let Ok(parsed) = ParsedCertificate::try_from(own) else { return Some("can't be understood") };
+            let algorithms = ring::default_provider().signature_verification_algorithms.all;
+            // Its dates come before its signatures, for which nobody's word is known here.
+            let judge = |at| {
+                let roots = RootCertStore::empty();
+                match verify_server_cert_signed_by_trust_anchor(&parsed, &roots, between, at, algorithms) {
+                    Err(rustls::Error::InvalidCertificate(error)) => Some(error),
+                    _ => None,
+                }
+            };
+            match judge(now)? {
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => Some("has expired"),
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Some("is not valid yet"),
+                _ => {
+                    let soon = UnixTime::since_unix_epoch(Duration::from_secs(now.as_secs()) + SOON);
+                    let expires =
+                        matches!(judge(soon)?, CertificateError::Expired | CertificateError::ExpiredContext { .. });
+                    expires.then_some("expires within three days")
+                }
+            }
+        };
+        let each = self.given.iter().enumerate();
+        each.filter_map(|(index, (chain, _))| Some((index, doubt(chain)?))).collect()
+    }
+}
+
+impl PartialEq for TlsServer {
+    /// The same files, as far as what is in them goes.
+    fn eq(&self, other: &Self) -> bool {
+        self.given == other.given
+    }
+}
+
+impl Eq for TlsServer {}
+
+impl fmt::Debug for TlsServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsServer").field("certificates", &self.given.len()).finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let Self(keys) = self;
+        let name = hello.server_name().and_then(|name| ServerName::try_from(name).ok());
+        let is_for = |key: &CertifiedKey| {
+            let parsed = key.end_entity_cert().ok().and_then(|own| ParsedCertificate::try_from(own).ok());
+            let pair = parsed.as_ref().zip(name.as_ref());
+            pair.is_some_and(|(certificate, name)| verify_server_name(certificate, name).is_ok())
+        };
+        // A name may have one of each kind of key.
+        let can_sign = |key: &CertifiedKey| key.key.choose_scheme(hello.signature_schemes()).is_some();
+        let found = keys.iter().find(|key| can_sign(key) && is_for(key));
+        found.or_else(|| keys.iter().find(|key| can_sign(key))).or_else(|| keys.first()).cloned()
     }
 }
 
@@ -261,8 +435,7 @@ pub async fn encrypt(
     protocols: &[&[u8]],
     deadline: Instant,
 ) -> Result<Stream, (io::Error, Option<Stream>)> {
-    let back = Arc::new(Mutex::new(None));
-    let raw = Raw { stream: Some(stream), back: Some(Arc::clone(&back)) };
+    let (raw, back) = Raw::lend(stream, Bytes::new());
     let connector = TlsConnector::from(Arc::clone(&client.config));
     let protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     let connect = connector.with_alpn(protocols).connect_with(server, raw, |session| {
@@ -272,17 +445,76 @@ pub async fn encrypt(
     let result = match timeout_at(deadline, connect).await {
         Ok(Ok(mut stream)) => {
             stream.get_mut().0.back = None;
-            let tls = Tls { stream: stream.into(), owed: 0, broken: None };
-            return Ok(Stream::Tls(Box::new(tls)));
+            return Ok(Tls::of(stream.into()));
         }
         Ok(Err(error)) => error,
         Err(_) => io::ErrorKind::TimedOut.into(),
     };
-    let stream = back.lock().unwrap_or_else(PoisonError::into_inner).take();
-    Err((result, stream))
+    Err((result, back.take()))
+}
+
+impl Accepting {
+    /// Of a client of which `early` was read already.
+    pub fn new(stream: Stream, early: Bytes, server: &TlsServer) -> Self {
+        let (raw, back) = Raw::lend(stream, early);
+        let accept = TlsAcceptor::from(Arc::clone(&server.config)).accept_with(raw, |session| {
+            session.set_buffer_limit(Some(BUFFER));
+        });
+        Self { accept, back }
+    }
+
+    /// Bytes that the client has needed for it so far. rustls keeps what is no whole message yet, 64 KiB at most.
+    pub fn count(&self) -> usize {
+        self.back.count.load(Ordering::Relaxed)
+    }
+
+    /// Gives it up.
+    pub fn into_stream(self) -> Option<Stream> {
+        let Self { accept, back } = self;
+        drop(accept);
+        back.take()
+    }
+}
+
+impl Future for Accepting {
+    type Output = Result<Stream, (io::Error, Option<Stream>)>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        Poll::Ready(match ready!(Pin::new(&mut this.accept).poll(cx)) {
+            Ok(mut stream) => {
+                stream.get_mut().0.back = None;
+                Ok(Tls::of(stream.into()))
+            }
+            Err(error) => Err((error, this.back.take())),
+        })
+    }
+}
+
+impl fmt::Debug for Accepting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accepting").field("count", &self.count()).finish_non_exhaustive()
+    }
 }
 
 impl Tls {
+    fn of(stream: TlsStream<Raw>) -> Stream {
+        Stream::Tls(Box::new(Self { stream, owed: 0, broken: None }))
+    }
+
+    /// What was agreed on; `None`: not as a server.
+    pub(super) fn secured(&self) -> Option<Secured> {
+        let TlsStream::Server(stream) = &self.stream else { return None };
+        let session = stream.get_ref().1;
+        let version = match session.protocol_version() {
+            Some(ProtocolVersion::TLSv1_2) => "1.2",
+            Some(ProtocolVersion::TLSv1_3) => "1.3",
+            _ => "other",
+        };
+        let name = session.server_name().map(Box::from);
+        Some(Secured { version, name, is_resumed: session.handshake_kind() == Some(HandshakeKind::Resumed) })
+    }
+
     /// What it goes through.
     pub(super) fn below(&self) -> Option<&Stream> {
         self.stream.get_ref().0.stream.as_ref()
@@ -369,6 +601,12 @@ pub fn send_some(fd: &std::os::fd::OwnedFd, bytes: Box<[u8]>) -> Box<[u8]> {
 }
 
 impl Raw {
+    /// For a handshake, with what is known of it meanwhile.
+    fn lend(stream: Stream, early: Bytes) -> (Self, Arc<Back>) {
+        let back = Arc::<Back>::default();
+        (Self { stream: Some(stream), early, back: Some(Arc::clone(&back)) }, back)
+    }
+
     fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
         self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
@@ -377,7 +615,7 @@ impl Raw {
 impl Drop for Raw {
     fn drop(&mut self) {
         if let Some(back) = &self.back {
-            *back.lock().unwrap_or_else(PoisonError::into_inner) = self.stream.take();
+            *back.stream.lock().unwrap_or_else(PoisonError::into_inner) = self.stream.take();
         }
     }
 }
@@ -390,7 +628,17 @@ impl fmt::Debug for Raw {
 
 impl AsyncRead for Raw {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().stream()?.poll_read(cx, buffer)
+        let this = self.get_mut();
+        let before = buffer.filled().len();
+        if this.early.is_empty() {
+            ready!(this.stream()?.poll_read(cx, buffer))?;
+        } else {
+            buffer.put_slice(&this.early.split_to(this.early.len().min(buffer.remaining())));
+        }
+        if let Some(back) = &this.back {
+            back.count.fetch_add(buffer.filled().len() - before, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

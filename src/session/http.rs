@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::AsyncWriteExt,
     sync::Semaphore,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, info};
@@ -26,6 +26,7 @@ use tracing::{debug, info};
 use super::{
     About, Context, Tunnel,
     answer::{complain, last, refuse_origin},
+    secure::Client,
 };
 use crate::{
     admission::{Extra, Reason},
@@ -105,7 +106,7 @@ impl Context {
         self: Arc<Self>,
         mut stream: Kept,
         asked: Asked,
-        client: SocketAddr,
+        client: Client,
         accounting: Accounting,
         permit: Option<Permit>,
     ) {
@@ -114,8 +115,8 @@ impl Context {
         let response = {
             let mut answer = pin!(async {
                 match self.handshakes.try_acquire() {
-                    Ok(_slot) => self.in_time(client, &stage, self.upgrade(request, client, &stage)).await,
-                    Err(_) => self.shed(Intent::WebSocket, client),
+                    Ok(_slot) => self.in_time(client.address, &stage, self.upgrade(request, &client, &stage)).await,
+                    Err(_) => self.shed(Intent::WebSocket, client.address),
                 }
             });
             let mut hurried = pin!(self.drain.hurried());
@@ -151,7 +152,8 @@ impl Context {
             (_, Some(response)) => {
                 let stream = stream.rewind(concat(header, early));
                 let (stream, is_done) =
-                    Box::pin(self.answer_and_end(stream, client, self.downstream.header_timeout, response)).await;
+                    Box::pin(self.answer_and_end(stream, client.address, self.downstream.header_timeout, response))
+                        .await;
                 let patience = if is_done { self.close } else { self.short_linger() };
                 self.linger(stream, &patience, accounting);
             }
@@ -159,29 +161,30 @@ impl Context {
         }
     }
 
-    /// The connection as long as it speaks HTTP.
+    /// The connection as long as it speaks HTTP. `deadline` is that of its first header, when it has begun before.
     pub(super) async fn serve(
         self: Arc<Self>,
         stream: Kept,
-        client: SocketAddr,
+        client: Client,
         accounting: Accounting,
         permit: Option<Permit>,
+        deadline: Option<Instant>,
     ) {
         stream.writable().await;
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, permit, is_asked: false }));
         let service = {
-            let (this, shared) = (Arc::clone(&self), Arc::clone(&stage));
+            let (this, shared, whose) = (Arc::clone(&self), Arc::clone(&stage), client.clone());
             let handle = tower::service_fn(move |(request, intent)| {
                 // A connection that is kept alive may outlive many reloads.
-                let (this, stage) = (this.latest(), Arc::clone(&shared));
-                async move { Ok::<_, Infallible>(this.handle(request, intent, client, &stage).await) }
+                let (this, stage, client) = (this.latest(), Arc::clone(&shared), whose.clone());
+                async move { Ok::<_, Infallible>(this.handle(request, intent, &client, &stage).await) }
             });
             let limited = |slots: &Arc<Semaphore>| {
                 let limit = GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(slots));
                 ServiceBuilder::new().layer(LoadShedLayer::new()).layer(limit).service(handle.clone())
             };
             let (handshakes, requests) = (limited(&self.handshakes), limited(&self.requests));
-            let (this, stage) = (Arc::clone(&self), Arc::clone(&stage));
+            let (this, stage, client) = (Arc::clone(&self), Arc::clone(&stage), client.address);
             hyper::service::service_fn(move |request: Request<Incoming>| {
                 lock(&stage).is_asked = true;
                 let (this, stage, intent) = (Arc::clone(&this), Arc::clone(&stage), downstream::intent(&request));
@@ -220,10 +223,10 @@ impl Context {
                     // Others need not wait for the rest.
                     stage.permit = None;
                     let memory = || self.admission.more_memory(self.downstream.header_bytes as u64);
-                    let patience = self.downstream.header_timeout;
-                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep(patience)), memory()));
+                    let late = || deadline.unwrap_or_else(|| Instant::now() + self.downstream.header_timeout);
+                    let (late, memory) = pieces.get_or_insert_with(|| (Box::pin(sleep_until(late())), memory()));
                     if memory.is_none() {
-                        self.refuse_for(Reason::Memory, client);
+                        self.refuse_for(Reason::Memory, client.address);
                     }
                     if memory.is_none() || late.as_mut().poll(cx).is_ready() {
                         return Poll::Ready(None);
@@ -286,16 +289,18 @@ impl Context {
         self: &Arc<Self>,
         request: Request<Incoming>,
         intent: Intent,
-        client: SocketAddr,
+        client: &Client,
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
         match intent {
             Intent::Plain => {
-                let response = self.in_time(client, stage, self.plain(request, client)).await;
+                let response = self.in_time(client.address, stage, self.plain(request, client)).await;
                 self.metrics.request(response.status().as_u16());
                 response
             }
-            Intent::WebSocket => self.in_time(client, stage, self.upgrade(request.map(|_| ()), client, stage)).await,
+            Intent::WebSocket => {
+                self.in_time(client.address, stage, self.upgrade(request.map(|_| ()), client, stage)).await
+            }
         }
     }
 
@@ -322,12 +327,7 @@ impl Context {
     }
 
     /// Carries a handshake out.
-    async fn upgrade(
-        self: &Arc<Self>,
-        request: Request<()>,
-        client: SocketAddr,
-        stage: &Mutex<Stage>,
-    ) -> Response<Body> {
+    async fn upgrade(self: &Arc<Self>, request: Request<()>, client: &Client, stage: &Mutex<Stage>) -> Response<Body> {
         lock(stage).next = Next::Upgrading;
         let mut outcome = Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
         let (result, response, tunnel) = self.websocket(request, client).await;
@@ -346,29 +346,29 @@ impl Context {
     async fn websocket(
         self: &Arc<Self>,
         mut request: Request<()>,
-        client: SocketAddr,
+        client: &Client,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         if !downstream::is_allowed(request.headers(), &self.downstream.allowed_origins) {
-            return (Handshake::Origin, refuse_origin(client, request.headers()), None);
+            return (Handshake::Origin, refuse_origin(client.address, request.headers()), None);
         }
         match self.admission.pace() {
             Ok(Duration::ZERO) => {}
             Ok(delay) => sleep(delay).await,
             Err(reason) => {
-                self.refuse_for(reason, client);
+                self.refuse_for(reason, client.address);
                 return (Handshake::Shed, self.refusal(reason), None);
             }
         }
         let mut path = request.uri().path().to_owned();
         let Way { route, upstream } = match self.upstreams.choose(&path) {
             Ok(way) => way,
-            Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client, &path, &ambiguous), None),
+            Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client.address, &path, &ambiguous), None),
         };
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
-        let about = About { client, path, request_id, route: Arc::clone(route) };
-        let trusted = &self.downstream.trusted_proxies;
-        if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, true) {
+        let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
+        let (is_secure, trusted) = (client.secured.is_some(), &self.downstream.trusted_proxies);
+        if downstream::forward_request(&mut request, client.ip(), is_secure, trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
         let exchange = upstream.websocket(request, &self.home);
@@ -399,23 +399,23 @@ impl Context {
                     Error::Busy => Handshake::Refused,
                     Error::Body(_) => Handshake::Invalid,
                 };
-                (result, self.blame(&error, client, &about.route, &at), None)
+                (result, self.blame(&error, client.address, &about.route, &at), None)
             }
         }
     }
 
     /// A request that is no upgrade, streamed both ways.
-    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: SocketAddr) -> Response<Body> {
+    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: &Client) -> Response<Body> {
         let mut path = request.uri().path().to_owned();
         let Way { route, upstream } = match self.upstreams.choose(&path) {
             Ok(way) => way,
-            Err(ambiguous) => return self.refuse_path(client, &path, &ambiguous),
+            Err(ambiguous) => return self.refuse_path(client.address, &path, &ambiguous),
         };
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
-        let about = About { client, path, request_id, route: Arc::clone(route) };
-        let trusted = &self.downstream.trusted_proxies;
-        if downstream::forward_request(&mut request, client.ip(), trusted, &about.request_id, false) {
+        let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
+        let (is_secure, trusted) = (client.secured.is_some(), &self.downstream.trusted_proxies);
+        if downstream::forward_request(&mut request, client.ip(), is_secure, trusted, &about.request_id, false) {
             self.doubt(client.ip());
         }
         let body_timeout = upstream.config().body_timeout;
@@ -428,7 +428,7 @@ impl Context {
             Ok(reply) => self.pass_on(reply, body_timeout),
             Err(error) => {
                 complain(&error, &about, &at);
-                self.blame(&error, client, &about.route, &at)
+                self.blame(&error, client.address, &about.route, &at)
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The one place that knows the order of a session:
 //!
 //! ```text
-//! accept -> pending queue, while no worker has room -> request, under a deadline -> the backend's handshake -> 101 to the client
+//! accept -> pending queue, while no worker has room -> TLS, and a request, under a deadline -> the backend's handshake -> 101 to the client
 //!        -> relay until both legs have ended -> each leg lingers -> closed
 //! ```
 //!
@@ -16,6 +16,7 @@ mod current;
 mod http;
 mod orphan;
 mod report;
+mod secure;
 
 use std::{
     net::SocketAddr,
@@ -27,7 +28,7 @@ use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
 use tokio_util::task::TaskTracker;
 
 pub use self::current::Current;
-use self::{answer::lost, http::Asked, report::Open};
+use self::{answer::lost, http::Asked, report::Open, secure::Client};
 use crate::{
     admission::{Admission, Reason},
     close::{self, Keeps, Linger},
@@ -96,7 +97,7 @@ pub struct Context {
 /// Who a session belongs to, for its log lines.
 #[derive(Debug)]
 struct About {
-    client: SocketAddr,
+    client: Client,
     /// Without the query, which may hold secrets; at most 256 bytes.
     path: String,
     request_id: String,
@@ -171,13 +172,21 @@ impl Context {
                     self.tracker.spawn(this.wait(stream, peer, accounting));
                     return;
                 };
+                if let Some(server) = self.downstream.tls.server.clone() {
+                    if early.is_empty() {
+                        return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
+                    }
+                    self.tracker.spawn(this.serve_secure(server, stream, early, peer, accounting, permit));
+                    return;
+                }
                 let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
+                let peer = Client::plain(peer);
                 self.tracker.spawn(async move {
                     if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
                         this.shake_hands(stream, asked, peer, accounting, permit).await;
                     } else {
-                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit)).await;
+                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit, None)).await;
                     }
                 });
             }
@@ -204,7 +213,12 @@ impl Context {
         self.refuse_for(reason, client);
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
-        let stream = Kept::new(Stream::Tcp(stream), self.close.linger);
+        let (stream, early) = match self.secure_for_answer(stream, client, header_timeout).await {
+            Ok(secured) => secured,
+            Err(Some(stream)) => return self.linger(stream, &self.short_linger(), accounting),
+            Err(None) => return,
+        };
+        let stream = Kept::new(stream, self.close.linger).rewind(early);
         let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
         self.linger(stream, &self.short_linger(), accounting);
     }

@@ -91,7 +91,8 @@ pub(super) struct Open<'a> {
 impl<'a> Open<'a> {
     pub(super) fn new(metrics: &'a Metrics, about: About, load: Load, way: &'static str) -> Self {
         let About { client, path, request_id, route } = &about;
-        info!(%client, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
+        let (tls, sni) = (client.tls(), client.sni());
+        info!(%client, tls, sni, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
         let counted = Counted::new(&metrics.sessions);
         Self { about, load, way, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
     }
@@ -112,6 +113,8 @@ impl<'a> Open<'a> {
         };
         info!(
             client = %self.about.client,
+            tls = self.about.client.tls(),
+            sni = self.about.client.sni(),
             path = self.about.path,
             request_id = self.about.request_id,
             route = %self.about.route,

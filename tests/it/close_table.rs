@@ -774,7 +774,7 @@ fn a_stalled_client_is_let_go() {
     assert_eq!((backend.closes(), backend.end), (vec![1001], End::Fin), "{backend:?}");
 }
 
-/// The same rows where the backend's leg is something else than a bare socket.
+/// The same rows where one of the legs is something else than a bare socket.
 macro_rules! rows {
     ($($row:ident),* $(,)?) => {
         /// A stream of an HTTP/2 connection.
@@ -793,6 +793,16 @@ macro_rules! rows {
                 #[test]
                 fn $row() {
                     crate::harness::scene::encrypted(super::$row);
+                }
+            )*
+        }
+
+        /// TLS with the client.
+        mod secure {
+            $(
+                #[test]
+                fn $row() {
+                    crate::harness::scene::secure(super::$row);
                 }
             )*
         }

@@ -361,7 +361,7 @@ fn large_bodies_wait_for_their_readers() {
             c.until_end().await;
         };
         let t = Scene::new("").backend_recv_buffer(64 << 10).backend(script).start();
-        let dial = Dial { recv_buffer: Some(64 << 10), to: None };
+        let dial = Dial { recv_buffer: Some(64 << 10), ..Dial::default() };
         let response = t.client_with(dial, async |c| {
             let mut request = Message::get("/");
             "POST / HTTP/1.1".clone_into(&mut request.line);

@@ -29,6 +29,7 @@ mod resources;
 mod restart;
 mod rollout;
 mod routes;
+mod secure;
 mod shared_endpoints;
 mod spike;
 mod tls;

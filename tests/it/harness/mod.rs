@@ -4,6 +4,7 @@
 //! - [`lab`]: the namespaces and their TCP counters.
 //! - [`proxy`]: the `tidegate` process, its log, its metrics.
 //! - [`peer`]: a WebSocket and HTTP peer for both roles, over [`ws`] and [`http`]; it shares no code with tidegate.
+//! - [`wire`]: what it speaks over: a socket, or TLS.
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
 //! - [`front`]: the same on streams of HTTP/2 connections.
@@ -34,6 +35,7 @@ pub mod talk;
 pub mod tls;
 pub mod transcript;
 pub mod visit;
+pub mod wire;
 pub mod ws;
 
 use std::{

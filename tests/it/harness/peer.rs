@@ -7,18 +7,18 @@ use super::{
     http::{KEY, Message},
     lab::Socket,
     transcript::{End, Event, Seen, Transcript},
+    wire::Wire,
     ws::{CLOSE, Frame, SeenFrame, TEXT},
 };
 use socket2::SockRef;
 use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
-    net::SocketAddr,
+    net::{Shutdown, SocketAddr},
     time::Duration,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    io::{AsyncReadExt, AsyncWriteExt, split},
     time::timeout,
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -38,7 +38,7 @@ pub struct Peer {
     role: Role,
     index: usize,
     /// None once closed.
-    stream: Option<TcpStream>,
+    stream: Option<Wire>,
     remote: SocketAddr,
     local: SocketAddr,
     /// Received, and not yet part of anything.
@@ -58,13 +58,15 @@ impl Peer {
     pub fn new(
         role: Role,
         index: usize,
-        stream: TcpStream,
+        stream: impl Into<Wire>,
         transcript: Board<Transcript>,
         seed: u64,
     ) -> io::Result<Self> {
         // A write is a segment: what a test sends in pieces arrives in pieces.
-        stream.set_nodelay(true)?;
-        let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+        let stream = stream.into();
+        let socket = stream.socket();
+        socket.set_nodelay(true)?;
+        let (local, remote) = (socket.local_addr()?, socket.peer_addr()?);
         let random = seed ^ (index as u64) << 1 ^ u64::from(role == Role::Client);
         transcript.change(|t| t.note(Event::Did("connected")));
         Ok(Self {
@@ -247,11 +249,18 @@ impl Peer {
     /// As [`Peer::send_bytes`], and reads meanwhile: for more than the buffers on the way can hold.
     pub async fn pump(&mut self, mut bytes: &[u8]) -> bool {
         self.transcript.change(|t| t.note(Event::Sent(format!("{} bytes", bytes.len()))));
-        while !bytes.is_empty() {
+        let mut is_flushed = false;
+        while !bytes.is_empty() || !is_flushed {
             let Some(stream) = &mut self.stream else {
                 return self.write_failed(ErrorKind::NotConnected);
             };
-            let (mut reader, mut writer) = stream.split();
+            let (mut reader, mut writer) = split(stream);
+            let next = async {
+                match bytes {
+                    [] => writer.flush().await.map(|()| 0),
+                    _ => writer.write(bytes).await,
+                }
+            };
             let reading = self.end.is_none();
             let mut chunk = vec![0; 64 * 1024];
             tokio::select! {
@@ -259,8 +268,11 @@ impl Peer {
                 read = reader.read(&mut chunk), if reading => {
                     self.received(read.map(|n| &chunk[..n]));
                 }
-                wrote = writer.write(bytes) => match wrote {
-                    Ok(n) => bytes = &bytes[n..],
+                wrote = next => match wrote {
+                    Ok(n) => {
+                        is_flushed = bytes.is_empty();
+                        bytes = &bytes[n..];
+                    }
                     Err(e) => return self.write_failed(e.kind()),
                 },
                 () = tokio::time::sleep(DEADLINE) => return self.write_failed(ErrorKind::TimedOut),
@@ -274,7 +286,11 @@ impl Peer {
         let Some(stream) = &mut self.stream else {
             return self.write_failed(ErrorKind::NotConnected);
         };
-        match timeout(DEADLINE, stream.write_all(bytes)).await {
+        let write = async {
+            stream.write_all(bytes).await?;
+            stream.flush().await
+        };
+        match timeout(DEADLINE, write).await {
             Ok(Ok(())) => true,
             Ok(Err(e)) => self.write_failed(e.kind()),
             Err(_) => self.write_failed(ErrorKind::TimedOut),
@@ -405,6 +421,7 @@ impl Peer {
                 self.take_frames();
             }
             Err(e) if e.kind() == ErrorKind::ConnectionReset => self.ended(End::Rst),
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => self.ended(End::Truncated),
             Err(e) => self.ended(End::Error(e.kind())),
         }
     }
@@ -456,12 +473,21 @@ impl Peer {
         }
     }
 
+    /// FIN, and nothing else, also where TLS wants a `close_notify` before it.
+    pub fn bare_fin(&mut self) {
+        self.fin_sent = true;
+        self.did("FIN without close_notify");
+        if let Some(stream) = &self.stream {
+            SockRef::from(stream.socket()).shutdown(Shutdown::Write).expect("a connection");
+        }
+    }
+
     /// RST, as from a process that died badly.
     #[expect(clippy::disallowed_methods, reason = "the test's tool to reset on purpose")]
     pub fn rst(&mut self) {
         self.did("RST");
         if let Some(stream) = self.stream.take() {
-            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("a socket");
+            SockRef::from(stream.socket()).set_linger(Some(Duration::ZERO)).expect("a socket");
         }
         self.ended(End::Left);
     }
@@ -476,7 +502,7 @@ impl Peer {
     /// `close()` while received bytes are unread, which makes it a RST.
     pub async fn close_with_unread(&mut self) {
         if let Some(stream) = &self.stream {
-            let waited = timeout(DEADLINE, stream.peek(&mut [0])).await;
+            let waited = timeout(DEADLINE, stream.socket().peek(&mut [0])).await;
             let unread = matches!(waited, Ok(Ok(1)));
             assert!(unread, "nothing came that could be left unread: {:?}", self.seen());
         }
@@ -487,7 +513,7 @@ impl Peer {
     /// connection is made where it matters: see `Dial::recv_buffer` and `SceneBuilder::backend_recv_buffer`.
     pub fn set_recv_buffer(&self, bytes: usize) {
         let stream = self.stream.as_ref().expect("an open connection");
-        SockRef::from(stream).set_recv_buffer_size(bytes).expect("a socket");
+        SockRef::from(stream.socket()).set_recv_buffer_size(bytes).expect("a socket");
     }
 
     /// After the script: what it did not end is ended in the orderly way.

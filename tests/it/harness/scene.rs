@@ -21,15 +21,16 @@ use super::{
     peer::{Peer, Role},
     proxy::Proxy,
     report,
-    tls::{self, TlsFront},
-    transcript::Transcript,
+    tls::{self, Authority, CLIENTS_NAME, TlsFront},
+    transcript::{End, Transcript},
+    wire::Wire,
 };
 use futures_util::future::join_all;
 use socket2::SockRef;
 use std::{
     cell::Cell,
     net::SocketAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -39,6 +40,10 @@ use tokio::{
     task::{JoinSet, LocalSet},
     time::timeout,
 };
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{ClientConfig, pki_types::ServerName},
+};
 
 /// How clients connect.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,11 +52,16 @@ pub struct Dial {
     pub recv_buffer: Option<usize>,
     /// None: where the scene's clients connect.
     pub to: Option<SocketAddr>,
+    /// Without TLS, also where clients speak it.
+    pub is_plain: bool,
+    /// The name to ask for by TLS; None: [`CLIENTS_NAME`].
+    pub name: Option<&'static str>,
 }
 
 std::thread_local! {
     static MULTIPLEXED: Cell<bool> = const { Cell::new(false) };
     static ENCRYPTED: Cell<bool> = const { Cell::new(false) };
+    static SECURE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs a test whose scenes have their backend's connections on streams of HTTP/2.
@@ -68,6 +78,13 @@ pub fn encrypted(test: impl FnOnce()) {
     ENCRYPTED.set(false);
 }
 
+/// Runs a test whose scenes have clients that speak TLS.
+pub fn secure(test: impl FnOnce()) {
+    SECURE.set(true);
+    test();
+    SECURE.set(false);
+}
+
 /// So that connections end with the last of their sessions, which is when a test looks.
 const SHARED: &str = "pool = { mode = 'multiplexed', idle_timeout = '0s' }";
 
@@ -80,6 +97,7 @@ pub struct SceneBuilder {
     options: Options,
     manners: Option<Manners>,
     tls: Option<tls::Manners>,
+    clients: Option<Authority>,
     start_backend: Box<StartBackend>,
 }
 
@@ -106,6 +124,7 @@ impl SceneBuilder {
             options,
             manners: MULTIPLEXED.get().then(Manners::default),
             tls: ENCRYPTED.get().then(tls::Manners::default),
+            clients: SECURE.get().then(Authority::new),
             start_backend: Box::new(|lab, options| Backend::start(lab, options, backend::echo)),
         }
     }
@@ -148,7 +167,17 @@ impl SceneBuilder {
         self
     }
 
+    /// Clients speak TLS, and believe `authority`. Without other settings tidegate has a certificate of its for [`CLIENTS_NAME`].
+    #[must_use]
+    pub fn secure(mut self, authority: Authority) -> Self {
+        self.clients = Some(authority);
+        self
+    }
+
     pub fn start(mut self) -> Scene {
+        if let Some(authority) = self.clients.as_ref().filter(|_| !self.settings.contains("tls_certificate")) {
+            self.settings = format!("{}{}", tls::for_clients(&authority.sign(CLIENTS_NAME)), self.settings);
+        }
         if self.manners.is_some() && !self.settings.contains("pool") {
             self.settings = format!("{SHARED}\n{}", self.settings);
         }
@@ -170,7 +199,9 @@ impl SceneBuilder {
             Kind::Copy => Middle::Copy(CopyRelay::start(&lab, address)),
         };
         let (seed, clients) = (options.seed, Mutex::default());
-        Scene { middle, tls, front, backend, seed, started, baseline, clients, lab }
+        let secure = self.clients.as_ref().map(Authority::client);
+        let authority = self.clients;
+        Scene { middle, tls, front, backend, secure, authority, seed, started, baseline, clients, lab }
     }
 }
 
@@ -197,6 +228,10 @@ pub struct Scene {
     tls: Option<TlsFront>,
     front: Option<Front>,
     backend: Backend,
+    /// Of clients that speak TLS.
+    secure: Option<Arc<ClientConfig>>,
+    /// Whom they believe; its folder is there until all is over.
+    authority: Option<Authority>,
     seed: u64,
     started: Instant,
     baseline: [Counters; 3],
@@ -245,6 +280,12 @@ impl Scene {
     #[track_caller]
     pub fn tls(&self) -> &TlsFront {
         self.tls.as_ref().expect("a scene with TLS in front of its backend")
+    }
+
+    /// Whom clients believe that speak TLS.
+    #[track_caller]
+    pub fn authority(&self) -> &Authority {
+        self.authority.as_ref().expect("a scene with clients that speak TLS")
     }
 
     /// What the backend knows of its nth connection, as soon as it is accepted.
@@ -299,7 +340,9 @@ impl Scene {
         let index = clients.len();
         let transcript = Board::new(Transcript::new(format!("client {index}"), self.started));
         clients.push(transcript.clone());
-        Entry { index, dial, to: dial.to.unwrap_or_else(|| self.address()), transcript, seed: self.seed }
+        let to = dial.to.unwrap_or_else(|| self.address());
+        let connector = self.secure.clone().filter(|_| !dial.is_plain).map(TlsConnector::from);
+        Entry { index, dial, to, connector, transcript, seed: self.seed }
     }
 
     /// What happened on a side since the scene began.
@@ -349,6 +392,10 @@ impl Scene {
             });
             assert!(!seen.protocols.is_empty() && seen.truncated == 0, "{seen:?}");
         }
+        for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            client
+                .read(|seen| assert_ne!(seen.end, Some(End::Truncated), "a FIN without close_notify: {}", seen.label));
+        }
         let counters = self.counters(Side::Proxy);
         // An EstabResets is also a RST that was received: it proves something where no peer sent any.
         let peers_reset = [Side::Client, Side::Backend].into_iter().any(|side| self.counters(side).get("OutRsts") != 0);
@@ -385,6 +432,7 @@ struct Entry {
     index: usize,
     dial: Dial,
     to: SocketAddr,
+    connector: Option<TlsConnector>,
     transcript: Board<Transcript>,
     seed: u64,
 }
@@ -393,7 +441,7 @@ impl Entry {
     async fn play<T>(self, script: impl AsyncFnOnce(&mut Peer) -> T) -> T {
         let transcript = self.transcript.clone();
         let play = async move {
-            let stream = timeout(DEADLINE, self.connect()).await.expect("no answer to the SYN");
+            let stream = timeout(DEADLINE, self.connect()).await.expect("no answer to the SYN, or to the ClientHello");
             let mut peer =
                 Peer::new(Role::Client, self.index, stream, self.transcript, self.seed).expect("a connected socket");
             let result = script(&mut peer).await;
@@ -405,12 +453,16 @@ impl Entry {
         result
     }
 
-    async fn connect(&self) -> TcpStream {
+    async fn connect(&self) -> Wire {
         let socket = TcpSocket::new_v4().expect("a socket");
         if let Some(bytes) = self.dial.recv_buffer {
             SockRef::from(&socket).set_recv_buffer_size(bytes).expect("a socket");
         }
-        socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to))
+        let stream = socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to));
+        let Some(connector) = &self.connector else { return stream.into() };
+        stream.set_nodelay(true).expect("a socket");
+        let name = ServerName::try_from(self.dial.name.unwrap_or(CLIENTS_NAME)).expect("a name");
+        connector.connect(name, stream).await.unwrap_or_else(|e| panic!("TLS with {}: {e}", self.to)).into()
     }
 }
 

@@ -30,7 +30,7 @@ use tokio::{
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
-        ALL_VERSIONS, RootCertStore, ServerConfig, SupportedProtocolVersion,
+        ALL_VERSIONS, ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
         crypto::ring,
         pki_types::{CertificateDer, PrivateKeyDer},
         server::WebPkiClientVerifier,
@@ -40,6 +40,9 @@ use tokio_rustls::{
 
 /// What backends are called, unless a test says otherwise.
 pub const NAME: &str = "backend.test";
+
+/// What tidegate is called by its clients, unless a test says otherwise.
+pub const CLIENTS_NAME: &str = "tidegate.test";
 
 /// Somebody who signs certificates, with a folder for the files.
 #[derive(Debug)]
@@ -56,6 +59,13 @@ pub struct Identity {
     key: PrivateKeyDer<'static>,
     pub certificate_file: PathBuf,
     pub key_file: PathBuf,
+}
+
+impl Identity {
+    /// The certificate itself.
+    pub fn der(&self) -> &[u8] {
+        &self.chain[0]
+    }
 }
 
 impl Authority {
@@ -85,6 +95,17 @@ impl Authority {
         self.sign_until(name, 2999)
     }
 
+    /// For clients that believe it, and nobody else.
+    pub fn client(&self) -> Arc<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).expect("a root");
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions().expect("versions");
+        let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Arc::new(config)
+    }
+
     /// Valid from the year 2000 on.
     pub fn sign_until(&self, name: &str, year: i32) -> Identity {
         let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
@@ -92,7 +113,7 @@ impl Authority {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
         let [certificate_file, key_file] =
-            ["pem", "key"].map(|end| self.folder.path().join(format!("{name}-{year}.{end}")));
+            ["pem", "key"].map(|end| self.folder.path().join(format!("{}-{year}.{end}", name.replace('*', "any"))));
         fs::write(&certificate_file, certificate.pem()).expect("room for a certificate");
         fs::write(&key_file, key.serialize_pem()).expect("room for a key");
         Identity {
@@ -165,6 +186,12 @@ impl Manners {
 pub fn settings(authority: &Authority) -> String {
     let ca = authority.file();
     format!("upstream.tls = true\nupstream.tls_ca = '{}'\nupstream.tls_server_name = '{NAME}'\n", ca.display())
+}
+
+/// What tidegate needs to know to be whom clients know as `CLIENTS_NAME`.
+pub fn for_clients(identity: &Identity) -> String {
+    let Identity { certificate_file, key_file, .. } = identity;
+    format!("listen.tls_certificate = '{}'\nlisten.tls_key = '{}'\n", certificate_file.display(), key_file.display())
 }
 
 /// What came in.

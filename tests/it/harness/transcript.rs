@@ -14,6 +14,8 @@ use std::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Fin,
+    /// The same, without the `close_notify` that TLS has before it.
+    Truncated,
     /// ECONNRESET.
     Rst,
     /// Neither came within the deadline.

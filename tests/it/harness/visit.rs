@@ -64,7 +64,7 @@ impl Outcome {
     /// An end that came too early, or not at all.
     fn by(end: End, stage: Stage) -> Self {
         match end {
-            End::Fin => Self::Fin(stage),
+            End::Fin | End::Truncated => Self::Fin(stage),
             // EPIPE is what the kernel makes of a RST that comes behind a FIN.
             End::Rst | End::Error(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => Self::Reset(stage),
             End::Timeout => Self::Silence(stage),

@@ -1,0 +1,288 @@
+//! A client's connection until it has TLS: the handshake, its deadline and its memory, and what becomes of those that fail.
+//!
+//! One deadline (`http.header_timeout`) is for this and the head of the first request together, from the client's first byte on. A
+//! connection stays with the worker that has begun its handshake. Whoever has to be waited for gives its place at the gate to others,
+//! and has to have another for its request.
+
+use std::{
+    fmt,
+    future::{Future, poll_fn},
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::StatusCode;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_rustls::rustls::{self, AlertDescription};
+use tracing::{debug, warn};
+
+use super::{Context, REFUSED_LINGER, http::Asked};
+use crate::{
+    admission::Reason,
+    downstream::{self, answer},
+    gate::Permit,
+    listen::Accounting,
+    metrics::TlsHandshake,
+    net::{Accepting, Kept, Secured, Stream, TlsServer, read_ahead_of, tls_error},
+    sparse::Sparse,
+};
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+pub(super) struct Client {
+    pub(super) address: SocketAddr,
+    /// What was agreed on; `None`: it has no TLS.
+    pub(super) secured: Option<Arc<Secured>>,
+}
+
+impl Client {
+    pub(super) const fn plain(address: SocketAddr) -> Self {
+        Self { address, secured: None }
+    }
+
+    fn of(address: SocketAddr, stream: &Stream) -> Self {
+        Self { address, secured: stream.secured().map(Arc::new) }
+    }
+
+    pub(super) fn ip(&self) -> IpAddr {
+        self.address.ip()
+    }
+
+    /// The version of TLS, for the log.
+    pub(super) fn tls(&self) -> Option<&'static str> {
+        self.secured.as_ref().map(|secured| secured.version)
+    }
+
+    /// The name that it asked for, for the log.
+    pub(super) fn sni(&self) -> Option<&str> {
+        self.secured.as_ref()?.name.as_deref()
+    }
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)
+    }
+}
+
+/// What came of it.
+pub(super) enum Outcome {
+    /// TLS.
+    Secured(Stream),
+    /// Plain HTTP, or what looks like that, as far as it was read.
+    PlainHttp(Stream, Bytes),
+    /// It failed; what is left is to be ended in order.
+    Failed(Option<Stream>),
+}
+
+/// What a handshake may have read before it has to ask for memory: more than those that have no client certificate.
+const USUAL: usize = 4 << 10;
+
+/// What rustls may then keep of one message, and as much for its buffer.
+const UNUSUAL_BYTES: u64 = 128 << 10;
+
+/// What is read in a handshake at most.
+const MOST: usize = 96 << 10;
+
+const PLAIN_HTTP: &str = "this port speaks TLS: use https:// or wss://";
+
+impl Context {
+    /// A connection with TLS, from its first bytes on, until it has ended or become a session.
+    pub(super) async fn serve_secure(
+        self: Arc<Self>,
+        server: TlsServer,
+        stream: TcpStream,
+        early: Bytes,
+        address: SocketAddr,
+        accounting: Accounting,
+        mut permit: Option<Permit>,
+    ) {
+        let deadline = Instant::now() + self.downstream.header_timeout;
+        let stream = match self.secure(&server, stream, early, address, deadline, &mut permit).await {
+            Outcome::Secured(stream) => stream,
+            Outcome::PlainHttp(stream, early) => {
+                let stream = Kept::new(stream, self.relay.write_timeout).rewind(early);
+                let refusal = answer(StatusCode::BAD_REQUEST, PLAIN_HTTP);
+                let patience = deadline.saturating_duration_since(Instant::now());
+                let (stream, _) = Box::pin(self.answer_and_end(stream, address, patience, refusal)).await;
+                self.linger(stream, &self.short_linger(), accounting);
+                return;
+            }
+            Outcome::Failed(stream) => {
+                if let Some(stream) = stream {
+                    self.linger(stream, &self.short_linger(), accounting);
+                }
+                return;
+            }
+        };
+        let client = Client::of(address, &stream);
+        let mut stream = Kept::new(stream, self.relay.write_timeout);
+        let early = {
+            let mut late = pin!(self.late(deadline));
+            poll_fn(|cx| {
+                if let Poll::Ready(read) = stream.poll_some(cx) {
+                    return Poll::Ready(read.ok().filter(|bytes| !bytes.is_empty()));
+                }
+                permit = None;
+                late.as_mut().poll(cx).map(|()| None)
+            })
+            .await
+        };
+        let Some(early) = early else {
+            self.linger(stream.into_inner(), &self.short_linger(), accounting);
+            return;
+        };
+        // What a client waits for its turn does not count.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let permit = match permit {
+            Some(permit) => permit,
+            None => self.gate.turn().await,
+        };
+        let this = self.latest();
+        if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
+            let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
+            this.shake_hands(stream, asked, client, accounting, Some(permit)).await;
+        } else {
+            let deadline = Instant::now() + left;
+            Box::pin(this.serve(stream.rewind(early), client, accounting, Some(permit), Some(deadline))).await;
+        }
+    }
+
+    /// The handshake. `early`: what was read already, if anything. The permit goes as soon as the client has to be waited for.
+    pub(super) async fn secure(
+        &self,
+        server: &TlsServer,
+        stream: TcpStream,
+        mut early: Bytes,
+        client: SocketAddr,
+        deadline: Instant,
+        permit: &mut Option<Permit>,
+    ) -> Outcome {
+        let mut late = pin!(self.late(deadline));
+        if early.is_empty() {
+            let first = tokio::select! {
+                first = read_ahead_of(&stream) => first.ok().filter(|bytes| !bytes.is_empty()),
+                () = &mut late => None,
+            };
+            let Some(first) = first else { return Outcome::Failed(Some(Stream::Tcp(stream))) };
+            early = first;
+        }
+        // A record of a handshake begins with 22 (RFC 8446 5.1), a request with a letter.
+        if early[0].is_ascii_alphabetic() {
+            self.metrics.tls_handshake(TlsHandshake::PlainHttp);
+            debug!(%client, "plain HTTP on a port that speaks TLS: it gets 400");
+            return Outcome::PlainHttp(Stream::Tcp(stream), early);
+        }
+        // Until epoll has said so nothing can be written, and an alert is not waited for.
+        let is_writable = tokio::select! {
+            writable = stream.writable() => writable.is_ok(),
+            () = &mut late => false,
+        };
+        if !is_writable {
+            return Outcome::Failed(Some(Stream::Tcp(stream)));
+        }
+        let mut accepting = Accepting::new(Stream::Tcp(stream), early, server);
+        let mut memory = None;
+        // `Err`: it is not waited for any longer.
+        let result = poll_fn(|cx| {
+            if let Poll::Ready(result) = Pin::new(&mut accepting).poll(cx) {
+                return Poll::Ready(Ok(result));
+            }
+            *permit = None;
+            let count = accepting.count();
+            if count > USUAL && memory.is_none() {
+                memory = self.admission.more_memory(UNUSUAL_BYTES);
+                if memory.is_none() {
+                    self.refuse_for(Reason::Memory, client);
+                    return Poll::Ready(Err(TlsHandshake::Shed));
+                }
+            }
+            if count > MOST {
+                return Poll::Ready(Err(TlsHandshake::Failed));
+            }
+            late.as_mut().poll(cx).map(|()| Err(TlsHandshake::Timeout))
+        })
+        .await;
+        let (result, why, stream) = match result {
+            Ok(Ok(stream)) => {
+                let is_resumed = stream.secured().is_some_and(|secured| secured.is_resumed);
+                self.metrics.tls_handshake(if is_resumed { TlsHandshake::Resumed } else { TlsHandshake::Full });
+                return Outcome::Secured(stream);
+            }
+            Ok(Err((error, stream))) => (judge(&error), Some(error), stream),
+            Err(result) => (result, None, accepting.into_stream()),
+        };
+        self.metrics.tls_handshake(result);
+        complain(result, why.as_ref(), client);
+        Outcome::Failed(stream)
+    }
+
+    /// Resolves when a client is waited for no longer: at its deadline, or soon after the drain has begun.
+    async fn late(&self, deadline: Instant) {
+        tokio::select! {
+            () = sleep_until(deadline) => return,
+            () = self.drain.begun() => {}
+        }
+        // It was accepted, so its request may be on its way.
+        let soon = sleep(REFUSED_LINGER.min(deadline.saturating_duration_since(Instant::now())));
+        tokio::select! {
+            () = soon => {}
+            () = self.drain.hurried() => {}
+        }
+    }
+
+    /// For who is turned away: nothing but its answer goes over it.
+    pub(super) async fn secure_for_answer(
+        &self,
+        stream: TcpStream,
+        client: SocketAddr,
+        patience: Duration,
+    ) -> Result<(Stream, Bytes), Option<Stream>> {
+        let Some(server) = self.downstream.tls.server.clone() else { return Ok((Stream::Tcp(stream), Bytes::new())) };
+        let deadline = Instant::now() + patience;
+        match Box::pin(self.secure(&server, stream, Bytes::new(), client, deadline, &mut None)).await {
+            Outcome::Secured(stream) => Ok((stream, Bytes::new())),
+            // That it is turned away is no secret.
+            Outcome::PlainHttp(stream, early) => Ok((stream, early)),
+            Outcome::Failed(stream) => Err(stream),
+        }
+    }
+}
+
+fn judge(error: &io::Error) -> TlsHandshake {
+    match tls_error(error) {
+        Some(rustls::Error::AlertReceived(
+            AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::UnknownCA
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateRevoked,
+        )) => TlsHandshake::Distrusted,
+        Some(_) => TlsHandshake::Failed,
+        None => TlsHandshake::Abandoned,
+    }
+}
+
+/// Only what can be our fault is worth more than a line for who looks for it: whoever finds the port may send anything.
+fn complain(result: TlsHandshake, error: Option<&io::Error>, client: SocketAddr) {
+    static SAID: Sparse = Sparse::new();
+    let (result_name, error) = (result.as_str(), error.map(ToString::to_string));
+    let error = error.as_deref();
+    if result == TlsHandshake::Distrusted
+        && let Some(unsaid) = SAID.is_due()
+    {
+        let fix = "listen.tls_certificate must be for the name that clients use, valid, and have those between it and its root behind it";
+        warn!(%client, error, fix, unsaid, "a client does not believe the certificate");
+    } else {
+        debug!(%client, result = result_name, error, "no TLS");
+    }
+}
