@@ -250,6 +250,8 @@ pub struct Metrics {
     pub delays_cut: Counter,
     /// Keys that were written otherwise than they run, until a restart.
     pub restart_required: Gauge,
+    /// Certificates for clients that have expired, or soon will.
+    pub doubtful_certificates: Gauge,
     pool_fallbacks: Family<Labels<1>, Counter>,
     /// Of all pools of upstream connections.
     pub pools: Arc<Stats>,
@@ -326,6 +328,7 @@ impl Metrics {
             crossed_messages: Counter::default(),
             delays_cut: Counter::default(),
             restart_required: Gauge::default(),
+            doubtful_certificates: Gauge::default(),
             pool_fallbacks: Family::default(),
             pools,
             reload_is_good: Gauge::default(),
@@ -414,6 +417,8 @@ impl Metrics {
         registry.register("config_last_reload_successful", help, metrics.reload_is_good.clone());
         let help = "Keys of the configuration that are written otherwise than they run, until a restart";
         registry.register("config_restart_required_keys", help, metrics.restart_required.clone());
+        let help = "Certificates for clients that have expired, or will within three days";
+        registry.register("tls_certificates_doubtful", help, metrics.doubtful_certificates.clone());
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
         let help = "TLS handshakes of clients by result; distrusted: the client did not believe the certificate";
         registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());

@@ -121,7 +121,7 @@ impl By {
         match self {
             Self::Signal => "SIGHUP",
             Self::Admin(_) => "POST /reload",
-            Self::Change => "a change of the file",
+            Self::Change => "a change of a file",
         }
     }
 }
@@ -468,7 +468,12 @@ impl Reload {
             admin.send_replace(admin::Parts { upstreams, close: new.close.patience });
         }
         bounds.reconfigure(new.close.max_lingering);
-        first.admission.reconfigure(&new.limits, connection_bytes(new.downstream.tls.server.is_some()));
+        let has_tls = new.downstream.tls.server.is_some();
+        first.admission.reconfigure(&new.limits, connection_bytes(has_tls));
+        if has_tls && old.downstream.tls.server.is_none() {
+            let fix = "restart when it suits, so that limits.max_connections is derived anew";
+            warn!(fix, "clients now come by TLS, which takes memory that was not reckoned with at the start");
+        }
         first.drain.reconfigure(new.drain.clone());
         if let Some(Reader { ask, watch, set_filter, .. }) = reader {
             if new.log.filter != old.log.filter

@@ -256,6 +256,9 @@ impl Server {
                 }
             });
         }
+        if let Some(context) = contexts.first() {
+            tracker.spawn(watch_certificates(Arc::clone(context)));
+        }
         let (control, orders) = admin::Control::new(drain.clone());
         let for_admin = watch::Sender::new(admin::Parts { upstreams, close: settings.close.patience });
         let admin_closed = CancellationToken::new();
@@ -665,6 +668,31 @@ impl Drop for Runtimes {
 
 /// How often the use of memory is looked at, where it is limited.
 const MEMORY_LOOK: Duration = Duration::from_millis(100);
+
+/// How often the dates of certificates are looked at, and how often what was found is said again.
+const CERTIFICATE_LOOK: (Duration, Duration) = (Duration::from_mins(1), Duration::from_hours(6));
+
+/// Counts certificates for clients that have expired or soon will, and says so: also where nobody reloads, since nobody renews.
+async fn watch_certificates(context: Arc<Context>) {
+    // What is found at the start, or at a reload, is said by whoever reads the configuration.
+    let mut said = Vec::new();
+    let mut said_at = None;
+    loop {
+        let now = context.latest();
+        let tls = &now.downstream.tls;
+        let doubts = tls.server.as_ref().map(net::TlsServer::doubts).unwrap_or_default();
+        now.metrics.doubtful_certificates.set(i64::try_from(doubts.len()).unwrap_or(i64::MAX));
+        if doubts != said || said_at.is_some_and(|at: Instant| at.elapsed() >= CERTIFICATE_LOOK.1) {
+            for (index, doubt) in &doubts {
+                let fix = "renew it: a new file is taken up by itself (reload.watch), or with `tidegate reload`";
+                let file = &tls.certificates[*index];
+                warn!(file, fix, "a certificate for clients {doubt}");
+            }
+            (said, said_at) = (doubts, Some(Instant::now()));
+        }
+        sleep(CERTIFICATE_LOOK.0).await;
+    }
+}
 
 /// What is used of the memory that may be.
 struct MemoryLimit {

@@ -172,7 +172,25 @@ fn changes(from: &Settings, to: &Settings) -> Vec<(Change, bool)> {
     let changes = pairs.map(|((from, to), is_live)| {
         (Change { key: format!("{}.{}", from.section, from.key), from: from.value, to: Some(to.value) }, is_live)
     });
-    changes.chain(changes_of_routes(from, to).into_iter().map(|change| (change, true))).collect()
+    let renewed = renewed_files(from, to).into_iter().chain(changes_of_routes(from, to));
+    changes.chain(renewed.map(|change| (change, true))).collect()
+}
+
+/// Certificates and keys under the same names as before, with something else in them.
+fn renewed_files(from: &Settings, to: &Settings) -> Vec<Change> {
+    let (clients, backends) = (&to.downstream.tls, &to.upstream.tls);
+    let (clients_before, backends_before) = (&from.downstream.tls, &from.upstream.tls);
+    let of_clients = clients.server != clients_before.server && clients.files() == clients_before.files();
+    let of_backends = backends.client != backends_before.client && backends.files() == backends_before.files();
+    [("listen.tls_certificate", of_clients), ("upstream.tls", of_backends)]
+        .into_iter()
+        .filter(|(_, is_renewed)| *is_renewed)
+        .map(|(key, _)| Change {
+            key: key.to_owned(),
+            from: Plain::Text("what was in its files".to_owned()),
+            to: Some(Plain::Text("what is in them now".to_owned())),
+        })
+        .collect()
 }
 
 /// Routes are known by their paths: their order means nothing. One that is not there has an empty list for its backend.

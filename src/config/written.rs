@@ -28,8 +28,6 @@ use super::{
 
 /// A file beyond this is no configuration.
 const FILE_BYTES: u64 = 1 << 20;
-/// Of a file with certificates no more is read (`net/tls.rs`).
-const TLS_FILE_BYTES: u64 = 4 << 20;
 /// What an override in the environment begins with.
 const PREFIX: &str = "TIDEGATE_";
 /// Where the configuration is, not a key of it.
@@ -219,7 +217,7 @@ pub(super) fn look(source: &FileSource, named: &[PathBuf]) -> Seen {
         bytes.hash(&mut hasher);
         hasher.finish()
     };
-    let named = named.iter().map(|path| bytes_of(path, TLS_FILE_BYTES + 1).map(sum)).collect();
+    let named = named.iter().map(|path| bytes_of(path, crate::net::TLS_FILE_BYTES + 1).map(sum)).collect();
     Seen { configuration, named }
 }
 

@@ -6,7 +6,7 @@
 //!   by whoever counts frames, or the bytes of a body.
 //! - At its end `close_notify` goes out, and then it is a socket like any other, with the same last wait.
 //!
-//! Not here: which files are used (`config/`), what backends are asked for (`upstream/`), how long a client's handshake may take
+//! Not here: which files are used (`downstream/tls.rs`, `upstream/tls.rs`), what backends are asked for (`upstream/`), how long a client's handshake may take
 //! (`session/`), and a way around verification.
 
 use std::{
@@ -54,11 +54,18 @@ const RECORD: usize = 16 * 1024;
 /// What rustls may have waiting to be sent: one record. More is never given to it.
 const BUFFER: usize = 2 * RECORD;
 
+/// What is read in one look, whatever comes: others of the same thread have their turn. More than the largest record (RFC 5246 6.2.3).
+const TURN_BYTES: usize = 20 << 10;
+
+/// What may come without any of the other side's data in it. Only somebody who wants to keep us busy sends more, or have it kept: key
+/// updates, empty records, pieces of a handshake that does not go on.
+const QUIET_BYTES: usize = 24 << 10;
+
 /// A certificate that expires by then should have been renewed.
 const SOON: Duration = Duration::from_hours(72);
 
 /// The largest file that is read.
-const FILE_BYTES: u64 = 4 << 20;
+pub const TLS_FILE_BYTES: u64 = 4 << 20;
 
 /// A leg that is encrypted.
 #[derive(Debug)]
@@ -77,6 +84,10 @@ struct Raw {
     stream: Option<Stream>,
     /// What was read of it before.
     early: Bytes,
+    /// What may be read before others have their turn.
+    turn: usize,
+    /// Bytes that were read since data came.
+    quiet: usize,
     back: Option<Arc<Back>>,
 }
 
@@ -340,13 +351,13 @@ fn read(file: TlsFile, path: &Path) -> Result<Vec<u8>, TlsFileError> {
         mistake(file, format!("cannot be read: {}: {error}", path.display()), fix)
     };
     let metadata = fs::metadata(path).map_err(unreadable)?;
-    if !metadata.is_file() || metadata.len() > FILE_BYTES {
+    if !metadata.is_file() || metadata.len() > TLS_FILE_BYTES {
         let what = format!("is no regular file of at most 4 MiB: {}", path.display());
         return Err(mistake(file, what, "name a file in PEM"));
     }
     let mut bytes = Vec::new();
     // It may have grown.
-    fs::File::open(path).and_then(|open| open.take(FILE_BYTES).read_to_end(&mut bytes)).map_err(unreadable)?;
+    fs::File::open(path).and_then(|open| open.take(TLS_FILE_BYTES).read_to_end(&mut bytes)).map_err(unreadable)?;
     Ok(bytes)
 }
 
@@ -355,7 +366,17 @@ fn no_pem(file: TlsFile, path: &Path, error: &pem::Error) -> TlsFileError {
         TlsFile::Roots | TlsFile::Certificate => ("certificate", "CERTIFICATE"),
         TlsFile::Key => ("private key without a password", "PRIVATE KEY"),
     };
-    let what = format!("has no {noun} in PEM: {}: {error}", path.display());
+    // Never what it says itself: it quotes the lines that it does not understand, which may be the key.
+    let why = match error {
+        pem::Error::MissingSectionEnd { .. } => "a section in it has no end (were its line breaks lost?)",
+        pem::Error::IllegalSectionStart { .. } => {
+            "a section in it does not begin as it should (were its line breaks lost?)"
+        }
+        pem::Error::Base64Decode(_) => "what is between BEGIN and END is no base64",
+        pem::Error::NoItemsFound => "there is none",
+        _ => "it can't be understood",
+    };
+    let what = format!("has no {noun} in PEM: {}: {why}", path.display());
     mistake(file, what, format!("name a file with -----BEGIN {label}----- in it"))
 }
 
@@ -515,6 +536,13 @@ impl Tls {
         Some(Secured { version, name, is_resumed: session.handshake_kind() == Some(HandshakeKind::Resumed) })
     }
 
+    fn raw(&mut self) -> &mut Raw {
+        match &mut self.stream {
+            TlsStream::Client(stream) => stream.get_mut().0,
+            TlsStream::Server(stream) => stream.get_mut().0,
+        }
+    }
+
     /// What it goes through.
     pub(super) fn below(&self) -> Option<&Stream> {
         self.stream.get_ref().0.stream.as_ref()
@@ -557,7 +585,17 @@ impl Tls {
         if let Some(broken) = &self.broken {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, broken.clone())));
         }
-        let Err(error) = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer)) else { return Poll::Ready(Ok(())) };
+        let before = buffer.filled().len();
+        self.raw().turn = TURN_BYTES;
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            self.raw().quiet = 0;
+        } else if self.raw().quiet > QUIET_BYTES {
+            let error = rustls::Error::General("nothing but TLS's own comes".to_owned());
+            self.broken = Some(error.clone());
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, error)));
+        }
+        let Err(error) = ready!(read) else { return Poll::Ready(Ok(())) };
         // A FIN without close_notify.
         if error.kind() == io::ErrorKind::UnexpectedEof {
             return Poll::Ready(Ok(()));
@@ -604,7 +642,8 @@ impl Raw {
     /// For a handshake, with what is known of it meanwhile.
     fn lend(stream: Stream, early: Bytes) -> (Self, Arc<Back>) {
         let back = Arc::<Back>::default();
-        (Self { stream: Some(stream), early, back: Some(Arc::clone(&back)) }, back)
+        let raw = Self { stream: Some(stream), early, turn: 0, quiet: 0, back: Some(Arc::clone(&back)) };
+        (raw, back)
     }
 
     fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
@@ -629,14 +668,22 @@ impl fmt::Debug for Raw {
 impl AsyncRead for Raw {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.back.is_none() && this.turn == 0 {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buffer.filled().len();
         if this.early.is_empty() {
             ready!(this.stream()?.poll_read(cx, buffer))?;
         } else {
             buffer.put_slice(&this.early.split_to(this.early.len().min(buffer.remaining())));
         }
+        let count = buffer.filled().len() - before;
         if let Some(back) = &this.back {
-            back.count.fetch_add(buffer.filled().len() - before, Ordering::Relaxed);
+            back.count.fetch_add(count, Ordering::Relaxed);
+        } else {
+            this.turn = this.turn.saturating_sub(count);
+            this.quiet += count;
         }
         Poll::Ready(Ok(()))
     }
@@ -665,5 +712,39 @@ impl AsyncWrite for Raw {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.get_mut().stream()?.poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, io::Write as _, os::unix::net::UnixStream};
+
+    use super::*;
+
+    /// One look takes so much, and then others have their turn; it is asked for again at once.
+    #[tokio::test]
+    async fn a_look_takes_no_more_than_its_turn() {
+        let (near, mut far) = UnixStream::pair().expect("a pair");
+        near.set_nonblocking(true).expect("a socket");
+        let near = Stream::Unix(tokio::net::UnixStream::from_std(near).expect("a runtime"));
+        let mut raw = Raw { stream: Some(near), early: Bytes::new(), turn: TURN_BYTES, quiet: 0, back: None };
+        far.write_all(&vec![0; 2 * TURN_BYTES]).expect("room");
+        let mut turns = Vec::new();
+        for _ in 0..2 {
+            let mut read = 0;
+            loop {
+                let mut bytes = [0; 4096];
+                let mut buffer = ReadBuf::new(&mut bytes);
+                match poll_fn(|cx| Poll::Ready(Pin::new(&mut raw).poll_read(cx, &mut buffer))).await {
+                    Poll::Pending if raw.turn == 0 => break,
+                    Poll::Pending => tokio::task::yield_now().await,
+                    Poll::Ready(result) => result.expect("a socket"),
+                }
+                read += buffer.filled().len();
+            }
+            turns.push(read);
+            raw.turn = TURN_BYTES;
+        }
+        assert_eq!((turns, raw.quiet), (vec![TURN_BYTES; 2], 2 * TURN_BYTES));
     }
 }

@@ -24,7 +24,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpStream, sync::Semaphore, time::timeout};
+use tokio::{
+    net::TcpStream,
+    sync::Semaphore,
+    time::{Instant, timeout},
+};
 use tokio_util::task::TaskTracker;
 
 pub use self::current::Current;
@@ -213,13 +217,16 @@ impl Context {
         self.refuse_for(reason, client);
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
-        let (stream, early) = match self.secure_for_answer(stream, client, header_timeout).await {
+        let deadline = Instant::now() + header_timeout;
+        let is_last_resort = accounting.place.is_last_resort();
+        let (stream, early) = match self.secure_for_answer(stream, client, deadline, is_last_resort).await {
             Ok(secured) => secured,
             Err(Some(stream)) => return self.linger(stream, &self.short_linger(), accounting),
             Err(None) => return,
         };
         let stream = Kept::new(stream, self.close.linger).rewind(early);
-        let (stream, _) = self.answer_and_end(stream, client, header_timeout, self.refusal(reason)).await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (stream, _) = self.answer_and_end(stream, client, left, self.refusal(reason)).await;
         self.linger(stream, &self.short_linger(), accounting);
     }
 

@@ -12,26 +12,24 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::Poll,
-    time::Duration,
 };
 
 use bytes::Bytes;
-use http::StatusCode;
 use tokio::{
+    io::AsyncWriteExt as _,
     net::TcpStream,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::rustls::{self, AlertDescription};
 use tracing::{debug, warn};
 
 use super::{Context, REFUSED_LINGER, http::Asked};
 use crate::{
-    admission::Reason,
-    downstream::{self, answer},
+    downstream,
     gate::Permit,
     listen::Accounting,
     metrics::TlsHandshake,
-    net::{Accepting, Kept, Secured, Stream, TlsServer, read_ahead_of, tls_error},
+    net::{Accepting, Kept, Secured, Stream, TlsServer, concat, read_ahead_of, tls_error},
     sparse::Sparse,
 };
 
@@ -92,7 +90,11 @@ const UNUSUAL_BYTES: u64 = 128 << 10;
 /// What is read in a handshake at most.
 const MOST: usize = 96 << 10;
 
-const PLAIN_HTTP: &str = "this port speaks TLS: use https:// or wss://";
+static PLAIN_SAID: Sparse = Sparse::new();
+
+const PLAIN_HTTP: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\
+    Content-Length: 63\r\n\r\n400 Bad Request: this port speaks TLS: use https:// or wss://\r\n";
 
 impl Context {
     /// A connection with TLS, from its first bytes on, until it has ended or become a session.
@@ -108,11 +110,10 @@ impl Context {
         let deadline = Instant::now() + self.downstream.header_timeout;
         let stream = match self.secure(&server, stream, early, address, deadline, &mut permit).await {
             Outcome::Secured(stream) => stream,
-            Outcome::PlainHttp(stream, early) => {
-                let stream = Kept::new(stream, self.relay.write_timeout).rewind(early);
-                let refusal = answer(StatusCode::BAD_REQUEST, PLAIN_HTTP);
-                let patience = deadline.saturating_duration_since(Instant::now());
-                let (stream, _) = Box::pin(self.answer_and_end(stream, address, patience, refusal)).await;
+            Outcome::PlainHttp(mut stream, _) => {
+                drop(permit);
+                // Whatever the rest of its request is: the answer is the same, and fits into any socket.
+                let _ = timeout(REFUSED_LINGER, stream.write_all(PLAIN_HTTP)).await;
                 self.linger(stream, &self.short_linger(), accounting);
                 return;
             }
@@ -142,9 +143,20 @@ impl Context {
         };
         // What a client waits for its turn does not count.
         let left = deadline.saturating_duration_since(Instant::now());
-        let permit = match permit {
-            Some(permit) => permit,
-            None => self.gate.turn().await,
+        let (permit, early) = if let Some(permit) = permit {
+            (permit, early)
+        } else {
+            let permit = self.gate.turn().await;
+            // It may have lost its patience.
+            let more = poll_fn(|cx| match stream.poll_some(cx) {
+                Poll::Ready(read) => Poll::Ready(read.ok().filter(|bytes| !bytes.is_empty())),
+                Poll::Pending => Poll::Ready(Some(Bytes::new())),
+            });
+            let Some(more) = more.await else {
+                self.linger(stream.into_inner(), &self.short_linger(), accounting);
+                return;
+            };
+            (permit, concat(early, more))
         };
         let this = self.latest();
         if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
@@ -156,29 +168,26 @@ impl Context {
         }
     }
 
-    /// The handshake. `early`: what was read already, if anything. The permit goes as soon as the client has to be waited for.
+    /// The handshake. `early`: what was read already, which is something. The permit goes as soon as the client has to be waited for.
     pub(super) async fn secure(
         &self,
         server: &TlsServer,
         stream: TcpStream,
-        mut early: Bytes,
+        early: Bytes,
         client: SocketAddr,
         deadline: Instant,
         permit: &mut Option<Permit>,
     ) -> Outcome {
         let mut late = pin!(self.late(deadline));
-        if early.is_empty() {
-            let first = tokio::select! {
-                first = read_ahead_of(&stream) => first.ok().filter(|bytes| !bytes.is_empty()),
-                () = &mut late => None,
-            };
-            let Some(first) = first else { return Outcome::Failed(Some(Stream::Tcp(stream))) };
-            early = first;
-        }
         // A record of a handshake begins with 22 (RFC 8446 5.1), a request with a letter.
         if early[0].is_ascii_alphabetic() {
             self.metrics.tls_handshake(TlsHandshake::PlainHttp);
-            debug!(%client, "plain HTTP on a port that speaks TLS: it gets 400");
+            if let Some(unsaid) = PLAIN_SAID.is_due() {
+                let fix = "whoever is in front (an ingress, a load balancer and its health checks) must speak https and wss to this port";
+                warn!(%client, fix, unsaid, "plain HTTP on a port that speaks TLS: it gets 400");
+            } else {
+                debug!(%client, "plain HTTP on a port that speaks TLS: it gets 400");
+            }
             return Outcome::PlainHttp(Stream::Tcp(stream), early);
         }
         // Until epoll has said so nothing can be written, and an alert is not waited for.
@@ -201,7 +210,6 @@ impl Context {
             if count > USUAL && memory.is_none() {
                 memory = self.admission.more_memory(UNUSUAL_BYTES);
                 if memory.is_none() {
-                    self.refuse_for(Reason::Memory, client);
                     return Poll::Ready(Err(TlsHandshake::Shed));
                 }
             }
@@ -239,16 +247,23 @@ impl Context {
         }
     }
 
-    /// For who is turned away: nothing but its answer goes over it.
+    /// For who is turned away: nothing but its answer goes over it. A handshake is dearer than an answer, so it is for those alone for
+    /// whom there is a place at the gate now.
     pub(super) async fn secure_for_answer(
         &self,
         stream: TcpStream,
         client: SocketAddr,
-        patience: Duration,
+        deadline: Instant,
+        is_last_resort: bool,
     ) -> Result<(Stream, Bytes), Option<Stream>> {
         let Some(server) = self.downstream.tls.server.clone() else { return Ok((Stream::Tcp(stream), Bytes::new())) };
-        let deadline = Instant::now() + patience;
-        match Box::pin(self.secure(&server, stream, Bytes::new(), client, deadline, &mut None)).await {
+        let first = tokio::select! {
+            first = read_ahead_of(&stream) => first.ok().filter(|bytes| !bytes.is_empty()),
+            () = self.late(deadline) => None,
+        };
+        let mut permit = self.gate.try_permit().filter(|_| !is_last_resort);
+        let (Some(first), true) = (first, permit.is_some()) else { return Err(Some(Stream::Tcp(stream))) };
+        match Box::pin(self.secure(&server, stream, first, client, deadline, &mut permit)).await {
             Outcome::Secured(stream) => Ok((stream, Bytes::new())),
             // That it is turned away is no secret.
             Outcome::PlainHttp(stream, early) => Ok((stream, early)),
@@ -274,15 +289,24 @@ fn judge(error: &io::Error) -> TlsHandshake {
 
 /// Only what can be our fault is worth more than a line for who looks for it: whoever finds the port may send anything.
 fn complain(result: TlsHandshake, error: Option<&io::Error>, client: SocketAddr) {
-    static SAID: Sparse = Sparse::new();
-    let (result_name, error) = (result.as_str(), error.map(ToString::to_string));
+    static SAID: [Sparse; 2] = [const { Sparse::new() }; 2];
+    let fix = match error.and_then(|error| tls_error(error)) {
+        _ if result == TlsHandshake::Distrusted => {
+            "listen.tls_certificate must be for the name that clients use, valid, and have those between it and its root behind it; \
+             openssl s_client -connect HOST:PORT -servername NAME shows what they get"
+        }
+        Some(rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol) => {
+            "TLS 1.2 and 1.3 are spoken here, and HTTP/1.1: whatever is in front may insist on another version, or on h2"
+        }
+        _ => "",
+    };
+    let (result, error) = (result.as_str(), error.map(ToString::to_string));
     let error = error.as_deref();
-    if result == TlsHandshake::Distrusted
-        && let Some(unsaid) = SAID.is_due()
+    if !fix.is_empty()
+        && let Some(unsaid) = SAID[usize::from(result != TlsHandshake::Distrusted.as_str())].is_due()
     {
-        let fix = "listen.tls_certificate must be for the name that clients use, valid, and have those between it and its root behind it";
-        warn!(%client, error, fix, unsaid, "a client does not believe the certificate");
+        warn!(%client, result, error, fix, unsaid, "no TLS with a client");
     } else {
-        debug!(%client, result = result_name, error, "no TLS");
+        debug!(%client, result, error, "no TLS with a client");
     }
 }

@@ -83,8 +83,8 @@ async fn echo(c: &mut Peer) {
 /// Asked for in any of the three ways, new sessions have the new settings, and one that is open keeps its own to its end.
 #[test]
 fn new_sessions_have_the_new_settings_and_old_ones_their_own() {
-    for by in ["SIGHUP", "POST /reload", "a change of the file"] {
-        let watch = if by == "a change of the file" { "100ms" } else { "0s" };
+    for by in ["SIGHUP", "POST /reload", "a change of a file"] {
+        let watch = if by == "a change of a file" { "100ms" } else { "0s" };
         let settings = |max: u32| format!("websocket.max_message = '{max}'\nreload.watch = '{watch}'");
         let t = Scene::new(&settings(1000)).start();
         let (reloaded, said) = (Board::new(false), Board::new(false));
@@ -441,12 +441,12 @@ fn a_config_map_is_swapped() {
     fs::rename(folder.join("link"), &file).expect("the same folder");
     swap("..2026_2", &t.proxy().configuration(&settings(500)));
     fs::remove_dir_all(folder.join("..2026_1")).expect("it is there");
-    let line = has_reloaded(t.proxy(), "a change of the file");
+    let line = has_reloaded(t.proxy(), "a change of a file");
     assert_eq!((line["restart_required"].as_str(), echoes(&t, 501)), (Some(""), Err(1009)), "{line}");
     swap("..2026_3", "[websocket]\nmax_message = 0\n");
     fs::remove_dir_all(folder.join("..2026_2")).expect("it is there");
     let rejected = t.proxy().log_where("the rejection", |line| !line["rejected"].is_null());
-    assert_eq!(rejected["by"], "a change of the file");
+    assert_eq!(rejected["by"], "a change of a file");
     assert_eq!(echoes(&t, 500), Ok(()));
     // Said once, and not with each look.
     swap("..2026_4", &t.proxy().configuration(&settings(700)));
@@ -634,7 +634,7 @@ fn a_secret_is_swapped() {
     reloads("applied", 3);
     assert_eq!(served(), 101);
     reloads("rejected", 1);
-    let by_change = |line: &Value| line["message"] == "reloaded" && line["by"] == "a change of the file";
+    let by_change = |line: &Value| line["message"] == "reloaded" && line["by"] == "a change of a file";
     assert_eq!(t.proxy().log().into_iter().filter(by_change).count(), 3);
     t.no_rst();
 }

@@ -350,10 +350,10 @@ fn is_of_the_application(status: StatusCode) -> bool {
 
 /// Hypercorn forgets a stream when it has answered a Close, without ending it, or when its application has returned; a DATA frame
 /// that comes then, if only an empty one with END_STREAM, ends the whole connection (0.18.0; its issue 329). It
-/// is known by the name that it gives itself.
+/// is known by the name that it gives itself. Behind another proxy it is `hypercorn-h11`, and the streams are that proxy's.
 fn peer(headers: &HeaderMap) -> Peer {
     match headers.get(SERVER) {
-        Some(name) if name.as_bytes().starts_with(b"hypercorn") => Peer::ForgetsStreams,
+        Some(name) if name == "hypercorn-h2" => Peer::ForgetsStreams,
         _ => Peer::EndsStreams,
     }
 }
@@ -639,6 +639,20 @@ mod tests {
         let upstreams =
             Upstreams::new(settings.upstream.clone(), [], &settings.socket, &Arc::new(Metrics::new()), None);
         (upstreams.otherwise().clone(), at, settings)
+    }
+
+    /// Another proxy in front of Hypercorn takes END_STREAM as anybody does, and may count resets.
+    #[test]
+    fn who_forgets_its_streams() {
+        for (server, wanted) in [
+            (Some("hypercorn-h2"), Peer::ForgetsStreams),
+            (Some("hypercorn-h11"), Peer::EndsStreams),
+            (Some("nginx"), Peer::EndsStreams),
+            (None, Peer::EndsStreams),
+        ] {
+            let headers = server.map(|name| (SERVER, HeaderValue::from_static(name))).into_iter().collect();
+            assert_eq!(peer(&headers), wanted, "{server:?}");
+        }
     }
 
     /// What an answer over HTTP/1.1 shows, it shows of the endpoint that gave it.
