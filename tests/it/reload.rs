@@ -497,7 +497,7 @@ fn reloads_under_busy_sessions() {
         for index in 0..reloads {
             // Something of everything that can be replaced.
             t.configure(&format!(
-                "log.filter = 'info'\nreload.watch = '0s'\n\
+                "log.filter = 'info'\nreload.watch = '0s'\nclose.linger = '10s'\n\
                  websocket = {{ max_message = '{}KiB', recv_buffer = '{}KiB' }}\nclose.delay = '{}ms'\n\
                  upstream = {{ max_pending = {}, max_waiting = {} }}\nlimits.handshakes_per_second = {}\ndrain.window = '{}ms'",
                 64 + index % 3,
