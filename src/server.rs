@@ -674,7 +674,6 @@ const CERTIFICATE_LOOK: (Duration, Duration) = (Duration::from_mins(1), Duration
 
 /// Counts certificates for clients that have expired or soon will, and says so: also where nobody reloads, since nobody renews.
 async fn watch_certificates(context: Arc<Context>) {
-    // What is found at the start, or at a reload, is said by whoever reads the configuration.
     let mut said = Vec::new();
     let mut said_at = None;
     loop {
@@ -690,6 +689,8 @@ async fn watch_certificates(context: Arc<Context>) {
             }
             (said, said_at) = (doubts, Some(Instant::now()));
         }
+        // Or what a reload replaces would be kept until the next look.
+        drop(now);
         sleep(CERTIFICATE_LOOK.0).await;
     }
 }
