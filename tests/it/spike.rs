@@ -26,9 +26,12 @@ async fn at_once(address: SocketAddr, count: usize, errands: &[Errand]) -> Vec<V
     join_all(errands.iter().cycle().take(count).map(|errand| visit(address, *errand))).await
 }
 
-/// The default configuration, whose patience counts on machines that are as fast as a user's.
+/// The default configuration, whose patience counts on machines that are as fast as a user's. On another one, with the rest of the
+/// tests beside it, whoever waits long is not given up.
 fn settings() -> &'static str {
-    if is_strict() { "" } else { "upstream.queue_timeout = '60s'" }
+    const PATIENT: &str = "upstream = { queue_timeout = '60s', connect_timeout = '60s', handshake_timeout = '60s' }\n\
+                           http.header_timeout = '60s'\nclose.handshake_timeout = '30s'";
+    if is_strict() { "" } else { PATIENT }
 }
 
 /// For a line of figures.
