@@ -115,7 +115,7 @@ pub struct Reload {
 pub struct Log {
     /// How lines look.
     pub format: LogFormat,
-    /// Directives that `tracing_subscriber::EnvFilter` accepts.
+    /// Levels of modules: what `tracing_subscriber::filter::Targets` reads.
     pub filter: String,
 }
 
