@@ -14,12 +14,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::{
     net::SocketAddr,
+    thread,
     time::{Duration, Instant},
 };
-use tokio::{
-    sync::Semaphore,
-    time::{sleep, sleep_until},
-};
+use tokio::{sync::Semaphore, time::sleep_until};
 
 /// Clients that all connect before the first of them is answered; their errands in turn.
 async fn at_once(address: SocketAddr, count: usize, errands: &[Errand]) -> Vec<Visit> {
@@ -82,8 +80,9 @@ fn queues_of_128_take_a_spike() {
         let t = stage.tidegate(settings(), backend.address);
         let sockets = assert_queues(&stage, &t, 65_535, 128);
         t.signal(Signal::STOP);
-        let (visits, waiting) = stage.clients(async || {
-            let queued = async {
+        let (visits, waiting) = thread::scope(|scope| {
+            // Not on the clients' thread: the kernel's list of so many sockets is long.
+            let queued = scope.spawn(|| {
                 let begun = Instant::now();
                 loop {
                     let sockets = stage.lab().sockets(Side::Proxy);
@@ -93,10 +92,11 @@ fn queues_of_128_take_a_spike() {
                         t.signal(Signal::CONT);
                         return waiting;
                     }
-                    sleep(Duration::from_millis(10)).await;
+                    thread::sleep(Duration::from_millis(100));
                 }
-            };
-            tokio::join!(at_once(t.address, count, &[Errand::Echo]), queued)
+            });
+            let visits = stage.clients(async || at_once(t.address, count, &[Errand::Echo]).await);
+            (visits, queued.join().expect("no panic"))
         });
         println!(
             "{count} at once, somaxconn 128, {sockets} accept queues: {waiting} waited, 101 after {}; {:?}",
