@@ -4,11 +4,14 @@
 //! are dropped.
 
 use std::{
+    backtrace::{Backtrace, BacktraceStatus},
     io::{self, IsTerminal as _},
+    panic,
     str::FromStr as _,
 };
 
 use anyhow::Context as _;
+use tracing::error;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     filter::Targets, fmt, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
@@ -21,6 +24,18 @@ use crate::{
 
 /// Lines that may wait for the reader.
 const QUEUE: usize = 16 * 1024;
+
+/// What panics say goes to the log, except for what was formatted: that may be of a client's bytes.
+fn log_panics() {
+    panic::set_hook(Box::new(|info| {
+        let at = info.location().map(ToString::to_string).unwrap_or_default();
+        let what = info.payload().downcast_ref::<&'static str>();
+        // With RUST_BACKTRACE=1.
+        let trace = Backtrace::capture();
+        let trace = (trace.status() == BacktraceStatus::Captured).then(|| trace.to_string());
+        error!(at, what, trace, "panic: this is a bug in tidegate, please report it");
+    }));
+}
 
 /// Sets the process's log up; what waits is written when the guard is dropped. The filter can be replaced.
 pub(super) fn init(config: &Log) -> anyhow::Result<(WorkerGuard, SetFilter)> {
@@ -41,6 +56,7 @@ pub(super) fn init(config: &Log) -> anyhow::Result<(WorkerGuard, SetFilter)> {
         subscriber.with(lines.with_ansi(io::stdout().is_terminal())).try_init()
     };
     result.map_err(|error| anyhow::anyhow!("the log is set up already: {error}"))?;
+    log_panics();
     let set_filter = SetFilter::new(move |text| {
         let filter = Targets::from_str(text).map_err(|error| error.to_string())?;
         handle.reload(filter).map_err(|error| error.to_string())

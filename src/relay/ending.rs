@@ -55,6 +55,8 @@ pub enum Cause {
     Idle,
     /// The client took nothing for `pool.stall_timeout`, and what waits for it waits in a connection that others share.
     Slow,
+    /// A bug of ours: a panic.
+    Fault,
 }
 
 /// Which Close is to be sent.

@@ -8,15 +8,18 @@
 //! Payloads are never looked at, except those of control frames.
 
 mod ending;
+#[cfg(debug_assertions)]
+mod fault;
 mod lane;
 #[cfg(test)]
 mod tests;
 
 use std::{
     future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -93,6 +96,7 @@ const APART: Duration = Duration::from_millis(2);
 const TOO_OLD: &str = "the session has reached its age";
 const IDLE: &str = "nothing was said for long";
 const SLOW: &str = "too slow";
+const FAULT: &str = "a fault of the proxy";
 
 /// What keeps one client waiting longer than `drain.quiet`: its was the last word, so an answer may be in the making.
 const ANSWER_PATIENCE: u32 = 10;
@@ -191,6 +195,10 @@ pub struct Relay {
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
+    /// While bytes are on their way to a side: it may have more of a frame, or less, than its lane says.
+    is_unsure: [bool; 2],
+    /// Since when nothing here is to be trusted any more but what [`Relay::salvage`] reads.
+    failed_at: Option<Instant>,
 }
 
 enum Order {
@@ -251,6 +259,8 @@ impl Relay {
             settling: None,
             timer: Box::pin(tokio::time::sleep_until(now)),
             timer_is_late: true,
+            is_unsure: [false; 2],
+            failed_at: None,
             ending,
             config,
             traffic,
@@ -260,14 +270,54 @@ impl Relay {
 
     /// Runs until a leg has ended, and hands it over; the other one goes on in the next call. To be called twice, with
     /// the second future polled by the same task as the first.
+    ///
+    /// A panic in here is a bug. It ends this session alone, and that in order as far as it can be.
     pub async fn next_ended(&mut self) -> Ended {
-        poll_fn(|cx| self.poll(cx)).await
+        poll_fn(|cx| {
+            if self.failed_at.is_none() {
+                match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
+                    Ok(polled) => return polled,
+                    Err(_) => self.failed_at = Some(Instant::now()),
+                }
+            }
+            Poll::Ready(self.salvage())
+        })
+        .await
+    }
+
+    /// After a panic: hands the next leg over, with a Close where its peer is known to be between two frames.
+    fn salvage(&mut self) -> Ended {
+        let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
+        let index = side as usize;
+        let mut stream = self.streams[index].take();
+        let lane = &mut self.lanes[side.other() as usize];
+        let is_open = !self.ending.told_close(side) && self.ending.can_write(side) && !self.broken[index];
+        if is_open && !self.is_unsure[index] && !lane.inside_frame {
+            let close = CloseFrame::new(Code::INTERNAL, FAULT).to_frame(mask_toward(side));
+            let mut cx = Context::from_waker(Waker::noop());
+            // What the kernel takes now: nobody waits for more.
+            let mut bytes = [lane.pending(), close.as_bytes()].concat();
+            while !bytes.is_empty()
+                && let Poll::Ready(Ok(count)) = poll_write(&mut stream, &mut cx, &bytes)
+            {
+                bytes.drain(..count);
+            }
+            if bytes.is_empty() {
+                self.ending.sent_close(side, Some(Code::INTERNAL.get()));
+            }
+        }
+        lane.drop_pending();
+        let is_reset = self.ending.gone(side) == Some(Gone::Reset);
+        Ended { side, stream: stream.filter(|_| !is_reset), is_done: self.ending.heard_close_of(side) }
     }
 
     /// How it went; meant for after the second leg.
     pub fn report(&self) -> Report {
         let now = Instant::now();
-        let (initiator, cause, since) = self.ending.first().unwrap_or((Initiator::Tidegate, Cause::Drain, now));
+        let (initiator, cause, since) = match self.failed_at {
+            Some(at) => (Initiator::Tidegate, Cause::Fault, at),
+            None => self.ending.first().unwrap_or((Initiator::Tidegate, Cause::Drain, now)),
+        };
         let both = |f: &dyn Fn(Side) -> bool| Side::BOTH.map(f);
         let reason = match (initiator, cause) {
             (Initiator::Client, Cause::Close) => self.reason_of(Side::Client),
@@ -276,12 +326,13 @@ impl Relay {
             (_, Cause::Age) => TOO_OLD.to_owned(),
             (_, Cause::Idle) => IDLE.to_owned(),
             (_, Cause::Slow) => SLOW.to_owned(),
+            (_, Cause::Fault) => FAULT.to_owned(),
             _ => String::new(),
         };
         Report {
             initiator,
             cause,
-            code: self.ending.code(),
+            code: if self.failed_at.is_some() { Some(Code::INTERNAL.get()) } else { self.ending.code() },
             reason,
             ending: now - since,
             heard: both(&|side| self.ending.heard_close_of(side)),
@@ -430,7 +481,13 @@ impl Relay {
     }
 
     /// Sends bytes toward `side`, or keeps what it does not take.
-    fn write(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Instant) {
+    fn write(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], now: Instant) {
+        let was_unsure = std::mem::replace(&mut self.is_unsure[side as usize], true);
+        self.write_or_keep(cx, side, bytes, now);
+        self.is_unsure[side as usize] = was_unsure;
+    }
+
+    fn write_or_keep(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Instant) {
         if self.broken[side as usize] || !self.ending.can_write(side) {
             return;
         }
@@ -507,7 +564,11 @@ impl Relay {
                     lane.counts.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
+                        // The end of a frame is known before its bytes are written.
+                        let to = side.other() as usize;
+                        self.is_unsure[to] = self.lanes[index].inside_frame;
                         self.digest(cx, side, &scratch[..held + fresh], held, now);
+                        self.is_unsure[to] = false;
                     }
                 }
             }
@@ -619,6 +680,8 @@ impl Relay {
                 Ok(false)
             }
             Opcode::Ping => {
+                #[cfg(debug_assertions)]
+                fault::strike(&clear(payload, header.mask));
                 self.probes[side.other() as usize].relayed = Some(clear(payload, header.mask));
                 Ok(true)
             }

@@ -72,8 +72,12 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
             _ => None,
         }
     });
-    sides.chain((report.cut != [false; 2]).then_some("cut_inside_frame"))
+    let own = [(report.cut != [false; 2], "cut_inside_frame"), (report.cause == Cause::Fault, "panic")];
+    sides.chain(own.into_iter().filter_map(|(is_so, cause)| is_so.then_some(cause)))
 }
+
+/// Why a session ended that no rule ended.
+const BUG: &str = "a bug in tidegate: please report it";
 
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
 pub(super) struct Open<'a> {
@@ -109,6 +113,7 @@ impl<'a> Open<'a> {
             Cause::Age => "websocket.max_age".to_owned(),
             Cause::Idle => "websocket.idle_timeout".to_owned(),
             Cause::Slow => "pool.stall_timeout".to_owned(),
+            Cause::Fault => BUG.to_owned(),
             _ => String::new(),
         };
         info!(
@@ -148,11 +153,8 @@ impl Drop for Open<'_> {
         if self.is_closed {
             return;
         }
-        let (cause, why) = if std::thread::panicking() {
-            ("panic", "a bug in tidegate: please report it")
-        } else {
-            ("drain_cut", "drain.timeout was over")
-        };
+        let (cause, why) =
+            if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
         self.metrics.close("tidegate", None, false, Duration::ZERO);
         self.metrics.abnormal(cause);
         let About { client, path, request_id, route } = &self.about;

@@ -12,6 +12,7 @@ mod doctor;
 mod drain;
 mod drain_pace;
 mod endpoints;
+mod fault;
 mod handshake;
 mod harness_self;
 mod http;

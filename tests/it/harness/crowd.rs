@@ -446,6 +446,11 @@ impl Member {
         stream.map(|stream| Self::new(stream, true)).map_err(|error| error.kind())
     }
 
+    /// Bytes that were received, and that nobody has asked for.
+    pub fn unread(&self) -> usize {
+        self.buffer.len() - self.taken
+    }
+
     pub fn local(&self) -> SocketAddr {
         self.stream.local_addr().expect("a socket")
     }
@@ -553,7 +558,7 @@ impl Member {
     }
 
     /// Reads once; an end, if that came.
-    async fn fill(&mut self) -> Option<End> {
+    pub async fn fill(&mut self) -> Option<End> {
         self.buffer.drain(..std::mem::take(&mut self.taken));
         loop {
             if self.stream.readable().await.is_err() {

@@ -70,6 +70,8 @@ pub struct Surroundings<'a> {
     pub notify: Option<String>,
     /// It leads a process group of its own: whatever it starts is ended with it.
     pub leads: bool,
+    /// A Ping with this payload makes its session panic.
+    pub fault: Option<&'static str>,
 }
 
 impl Surroundings<'_> {
@@ -150,6 +152,9 @@ impl Proxy {
         }
         if surroundings.leads {
             command.process_group(0);
+        }
+        if let Some(payload) = surroundings.fault {
+            command.env("FAULT_PING", payload);
         }
         only_its_file(&mut command);
         Self::spawn(lab, command, base, folder, surroundings.leads, started)
