@@ -54,6 +54,8 @@ pub struct Config {
     pub max_message: u64,
     /// The largest frame payload, in bytes.
     pub max_frame: u64,
+    /// Pings and Pongs of a client in a second; 0: any number.
+    pub max_control_rate: u32,
     /// Frames up to this payload are passed on only when whole; 1 KiB to 32 KiB.
     pub hold_frame: usize,
     /// How long an incomplete frame is held.
@@ -184,6 +186,8 @@ pub struct Relay {
     /// A side's Close frame as it came.
     closes: [Option<Box<[u8]>>; 2],
     last_data: (Side, Instant),
+    /// The second that the client's control frames are counted in, and how many there were.
+    controls: (Instant, u32),
     delays: Arc<Delays>,
     /// As long as `close.delay` holds it; to the end, if that was cut short.
     delay: Option<Box<Delay>>,
@@ -253,6 +257,7 @@ impl Relay {
             broken: [false; 2],
             closes: [None, None],
             last_data: (Side::Backend, now),
+            controls: (now, 0),
             delays,
             delay: None,
             retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
@@ -671,6 +676,9 @@ impl Relay {
         now: Instant,
     ) -> Result<bool, Violation> {
         self.traffic.message(side, header.opcode);
+        if side == Side::Client && header.opcode != Opcode::Close && self.is_flood(now) {
+            return Err(Violation::ControlFlood);
+        }
         match header.opcode {
             Opcode::Close => {
                 let close = CloseFrame::read(payload, header.mask)?;
@@ -698,6 +706,16 @@ impl Relay {
                 Ok(true)
             }
         }
+    }
+
+    /// Counts a control frame of the client; true: it is one too many in this second.
+    fn is_flood(&mut self, now: Instant) -> bool {
+        let (since, count) = &mut self.controls;
+        if now >= *since + Duration::from_secs(1) {
+            (*since, *count) = (now, 0);
+        }
+        *count = count.saturating_add(1);
+        self.config.max_control_rate != 0 && *count > self.config.max_control_rate
     }
 
     fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Instant) {

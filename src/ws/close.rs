@@ -16,6 +16,8 @@ impl Code {
     pub const PROTOCOL: Self = Self(1002);
     /// Data that is not what it says it is, such as text that is no UTF-8.
     pub const INVALID: Self = Self(1007);
+    /// A rule of ours that no other code is for.
+    pub const POLICY: Self = Self(1008);
     /// A message too big to be processed.
     pub const TOO_BIG: Self = Self(1009);
     /// The server met an unexpected condition.

@@ -65,6 +65,8 @@ pub enum Violation {
     FrameTooBig,
     /// A message over the limit.
     MessageTooBig,
+    /// More control frames than anybody needs. The tracker has no clock: the relay counts.
+    ControlFlood,
 }
 
 impl std::fmt::Display for Violation {
@@ -90,6 +92,7 @@ impl Violation {
             Self::CloseReason => "Close reason is not UTF-8",
             Self::FrameTooBig => "frame over the limit (websocket.max_frame)",
             Self::MessageTooBig => "message over the limit (websocket.max_message)",
+            Self::ControlFlood => "too many control frames (websocket.max_control_rate)",
         }
     }
 
@@ -98,6 +101,7 @@ impl Violation {
         match self {
             Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
             Self::CloseReason => Code::INVALID,
+            Self::ControlFlood => Code::POLICY,
             _ => Code::PROTOCOL,
         }
     }

@@ -155,6 +155,7 @@ fn config(hold_frame: usize, way: Way) -> Config {
     Config {
         max_message: 16 << 20,
         max_frame: 16 << 20,
+        max_control_rate: 0,
         hold_frame,
         hold_timeout: TOO_LONG,
         ping_interval: Duration::ZERO,

@@ -13,6 +13,7 @@ mod drain;
 mod drain_pace;
 mod endpoints;
 mod fault;
+mod floods;
 mod handshake;
 mod harness_self;
 mod http;

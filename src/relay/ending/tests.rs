@@ -23,6 +23,7 @@ fn config() -> Config {
     Config {
         max_message: 1 << 20,
         max_frame: 1 << 20,
+        max_control_rate: 0,
         hold_frame: 16 << 10,
         hold_timeout: Duration::from_secs(5),
         ping_interval: Duration::from_secs(30),

@@ -84,10 +84,7 @@ impl Stage {
         // A debug line for each session would cost more than the session. And nobody here expects a Ping, which only a machine
         // that takes half a minute for a script would see.
         let quiet = if settings.contains("websocket = {") { "" } else { "websocket.ping_interval = '0s'\n" };
-        // Nor is anybody to be given up, and so reset, because the whole machine stood still for two seconds.
-        let patient =
-            if settings.contains("linger") || settings.contains("close = {") { "" } else { "close.linger = '10s'\n" };
-        let settings = format!("log.filter = 'info'\n{quiet}{patient}{settings}");
+        let settings = format!("log.filter = 'info'\n{quiet}{settings}");
         let baseline = self.lab.counters(Side::Proxy);
         let proxy = Proxy::start_in(&self.lab, surroundings, &settings, backend, self.started);
         let descriptors = proxy.descriptors();

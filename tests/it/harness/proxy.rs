@@ -444,7 +444,7 @@ fn only_its_file(command: &mut Command) {
     }
 }
 
-/// The settings of every test.
+/// The settings of every test. Nobody is to be given up, and so reset, because the whole machine stood still for two seconds.
 fn base(lab: &Lab, backend: SocketAddr) -> Table {
     let front = SocketAddr::new(lab.address(Side::Proxy, Side::Client), 0);
     let text = format!(
@@ -452,6 +452,7 @@ fn base(lab: &Lab, backend: SocketAddr) -> Table {
          upstream.address = '{backend}'\n\
          admin.address = '127.0.0.1:0'\n\
          pool.keep_alive = 0\n\
+         close.linger = '10s'\n\
          log.format = 'json'\n\
          log.filter = 'info,tidegate=debug'\n"
     );
