@@ -153,6 +153,43 @@ impl TlsHandshake {
     }
 }
 
+/// What came of waiting for a PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyResult {
+    /// It says who the client is.
+    Accepted,
+    /// It says that it is the balancer itself, or that nobody knows.
+    Local,
+    /// It would be of somebody who may not send one.
+    Untrusted,
+    /// Something else came.
+    Missing,
+    /// It is not as it should be, or too long.
+    Broken,
+    /// The deadline passed.
+    Timeout,
+    /// The connection ended before it was there.
+    Abandoned,
+}
+
+impl ProxyResult {
+    const ALL: [Self; 7] =
+        [Self::Accepted, Self::Local, Self::Untrusted, Self::Missing, Self::Broken, Self::Timeout, Self::Abandoned];
+
+    /// For labels and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Local => "local",
+            Self::Untrusted => "untrusted",
+            Self::Missing => "missing",
+            Self::Broken => "broken",
+            Self::Timeout => "timeout",
+            Self::Abandoned => "abandoned",
+        }
+    }
+}
+
 /// Of connections that wait for their use.
 const IDLE: [&str; 2] = ["prewarm", "keep_alive"];
 
@@ -260,6 +297,7 @@ pub struct Metrics {
     handshakes: Family<Labels<1>, Counter>,
     handshake_duration: Histogram,
     tls_handshakes: Family<Labels<1>, Counter>,
+    proxy_headers: Family<Labels<1>, Counter>,
     requests: Family<Labels<1>, Counter>,
     closes: Family<Labels<3>, Counter>,
     abnormal: Family<Labels<1>, Counter>,
@@ -336,6 +374,7 @@ impl Metrics {
             handshakes: Family::default(),
             handshake_duration,
             tls_handshakes: Family::default(),
+            proxy_headers: Family::default(),
             requests: Family::default(),
             closes: Family::default(),
             abnormal: Family::default(),
@@ -422,6 +461,8 @@ impl Metrics {
         registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
         let help = "TLS handshakes of clients by result; distrusted: the client did not believe the certificate";
         registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());
+        let help = "PROXY headers of connections by result; but for accepted and local these are ended (listen.proxy_protocol)";
+        registry.register("proxy_headers", help, metrics.proxy_headers.clone());
         registry.register_with_unit(
             "handshake_duration",
             "From the beginning of a handshake to the backend's 101; the wait of connections_queued comes before it",
@@ -447,6 +488,9 @@ impl Metrics {
         // A series that alerts are built on must be there before it counts.
         for result in TlsHandshake::ALL {
             let _ = metrics.tls_handshakes.get_or_create(&[("result", result.as_str())]);
+        }
+        for result in ProxyResult::ALL {
+            let _ = metrics.proxy_headers.get_or_create(&[("result", result.as_str())]);
         }
         for result in Handshake::ALL {
             let _ = metrics.handshakes.get_or_create(&[("result", result.as_str())]);
@@ -522,6 +566,11 @@ impl Metrics {
     /// A TLS handshake with a client ended.
     pub fn tls_handshake(&self, result: TlsHandshake) {
         self.tls_handshakes.get_or_create(&[("result", result.as_str())]).inc();
+    }
+
+    /// A PROXY header was waited for.
+    pub fn proxy_header(&self, result: ProxyResult) {
+        self.proxy_headers.get_or_create(&[("result", result.as_str())]).inc();
     }
 
     /// The configuration was to be read again.

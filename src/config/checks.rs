@@ -16,6 +16,7 @@ use super::{
     written::named_route,
 };
 use crate::{
+    downstream::ProxyProtocol,
     net::{Address, TlsFile, TlsFileError, TlsServer},
     upstream::{Addresses, Mode, Pool},
 };
@@ -30,6 +31,7 @@ pub(super) struct Origins<'a> {
 }
 
 const LISTEN: Name = name("listen", "address");
+const PROXY_PROTOCOL: Name = name("listen", "proxy_protocol");
 const CERTIFICATE: Name = name("listen", "tls_certificate");
 const CERTIFICATE_KEY: Name = name("listen", "tls_key");
 const UPSTREAM: Name = name("upstream", "address");
@@ -282,6 +284,14 @@ fn addresses(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Find
         }
     }
 
+    let required = settings.downstream.proxy_protocol == ProxyProtocol::Required;
+    if required && settings.downstream.trusted_proxies.is_empty() && origins.judged(&[PROXY_PROTOCOL, PROXIES]) {
+        findings.push(Finding::error(
+            "`listen.proxy_protocol` is \"required\", but `http.trusted_proxies` names nobody who may send a header",
+            origins.place(PROXY_PROTOCOL),
+            "add the networks of the balancers in front of tidegate to http.trusted_proxies, or set proxy_protocol to \"off\"",
+        ));
+    }
     for network in settings.downstream.trusted_proxies.iter().filter(|network| network.prefix_len() == 0) {
         findings.push(Finding::warning(
             format!("`http.trusted_proxies` contains {network}: every client may claim any address"),

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     admission::{self, Memory},
     close,
-    downstream::{self, BadOrigin, Origin},
+    downstream::{self, BadOrigin, Origin, ProxyProtocol},
     drain::{self, Readiness},
     listen,
     net::{Address, SocketConfig, is_server_name},
@@ -101,6 +101,8 @@ pub(super) enum Slot<'a> {
     Host(&'a mut String),
     /// "after-delay" or "immediate".
     Readiness(&'a mut Readiness),
+    /// "off" or "required".
+    ProxyProtocol(&'a mut ProxyProtocol),
     /// "auto", "json" or "text".
     Format(&'a mut LogFormat),
     /// Levels of modules, as tracing's `Targets` reads them.
@@ -183,6 +185,7 @@ impl Settings {
                 header_bytes: 32 << 10,
                 header_count: 100,
                 retry_after: seconds(1),
+                proxy_protocol: ProxyProtocol::Off,
                 trusted_proxies: Vec::new(),
                 tls: downstream::Tls::OFF,
                 allowed_origins: Vec::new(),
@@ -279,7 +282,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
-    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
+    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
     let downstream::Tls { certificates, keys: certificate_keys, server: _ } = clients_tls;
     let upstream::Config {
         address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
@@ -307,6 +310,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         fixed("listen", "hand_off", Switch(hand_off)),
         // TCP_KEEPIDLE: whole seconds, at most 32767 of them (MAX_TCP_KEEPIDLE, include/net/tcp.h).
         live("listen", "keepalive", Slot::Time(OrOff(keepalive), SECOND..=NINE_HOURS, SECOND)),
+        live("listen", "proxy_protocol", Slot::ProxyProtocol(proxy_protocol)),
         live("listen", "tls_certificate", Slot::Files(certificates)),
         live("listen", "tls_key", Slot::Files(certificate_keys)),
 
@@ -672,6 +676,12 @@ impl Slot<'_> {
                     _ => return refuse(format!("is neither of both: {text:?}"), r#"use "after-delay" or "immediate""#),
                 };
             }
+            Slot::ProxyProtocol(to) => {
+                let text = value.text("a text", "off")?;
+                let known = ProxyProtocol::ALL.into_iter().find(|known| known.as_str() == text);
+                let fix = r#"use "off" or "required": it is never guessed whether there is a header"#;
+                **to = known.map_or_else(|| refuse(format!("is neither of both: {text:?}"), fix), Ok)?;
+            }
             Slot::Format(to) => {
                 let text = value.text("a text", "auto")?;
                 let Some(format) = LogFormat::ALL.into_iter().find(|format| format.as_str() == text) else {
@@ -730,6 +740,7 @@ impl Slot<'_> {
                 }
                 .to_owned(),
             ),
+            Slot::ProxyProtocol(from) => Plain::Text(from.as_str().to_owned()),
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
         }
     }

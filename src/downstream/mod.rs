@@ -4,6 +4,7 @@ mod body;
 mod handshake;
 mod headers;
 mod origin;
+mod proxy;
 mod tls;
 
 use std::time::Duration;
@@ -20,6 +21,7 @@ pub use self::{
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{drop_claims, forward_request, forward_response, request_id},
     origin::{BadOrigin, Origin, is_allowed},
+    proxy::{BadProxyHeader, ProxyHeader, ProxyProtocol, V2_MOST, proxy_header},
     tls::Tls,
 };
 
@@ -35,7 +37,9 @@ pub struct Config {
     pub header_count: usize,
     /// The `Retry-After` of our own 502, 503 and 504.
     pub retry_after: Duration,
-    /// Whose `X-Forwarded-*` are believed.
+    /// Connections begin with a PROXY header.
+    pub proxy_protocol: ProxyProtocol,
+    /// Whose `X-Forwarded-*` are believed, and who may send PROXY headers.
     pub trusted_proxies: Vec<IpNet>,
     /// Clients speak TLS.
     pub tls: Tls,

@@ -29,6 +29,8 @@ pub struct Accepted {
     pub peer: SocketAddr,
     /// What is accounted for it.
     pub accounting: Accounting,
+    /// Its PROXY header was read, and `peer` is who that names: what is left of the time for the rest of its request.
+    pub left: Option<Duration>,
 }
 
 /// One that waits for a worker to have room.
@@ -145,8 +147,8 @@ impl Balancer {
         let Inner { members, hand_off } = &*self.inner;
         // Who is turned away is no load.
         let index = if *hand_off && place.refused.is_none() && members.len() > 1 { self.choose(by) } else { by };
-        let accepted =
-            Accepted { stream, peer, accounting: Accounting { place, guard: self.counter(index).one_more(), counted } };
+        let accounting = Accounting { place, guard: self.counter(index).one_more(), counted };
+        let accepted = Accepted { stream, peer, accounting, left: None };
         if index == by {
             return Some(accepted);
         }

@@ -459,6 +459,32 @@ pub fn read_ahead(stream: &std::net::TcpStream) -> Option<Bytes> {
     })
 }
 
+/// What a peer has sent already and nobody has read, as `look` has it, up to `most` bytes; it stays where it is. None at all: the peer has
+/// ended. `None`: there is nothing yet.
+pub fn peek<T>(socket: impl AsFd, most: usize, look: impl FnOnce(&[u8]) -> T) -> io::Result<Option<T>> {
+    use rustix::net::RecvFlags;
+    with_scratch(|buffer| match rustix::net::recv(socket, &mut buffer[..most], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok((length, _)) => Ok(Some(look(&buffer[..length]))),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
+        Err(error) => Err(error.into()),
+    })
+}
+
+/// Takes so many bytes away that were seen by [`peek`], and nothing of what is behind them.
+pub fn skip(socket: impl AsFd, mut length: usize) -> io::Result<()> {
+    with_scratch(|buffer| {
+        while length > 0 {
+            match rustix::net::recv(&socket, &mut buffer[..length], rustix::net::RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((read, _)) => length -= read,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Waits for what a client sends first, up to [`READ_AHEAD`] bytes; none: it has ended.
 pub async fn read_ahead_of(stream: &TcpStream) -> io::Result<Bytes> {
     loop {

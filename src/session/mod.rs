@@ -1,7 +1,7 @@
 //! The one place that knows the order of a session:
 //!
 //! ```text
-//! accept -> pending queue, while no worker has room -> TLS, and a request, under a deadline -> the backend's handshake -> 101 to the client
+//! accept -> pending queue, while no worker has room -> PROXY header, TLS, and a request, under a deadline -> the backend's handshake -> 101 to the client
 //!        -> relay until both legs have ended -> each leg lingers -> closed
 //! ```
 //!
@@ -15,6 +15,7 @@ mod answer;
 mod current;
 mod http;
 mod orphan;
+mod proxied;
 mod report;
 mod secure;
 
@@ -36,7 +37,7 @@ use self::{answer::lost, http::Asked, report::Open, secure::Client};
 use crate::{
     admission::{Admission, Reason},
     close::{self, Keeps, Linger},
-    downstream,
+    downstream::{self, ProxyProtocol},
     drain::Drain,
     gate::{Gate, PendingQueue, Permit},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
@@ -126,11 +127,17 @@ impl Context {
 
     /// Turns a connection away, begins with it, or leaves it in the pending queue. To be called on the worker's runtime.
     pub fn accept(self: &Arc<Self>, accepted: Accepted) {
-        let Some(reason) = accepted.accounting.place.refused else { return self.admit(accepted) };
-        let Accepted { stream, peer, accounting } = accepted;
-        match TcpStream::from_std(stream) {
-            Ok(stream) => _ = self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, accounting, reason)),
-            Err(error) => lost(peer, &error),
+        let (is_unproxied, refused) = (self.is_unproxied(accepted.peer.ip()), accepted.accounting.place.refused);
+        if !is_unproxied && refused.is_none() {
+            return self.admit(accepted);
+        }
+        let Accepted { stream, peer, accounting, .. } = accepted;
+        match (TcpStream::from_std(stream), refused) {
+            (Ok(stream), Some(reason)) if !is_unproxied => {
+                self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, accounting, reason));
+            }
+            (Ok(stream), _) => self.end_unproxied(stream, peer, accounting),
+            (Err(error), _) => lost(peer, &error),
         }
     }
 
@@ -158,7 +165,7 @@ impl Context {
 
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
     fn begin(self: &Arc<Self>, accepted: Accepted, permit: Option<Permit>, has_waited: bool) {
-        let Accepted { stream, peer, accounting } = accepted;
+        let Some(Accepted { stream, peer, accounting, left }) = self.hear(accepted) else { return };
         let this = Arc::clone(self);
         // Before it is registered: after that it would have to be waited for, even if it has something.
         let mut early = read_ahead(&stream);
@@ -173,14 +180,15 @@ impl Context {
             Ok(stream) => {
                 let Some(early) = early else {
                     drop(permit);
-                    self.tracker.spawn(this.wait(stream, peer, accounting));
+                    self.tracker.spawn(this.wait(stream, peer, accounting, left));
                     return;
                 };
+                let deadline = left.map(|left| Instant::now() + left);
                 if let Some(server) = self.downstream.tls.server.clone() {
                     if early.is_empty() {
                         return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
                     }
-                    self.tracker.spawn(this.serve_secure(server, stream, early, peer, accounting, permit));
+                    self.tracker.spawn(this.serve_secure(server, stream, early, peer, accounting, permit, deadline));
                     return;
                 }
                 let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
@@ -190,7 +198,7 @@ impl Context {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
                         this.shake_hands(stream, asked, peer, accounting, permit).await;
                     } else {
-                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit, None)).await;
+                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
                     }
                 });
             }
@@ -202,7 +210,7 @@ impl Context {
     async fn turn_away(
         self: Arc<Self>,
         stream: TcpStream,
-        client: SocketAddr,
+        mut client: SocketAddr,
         mut accounting: Accounting,
         reason: Reason,
     ) {
@@ -211,13 +219,19 @@ impl Context {
             && let Some(place) = self.admission.enter_late().await
         {
             accounting.place = place;
-            self.wait(stream, client, accounting).await;
+            self.wait(stream, client, accounting, None).await;
             return;
         }
-        self.refuse_for(reason, client);
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
         let deadline = Instant::now() + header_timeout;
+        if self.downstream.proxy_protocol == ProxyProtocol::Required {
+            match self.heard(&stream, client, deadline).await {
+                Ok(named) => client = named,
+                Err(why) => return self.end_unheard(stream, client, accounting, &why),
+            }
+        }
+        self.refuse_for(reason, client);
         let is_last_resort = accounting.place.is_last_resort();
         let (stream, early) = match self.secure_for_answer(stream, client, deadline, is_last_resort).await {
             Ok(secured) => secured,
@@ -237,8 +251,15 @@ impl Context {
     }
 
     /// Waits for the first bytes of a request. This costs next to nothing; what follows does not.
-    async fn wait(self: Arc<Self>, stream: TcpStream, client: SocketAddr, accounting: Accounting) {
-        let patience = self.downstream.header_timeout;
+    async fn wait(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        accounting: Accounting,
+        left: Option<Duration>,
+    ) {
+        let patience = left.unwrap_or(self.downstream.header_timeout);
+        let begun = Instant::now();
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
             // It was accepted, so its request may be on its way: an end now would be one without an answer.
@@ -250,7 +271,11 @@ impl Context {
         }
         // Whichever worker goes on with it registers it anew.
         match stream.into_std() {
-            Ok(stream) => self.latest().admit(Accepted { stream, peer: client, accounting }),
+            Ok(stream) => {
+                // Once it has begun it has one deadline for all.
+                let left = left.map(|left| left.saturating_sub(begun.elapsed()));
+                self.latest().admit(Accepted { stream, peer: client, accounting, left });
+            }
             Err(error) => lost(client, &error),
         }
     }

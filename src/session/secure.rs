@@ -97,7 +97,8 @@ const PLAIN_HTTP: &[u8] =
     Content-Length: 63\r\n\r\n400 Bad Request: this port speaks TLS: use https:// or wss://\r\n";
 
 impl Context {
-    /// A connection with TLS, from its first bytes on, until it has ended or become a session.
+    /// A connection with TLS, from its first bytes on, until it has ended or become a session. `deadline`: it has begun before.
+    #[expect(clippy::too_many_arguments, reason = "what is known of a connection")]
     pub(super) async fn serve_secure(
         self: Arc<Self>,
         server: TlsServer,
@@ -106,8 +107,9 @@ impl Context {
         address: SocketAddr,
         accounting: Accounting,
         mut permit: Option<Permit>,
+        deadline: Option<Instant>,
     ) {
-        let deadline = Instant::now() + self.downstream.header_timeout;
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + self.downstream.header_timeout);
         let stream = match self.secure(&server, stream, early, address, deadline, &mut permit).await {
             Outcome::Secured(stream) => stream,
             Outcome::PlainHttp(mut stream, _) => {
@@ -234,7 +236,7 @@ impl Context {
     }
 
     /// Resolves when a client is waited for no longer: at its deadline, or soon after the drain has begun.
-    async fn late(&self, deadline: Instant) {
+    pub(super) async fn late(&self, deadline: Instant) {
         tokio::select! {
             () = sleep_until(deadline) => return,
             () = self.drain.begun() => {}

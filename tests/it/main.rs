@@ -26,6 +26,7 @@ mod memory;
 mod multiplexed;
 mod pod;
 mod pool_bursts;
+mod proxied;
 mod reload;
 mod resources;
 mod restart;

@@ -18,7 +18,7 @@ use tokio_rustls::{
     rustls::{ClientConfig, pki_types::ServerName},
 };
 
-const PLAIN: Dial = Dial { recv_buffer: None, to: None, is_plain: true, name: None };
+const PLAIN: Dial = Dial { recv_buffer: None, to: None, is_plain: true, before: b"", name: None };
 
 const HANDSHAKES: &str = "tidegate_tls_handshakes_total";
 

@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 use tokio::{
-    io::copy_bidirectional,
+    io::{AsyncWriteExt as _, copy_bidirectional},
     net::{TcpListener, TcpSocket, TcpStream},
     task::{JoinSet, LocalSet},
     time::timeout,
@@ -54,6 +54,8 @@ pub struct Dial {
     pub to: Option<SocketAddr>,
     /// Without TLS, also where clients speak it.
     pub is_plain: bool,
+    /// What is sent first, before TLS.
+    pub before: &'static [u8],
     /// The name to ask for by TLS; None: [`CLIENTS_NAME`].
     pub name: Option<&'static str>,
 }
@@ -458,7 +460,12 @@ impl Entry {
         if let Some(bytes) = self.dial.recv_buffer {
             SockRef::from(&socket).set_recv_buffer_size(bytes).expect("a socket");
         }
-        let stream = socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to));
+        let mut stream = socket.connect(self.to).await.unwrap_or_else(|e| panic!("connect to {}: {e}", self.to));
+        if !self.dial.before.is_empty() {
+            // Together with nothing else.
+            stream.set_nodelay(true).expect("a socket");
+            stream.write_all(self.dial.before).await.expect("an open connection");
+        }
         let Some(connector) = &self.connector else { return stream.into() };
         stream.set_nodelay(true).expect("a socket");
         let name = ServerName::try_from(self.dial.name.unwrap_or(CLIENTS_NAME)).expect("a name");
