@@ -114,6 +114,10 @@ pub enum TlsHandshake {
     Resumed,
     /// The client does not believe our certificate.
     Distrusted,
+    /// The client has no certificate, and must have one.
+    NoCertificate,
+    /// Its certificate is not good.
+    BadCertificate,
     /// Nothing could be agreed on, or what came was no TLS.
     Failed,
     /// It was plain HTTP.
@@ -127,10 +131,12 @@ pub enum TlsHandshake {
 }
 
 impl TlsHandshake {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Full,
         Self::Resumed,
         Self::Distrusted,
+        Self::NoCertificate,
+        Self::BadCertificate,
         Self::Failed,
         Self::PlainHttp,
         Self::Timeout,
@@ -144,6 +150,8 @@ impl TlsHandshake {
             Self::Full => "full",
             Self::Resumed => "resumed",
             Self::Distrusted => "distrusted",
+            Self::NoCertificate => "no_certificate",
+            Self::BadCertificate => "bad_certificate",
             Self::Failed => "failed",
             Self::PlainHttp => "plain_http",
             Self::Timeout => "timeout",

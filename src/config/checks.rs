@@ -16,7 +16,7 @@ use super::{
     written::named_route,
 };
 use crate::{
-    downstream::ProxyProtocol,
+    downstream::{ClientAuth, ProxyProtocol},
     net::{Address, TlsFile, TlsFileError, TlsServer},
     upstream::{Addresses, Mode, Pool},
 };
@@ -34,6 +34,8 @@ const LISTEN: Name = name("listen", "address");
 const PROXY_PROTOCOL: Name = name("listen", "proxy_protocol");
 const CERTIFICATE: Name = name("listen", "tls_certificate");
 const CERTIFICATE_KEY: Name = name("listen", "tls_key");
+const CLIENT_AUTH: Name = name("listen", "tls_client_auth");
+const CLIENT_CA: Name = name("listen", "tls_client_ca");
 const UPSTREAM: Name = name("upstream", "address");
 const TLS: Name = name("upstream", "tls");
 const TLS_CA: Name = name("upstream", "tls_ca");
@@ -95,6 +97,7 @@ impl Origins<'_> {
 pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     addresses(settings, origins, findings);
     tls(settings, origins, findings);
+    client_auth(settings, origins, findings);
     limits(settings, origins, findings);
     routes(settings, origins, findings);
     grace(settings, origins, findings);
@@ -161,7 +164,7 @@ pub(super) fn load_certificates(settings: &mut Settings, origins: &Origins<'_>, 
 }
 
 fn load_for_clients(settings: &mut Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
-    if !origins.judged(&[CERTIFICATE, CERTIFICATE_KEY]) {
+    if !origins.judged(&[CERTIFICATE, CERTIFICATE_KEY, CLIENT_AUTH, CLIENT_CA]) {
         return;
     }
     let tls = &mut settings.downstream.tls;
@@ -174,11 +177,11 @@ fn load_for_clients(settings: &mut Settings, origins: &Origins<'_>, findings: &m
         return;
     }
     for (index, TlsFileError { file, what, fix }) in tls.load().err().unwrap_or_default() {
-        let (name, all) = match file {
-            TlsFile::Key => (CERTIFICATE_KEY, &tls.keys),
-            TlsFile::Roots | TlsFile::Certificate => (CERTIFICATE, &tls.certificates),
+        let (name, which) = match file {
+            TlsFile::Key => (CERTIFICATE_KEY, which(&tls.keys, index)),
+            TlsFile::Certificate => (CERTIFICATE, which(&tls.certificates, index)),
+            TlsFile::Roots => (CLIENT_CA, String::new()),
         };
-        let which = which(all, index);
         findings.push(Finding::error(
             format!("`{}.{}`{which} {what}", name.section, name.key),
             origins.place(name),
@@ -205,6 +208,41 @@ fn files(count: usize) -> String {
 /// Of several.
 fn which(all: &[String], index: usize) -> String {
     if all.len() > 1 { format!(", number {},", index + 1) } else { String::new() }
+}
+
+/// Clients that are asked for a certificate.
+fn client_auth(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let tls = &settings.downstream.tls;
+    if !origins.judged(&[CERTIFICATE, CERTIFICATE_KEY, CLIENT_AUTH, CLIENT_CA]) {
+        return;
+    }
+    if tls.client_auth == ClientAuth::Off {
+        if !tls.client_ca.is_empty() {
+            findings.push(Finding::warning(
+                "`listen.tls_client_ca` is set, but `listen.tls_client_auth` is \"off\": nobody is asked for a certificate",
+                origins.place(CLIENT_CA),
+                "set tls_client_auth to \"optional\" or \"required\", or leave tls_client_ca out",
+            ));
+        }
+        return;
+    }
+    let auth = tls.client_auth.as_str();
+    if tls.client_ca.is_empty() {
+        findings.push(Finding::error(
+            format!(
+                "`listen.tls_client_auth` is {auth:?}, but `listen.tls_client_ca` names nobody who signs certificates"
+            ),
+            origins.place(CLIENT_AUTH),
+            "name a PEM file with the certificates of those who sign the clients'",
+        ));
+    }
+    if tls.certificates.is_empty() {
+        findings.push(Finding::error(
+            format!("`listen.tls_client_auth` is {auth:?}, but there is no `listen.tls_certificate`"),
+            origins.place(CLIENT_AUTH),
+            "clients can show a certificate only by TLS: set tls_certificate and tls_key",
+        ));
+    }
 }
 
 fn tls(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {

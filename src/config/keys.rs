@@ -23,7 +23,7 @@ use super::{
 use crate::{
     admission::{self, Memory},
     close,
-    downstream::{self, BadOrigin, Origin, ProxyProtocol},
+    downstream::{self, BadOrigin, ClientAuth, Origin, ProxyProtocol},
     drain::{self, Readiness},
     listen,
     net::{Address, SocketConfig, is_server_name},
@@ -101,6 +101,8 @@ pub(super) enum Slot<'a> {
     Host(&'a mut String),
     /// "after-delay" or "immediate".
     Readiness(&'a mut Readiness),
+    /// "off", "optional" or "required".
+    ClientAuth(&'a mut ClientAuth),
     /// "off" or "required".
     ProxyProtocol(&'a mut ProxyProtocol),
     /// "auto", "json" or "text".
@@ -283,7 +285,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
-    let downstream::Tls { certificates, keys: certificate_keys, server: _ } = clients_tls;
+    let downstream::Tls { certificates, keys: certificate_keys, client_ca, client_auth, server: _ } = clients_tls;
     let upstream::Config {
         address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
@@ -313,6 +315,8 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("listen", "proxy_protocol", Slot::ProxyProtocol(proxy_protocol)),
         live("listen", "tls_certificate", Slot::Files(certificates)),
         live("listen", "tls_key", Slot::Files(certificate_keys)),
+        live("listen", "tls_client_auth", Slot::ClientAuth(client_auth)),
+        live("listen", "tls_client_ca", Slot::File(client_ca)),
 
         fixed("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
         live("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
@@ -676,6 +680,12 @@ impl Slot<'_> {
                     _ => return refuse(format!("is neither of both: {text:?}"), r#"use "after-delay" or "immediate""#),
                 };
             }
+            Slot::ClientAuth(to) => {
+                let text = value.text("a text", "off")?;
+                let known = ClientAuth::ALL.into_iter().find(|known| known.as_str() == text);
+                let fix = r#"use "off", "optional" or "required""#;
+                **to = known.map_or_else(|| refuse(format!("is none of them: {text:?}"), fix), Ok)?;
+            }
             Slot::ProxyProtocol(to) => {
                 let text = value.text("a text", "off")?;
                 let known = ProxyProtocol::ALL.into_iter().find(|known| known.as_str() == text);
@@ -740,6 +750,7 @@ impl Slot<'_> {
                 }
                 .to_owned(),
             ),
+            Slot::ClientAuth(from) => Plain::Text(from.as_str().to_owned()),
             Slot::ProxyProtocol(from) => Plain::Text(from.as_str().to_owned()),
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),
         }

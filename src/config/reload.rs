@@ -181,8 +181,11 @@ fn renewed_files(from: &Settings, to: &Settings) -> Vec<Change> {
     let (clients, backends) = (&to.downstream.tls, &to.upstream.tls);
     let (clients_before, backends_before) = (&from.downstream.tls, &from.upstream.tls);
     let of_clients = clients.server != clients_before.server && clients.files() == clients_before.files();
+    let shows_the_same =
+        matches!((&clients.server, &clients_before.server), (Some(now), Some(before)) if now.shows_the_same(before));
+    let key_of_clients = if shows_the_same { "listen.tls_client_ca" } else { "listen.tls_certificate" };
     let of_backends = backends.client != backends_before.client && backends.files() == backends_before.files();
-    [("listen.tls_certificate", of_clients), ("upstream.tls", of_backends)]
+    [(key_of_clients, of_clients), ("upstream.tls", of_backends)]
         .into_iter()
         .filter(|(_, is_renewed)| *is_renewed)
         .map(|(key, _)| Change {

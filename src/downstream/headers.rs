@@ -12,11 +12,15 @@ use http::{
 };
 use ipnet::IpNet;
 
-use crate::fields::{has_token, tokens};
+use crate::{
+    fields::{has_token, tokens},
+    net::{ClientCertificate, Secured},
+};
 
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const CLIENT_CERTIFICATE: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names.
@@ -47,12 +51,12 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// `X-Request-Id` come.
 ///
 /// `Host` is kept. Of a client that is no trusted proxy, what it says of others (`X-Forwarded-*` of any kind, `X-Real-IP`,
-/// `Forwarded`) is replaced or removed; a trusted proxy's is kept, and its own address added. `is_secure`: it came by TLS. `upgrade`: it stays a
-/// WebSocket handshake. True: an `X-Forwarded-For` was not believed.
+/// `Forwarded`, of certificates) is replaced or removed; a trusted proxy's is kept, and its own address added. Where clients are asked for a
+/// certificate nobody's word but theirs counts for what it says. `secured`: it came by TLS. `upgrade`: it stays a WebSocket handshake. True: an `X-Forwarded-For` was not believed.
 pub fn forward_request<B>(
     request: &mut Request<B>,
     client: IpAddr,
-    is_secure: bool,
+    secured: Option<&Secured>,
     trusted: &[IpNet],
     id: &str,
     upgrade: bool,
@@ -76,13 +80,23 @@ pub fn forward_request<B>(
     if !is_trusted {
         drop_claims(headers);
     }
+    match secured.map(|secured| &secured.certificate) {
+        None | Some(ClientCertificate::NotAsked) => {}
+        Some(ClientCertificate::Missing) => drop_those(headers, speaks_of_certificates),
+        Some(ClientCertificate::Verified(names)) => {
+            drop_those(headers, speaks_of_certificates);
+            if let Ok(names) = HeaderValue::from_str(names) {
+                headers.insert(CLIENT_CERTIFICATE, names);
+            }
+        }
+    }
     let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
     let client = client.to_string();
     chain.push(&client);
     if let Ok(chain) = HeaderValue::from_str(&chain.join(", ")) {
         headers.insert(FOR, chain);
     }
-    headers.entry(PROTO).or_insert(HeaderValue::from_static(if is_secure { "https" } else { "http" }));
+    headers.entry(PROTO).or_insert(HeaderValue::from_static(if secured.is_some() { "https" } else { "http" }));
     if let Some(host) = headers.get(HOST).filter(|host| !host.is_empty()).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }
@@ -105,16 +119,23 @@ pub fn forward_request<B>(
 
 /// Removes what says who the client is, also from trailers.
 pub fn drop_claims(headers: &mut HeaderMap) {
-    let claims: Vec<HeaderName> = headers.keys().filter(|name| speaks_for_others(name.as_str())).cloned().collect();
-    for name in claims {
+    drop_those(headers, |name| {
+        let is_claim = name.starts_with("x-forwarded-") || name == "forwarded" || name == "x-real-ip";
+        is_claim || speaks_of_certificates(name)
+    });
+}
+
+/// Some servers take `_` for `-` (CGI and its heirs).
+fn drop_those(headers: &mut HeaderMap, are: impl Fn(&str) -> bool) {
+    let those: Vec<HeaderName> = headers.keys().filter(|name| are(&name.as_str().replace('_', "-"))).cloned().collect();
+    for name in those {
         headers.remove(name);
     }
 }
 
-/// A header that says who the client is. Some servers take `_` for `-` (CGI and its heirs).
-fn speaks_for_others(name: &str) -> bool {
-    let name = name.replace('_', "-");
-    name.starts_with("x-forwarded-") || name == "forwarded" || name == "x-real-ip"
+/// Envoy's, and those of RFC 9440.
+fn speaks_of_certificates(name: &str) -> bool {
+    ["x-forwarded-client-cert", "client-cert", "client-cert-chain"].contains(&name)
 }
 
 /// Makes a backend's response one for the client; `upgrade`: it is the 101 of a WebSocket.

@@ -22,7 +22,7 @@ pub use self::{
     headers::{drop_claims, forward_request, forward_response, request_id},
     origin::{BadOrigin, Origin, is_allowed},
     proxy::{BadProxyHeader, ProxyHeader, ProxyProtocol, V2_MOST, proxy_header},
-    tls::Tls,
+    tls::{ClientAuth, Tls},
 };
 
 /// What the client's leg needs to know.

@@ -4,6 +4,7 @@
 //! done instead.
 
 mod dial;
+mod identity;
 mod listener;
 mod poller;
 mod sys;
@@ -35,8 +36,8 @@ pub use self::{
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
     tls::{
-        Accepting, Secured, TLS_FILE_BYTES, Tls, TlsClient, TlsFile, TlsFileError, TlsServer, encrypt, is_server_name,
-        send_some, tls_error,
+        Accepting, ClientCertificate, Secured, TLS_FILE_BYTES, Tls, TlsClient, TlsFile, TlsFileError, TlsServer,
+        encrypt, is_server_name, send_some, tls_error,
     },
     tunnel::{Discarded, Peer, Tunnel},
 };

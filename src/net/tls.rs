@@ -36,17 +36,20 @@ use tokio_rustls::{
     rustls::{
         self, CertificateError, ClientConfig, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
         client::{verify_server_cert_signed_by_trust_anchor, verify_server_name},
-        crypto::ring,
+        crypto::{CryptoProvider, ring},
         pki_types::{
             CertificateDer, PrivateKeyDer, ServerName, TrustAnchor, UnixTime,
             pem::{self, PemObject},
         },
-        server::{ClientHello, ParsedCertificate, ResolvesServerCert},
+        server::{
+            ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier,
+        },
         sign::CertifiedKey,
     },
+    server,
 };
 
-use super::{Last, Stream};
+use super::{Last, Stream, identity::identity};
 
 /// What is encrypted at once: the plaintext of one record (RFC 8446 5.1).
 const RECORD: usize = 16 * 1024;
@@ -76,6 +79,8 @@ pub struct Tls {
     owed: usize,
     /// Why nothing more can be read or written, though the socket may be as it should.
     broken: Option<rustls::Error>,
+    /// The client was asked for a certificate.
+    asks: bool,
 }
 
 /// The socket below. While a handshake is under way it comes back when it is dropped.
@@ -123,7 +128,17 @@ struct Given {
 #[derive(Clone)]
 pub struct TlsServer {
     config: Arc<ServerConfig>,
-    given: Arc<Vec<Chain>>,
+    given: Arc<ServerGiven>,
+    /// Who looks at clients' certificates, if they are asked for one.
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+}
+
+/// What a [`TlsServer`] was made of.
+#[derive(PartialEq, Eq)]
+struct ServerGiven {
+    chains: Vec<Chain>,
+    /// Who signs clients' certificates, and whether they must have one.
+    clients: Option<(Vec<TrustAnchor<'static>>, bool)>,
 }
 
 /// A certificate with those between it and its root, and its key.
@@ -140,6 +155,7 @@ struct ByName(Vec<Arc<CertifiedKey>>);
 pub struct Accepting {
     accept: Accept<Raw>,
     back: Arc<Back>,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
 }
 
 /// What was agreed on with a client.
@@ -151,6 +167,19 @@ pub struct Secured {
     pub name: Option<Box<str>>,
     /// It showed a ticket of an earlier session.
     pub is_resumed: bool,
+    /// Who it is by its certificate.
+    pub certificate: ClientCertificate,
+}
+
+/// What a client was asked for, and has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClientCertificate {
+    /// It was not asked.
+    NotAsked,
+    /// It has none.
+    Missing,
+    /// Its names, as `X-Forwarded-Client-Cert` has them: letters, digits and signs of ASCII alone, 4 KiB at most.
+    Verified(Box<str>),
 }
 
 /// A file that a [`TlsClient`] or a [`TlsServer`] is made of.
@@ -184,7 +213,7 @@ impl TlsClient {
     /// Everything that is wrong with the files.
     pub fn load(roots: Option<&Path>, identity: Option<(&Path, &Path)>) -> Result<Self, Vec<TlsFileError>> {
         let store = match roots {
-            Some(path) => roots_of(path),
+            Some(path) => roots_of(path, "name the certificates of those who sign the backend's"),
             None => host_roots(),
         };
         let identity = identity.map(|(certificate, key)| (certificates(certificate), private_key(key)));
@@ -213,7 +242,8 @@ impl TlsClient {
 }
 
 impl TlsServer {
-    /// Of PEM files, each certificate with its key. The first one is for whoever names no other.
+    /// Of PEM files, each certificate with its key. The first one is for whoever names no other. `clients`: who signs theirs, and
+    /// whether they must have one; `None`: they are not asked.
     ///
     /// # Errors
     ///
@@ -221,7 +251,10 @@ impl TlsServer {
     ///
     /// # Panics
     /// Without any.
-    pub fn load(files: &[(PathBuf, PathBuf)]) -> Result<Self, Vec<(usize, TlsFileError)>> {
+    pub fn load(
+        files: &[(PathBuf, PathBuf)],
+        clients: Option<(&Path, bool)>,
+    ) -> Result<Self, Vec<(usize, TlsFileError)>> {
         let provider = Arc::new(ring::default_provider());
         let (mut given, mut keys, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
         for (index, (certificate, key)) in files.iter().enumerate() {
@@ -242,22 +275,34 @@ impl TlsServer {
                 }
             }
         }
+        let clients = clients.map(|(path, is_required)| verifier(path, is_required, &provider)).transpose();
+        let clients = clients.map_err(|error| wrong.push((0, error))).unwrap_or_default();
         if !wrong.is_empty() {
             return Err(wrong);
         }
         assert!(!keys.is_empty(), "a server has a certificate");
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let builder = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
-            .expect("ring has cipher suites for all versions")
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(ByName(keys)));
+            .expect("ring has cipher suites for all versions");
+        let (verifier, believed) = clients.unzip();
+        let builder = match &verifier {
+            Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(Arc::new(ByName(keys)));
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         // With tickets nothing of a session is kept here. Their keys are random, change every six hours, and are gone with these files.
         config.ticketer = ring::Ticketer::new().map_err(|error| {
             let what = format!("can't be used, since this host gives no random numbers: {error}");
             vec![(0, mistake(TlsFile::Key, what, "see getrandom(2)"))]
         })?;
-        Ok(Self { config: Arc::new(config), given: Arc::new(given) })
+        let given = Arc::new(ServerGiven { chains: given, clients: believed });
+        Ok(Self { config: Arc::new(config), given, clients: verifier })
+    }
+
+    /// It shows clients the same certificates as `other`.
+    pub fn shows_the_same(&self, other: &Self) -> bool {
+        self.given.chains == other.given.chains
     }
 
     /// Certificates that clients will not believe, by their numbers, and why.
@@ -286,7 +331,7 @@ impl TlsServer {
                 }
             }
         };
-        let each = self.given.iter().enumerate();
+        let each = self.given.chains.iter().enumerate();
         each.filter_map(|(index, (chain, _))| Some((index, doubt(chain)?))).collect()
     }
 }
@@ -302,7 +347,10 @@ impl Eq for TlsServer {}
 
 impl fmt::Debug for TlsServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsServer").field("certificates", &self.given.len()).finish_non_exhaustive()
+        f.debug_struct("TlsServer")
+            .field("certificates", &self.given.chains.len())
+            .field("asks_clients", &self.clients.is_some())
+            .finish_non_exhaustive()
     }
 }
 
@@ -398,12 +446,25 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsFileError> {
     PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| no_pem(TlsFile::Key, path, &error))
 }
 
-fn roots_of(path: &Path) -> Result<RootCertStore, TlsFileError> {
+type Verifier = (Arc<dyn ClientCertVerifier>, (Vec<TrustAnchor<'static>>, bool));
+
+/// Who looks at clients' certificates, and what it was made of.
+fn verifier(path: &Path, is_required: bool, provider: &Arc<CryptoProvider>) -> Result<Verifier, TlsFileError> {
+    let fix = "name the certificates of those who sign the clients'";
+    let store = roots_of(path, fix)?;
+    let believed = store.roots.clone();
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(store), Arc::clone(provider));
+    let builder = if is_required { builder } else { builder.allow_unauthenticated() };
+    let unusable = |error| mistake(TlsFile::Roots, format!("can't be used: {}: {error}", path.display()), fix);
+    Ok((builder.build().map_err(unusable)?, (believed, is_required)))
+}
+
+fn roots_of(path: &Path, fix: &str) -> Result<RootCertStore, TlsFileError> {
     let mut store = RootCertStore::empty();
     for (index, certificate) in certificates_in(TlsFile::Roots, path)?.into_iter().enumerate() {
         store.add(certificate).map_err(|error| {
             let what = format!("has a certificate, number {}, that is no root: {}: {error}", index + 1, path.display());
-            mistake(TlsFile::Roots, what, "name the certificates of those who sign the backend's")
+            mistake(TlsFile::Roots, what, fix)
         })?;
     }
     Ok(store)
@@ -466,7 +527,7 @@ pub async fn encrypt(
     let result = match timeout_at(deadline, connect).await {
         Ok(Ok(mut stream)) => {
             stream.get_mut().0.back = None;
-            return Ok(Tls::of(stream.into()));
+            return Ok(Tls::of(stream.into(), false));
         }
         Ok(Err(error)) => error,
         Err(_) => io::ErrorKind::TimedOut.into(),
@@ -481,7 +542,21 @@ impl Accepting {
         let accept = TlsAcceptor::from(Arc::clone(&server.config)).accept_with(raw, |session| {
             session.set_buffer_limit(Some(BUFFER));
         });
-        Self { accept, back }
+        Self { accept, back, clients: server.clients.clone() }
+    }
+
+    /// A ticket says that a certificate was good when it was given out. It may have expired since, whoever still has its keys.
+    fn is_still_believed(&self, stream: &server::TlsStream<Raw>) -> Result<(), rustls::Error> {
+        let session = stream.get_ref().1;
+        let Some(clients) = self.clients.as_ref().filter(|_| session.handshake_kind() == Some(HandshakeKind::Resumed))
+        else {
+            return Ok(());
+        };
+        match session.peer_certificates().and_then(<[_]>::split_first) {
+            Some((own, between)) => clients.verify_client_cert(own, between, UnixTime::now()).map(|_| ()),
+            None if clients.client_auth_mandatory() => Err(rustls::Error::NoCertificatesPresented),
+            None => Ok(()),
+        }
     }
 
     /// Bytes that the client has needed for it so far. rustls keeps what is no whole message yet, 64 KiB at most.
@@ -491,7 +566,7 @@ impl Accepting {
 
     /// Gives it up.
     pub fn into_stream(self) -> Option<Stream> {
-        let Self { accept, back } = self;
+        let Self { accept, back, .. } = self;
         drop(accept);
         back.take()
     }
@@ -505,7 +580,13 @@ impl Future for Accepting {
         Poll::Ready(match ready!(Pin::new(&mut this.accept).poll(cx)) {
             Ok(mut stream) => {
                 stream.get_mut().0.back = None;
-                Ok(Tls::of(stream.into()))
+                let believed = this.is_still_believed(&stream);
+                let asks = this.clients.is_some();
+                let stream = Tls::of(stream.into(), asks);
+                match believed {
+                    Ok(()) => Ok(stream),
+                    Err(error) => Err((io::Error::new(io::ErrorKind::InvalidData, error), Some(stream))),
+                }
             }
             Err(error) => Err((error, this.back.take())),
         })
@@ -519,8 +600,8 @@ impl fmt::Debug for Accepting {
 }
 
 impl Tls {
-    fn of(stream: TlsStream<Raw>) -> Stream {
-        Stream::Tls(Box::new(Self { stream, owed: 0, broken: None }))
+    fn of(stream: TlsStream<Raw>, asks: bool) -> Stream {
+        Stream::Tls(Box::new(Self { stream, owed: 0, broken: None, asks }))
     }
 
     /// What was agreed on; `None`: not as a server.
@@ -533,7 +614,13 @@ impl Tls {
             _ => "other",
         };
         let name = session.server_name().map(Box::from);
-        Some(Secured { version, name, is_resumed: session.handshake_kind() == Some(HandshakeKind::Resumed) })
+        let certificate = match session.peer_certificates().and_then(<[_]>::first) {
+            Some(own) => ClientCertificate::Verified(identity(own)),
+            None if self.asks => ClientCertificate::Missing,
+            None => ClientCertificate::NotAsked,
+        };
+        let is_resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
+        Some(Secured { version, name, is_resumed, certificate })
     }
 
     fn raw(&mut self) -> &mut Raw {

@@ -367,8 +367,8 @@ impl Context {
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
         let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
-        let (is_secure, trusted) = (client.secured.is_some(), &self.downstream.trusted_proxies);
-        if downstream::forward_request(&mut request, client.ip(), is_secure, trusted, &about.request_id, true) {
+        let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
+        if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
         let exchange = upstream.websocket(request, &self.home);
@@ -414,8 +414,8 @@ impl Context {
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
         let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
-        let (is_secure, trusted) = (client.secured.is_some(), &self.downstream.trusted_proxies);
-        if downstream::forward_request(&mut request, client.ip(), is_secure, trusted, &about.request_id, false) {
+        let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
+        if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, false) {
             self.doubt(client.ip());
         }
         let body_timeout = upstream.config().body_timeout;

@@ -284,6 +284,8 @@ fn judge(error: &io::Error) -> TlsHandshake {
             | AlertDescription::CertificateExpired
             | AlertDescription::CertificateRevoked,
         )) => TlsHandshake::Distrusted,
+        Some(rustls::Error::NoCertificatesPresented) => TlsHandshake::NoCertificate,
+        Some(rustls::Error::InvalidCertificate(_)) => TlsHandshake::BadCertificate,
         Some(_) => TlsHandshake::Failed,
         None => TlsHandshake::Abandoned,
     }
@@ -291,11 +293,23 @@ fn judge(error: &io::Error) -> TlsHandshake {
 
 /// Only what can be our fault is worth more than a line for who looks for it: whoever finds the port may send anything.
 fn complain(result: TlsHandshake, error: Option<&io::Error>, client: SocketAddr) {
-    static SAID: [Sparse; 2] = [const { Sparse::new() }; 2];
+    static SAID: [Sparse; 3] = [const { Sparse::new() }; 3];
+    let kind = match result {
+        TlsHandshake::Distrusted => 0,
+        TlsHandshake::NoCertificate | TlsHandshake::BadCertificate => 1,
+        _ => 2,
+    };
     let fix = match error.and_then(|error| tls_error(error)) {
         _ if result == TlsHandshake::Distrusted => {
             "listen.tls_certificate must be for the name that clients use, valid, and have those between it and its root behind it; \
              openssl s_client -connect HOST:PORT -servername NAME shows what they get"
+        }
+        _ if result == TlsHandshake::NoCertificate => {
+            "give the client a certificate; listen.tls_client_auth = \"optional\" serves those without one too"
+        }
+        _ if result == TlsHandshake::BadCertificate => {
+            "a client's certificate must be valid, for client authentication, and signed by somebody in listen.tls_client_ca; its chain must \
+             come with it"
         }
         Some(rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol) => {
             "TLS 1.2 and 1.3 are spoken here, and HTTP/1.1: whatever is in front may insist on another version, or on h2"
@@ -305,7 +319,7 @@ fn complain(result: TlsHandshake, error: Option<&io::Error>, client: SocketAddr)
     let (result, error) = (result.as_str(), error.map(ToString::to_string));
     let error = error.as_deref();
     if !fix.is_empty()
-        && let Some(unsaid) = SAID[usize::from(result != TlsHandshake::Distrusted.as_str())].is_due()
+        && let Some(unsaid) = SAID[kind].is_due()
     {
         warn!(%client, result, error, fix, unsaid, "no TLS with a client");
     } else {

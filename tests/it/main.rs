@@ -3,6 +3,7 @@
 mod harness;
 
 mod architecture;
+mod client_certificates;
 mod close_table;
 mod cold_pool;
 mod config;

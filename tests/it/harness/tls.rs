@@ -106,6 +106,18 @@ impl Authority {
         Arc::new(config)
     }
 
+    /// The same, for somebody who has a certificate of his own.
+    pub fn client_as(&self, identity: &Identity) -> ClientConfig {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).expect("a root");
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions().expect("versions").with_root_certificates(roots);
+        let config = builder.with_client_auth_cert(identity.chain.clone(), identity.key.clone_key());
+        let mut config = config.expect("a certificate");
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config
+    }
+
     /// Valid from the year 2000 on.
     pub fn sign_until(&self, name: &str, year: i32) -> Identity {
         let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
