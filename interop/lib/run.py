@@ -30,6 +30,7 @@ from harness import (
     run,
 )
 from multiplexed import multiplexed
+from smuggling import smuggling
 from tls import Authority, tls
 
 MIB = 1024 * 1024
@@ -372,6 +373,7 @@ GROUPS = {
     "demo": demo,
     "multiplexed": multiplexed,
     "tls": tls,
+    "smuggling": smuggling,
 }
 
 
