@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clients import CLIENTS, ChromiumClient, ProcessClient, PythonClient
 from everybody import everybody, expect_everywhere
+from handshakes import handshakes
 from harness import (
     INTEROP,
     WORK,
@@ -374,6 +375,7 @@ GROUPS = {
     "multiplexed": multiplexed,
     "tls": tls,
     "smuggling": smuggling,
+    "handshakes": handshakes,
 }
 
 
