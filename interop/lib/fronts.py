@@ -37,10 +37,6 @@ class Tidegate(Proxy):
         await super().__aexit__()
         self._folder.cleanup()
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
 
 class Peer(Process):
     """nginx or HAProxy, from packages of that name."""

@@ -115,6 +115,14 @@ class Process:
     def write(self, line: str) -> None:
         self._child.stdin.write(line.encode() + b"\n")
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._child.returncode is None
+
     def kill(self, number: signal.Signals) -> None:
         if self._child.returncode is None:
             self._child.send_signal(number)

@@ -12,9 +12,11 @@ import sys
 from collections import Counter
 
 from fronts import FRONTS, front, version
+from handshakes import PIPELINED, answer, bad_attempts, pipelined, try_all, wrong_attempts
 from harness import run
 from smuggling import Outcome, Probes, backends, smuggle
 from vectors import EITHER, PASS, REFUSE, VECTORS
+from wire import Recorder
 
 MODES = ("new", "used", "pieces")
 
@@ -75,8 +77,35 @@ async def requests(name: str, kinds: list[str], with_faults: bool) -> dict[str, 
     return table
 
 
+async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
+    """Of the handshakes of each kind: how many were tried, and how many became a tunnel."""
+    main, guard = Recorder("main backend", answer=answer), Recorder("backend of /canary/")
+    table: dict[str, list[int]] = {}
+    async with main, guard, front(name, main.address, guard.address) as proxy:
+        for attempt in await try_all(proxy.address, main, [*bad_attempts(), *wrong_attempts()]):
+            kind = attempt.kind
+            if kind != "a wrong 101":
+                kind += ", answered 101" if attempt.name.endswith("101") else ", answered otherwise"
+            counts = table.setdefault(kind, [0, 0, 0])
+            counts[0] += 1
+            counts[1] += attempt.tunnelled
+            counts[2] += attempt.reset
+            if with_faults and attempt.tunnelled:
+                print(f"{name}: {attempt.kind}: {attempt.name}: {attempt.status}, tunnelled")
+    found = {kind: f"{tunnelled} of {tried}" for kind, (tried, tunnelled, _) in table.items()}
+    found["RST seen by the client"] = str(sum(counts[2] for counts in table.values()))
+    early, late = await pipelined(name, "403")
+    found[f"{PIPELINED:,} requests behind a handshake: bytes at the backend before its 403"] = f"{early:,}"
+    found["and in all, 403 included"] = f"{late:,}"
+    return found
+
+
 def row(cells: list[object]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def table_head(cells: list[object]) -> str:
+    return "\n".join([row(cells), row(["---", *("---:" for _ in cells[1:])])])
 
 
 async def main() -> int:
@@ -95,11 +124,20 @@ async def main() -> int:
         f" {os.cpu_count()} cores, Python {platform.python_version()}\n"
     )
     tables = {name: await requests(name, kinds, options.faults) for name in names}
-    print(row(["kind", "vectors", *(f"{name}: {column}" for name in names for column in COLUMNS)]))
+    print("\nVectors: in all (to be refused, legal, either).\n")
+    print(table_head(["kind", "vectors", "", *COLUMNS]))
     for kind in tables[names[0]]:
         of_kind = [vector for vector in VECTORS if vector.kind == kind]
         rights = Counter(vector.right for vector in of_kind)
-        print(row([kind, f"{len(of_kind)} ({rights[REFUSE]}, {rights[PASS]}, {rights[EITHER]})", *(tables[n][kind][c] for n in names for c in COLUMNS)]))
+        count = f"{len(of_kind)} ({rights[REFUSE]}, {rights[PASS]}, {rights[EITHER]})"
+        for name in names:
+            print(row([kind, count, name, *(tables[name][kind][column] or "" for column in COLUMNS)]))
+    print()
+    if options.only is None:
+        found = {name: await tunnels(name, options.faults) for name in names}
+        print(table_head(["tunnels", *names]))
+        for kind in found[names[0]]:
+            print(row([kind, *(found[name][kind] for name in names)]))
     return 0
 
 

@@ -31,6 +31,7 @@ from harness import (
     run,
 )
 from multiplexed import multiplexed
+from slow import slow
 from smuggling import smuggling
 from tls import Authority, tls
 
@@ -376,6 +377,7 @@ GROUPS = {
     "tls": tls,
     "smuggling": smuggling,
     "handshakes": handshakes,
+    "slow": slow,
 }
 
 

@@ -353,9 +353,6 @@ class Client:
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
 
-    def unsent(self) -> int:
-        return self._writer.transport.get_write_buffer_size()
-
     def fin(self) -> None:
         with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
             self._writer.write_eof()

@@ -1,0 +1,308 @@
+"""Clients that take their time: drippers, slowhttptest's four, and one very long header; and what others notice of them.
+
+`interop/run slow` is a sample with a short `http.header_timeout`, in which only events and counts are asserted. `interop/slow` is for a machine with
+nothing else to do: full numbers, the default deadline, slowhttptest (from apt), and figures of time, CPU and memory with their bounds.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import json
+import resource
+import ssl
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from handshakes import answer, handshake
+from harness import INTEROP, WORK, Failed, Process, Proxy, Report, expect, json_line, run
+from tls import Authority
+from wire import Client, Message, Recorder
+
+# All of them are cut when a header has to be whole; bodies have another rule, see `bodies`.
+PLAIN = ["line", "header", "websocket", "second", "empty lines", "silent"]
+# The bytes of a ClientHello, and headers within TLS.
+SECURE = ["hello", "tls line", "hello", "tls header", "hello", "tls websocket", "hello", "silent"]
+# Beyond the deadline, for whoever cuts and whoever notices.
+GRACE_SECONDS = 1.0
+P99_MS = 50.0
+HEADER_BYTES = 20_000_000
+HEADER_CPU_MS = 50.0
+HEADER_RSS_BYTES = 1024 * 1024
+
+
+def backend() -> Recorder:
+    def respond(request: Message) -> bytes:
+        # As large as no buffer on the way, for readers that are slow.
+        if request.target.startswith(b"/large"):
+            return b"HTTP/1.1 200 OK\r\nContent-Length: 4000000\r\n\r\n" + b"x" * 4_000_000
+        return answer(request)
+
+    return Recorder("backend", answer=respond)
+
+
+class Slow(Process):
+    """peers/drip.py"""
+
+    def __init__(self, **plan: object) -> None:
+        super().__init__("drippers")
+        self._plan = plan
+
+    async def __aenter__(self):
+        await self.start(sys.executable, INTEROP / "peers" / "drip.py", json.dumps(self._plan))
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.stop()
+
+
+class Handshakes:
+    """A client that opens one WebSocket after the other, and how long each took."""
+
+    def __init__(self, address: str, tls: ssl.SSLContext | None = None, interval: float = 0.01) -> None:
+        self._address, self._tls, self._interval = address, tls, interval
+        self.seconds: list[float] = []
+        self.failed: list[str] = []
+
+    async def _go(self) -> None:
+        while True:
+            start = time.perf_counter()
+            try:
+                client = await Client.open(self._address, self._tls)
+                client.send(handshake("/101/1").encode())
+                status = (await client.response()).status
+                if status != 101:
+                    self.failed.append(str(status))
+                self.seconds.append(time.perf_counter() - start)
+                client.close()
+            except Exception as error:  # noqa: BLE001: whatever it is, somebody could not connect
+                self.failed.append(repr(error))
+            await asyncio.sleep(self._interval)
+
+    async def __aenter__(self):
+        self._task = asyncio.create_task(self._go())
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    def figures(self) -> tuple[float, float, float]:
+        """p50, p99 and the longest, in milliseconds."""
+        times = sorted(self.seconds)
+        return tuple(1000 * times[min(len(times) - 1, int(len(times) * part))] for part in (0.5, 0.99, 1.0))
+
+
+def trusting(authority: Authority) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(authority.ca))
+
+
+def cpu_ms(pid: int) -> float:
+    """Of all threads, by the scheduler's own count: /proc/PID/stat has steps of 10 ms."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def descriptors(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+async def cut(
+    report: Report,
+    what: str,
+    proxy: Proxy,
+    kinds: list[str],
+    count: int,
+    deadline: float,
+    tls: ssl.SSLContext | None = None,
+    strict: bool = False,
+) -> None:
+    """So many drippers: all cut by their deadline, and none before it; others go on, and nothing is left of them."""
+    pid = proxy.pid
+    before = descriptors(pid)
+    plan = {"address": proxy.address, "count": count, "kinds": kinds, "interval": 1.0, "seconds": deadline + 15}
+    async with report.check(f"{what}: {count:,} drippers are cut at {deadline:g} s", proxy, seconds=deadline + 60):
+        async with Slow(**plan) as slow:
+            await slow.wait_for_line(json_line(event="dripping"), "the last of them", 60)
+            most = resident(pid)
+            async with Handshakes(proxy.address, tls) as others:
+                ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline + 40))["ends"]
+        times = [end[1] for end in ends]
+        hows = Counter(end[2] for end in ends)
+        said = Counter(end[4].split("\r\n")[0][:40] for end in ends)
+        print(
+            f"     cut after {min(times):.2f} to {max(times):.2f} s: {dict(hows)}, having sent {sum(e[3] for e in ends):,} bytes; they got {dict(said)};"
+            f" {most / count / 1024:.1f} KiB each at most (RSS as a whole)"
+        )
+        p50, p99, longest = others.figures()
+        print(f"     meanwhile {len(others.seconds)} handshakes of another client: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms")
+        expect("ends", set(hows), {"fin"})
+        if max(times) > deadline + GRACE_SECONDS:
+            late = Counter(end[0] for end in ends if end[1] > deadline + GRACE_SECONDS)
+            raise Failed(f"cut after {max(times):.2f} s: {dict(late)}")
+        # They did drip: a byte a second until then, but for those that say nothing.
+        idle = [end for end in ends if end[0] != "silent" and end[1] < deadline - 0.5]
+        expect("cut before their time", idle[:5], [])
+        expect("handshakes that failed", others.failed, [])
+        if len(others.seconds) < 10:
+            raise Failed(f"only {len(others.seconds)} handshakes")
+        if strict and p99 >= P99_MS:
+            raise Failed(f"p99 {p99:.1f} ms")
+    async with report.check(f"{what}: nothing is left of them", proxy):
+        # Whoever connected last may still be let go of.
+        while descriptors(pid) > before + 2:
+            await asyncio.sleep(0.1)
+
+
+async def late(report: Report, proxy: Proxy, deadline: float) -> None:
+    """Whose first byte comes late has as long again from there (proxy.toml says so): twice the deadline at most."""
+    plan = {"address": proxy.address, "count": 20, "kinds": ["line", "header"], "interval": 1.0, "seconds": deadline * 3, "late": deadline * 0.8}
+    async with report.check("slow: a first byte that comes late", proxy, seconds=deadline * 3 + 30):
+        async with Slow(**plan) as slow:
+            ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline * 3 + 20))["ends"]
+        expect("ends", {end[2] for end in ends}, {"fin"})
+        of = {kind: max(end[1] for end in ends if end[0] == kind) for kind in plan["kinds"]}
+        print(f"     first byte at once: cut after {of['header']:.2f} s; after {plan['late']:g} s: {of['line']:.2f} s")
+        if of["header"] > deadline + GRACE_SECONDS or of["line"] > 2 * deadline + GRACE_SECONDS:
+            raise Failed(f"cut after {of}")
+
+
+async def long_header(report: Report, proxy: Proxy, strict: bool) -> None:
+    """CVE-2023-43669: a header that is searched anew with each byte."""
+    what = f"a header of {HEADER_BYTES // 1_000_000} MB, byte by byte"
+    async with report.check(f"{what}: 431, and cut", proxy, seconds=120):
+        pid = proxy.pid
+        cpu, memory = cpu_ms(pid), resident(pid)
+        async with Slow(address=proxy.address, header=HEADER_BYTES) as slow:
+            most = memory
+
+            async def look() -> None:
+                nonlocal most
+                while True:
+                    most = max(most, resident(pid))
+                    await asyncio.sleep(0.01)
+
+            looking = asyncio.create_task(look())
+            end = await slow.wait_for_line(json_line(event="header"), "its end", 110)
+            looking.cancel()
+        used, grown = cpu_ms(pid) - cpu, most - memory
+        print(f"     {end['sent']:,} bytes in {end['seconds']:.1f} s, then {end['end']} ({end['got'][:20]!r}); {used:.1f} ms of CPU, {grown / 1024:.0f} KiB more in memory")
+        if strict and used >= HEADER_CPU_MS:
+            raise Failed(f"{used:.1f} ms of CPU")
+        if strict and grown >= HEADER_RSS_BYTES:
+            raise Failed(f"{grown:,} bytes")
+
+
+async def secured(stack: contextlib.AsyncExitStack) -> tuple[dict[str, str], ssl.SSLContext]:
+    """Settings for TLS from clients, and a client's that believes in it."""
+    WORK.mkdir(exist_ok=True)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slow-", dir=WORK)))
+    authority = await Authority(folder / "ours").make()
+    settings = {"TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate), "TIDEGATE_LISTEN__TLS_KEY": str(authority.key)}
+    return settings, trusting(authority)
+
+
+async def slow(report: Report, options) -> None:
+    if options.direct:
+        print("skip slow: it is tidegate's work")
+        return
+    deadline = 3
+    async with contextlib.AsyncExitStack() as stack:
+        settings, tls = await secured(stack)
+        main = await stack.enter_async_context(backend())
+        short = {"TIDEGATE_HTTP__HEADER_TIMEOUT": f"{deadline}s"}
+        plain = await stack.enter_async_context(Proxy(main.address, settings=short))
+        secure = await stack.enter_async_context(Proxy(main.address, settings={**short, **settings}))
+        await asyncio.gather(
+            cut(report, "slow", plain, PLAIN, 100, deadline),
+            cut(report, "slow, TLS", secure, SECURE, 100, deadline, tls),
+            late(report, plain, deadline),
+        )
+
+
+# Connections, how they behave, and what cuts them.
+SLOWHTTPTEST = {
+    "-H": ("slow headers", ["-i", "1", "-x", "10"]),
+    "-B": ("slow bodies", ["-i", "1", "-s", "8192", "-x", "10"]),
+    "-R": ("ranges", ["-a", "10", "-b", "3000"]),
+    "-X": ("slow reading", ["-w", "10", "-y", "20", "-n", "2", "-z", "32", "-k", "1"]),
+}
+SLOWHTTPTEST_CONNECTIONS = 1000
+SLOWHTTPTEST_SECONDS = 25
+
+
+async def slowhttptest(report: Report, proxy: Proxy, strict: bool) -> None:
+    for flag, (what, more) in SLOWHTTPTEST.items():
+        async with report.check(f"slowhttptest {flag}, {what}: others go on", proxy, seconds=SLOWHTTPTEST_SECONDS + 60):
+            # What the one before has left behind.
+            pid, before = proxy.pid, resident(proxy.pid)
+            with tempfile.TemporaryDirectory(prefix="slowhttptest-", dir=WORK) as folder:
+                tool = Process("slowhttptest")
+                path = "/large" if flag == "-X" else "/"
+                command = ["slowhttptest", flag, "-c", SLOWHTTPTEST_CONNECTIONS, "-r", 500, "-l", SLOWHTTPTEST_SECONDS, "-p", 3, "-g", "-o", f"{folder}/s"]
+                cpu, most, start = cpu_ms(pid), before, time.monotonic()
+                async with Handshakes(proxy.address) as others:
+                    await tool.start(*command, *more, "-u", f"http://{proxy.address}{path}")
+                    while tool.is_running and time.monotonic() < start + SLOWHTTPTEST_SECONDS + 20:
+                        most = max(most, resident(pid))
+                        await asyncio.sleep(0.1)
+                    await tool.stop()
+                rows = list(csv.DictReader(Path(folder, "s.csv").read_text().splitlines()))
+            closed = next((row["Seconds"] for row in rows if int(row["Closed"]) + int(row.get("Error", 0) or 0) >= SLOWHTTPTEST_CONNECTIONS), None)
+            last = {key: value for key, value in rows[-1].items() if key}
+            p50, p99, longest = others.figures()
+            print(f"     all of {SLOWHTTPTEST_CONNECTIONS} closed in second {closed}; the last line: {last}")
+            print(
+                f"     meanwhile {len(others.seconds)} handshakes: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms;"
+                f" {cpu_ms(pid) - cpu:.0f} ms of CPU, {(most - before) / 1024 / 1024:.1f} MiB more in memory"
+            )
+            expect("handshakes that failed", others.failed, [])
+            if any(row.get("Service Available", "1000") == "0" for row in rows[2:]):
+                raise Failed("slowhttptest says that the service was not available")
+            if strict and p99 >= P99_MS:
+                raise Failed(f"p99 {p99:.1f} ms")
+            if flag == "-H" and (closed is None or int(closed) > 13):
+                raise Failed(f"all closed in second {closed}")
+
+
+async def bodies(report: Report, proxy: Proxy, deadline: float) -> None:
+    """Bodies that drip: printed, and not asserted. `http.header_timeout` is for one that stands still."""
+    async with Slow(address=proxy.address, count=200, kinds=["body", "chunked"], interval=1.0, seconds=deadline * 2) as slow:
+        ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline * 3))["ends"]
+    print(f"     200 bodies that drip, after {deadline * 2:g} s: {dict(Counter(end[2] for end in ends))}")
+
+
+async def main() -> int:
+    arguments = argparse.ArgumentParser(prog="interop/slow", description=__doc__.splitlines()[0])
+    arguments.add_argument("--drippers", type=int, default=1000, help="on each of the two listeners, with and without TLS (1000)")
+    arguments.add_argument("--lenient", action="store_true", help="print figures of time, CPU and memory, and pass whatever they are")
+    options = arguments.parse_args()
+    strict, deadline = not options.lenient, 10
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    report = Report()
+    async with contextlib.AsyncExitStack() as stack:
+        settings, tls = await secured(stack)
+        upstream = await stack.enter_async_context(backend())
+        plain = await stack.enter_async_context(Proxy(upstream.address))
+        await long_header(report, plain, strict)
+        secure = await stack.enter_async_context(Proxy(upstream.address, settings=settings))
+        await asyncio.gather(
+            cut(report, "drippers", plain, PLAIN, options.drippers, deadline, strict=strict),
+            cut(report, "drippers, TLS", secure, SECURE, options.drippers, deadline, tls, strict),
+        )
+        await bodies(report, plain, deadline)
+        await slowhttptest(report, plain, strict)
+    return report.summary()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main()))
