@@ -4,13 +4,15 @@
 until it is cut or the seconds are over; the first one at once, or so late. Says {"event": "dripping"} once all are there, and at the end a list of [kind, seconds from its connect,
 how it ended, bytes sent, the first bytes it got].
 
-{"address", "header": bytes}: one connection with one header, byte by byte as fast as they are taken. Says {"event": "header", "sent", "seconds", "got", "end"}.
+{"address", "header": bytes}: one connection with one header, byte by byte as fast as they are taken. At the first byte of an answer it says
+{"event": "answered", "sent"}, waits for a line, and goes on as if there was none; and at the end {"event": "header", "sent", "seconds", "got", "end"}.
 """
 
 import asyncio
 import contextlib
 import json
 import resource
+import select
 import socket
 import ssl
 import sys
@@ -109,9 +111,14 @@ def header(plan: dict) -> None:
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     start, sent, end = time.monotonic(), 0, "alive"
     client.sendall(b"GET / HTTP/1.1\r\nHost: probe.test\r\nX: ")
+    is_answered = False
     try:
         while sent < plan["header"]:
             sent += client.send(b"x")
+            if not is_answered and sent % 256 == 0 and select.select([client], [], [], 0)[0]:
+                is_answered = True
+                print(json.dumps({"event": "answered", "sent": sent}), flush=True)
+                sys.stdin.readline()
         client.shutdown(socket.SHUT_WR)
     except OSError:
         end = "cut"
