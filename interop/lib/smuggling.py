@@ -7,11 +7,15 @@ new client, and other clients ask all the while over the same connections to the
 import asyncio
 import posixpath
 import re
+import ssl
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import unquote
 
 from fronts import Tidegate
-from harness import Failed, Report
+from harness import WORK, Failed, Report
+from tls import Authority
 from vectors import EITHER, PASS, REFUSE, VECTORS, Vector
 from wire import Client, Connection, Ended, Message, Recorder, plain_answer
 
@@ -83,8 +87,8 @@ class Outcome:
 class Probes:
     """Tries vectors at a front, and has its two backends."""
 
-    def __init__(self, address: str, main: Recorder, guard: Recorder) -> None:
-        self.address, self.main, self.guard = address, main, guard
+    def __init__(self, address: str, main: Recorder, guard: Recorder, tls: ssl.SSLContext | None = None) -> None:
+        self.address, self.main, self.guard, self.tls = address, main, guard, tls
         self.strangers: list[str] = []
         self.neighbours_asked = 0
         self._number = 0
@@ -93,7 +97,7 @@ class Probes:
         """Asks on and on over connections that are kept, and sees whether the answers are its own."""
         asked = 0
         while True:
-            client = await Client.open(self.address)
+            client = await Client.open(self.address, self.tls)
             try:
                 while True:
                     asked += 1
@@ -118,12 +122,12 @@ class Probes:
         # What is there by now is not this one's.
         before = [len(recorder.requests) for recorder in (self.main, self.guard)]
         stale = {id(c): (c.broken, len(c.raw)) for c in self.main.connections}
-        client = await Client.open(self.address)
+        client = await Client.open(self.address, self.tls)
         try:
             await self._converse(client, vector, number, mode, outcome)
         finally:
             client.close()
-        other = await Client.open(self.address)
+        other = await Client.open(self.address, self.tls)
         try:
             other.send(f"GET /next/{number} HTTP/1.1\r\nHost: probe.test\r\nConnection: close\r\n\r\n".encode())
             async with asyncio.timeout(5):
@@ -269,6 +273,34 @@ def told(o: Outcome) -> list[str]:
     return [f"{o.vector.name} ({o.mode}, {o.vector.right}, {o.vector.why}): {fault}" for fault in wrong]
 
 
+async def judged(report: Report, what: str, probes: Probes, proxy: Tidegate, modes: tuple[str, ...]) -> list[Outcome]:
+    """All vectors, a check for each kind of them; and what others saw meanwhile."""
+    outcomes: list[Outcome] = []
+    for kind in dict.fromkeys(vector.kind for vector in VECTORS):
+        # Within TLS a client here can't end its own direction alone.
+        vectors = [vector for vector in VECTORS if vector.kind == kind and not (probes.tls and vector.is_cut)]
+        async with report.check(f"{what}, {kind}: {len(vectors)} vectors, ways to send each: {len(modes)}", proxy, seconds=120):
+            found = await smuggle(probes, vectors, modes)
+            outcomes += found
+            wrong = [line for o in found if (o.vector.kind, o.vector.name) not in KNOWN for line in told(o)]
+            known = {(o.vector.kind, o.vector.name) for o in found if told(o)} & KNOWN
+            for _, name in sorted(known):
+                print(f"     known, and to be mended: {name}")
+            tried = {(vector.kind, vector.name) for vector in vectors}
+            wrong += [f"{name} is mended: take it from KNOWN" for _, name in (KNOWN & tried) - known]
+            if wrong:
+                raise Failed("\n     ".join([f"{len(wrong)} faults", *wrong]))
+    async with report.check(f"{what}: who asks meanwhile gets their own answers", proxy):
+        if probes.strangers or probes.neighbours_asked < len(outcomes):
+            raise Failed(f"of {probes.neighbours_asked}: {probes.strangers[:10]}")
+    async with report.check(f"{what}: the backend's connections were shared, and never broken", proxy):
+        broken = [connection.broken for connection in probes.main.connections if connection.broken]
+        used = sum(len(connection.requests) > 1 for connection in probes.main.connections)
+        if broken or not used:
+            raise Failed(f"broken: {broken}, used more than once: {used}")
+    return outcomes
+
+
 async def smuggling(report: Report, options) -> None:
     if options.direct:
         print("skip smuggling: it is tidegate's work")
@@ -276,30 +308,16 @@ async def smuggling(report: Report, options) -> None:
     main, guard = backends()
     async with main, guard, Tidegate(main.address, guard.address) as proxy:
         probes = Probes(proxy.address, main, guard)
-        outcomes: list[Outcome] = []
-        kinds = list(dict.fromkeys(vector.kind for vector in VECTORS))
-        for kind in kinds:
-            vectors = [vector for vector in VECTORS if vector.kind == kind]
-            async with report.check(f"smuggling, {kind}: {len(vectors)} vectors, {len(MODES)} ways each", proxy, seconds=120):
-                found = await smuggle(probes, vectors)
-                outcomes += found
-                wrong = [line for o in found if (o.vector.kind, o.vector.name) not in KNOWN for line in told(o)]
-                known = {(o.vector.kind, o.vector.name) for o in found if told(o)} & KNOWN
-                for name in known:
-                    print(f"     known, and to be mended: {' '.join(name)}")
-                wrong += [f"{name} is mended: take it from KNOWN" for _, name in KNOWN - known if _ == kind]
-                if wrong:
-                    raise Failed("\n     ".join([f"{len(wrong)} faults", *wrong]))
-        async with report.check("smuggling: who asks meanwhile gets their own answers", proxy):
-            if probes.strangers or probes.neighbours_asked < len(outcomes):
-                raise Failed(f"of {probes.neighbours_asked}: {probes.strangers[:10]}")
-        async with report.check("smuggling: the backend's connections were shared, and never broken", proxy):
-            broken = [connection.broken for connection in main.connections if connection.broken]
-            used = sum(len(connection.requests) > 1 for connection in main.connections)
-            if broken or not used:
-                raise Failed(f"broken: {broken}, used more than once: {used}")
+        outcomes = await judged(report, "smuggling", probes, proxy, MODES)
         passed = sum(outcome.is_passed for outcome in outcomes)
         print(
             f"     {len(VECTORS)} vectors, {len(outcomes)} attempts: {passed} passed on in one meaning, {len(outcomes) - passed} not;"
             f" {probes.neighbours_asked} requests of others meanwhile"
         )
+    main, guard = backends()
+    with tempfile.TemporaryDirectory(prefix="smuggling-", dir=WORK) as folder:
+        authority = await Authority(Path(folder) / "ours").make()
+        settings = {"TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate), "TIDEGATE_LISTEN__TLS_KEY": str(authority.key)}
+        async with main, guard, Tidegate(main.address, guard.address, settings) as proxy:
+            tls = ssl.create_default_context(cafile=str(authority.ca))
+            await judged(report, "smuggling, TLS", Probes(proxy.address, main, guard, tls), proxy, ("used",))
