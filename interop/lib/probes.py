@@ -54,7 +54,8 @@ def column(outcomes: list[Outcome]) -> str:
     return next((name for name, has in found.items() if has), "refused")
 
 
-async def requests(name: str, kinds: list[str], with_faults: bool) -> dict[str, Counter]:
+async def requests(name: str, kinds: list[str], with_faults: bool) -> tuple[dict[str, Counter], str]:
+    """What became of the vectors, by kind; and how many answers to others went astray, of how many."""
     main, guard = backends()
     table: dict[str, Counter] = {}
     async with main, guard, front(name, main.address, guard.address) as proxy:
@@ -70,11 +71,10 @@ async def requests(name: str, kinds: list[str], with_faults: bool) -> dict[str, 
                 if with_faults and word not in ("refused", "passed on"):
                     seen = [line for o in mine for line in o.faults() + o.deviations()]
                     print(f"{name}: {kind}: {vector.name} ({vector.right}, {vector.why}): {word}: {(seen or [''])[0]}")
-        table["(others' answers that went astray)"] = Counter({"astray": len(probes.strangers)})
         if with_faults:
             for line in probes.strangers[:20]:
                 print(f"{name}: {line}")
-    return table
+    return table, f"{len(probes.strangers)} of {probes.neighbours_asked:,}"
 
 
 async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
@@ -85,7 +85,7 @@ async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
         for attempt in await try_all(proxy.address, main, [*bad_attempts(), *wrong_attempts()]):
             kind = attempt.kind
             if kind != "a wrong 101":
-                kind += ", answered 101" if attempt.name.endswith("101") else ", answered otherwise"
+                kind = f"bad {kind}; the backend answers 101" if attempt.name.endswith("101") else "bad in whatever, or good; the backend answers no 101"
             counts = table.setdefault(kind, [0, 0, 0])
             counts[0] += 1
             counts[1] += attempt.tunnelled
@@ -95,8 +95,8 @@ async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
     found = {kind: f"{tunnelled} of {tried}" for kind, (tried, tunnelled, _) in table.items()}
     found["RST seen by the client"] = str(sum(counts[2] for counts in table.values()))
     early, late = await pipelined(name, "403")
-    found[f"{PIPELINED:,} requests behind a handshake: bytes at the backend before its 403"] = f"{early:,}"
-    found["and in all, 403 included"] = f"{late:,}"
+    found[f"{PIPELINED:,} requests behind a handshake: bytes at the backend before its answer, a 403"] = f"{early:,}"
+    found["and in all"] = f"{late:,}"
     return found
 
 
@@ -124,15 +124,14 @@ async def main() -> int:
         f" {os.cpu_count()} cores, Python {platform.python_version()}\n"
     )
     tables = {name: await requests(name, kinds, options.faults) for name in names}
-    print("\nVectors: in all (to be refused, legal, either).\n")
-    print(table_head(["kind", "vectors", "", *COLUMNS]))
-    for kind in tables[names[0]]:
+    print(table_head(["kind", "vectors (to be refused, legal, either)", "", *COLUMNS]))
+    for kind in kinds:
         of_kind = [vector for vector in VECTORS if vector.kind == kind]
         rights = Counter(vector.right for vector in of_kind)
         count = f"{len(of_kind)} ({rights[REFUSE]}, {rights[PASS]}, {rights[EITHER]})"
         for name in names:
-            print(row([kind, count, name, *(tables[name][kind][column] or "" for column in COLUMNS)]))
-    print()
+            print(row([kind, count, name, *(tables[name][0][kind][column] or "" for column in COLUMNS)]))
+    print(f"\nAnswers to others that went astray: {', '.join(f'{name} {tables[name][1]}' for name in names)}.\n")
     if options.only is None:
         found = {name: await tunnels(name, options.faults) for name in names}
         print(table_head(["tunnels", *names]))
