@@ -22,7 +22,7 @@ from wire import Client, Connection, Ended, Message, Recorder, plain_answer
 MODES = ("new", "used", "pieces")
 # To an answer; who does not answer gets FIN, and as long again.
 ANSWER_SECONDS = 2.0
-NEIGHBOURS = 3
+NEIGHBOURS = 2
 OURS = re.compile(rb"/(other|mark|next|before)/")
 
 
@@ -107,7 +107,7 @@ class Probes:
                     self.neighbours_asked += 1
                     if saw(response) != target:
                         self.strangers.append(f"{target} is answered by {response.line!r}, {saw(response)}")
-                    await asyncio.sleep(0.003)
+                    await asyncio.sleep(0.005)
             except Ended as ended:
                 # A connection may be closed between two requests, and by nothing else than FIN.
                 if ended.reset or ended.rest:
@@ -121,7 +121,7 @@ class Probes:
         outcome = Outcome(vector, mode)
         # What is there by now is not this one's.
         before = [len(recorder.requests) for recorder in (self.main, self.guard)]
-        stale = {id(c): (c.broken, len(c.raw)) for c in self.main.connections}
+        self.main.touched.clear()
         client = await Client.open(self.address, self.tls)
         try:
             await self._converse(client, vector, number, mode, outcome)
@@ -140,7 +140,7 @@ class Probes:
             other.close()
         outcome.whole = [r for r in self.main.requests[before[0] :] if not OURS.match(r.target)]
         outcome.guarded = self.guard.requests[before[1] :]
-        self._judge(outcome, stale)
+        self._judge(outcome)
         return outcome
 
     async def _converse(self, client: Client, vector: Vector, number: int, mode: str, outcome: Outcome) -> None:
@@ -152,8 +152,8 @@ class Probes:
                     if saw(await client.response()) != f"/before/{number}":
                         outcome.desynchronised.append("the request before has another's answer")
                 if mode == "pieces":
-                    most = max(3, len(data) // 100)
-                    await client.send_in_pieces(data, [1, 2, most, 1, 3, most * 2])
+                    most = max(19, len(data) // 50)
+                    await client.send_in_pieces(data, [1, 2, most, 7, 3])
                 else:
                     client.send(data)
                 if vector.is_cut:
@@ -181,7 +181,7 @@ class Probes:
         except TimeoutError:
             outcome.said = "no end within 10 s"
 
-    def _judge(self, outcome: Outcome, stale: dict) -> None:
+    def _judge(self, outcome: Outcome) -> None:
         vector = outcome.vector
         for request in outcome.whole:
             where = f"{request.line[:80]!r} at the backend"
@@ -200,11 +200,10 @@ class Probes:
                 outcome.ambiguous.append(f"form: the target is {request.target[:80]!r}")
             if vector.host is not None and request.all(b"host") != [vector.host.encode()]:
                 outcome.ambiguous.append(f"form: Host is {request.all(b'host')}")
-        for connection in self.main.connections:
-            was_broken, had = stale.get(id(connection), (None, 0))
-            if connection.broken and not was_broken:
+        for connection in {id(connection): connection for connection in self.main.touched}.values():
+            if connection.broken:
                 outcome.ambiguous.append(f"framing: the backend can't read it: {connection.broken}")
-            elif len(connection.raw) > had and (begun := unfinished(connection)):
+            elif begun := unfinished(connection):
                 # A body that turned out to be none was on its way: the header is all that may be wrong then.
                 outcome.ambiguous += [f"{problem} (begun, {begun.line[:60]!r})" for problem in begun.problems]
                 if leads_to_canary(begun.target):

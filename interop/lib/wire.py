@@ -239,6 +239,8 @@ class Recorder:
         self.name = name
         self.lines: list[str] = []
         self.connections: list[Connection] = []
+        # Those that brought bytes, or are new, since whoever looks at this has emptied it.
+        self.touched: list[Connection] = []
         # Of all connections, in the order in which they became whole.
         self.requests: list[Message] = []
         self._answer, self._early = answer, early
@@ -273,6 +275,7 @@ class Recorder:
             # What still comes is recorded too: a tunnel does not ask whether anybody reads.
             while data := await reader.read(65536):
                 connection.raw += data
+                self.touched.append(connection)
         self._writers.discard(writer)
         writer.close()
 
@@ -313,6 +316,7 @@ class Recorder:
             if not data:
                 return False
             connection.raw += data
+            self.touched.append(connection)
 
 
 class Ended(Exception):
