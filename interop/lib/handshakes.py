@@ -32,7 +32,13 @@ def accept(key: bytes) -> str:
 
 
 def handshake(target: str) -> str:
-    fields = ("Host: probe.test", "Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Key: {KEY}", "Sec-WebSocket-Version: 13")
+    fields = (
+        "Host: probe.test",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Key: {KEY}",
+        "Sec-WebSocket-Version: 13",
+    )
     return "\r\n".join([f"GET {target} HTTP/1.1", *fields, "", ""])
 
 
@@ -158,7 +164,11 @@ def answer(request: Message) -> bytes:
         return WRONG[list(WRONG)[int(how.removeprefix("wrong-"))]](switching(request)).encode() + b"\x81\x05hello"
     if how == "204":
         return b"HTTP/1.1 204 No Content\r\nX-Saw: /\r\n\r\n"
-    return plain_answer(request, "Upgrade: websocket", "Location: /", status=f"{how} As Asked") if how.isdigit() else plain_answer(request)
+    return (
+        plain_answer(request, "Upgrade: websocket", "Location: /", status=f"{how} As Asked")
+        if how.isdigit()
+        else plain_answer(request)
+    )
 
 
 def canary(number: int) -> bytes:
@@ -290,7 +300,9 @@ class Holding:
             reading = asyncio.ensure_future(read())
             await self.go.wait()
             self.early = self.late
-            writer.write(switching(request).encode() if self._how == "101" else plain_answer(request, status=f"{self._how} No"))
+            writer.write(
+                switching(request).encode() if self._how == "101" else plain_answer(request, status=f"{self._how} No")
+            )
             await reading
             writer.close()
         self.ended.set()
@@ -298,7 +310,11 @@ class Holding:
 
 async def pipelined(name: str, how: str) -> tuple[int, int]:
     """10,000 requests behind a handshake that has to wait: bytes on the connection to the backend before its answer, and in all."""
-    async with Holding(how) as backend, Recorder("guard") as guard, front(name, backend.address, guard.address) as proxy:
+    async with (
+        Holding(how) as backend,
+        Recorder("guard") as guard,
+        front(name, backend.address, guard.address) as proxy,
+    ):
         client = await Client.open(proxy.address)
         requests = b"".join(canary(number) for number in range(PIPELINED))
         client.send(handshake("/held").encode())
@@ -336,16 +352,24 @@ async def handshakes(report: Report, options) -> None:
         main.connections.clear()
 
         attempts = bad_attempts()
-        async with report.check(f"handshakes: of {len(attempts)} bad or refused ones none is a tunnel", proxy, seconds=60):
+        async with report.check(
+            f"handshakes: of {len(attempts)} bad or refused ones none is a tunnel", proxy, seconds=60
+        ):
             await try_all(proxy.address, main, attempts)
-            wrong = [f"{a.kind}: {a.name}: {a.status}, tunnelled: {a.tunnelled}, RST: {a.reset}" for a in attempts if a.tunnelled or a.reset or a.status == 101]
+            wrong = [
+                f"{a.kind}: {a.name}: {a.status}, tunnelled: {a.tunnelled}, RST: {a.reset}"
+                for a in attempts
+                if a.tunnelled or a.reset or a.status == 101
+            ]
             wrong += [f"{a.kind}: {a.name}: no answer" for a in attempts if not a.status]
             problems = {problem for request in main.requests for problem in request.problems}
             if wrong or problems:
                 raise Failed("\n     ".join([*wrong, *problems]))
         async with report.check(f"handshakes: {len(WRONG)} kinds of wrong 101, and no tunnel", main, proxy, seconds=60):
             attempts = await try_all(proxy.address, main, wrong_attempts())
-            wrong = [f"{a.name}: {a.status}, tunnelled: {a.tunnelled}" for a in attempts if a.tunnelled or a.status != 502]
+            wrong = [
+                f"{a.name}: {a.status}, tunnelled: {a.tunnelled}" for a in attempts if a.tunnelled or a.status != 502
+            ]
             if wrong:
                 raise Failed("; ".join(wrong))
         async with report.check("handshakes: and no request for /canary/ at the main backend", main, proxy):

@@ -85,7 +85,11 @@ async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
         for attempt in await try_all(proxy.address, main, [*bad_attempts(), *wrong_attempts()]):
             kind = attempt.kind
             if kind != "a wrong 101":
-                kind = f"bad {kind}; the backend answers 101" if attempt.name.endswith("101") else "bad in whatever, or good; the backend answers no 101"
+                kind = (
+                    f"bad {kind}; the backend answers 101"
+                    if attempt.name.endswith("101")
+                    else "bad in whatever, or good; the backend answers no 101"
+                )
             counts = table.setdefault(kind, [0, 0, 0])
             counts[0] += 1
             counts[1] += attempt.tunnelled
@@ -111,7 +115,11 @@ def table_head(cells: list[object]) -> str:
 async def main() -> int:
     arguments = argparse.ArgumentParser(prog="interop/probes", description=__doc__.splitlines()[0])
     arguments.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FRONTS)} (all of them)")
-    arguments.add_argument("--faults", action="store_true", help="a line for each vector that is neither refused nor passed on as it should")
+    arguments.add_argument(
+        "--faults",
+        action="store_true",
+        help="a line for each vector that is neither refused nor passed on as it should",
+    )
     arguments.add_argument("--only", help="vectors of this kind alone")
     options = arguments.parse_args()
     # It tells of each write to a connection that a peer has reset.

@@ -84,7 +84,7 @@ class Handshakes:
                     self.failed.append(str(status))
                 self.seconds.append(time.perf_counter() - start)
                 client.close()
-            except Exception as error:  # noqa: BLE001: whatever it is, somebody could not connect
+            except Exception as error:  # Whatever it is: somebody could not connect.
                 self.failed.append(repr(error))
             await asyncio.sleep(self._interval)
 
@@ -149,7 +149,9 @@ async def cut(
             f" {most / count / 1024:.1f} KiB each at most (RSS as a whole)"
         )
         p50, p99, longest = others.figures()
-        print(f"     meanwhile {len(others.seconds)} handshakes of another client: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms")
+        print(
+            f"     meanwhile {len(others.seconds)} handshakes of another client: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms"
+        )
         expect("ends", set(hows), {"fin"})
         if max(times) > deadline + GRACE_SECONDS:
             late = Counter(end[0] for end in ends if end[1] > deadline + GRACE_SECONDS)
@@ -170,7 +172,14 @@ async def cut(
 
 async def late(report: Report, proxy: Proxy, deadline: float) -> None:
     """Whose first byte comes late has as long again from there (proxy.toml says so): twice the deadline at most."""
-    plan = {"address": proxy.address, "count": 20, "kinds": ["line", "header"], "interval": 1.0, "seconds": deadline * 3, "late": deadline * 0.8}
+    plan = {
+        "address": proxy.address,
+        "count": 20,
+        "kinds": ["line", "header"],
+        "interval": 1.0,
+        "seconds": deadline * 3,
+        "late": deadline * 0.8,
+    }
     async with report.check("slow: a first byte that comes late", proxy, seconds=deadline * 3 + 30):
         async with Slow(**plan) as slow:
             ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline * 3 + 20))["ends"]
@@ -209,12 +218,16 @@ async def long_header(report: Report, proxy: Proxy, strict: bool) -> None:
             slow.write("go on")
             end = await slow.wait_for_line(json_line(event="header"), "its end", 50)
             after, grown = cpu_ms(pid) - cpu, most - memory
-            print(f"     cut after {end['sent']:,} bytes and {end['seconds']:.1f} s; {after:.1f} ms of CPU behind the answer; {grown / 1024:.0f} KiB more in memory")
+            print(
+                f"     cut after {end['sent']:,} bytes and {end['seconds']:.1f} s; {after:.1f} ms of CPU behind the answer; {grown / 1024:.0f} KiB more in memory"
+            )
             if "431" not in end["got"]:
                 raise Failed(f"{end['got']!r}")
             if after >= HEADER_CPU_MS:
                 # A refused client is read for a second, so that its answer is not lost by a RST; by small packets that takes CPU.
-                print(f"     known, and to be mended: more than {HEADER_CPU_MS:g} ms of CPU for what comes behind the answer")
+                print(
+                    f"     known, and to be mended: more than {HEADER_CPU_MS:g} ms of CPU for what comes behind the answer"
+                )
             if strict and grown >= HEADER_RSS_BYTES:
                 raise Failed(f"{grown:,} bytes")
     looking.cancel()
@@ -225,7 +238,10 @@ async def secured(stack: contextlib.AsyncExitStack) -> tuple[dict[str, str], ssl
     WORK.mkdir(exist_ok=True)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slow-", dir=WORK)))
     authority = await Authority(folder / "ours").make()
-    settings = {"TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate), "TIDEGATE_LISTEN__TLS_KEY": str(authority.key)}
+    settings = {
+        "TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate),
+        "TIDEGATE_LISTEN__TLS_KEY": str(authority.key),
+    }
     return settings, trusting(authority)
 
 
@@ -267,7 +283,21 @@ async def slowhttptest(report: Report, upstream: str, strict: bool) -> None:
             with tempfile.TemporaryDirectory(prefix="slowhttptest-", dir=WORK) as folder:
                 tool = Process("slowhttptest")
                 path = "/large" if flag == "-X" else "/"
-                command = ["slowhttptest", flag, "-c", SLOWHTTPTEST_CONNECTIONS, "-r", 500, "-l", SLOWHTTPTEST_SECONDS, "-p", 3, "-g", "-o", f"{folder}/s"]
+                command = [
+                    "slowhttptest",
+                    flag,
+                    "-c",
+                    SLOWHTTPTEST_CONNECTIONS,
+                    "-r",
+                    500,
+                    "-l",
+                    SLOWHTTPTEST_SECONDS,
+                    "-p",
+                    3,
+                    "-g",
+                    "-o",
+                    f"{folder}/s",
+                ]
                 cpu, most, start = cpu_ms(pid), before, time.monotonic()
                 async with Handshakes(proxy.address) as others:
                     await tool.start(*command, *more, "-u", f"http://{proxy.address}{path}")
@@ -300,15 +330,21 @@ async def slowhttptest(report: Report, upstream: str, strict: bool) -> None:
 
 async def bodies(report: Report, proxy: Proxy, deadline: float) -> None:
     """Bodies that drip: printed, and not asserted. `http.header_timeout` is for one that stands still."""
-    async with Slow(address=proxy.address, count=200, kinds=["body", "chunked"], interval=1.0, seconds=deadline * 2) as slow:
+    async with Slow(
+        address=proxy.address, count=200, kinds=["body", "chunked"], interval=1.0, seconds=deadline * 2
+    ) as slow:
         ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline * 3))["ends"]
     print(f"     200 bodies that drip, after {deadline * 2:g} s: {dict(Counter(end[2] for end in ends))}")
 
 
 async def main() -> int:
     arguments = argparse.ArgumentParser(prog="interop/slow", description=__doc__.splitlines()[0])
-    arguments.add_argument("--drippers", type=int, default=1000, help="on each of the two listeners, with and without TLS (1000)")
-    arguments.add_argument("--lenient", action="store_true", help="print figures of time, CPU and memory, and pass whatever they are")
+    arguments.add_argument(
+        "--drippers", type=int, default=1000, help="on each of the two listeners, with and without TLS (1000)"
+    )
+    arguments.add_argument(
+        "--lenient", action="store_true", help="print figures of time, CPU and memory, and pass whatever they are"
+    )
     options = arguments.parse_args()
     strict, deadline = not options.lenient, 10
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

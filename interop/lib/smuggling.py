@@ -278,7 +278,9 @@ async def judged(report: Report, what: str, probes: Probes, proxy: Tidegate, mod
     for kind in dict.fromkeys(vector.kind for vector in VECTORS):
         # Within TLS a client here can't end its own direction alone.
         vectors = [vector for vector in VECTORS if vector.kind == kind and not (probes.tls and vector.is_cut)]
-        async with report.check(f"{what}, {kind}: {len(vectors)} vectors, ways to send each: {len(modes)}", proxy, seconds=120):
+        async with report.check(
+            f"{what}, {kind}: {len(vectors)} vectors, ways to send each: {len(modes)}", proxy, seconds=120
+        ):
             found = await smuggle(probes, vectors, modes)
             outcomes += found
             wrong = [line for o in found if (o.vector.kind, o.vector.name) not in KNOWN for line in told(o)]
@@ -316,7 +318,10 @@ async def smuggling(report: Report, options) -> None:
     main, guard = backends()
     with tempfile.TemporaryDirectory(prefix="smuggling-", dir=WORK) as folder:
         authority = await Authority(Path(folder) / "ours").make()
-        settings = {"TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate), "TIDEGATE_LISTEN__TLS_KEY": str(authority.key)}
+        settings = {
+            "TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate),
+            "TIDEGATE_LISTEN__TLS_KEY": str(authority.key),
+        }
         async with main, guard, Tidegate(main.address, guard.address, settings) as proxy:
             tls = ssl.create_default_context(cafile=str(authority.ca))
             await judged(report, "smuggling, TLS", Probes(proxy.address, main, guard, tls), proxy, ("used",))

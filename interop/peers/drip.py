@@ -23,7 +23,10 @@ BEGINNINGS = {
     # Nothing but the request line, then a header, and then a header behind a good request on the same connection.
     "line": (b"", b"GET /dripping HTTP/1.1\r\nHost: probe.test\r\n\r\n"),
     "header": (b"GET / HTTP/1.1\r\nHost: probe.test\r\nX: ", b"x" * 1000),
-    "websocket": (b"GET /101/1 HTTP/1.1\r\nHost: probe.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nX: ", b"x" * 1000),
+    "websocket": (
+        b"GET /101/1 HTTP/1.1\r\nHost: probe.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nX: ",
+        b"x" * 1000,
+    ),
     "second": (b"GET / HTTP/1.1\r\nHost: probe.test\r\n\r\n", b"GET /dripping HTTP/1.1\r\nHost: probe.test\r\n\r\n"),
     "empty lines": (b"", b"\r\n" * 500),
     "silent": (b"", b""),
@@ -127,7 +130,17 @@ def header(plan: dict) -> None:
         while data := client.recv(65536):
             got += data
         end = "fin" if end == "alive" else end
-    print(json.dumps({"event": "header", "sent": sent, "seconds": time.monotonic() - start, "got": got[:60].decode("latin-1"), "end": end}))
+    print(
+        json.dumps(
+            {
+                "event": "header",
+                "sent": sent,
+                "seconds": time.monotonic() - start,
+                "got": got[:60].decode("latin-1"),
+                "end": end,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
