@@ -255,17 +255,6 @@ def backends() -> tuple[Recorder, Recorder]:
     return Recorder("main backend", early=too_early), Recorder("backend of /canary/")
 
 
-# What tidegate does not do right yet: printed each time, and a failure once it is mended and still stands here.
-KNOWN = {
-    ("CL", "2^63"),
-    ("target, Host", "Hosts in a list"),
-    ("target, Host", "a Host with a space"),
-    ("target, Host", "a Host with a path"),
-    ("target, Host", "a Host with a name of a user"),
-    ("target, Host", "a Host with a port that is none"),
-}
-
-
 def told(o: Outcome) -> list[str]:
     """All that is wrong with an attempt, one line each."""
     wrong = o.faults() + o.deviations() + ([o.said] if o.said else [])
@@ -283,12 +272,7 @@ async def judged(report: Report, what: str, probes: Probes, proxy: Tidegate, mod
         ):
             found = await smuggle(probes, vectors, modes)
             outcomes += found
-            wrong = [line for o in found if (o.vector.kind, o.vector.name) not in KNOWN for line in told(o)]
-            known = {(o.vector.kind, o.vector.name) for o in found if told(o)} & KNOWN
-            for _, name in sorted(known):
-                print(f"     known, and to be mended: {name}")
-            tried = {(vector.kind, vector.name) for vector in vectors}
-            wrong += [f"{name} is mended: take it from KNOWN" for _, name in (KNOWN & tried) - known]
+            wrong = [line for o in found for line in told(o)]
             if wrong:
                 raise Failed("\n     ".join([f"{len(wrong)} faults", *wrong]))
     async with report.check(f"{what}: who asks meanwhile gets their own answers", proxy):

@@ -97,6 +97,20 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
         return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
     }
+    if headers.get(HOST).is_some_and(|host| !is_host(host.as_bytes())) {
+        return Err(refuse(StatusCode::BAD_REQUEST, "Host is no host with a port"));
+    }
+    // Bytes beyond ASCII would hide what else stands in the line.
+    if [CONNECTION, UPGRADE].iter().any(|name| headers.get_all(name).iter().any(|value| value.to_str().is_err())) {
+        return Err(refuse(StatusCode::BAD_REQUEST, "Connection and Upgrade must be ASCII"));
+    }
+    // A backend that counts in 63 bits would take it for less than nothing.
+    if headers
+        .get(CONTENT_LENGTH)
+        .is_some_and(|length| length.to_str().map_or(true, |text| text.parse::<i64>().is_err()))
+    {
+        return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length is out of range"));
+    }
     // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
     // unread, and what that makes of it is a guess.
     let codings = headers.get_all(TRANSFER_ENCODING).iter().collect::<Vec<_>>();
@@ -144,6 +158,26 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
 fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a HeaderValue> {
     let mut values = headers.get_all(name).iter();
     values.next().filter(|_| values.next().is_none())
+}
+
+/// "uri-host [ ':' port ]" (RFC 9110 7.2), or nothing, "when the target URI has no authority". A comma is legal in a name, and would be
+/// taken for that of a list.
+fn is_host(host: &[u8]) -> bool {
+    let (is_name, port) = if let Some(rest) = host.strip_prefix(b"[") {
+        let Some(end) = rest.iter().position(|byte| *byte == b']') else { return false };
+        (rest[..end].iter().all(|byte| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.')), &rest[end + 1..])
+    } else {
+        let (name, port) = host.split_at(host.iter().position(|byte| *byte == b':').unwrap_or(host.len()));
+        (name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+;=".contains(byte)), port)
+    };
+    let is_port = match port {
+        [] | [b':'] => true,
+        [b':', digits @ ..] if digits.iter().all(u8::is_ascii_digit) => {
+            std::str::from_utf8(digits).is_ok_and(|digits| digits.parse::<u16>().is_ok())
+        }
+        _ => false,
+    };
+    is_name && is_port
 }
 
 /// "a base64-encoded value that, when decoded, is 16 bytes in length" (RFC 6455 4.2.1): 22 characters and "==".
@@ -231,6 +265,43 @@ mod tests {
         crate::downstream::forward_response(&mut response, true);
         let expected = "HTTP/1.1 101 Switching Protocols\r\nb: c\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
         assert_eq!(String::from_utf8_lossy(&encode_switching(&response)), expected);
+    }
+
+    #[test]
+    fn hosts() {
+        for host in [
+            "",
+            "a",
+            "a:80",
+            "a:",
+            "A-b_c.example.",
+            "%61",
+            "127.0.0.1:65535",
+            "[::1]",
+            "[::ffff:1.2.3.4]:80",
+            "[]",
+            ":80",
+        ] {
+            assert!(is_host(host.as_bytes()), "{host:?}");
+        }
+        for host in [
+            "a, b", "a,b", "a b", "a/b", "a?b", "user@a", "a:65536", "a:+80", "a:8x", "[::1", "[::1]a", "[g]", "a:1:2",
+            "\u{e9}",
+        ] {
+            assert!(!is_host(host.as_bytes()), "{host:?}");
+        }
+    }
+
+    #[test]
+    fn fields_that_hide_something() {
+        let refused = |name: &'static str, value: &'static [u8]| {
+            let request = Request::builder().version(Version::HTTP_11).header(HOST, "a").header(UPGRADE, "websocket");
+            let request = request.header(name, HeaderValue::from_bytes(value).unwrap()).body(()).unwrap();
+            intent(&request).unwrap_err().reason
+        };
+        assert_eq!(refused("upgrade", b"websock\x91\x8b"), "Connection and Upgrade must be ASCII");
+        assert_eq!(refused("connection", b"a, \xe9"), "Connection and Upgrade must be ASCII");
+        assert_eq!(refused("content-length", b"9223372036854775808"), "Content-Length is out of range");
     }
 
     #[test]
