@@ -26,8 +26,9 @@ from wire import Client
 PLAIN = ["line", "header", "websocket", "second", "empty lines", "silent"]
 # The bytes of a ClientHello, and headers within TLS.
 SECURE = ["hello", "tls line", "hello", "tls header", "hello", "tls websocket", "hello", "silent"]
-# Beyond the deadline, for whoever cuts and whoever notices.
+# Beyond the deadline, for whoever cuts and whoever notices; and on a machine that has other things to do.
 GRACE_SECONDS = 1.0
+BUSY_GRACE_SECONDS = 6.0
 P99_MS = 50.0
 HEADER_BYTES = 20_000_000
 HEADER_CPU_MS = 50.0
@@ -153,8 +154,9 @@ async def cut(
             f"     meanwhile {len(others.seconds)} handshakes of another client: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms"
         )
         expect("ends", set(hows), {"fin"})
-        if max(times) > deadline + GRACE_SECONDS:
-            late = Counter(end[0] for end in ends if end[1] > deadline + GRACE_SECONDS)
+        grace = GRACE_SECONDS if strict else BUSY_GRACE_SECONDS
+        if max(times) > deadline + grace:
+            late = Counter(end[0] for end in ends if end[1] > deadline + grace)
             raise Failed(f"cut after {max(times):.2f} s: {dict(late)}")
         # They did drip: a byte a second until then, but for those that say nothing.
         idle = [end for end in ends if end[0] != "silent" and end[1] < deadline - 0.5]
@@ -180,13 +182,13 @@ async def late(report: Report, proxy: Proxy, deadline: float) -> None:
         "seconds": deadline * 3,
         "late": deadline * 0.8,
     }
-    async with report.check("slow: a first byte that comes late", proxy, seconds=deadline * 3 + 30):
+    async with report.check("slow: a first byte that comes late", proxy, seconds=deadline + 45):
         async with Slow(**plan) as slow:
-            ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline * 3 + 20))["ends"]
+            ends = (await slow.wait_for_line(json_line(event="dripped"), "their ends", deadline + 30))["ends"]
         expect("ends", {end[2] for end in ends}, {"fin"})
         of = {kind: max(end[1] for end in ends if end[0] == kind) for kind in plan["kinds"]}
         print(f"     first byte at once: cut after {of['header']:.2f} s; after {plan['late']:g} s: {of['line']:.2f} s")
-        if of["header"] > deadline + GRACE_SECONDS or of["line"] > 2 * deadline + GRACE_SECONDS:
+        if of["header"] > deadline + BUSY_GRACE_SECONDS or of["line"] > 2 * deadline + BUSY_GRACE_SECONDS:
             raise Failed(f"cut after {of}")
 
 

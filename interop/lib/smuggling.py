@@ -21,7 +21,7 @@ from wire import Client, Connection, Ended, Message, Recorder, plain_answer
 
 MODES = ("new", "used", "pieces")
 # To an answer; who does not answer gets FIN, and as long again.
-ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 4.0
 NEIGHBOURS = 2
 OURS = re.compile(rb"/(other|mark|next|before)/")
 
