@@ -4,6 +4,7 @@
 //! that get a 503, and when these are all taken too, it waits in the accept queue. Before that, room is made where a place is kept
 //! for somebody who is gone: lingering sockets ([`Spares`]), sessions in their `close.delay` ([`Delays`]).
 
+mod addresses;
 mod delays;
 #[cfg(test)]
 mod tests;
@@ -11,6 +12,7 @@ mod tests;
 use std::{
     fmt,
     fs::File,
+    net::IpAddr,
     sync::{
         Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -23,15 +25,23 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use self::delays::{Delay, Delays};
+use self::addresses::{Addresses, TABLE_BYTES, Visitor};
+pub use self::{
+    addresses::Pace,
+    delays::{Delay, Delays},
+};
 
 /// What is wanted; [`crate::budget`] says what is had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Client connections at once; `None`: as many as the host's resources allow.
     pub max_connections: Option<usize>,
+    /// Of them so many of one address; `None`: any number.
+    pub max_connections_per_address: Option<usize>,
     /// WebSocket handshakes that begin in a second; `None`: any number.
     pub handshakes_per_second: Option<u32>,
+    /// Those of one address; `None`: any number.
+    pub handshakes_per_address: Option<Pace>,
     /// The longest that a handshake is delayed for that rate.
     pub handshake_delay: Duration,
     /// For the whole process and its sockets.
@@ -68,11 +78,15 @@ pub enum Reason {
     QueueTimeout,
     /// It waited as long for one of the connections that WebSockets share.
     PoolFull,
+    /// Its address has as many connections as `limits.max_connections_per_address` allows.
+    AddressConnections,
+    /// Its address has begun as many handshakes as `limits.handshakes_per_address` allows.
+    AddressRate,
 }
 
 impl Reason {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::MaxConnections,
         Self::Memory,
         Self::Descriptors,
@@ -81,6 +95,8 @@ impl Reason {
         Self::MaxWaiting,
         Self::QueueTimeout,
         Self::PoolFull,
+        Self::AddressConnections,
+        Self::AddressRate,
     ];
 
     /// For metrics and logs.
@@ -94,6 +110,8 @@ impl Reason {
             Self::MaxWaiting => "max_waiting",
             Self::QueueTimeout => "queue_timeout",
             Self::PoolFull => "pool_full",
+            Self::AddressConnections => "address_connections",
+            Self::AddressRate => "address_rate",
         }
     }
 
@@ -112,6 +130,14 @@ impl Reason {
                 "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
             }
             Self::PoolFull => "raise pool.max_connections or pool.max_streams",
+            Self::AddressConnections => {
+                "limits.max_connections_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
+                 http.trusted_proxies if it is a proxy of yours"
+            }
+            Self::AddressRate => {
+                "limits.handshakes_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
+                 http.trusted_proxies if it is a proxy of yours"
+            }
         }
     }
 
@@ -119,7 +145,8 @@ impl Reason {
     pub const fn told(self) -> &'static str {
         match self {
             Self::MaxConnections | Self::Memory | Self::Descriptors | Self::Ports => "no room for another connection",
-            Self::Rate => "too many handshakes at once",
+            Self::Rate | Self::AddressRate => "too many handshakes at once",
+            Self::AddressConnections => "too many connections of one address",
             Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull => "too many requests are waiting for the backend",
         }
     }
@@ -202,6 +229,7 @@ struct Inner {
     /// It could not be taken again: others had all descriptors.
     lacks_reserve: AtomicBool,
     rate: Mutex<Option<Rate>>,
+    addresses: Arc<Addresses>,
 }
 
 /// Who keeps places that are worth less than a new client's.
@@ -232,6 +260,8 @@ pub struct Place {
     memory: u64,
     /// It has the descriptor that was kept in reserve.
     has_reserve: bool,
+    /// In the count of its address.
+    visitor: Option<Visitor>,
     /// Why it gets a 503 and nothing else.
     pub refused: Option<Reason>,
 }
@@ -261,8 +291,39 @@ impl Admission {
             reserve: Mutex::new(Reserve { file: open_any(), is_in_use: false }),
             lacks_reserve: AtomicBool::new(false),
             rate,
+            addresses: Arc::new(Addresses::new()),
         };
-        Self { inner: Arc::new(inner) }
+        let this = Self { inner: Arc::new(inner) };
+        this.limit_addresses(config);
+        this
+    }
+
+    fn limit_addresses(&self, config: &Config) {
+        let inner = &self.inner;
+        let is_new = inner.addresses.set(config.max_connections_per_address, config.handshakes_per_address);
+        // It is there, so it counts, whatever else there is.
+        if is_new && let Some(memory) = &inner.memory {
+            memory.bytes.fetch_add(TABLE_BYTES, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a connection of `ip`, until its place is given back or only lingers. False: there are as many as there may be, and it is to be
+    /// turned away: for that it has another place now, if it has any.
+    pub fn count_address(&self, ip: IpAddr, place: &mut Place) -> bool {
+        if let Ok(visitor) = self.inner.addresses.connect(ip) {
+            place.visitor = visitor;
+            return true;
+        }
+        // One address must not have the places of all while it is told so.
+        let permit = Arc::clone(&self.inner.turned_away).try_acquire_owned().ok();
+        let (inner, refused) = (Arc::clone(&self.inner), Some(Reason::AddressConnections));
+        *place = Place { inner, permit, memory: 0, has_reserve: false, visitor: None, refused };
+        false
+    }
+
+    /// A handshake of `ip`. `Err`: not before so much time has passed.
+    pub fn pace_address(&self, ip: IpAddr) -> Result<(), Duration> {
+        self.inner.addresses.handshake(ip, Instant::now())
     }
 
     /// A place for a connection that is about to be accepted, be it for an answer that turns it away; `None`: not even that.
@@ -365,7 +426,14 @@ impl Admission {
     }
 
     fn place(&self, permit: OwnedSemaphorePermit, memory: u64, refused: Option<Reason>) -> Place {
-        Place { inner: Arc::clone(&self.inner), permit: Some(permit), memory, has_reserve: false, refused }
+        Place {
+            inner: Arc::clone(&self.inner),
+            permit: Some(permit),
+            memory,
+            has_reserve: false,
+            visitor: None,
+            refused,
+        }
     }
 
     /// For one connection; `None`: there is not enough.
@@ -395,6 +463,7 @@ impl Admission {
             permit: None,
             memory: 0,
             has_reserve: true,
+            visitor: None,
             refused: Some(Reason::Descriptors),
         })
     }
@@ -411,6 +480,7 @@ impl Admission {
     /// given out once, by the budget.
     pub fn reconfigure(&self, config: &Config, connection_bytes: u64) {
         self.inner.connection_bytes.store(connection_bytes, Ordering::Relaxed);
+        self.limit_addresses(config);
         let mut rate = lock(&self.inner.rate);
         *rate = Rate::of(config, rate.as_ref());
     }
@@ -435,16 +505,22 @@ impl Place {
     pub fn split(&mut self) -> Option<Self> {
         let permit = self.permit.as_mut().filter(|permit| permit.num_permits() > 1)?.split(1)?;
         let inner = Arc::clone(&self.inner);
-        Some(Self { inner, permit: Some(permit), memory: 0, has_reserve: false, refused: self.refused })
+        Some(Self { inner, permit: Some(permit), memory: 0, has_reserve: false, visitor: None, refused: self.refused })
     }
 
     /// What its last socket needs while it lingers.
     #[must_use]
     pub fn last_half(mut self) -> Self {
         let spare = self.split();
+        self.visitor = None;
         self.inner.give_back(std::mem::take(&mut self.memory));
         drop(spare);
         self
+    }
+
+    /// There is none, not even for an answer.
+    pub fn is_nothing(&self) -> bool {
+        self.permit.is_none() && !self.has_reserve
     }
 
     /// It has the descriptor that was kept in reserve.

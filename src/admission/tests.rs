@@ -4,7 +4,9 @@ use super::*;
 
 const CONFIG: Config = Config {
     max_connections: None,
+    max_connections_per_address: None,
     handshakes_per_second: None,
+    handshakes_per_address: None,
     handshake_delay: Duration::from_secs(1),
     memory: Memory::Off,
 };

@@ -166,7 +166,9 @@ async fn they_make_room_for_new_clients() {
     };
     let config = admission::Config {
         max_connections: None,
+        max_connections_per_address: None,
         handshakes_per_second: None,
+        handshakes_per_address: None,
         handshake_delay: Duration::ZERO,
         memory: Memory::Off,
     };

@@ -15,13 +15,13 @@ use tracing_subscriber::filter::Targets;
 use super::{
     Admin, Grace, Log, LogFormat, Plain, Reload, Route, Settings,
     units::{
-        Refusal, either, format_duration, format_size, parse_backend, parse_duration, parse_listen, parse_network,
-        parse_pattern, parse_size, refuse,
+        Refusal, either, format_duration, format_pace, format_size, parse_backend, parse_duration, parse_listen,
+        parse_network, parse_pace, parse_pattern, parse_size, refuse,
     },
     written::Value,
 };
 use crate::{
-    admission::{self, Memory},
+    admission::{self, Memory, Pace},
     close,
     downstream::{self, BadOrigin, ClientAuth, Origin, ProxyProtocol},
     drain::{self, Readiness},
@@ -101,6 +101,8 @@ pub(super) enum Slot<'a> {
     Host(&'a mut String),
     /// "after-delay" or "immediate".
     Readiness(&'a mut Readiness),
+    /// So many in a second, a minute or an hour, or "off".
+    Pace(&'a mut Option<Pace>),
     /// "off", "optional" or "required".
     ClientAuth(&'a mut ClientAuth),
     /// "off" or "required".
@@ -165,6 +167,7 @@ pub(super) const MAX_ROUTES: usize = 256;
 
 impl Settings {
     /// The defaults as `proxy.toml` says them: `listen.workers` is 0, and what depends on other settings is not computed yet.
+    #[expect(clippy::too_many_lines, reason = "a line for each setting")]
     pub(super) fn unresolved() -> Self {
         let seconds = Duration::from_secs;
         Self {
@@ -178,7 +181,9 @@ impl Settings {
             },
             limits: admission::Config {
                 max_connections: None,
+                max_connections_per_address: None,
                 handshakes_per_second: None,
+                handshakes_per_address: None,
                 handshake_delay: seconds(1),
                 memory: Memory::Auto,
             },
@@ -283,7 +288,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
-    let admission::Config { max_connections, handshakes_per_second, handshake_delay, memory } = limits;
+    let admission::Config { max_connections, max_connections_per_address, handshakes_per_second, handshakes_per_address, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
     let downstream::Tls { certificates, keys: certificate_keys, client_ca, client_auth, server: _ } = clients_tls;
     let upstream::Config {
@@ -319,7 +324,9 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("listen", "tls_client_ca", Slot::File(client_ca)),
 
         fixed("limits", "max_connections", Count(OptionUsize(max_connections), 0..=1_000_000)),
+        live("limits", "max_connections_per_address", Count(OptionUsize(max_connections_per_address), 0..=1_000_000)),
         live("limits", "handshakes_per_second", Count(OptionU32(handshakes_per_second), 0..=1_000_000)),
+        live("limits", "handshakes_per_address", Slot::Pace(handshakes_per_address)),
         live("limits", "handshake_delay", time(handshake_delay, FROM_ZERO)),
         fixed("limits", "memory", Slot::Memory(memory, 16 * MIB)),
 
@@ -680,6 +687,7 @@ impl Slot<'_> {
                     _ => return refuse(format!("is neither of both: {text:?}"), r#"use "after-delay" or "immediate""#),
                 };
             }
+            Slot::Pace(to) => **to = parse_pace(value.text("a rate", "20/s")?)?,
             Slot::ClientAuth(to) => {
                 let text = value.text("a text", "off")?;
                 let known = ClientAuth::ALL.into_iter().find(|known| known.as_str() == text);
@@ -750,6 +758,7 @@ impl Slot<'_> {
                 }
                 .to_owned(),
             ),
+            Slot::Pace(from) => Plain::Text(format_pace(**from)),
             Slot::ClientAuth(from) => Plain::Text(from.as_str().to_owned()),
             Slot::ProxyProtocol(from) => Plain::Text(from.as_str().to_owned()),
             Slot::Format(from) => Plain::Text(from.as_str().to_owned()),

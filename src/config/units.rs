@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::{net::Address, upstream::Pattern};
+use crate::{admission::Pace, net::Address, upstream::Pattern};
 
 /// Why a value is not taken: `what` follows the name of the key, `fix` says what to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +30,40 @@ pub(super) fn either(choices: &[String]) -> String {
         [only] => only.clone(),
         [most @ .., last] => format!("{} or {last}", most.join(", ")),
     }
+}
+
+/// How often something may be, at most so many times.
+const PACE_MOST: u32 = 1_000_000;
+
+/// Reads "20/s", "600/m", "1000/h", or "off".
+pub(super) fn parse_pace(text: &str) -> Result<Option<Pace>, Refusal> {
+    const FIX: &str = r#"write "20/s", "600/m" or "1000/h" (1 to 1000000), or "off" for any number"#;
+    if text == "off" {
+        return Ok(None);
+    }
+    let parsed = text.split_once('/').and_then(|(count, per)| {
+        let per = match per {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            _ => return None,
+        };
+        let is_plain = count.bytes().all(|byte| byte.is_ascii_digit());
+        let count = count.parse().ok().filter(|count| is_plain && (1..=PACE_MOST).contains(count))?;
+        Some(Pace { count, per: Duration::from_secs(per) })
+    });
+    parsed.map_or_else(|| refuse(format!("is no rate: {text:?}"), FIX), |pace| Ok(Some(pace)))
+}
+
+/// The other way.
+pub(super) fn format_pace(pace: Option<Pace>) -> String {
+    let Some(Pace { count, per }) = pace else { return "off".to_owned() };
+    let unit = match per.as_secs() {
+        3600 => "h",
+        60 => "m",
+        _ => "s",
+    };
+    format!("{count}/{unit}")
 }
 
 /// The units of time, largest first, in milliseconds.

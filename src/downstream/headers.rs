@@ -1,6 +1,6 @@
 //! What is passed on of a header, in both directions.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
@@ -117,6 +117,27 @@ pub fn forward_request<B>(
     was_replaced
 }
 
+/// Whose request it is: the client's, or, of a trusted proxy's, of whom the last proxy says so that is trusted. `None`: that is not said,
+/// or not by an address.
+pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Option<IpAddr> {
+    let is_trusted = |ip: &IpAddr| trusted.iter().any(|network| network.contains(ip));
+    let client = client.to_canonical();
+    if !is_trusted(&client) {
+        return Some(client);
+    }
+    let chain: Vec<&str> = tokens(headers, &FOR).collect();
+    for name in chain.into_iter().rev() {
+        // Some proxies add the port.
+        let address = name.parse().ok().or_else(|| Some(name.parse::<SocketAddr>().ok()?.ip()));
+        let address: IpAddr = address.or_else(|| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok())?;
+        let address = address.to_canonical();
+        if !is_trusted(&address) {
+            return Some(address);
+        }
+    }
+    None
+}
+
 /// Removes what says who the client is, also from trailers.
 pub fn drop_claims(headers: &mut HeaderMap) {
     drop_those(headers, |name| {
@@ -170,5 +191,36 @@ pub fn request_id(headers: &HeaderMap) -> String {
     match headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()) {
         Some(id) if (1..=128).contains(&id.len()) => id.to_owned(),
         _ => format!("{:016x}", rand::random::<u64>()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_speaks() {
+        let trusted: Vec<IpNet> = ["10.0.0.0/8", "2001:db8::/32"].iter().map(|text| text.parse().unwrap()).collect();
+        for (chain, client, expected) in [
+            (&["198.51.100.1"][..], "203.0.113.7", Some("203.0.113.7")),
+            (&["198.51.100.1"], "10.0.0.1", Some("198.51.100.1")),
+            (&["198.51.100.1"], "::ffff:10.0.0.1", Some("198.51.100.1")),
+            // What is on the left may be anybody's invention.
+            (&["192.0.2.1, 198.51.100.1, 10.1.1.1"], "10.0.0.1", Some("198.51.100.1")),
+            (&["192.0.2.1", "198.51.100.1"], "10.0.0.1", Some("198.51.100.1")),
+            (&["198.51.100.1:4242, 10.1.1.1:80"], "10.0.0.1", Some("198.51.100.1")),
+            (&["[2001:db9::7]:4242"], "2001:db8::1", Some("2001:db9::7")),
+            (&["[2001:db9::7]"], "10.0.0.1", Some("2001:db9::7")),
+            (&["198.51.100.1, unknown"], "10.0.0.1", None),
+            (&["10.0.0.2"], "10.0.0.1", None),
+            (&[], "10.0.0.1", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in chain {
+                headers.append(FOR, HeaderValue::from_static(value));
+            }
+            let found = speaker(&headers, client.parse().unwrap(), &trusted);
+            assert_eq!(found, expected.map(|text| text.parse().unwrap()), "{chain:?} of {client}");
+        }
     }
 }

@@ -13,10 +13,10 @@ use http::{
 };
 use tracing::{debug, warn};
 
-use super::{About, Context};
+use super::{About, Context, secure::Client};
 use crate::{
     admission::Reason,
-    downstream::{Body, Intent, Refusal, answer, answer_later},
+    downstream::{self, Body, Intent, Refusal, answer, answer_later},
     metrics::Handshake,
     net::Lack,
     sparse::Sparse,
@@ -33,9 +33,14 @@ impl Context {
     fn refuse_at(&self, reason: Reason, client: SocketAddr, at: Option<(&str, &At)>) {
         static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
         self.traffic.refuse(reason);
+        let is_rate = reason == Reason::AddressRate;
         if let Some(unsaid) = SAID[reason as usize].is_due() {
             let (route, endpoint) = at.map(|(route, at)| (route, at.endpoint())).unzip();
             let (endpoint, reason, fix) = (endpoint.flatten(), reason.as_str(), reason.fix());
+            if is_rate {
+                warn!(%client, reason, fix, unsaid, "clients are turned away with 429");
+                return;
+            }
             warn!(%client, route, endpoint = endpoint.as_deref(), reason, fix, unsaid, "clients are turned away with 503");
         }
     }
@@ -43,6 +48,17 @@ impl Context {
     /// What a client is told for whom there is no room now.
     pub(super) fn refusal(&self, reason: Reason) -> Response<Body> {
         answer_later(StatusCode::SERVICE_UNAVAILABLE, reason.told(), self.downstream.retry_after)
+    }
+
+    /// What a client is told whose address may begin no more handshakes for so long.
+    pub(super) fn refuse_pace(&self, client: &Client, headers: &HeaderMap) -> Option<Response<Body>> {
+        let address = downstream::speaker(headers, client.ip(), &self.downstream.trusted_proxies)?;
+        let wait = self.admission.pace_address(address).err()?;
+        let reason = Reason::AddressRate;
+        self.refuse_for(reason, SocketAddr::new(address, client.address.port()));
+        // Rounded up: too early it would be refused again.
+        let wait = Duration::from_secs(wait.as_secs() + 1).max(self.downstream.retry_after);
+        Some(answer_later(StatusCode::TOO_MANY_REQUESTS, reason.told(), wait))
     }
 
     /// Says once in a process that somebody's `X-Forwarded-For` is not believed: it may be the user's own ingress.

@@ -351,6 +351,9 @@ impl Context {
         if !downstream::is_allowed(request.headers(), &self.downstream.allowed_origins) {
             return (Handshake::Origin, refuse_origin(client.address, request.headers()), None);
         }
+        if let Some(response) = self.refuse_pace(client, request.headers()) {
+            return (Handshake::Shed, response, None);
+        }
         match self.admission.pace() {
             Ok(Duration::ZERO) => {}
             Ok(delay) => sleep(delay).await,

@@ -128,13 +128,17 @@ impl Context {
     /// Turns a connection away, begins with it, or leaves it in the pending queue. To be called on the worker's runtime.
     pub fn accept(self: &Arc<Self>, accepted: Accepted) {
         let (is_unproxied, refused) = (self.is_unproxied(accepted.peer.ip()), accepted.accounting.place.refused);
-        if !is_unproxied && refused.is_none() {
+        let mut accepted = accepted;
+        // Of a client behind a balancer the address is not known yet.
+        let is_unknown = self.downstream.proxy_protocol == ProxyProtocol::Required;
+        if !is_unproxied && refused.is_none() && (is_unknown || self.count_address(&mut accepted)) {
             return self.admit(accepted);
         }
+        let refused = accepted.accounting.place.refused;
         let Accepted { stream, peer, accounting, .. } = accepted;
         match (TcpStream::from_std(stream), refused) {
             (Ok(stream), Some(reason)) if !is_unproxied => {
-                self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, accounting, reason));
+                self.tracker.spawn(Arc::clone(self).turn_away(stream, peer, accounting, reason, None));
             }
             (Ok(stream), _) => self.end_unproxied(stream, peer, accounting),
             (Err(error), _) => lost(peer, &error),
@@ -166,6 +170,16 @@ impl Context {
     /// Begins with a connection: with its request if that is here already, else with waiting for it, at nobody's cost.
     fn begin(self: &Arc<Self>, accepted: Accepted, permit: Option<Permit>, has_waited: bool) {
         let Some(Accepted { stream, peer, accounting, left }) = self.hear(accepted) else { return };
+        if let (Some(reason), Some(left)) = (accounting.place.refused, left) {
+            match TcpStream::from_std(stream) {
+                Ok(stream) => {
+                    let this = Arc::clone(self);
+                    self.tracker.spawn(this.turn_away(stream, peer, accounting, reason, Some(left)));
+                }
+                Err(error) => lost(peer, &error),
+            }
+            return;
+        }
         let this = Arc::clone(self);
         // Before it is registered: after that it would have to be waited for, even if it has something.
         let mut early = read_ahead(&stream);
@@ -206,16 +220,29 @@ impl Context {
         }
     }
 
-    /// Answers the first request with a 503, whatever it is, and ends the connection.
+    /// In the count of its address, unless that is a proxy's, which has those of many. False: it is to be turned away.
+    fn count_address(&self, accepted: &mut Accepted) -> bool {
+        let ip = accepted.peer.ip().to_canonical();
+        let is_proxy = self.downstream.trusted_proxies.iter().any(|network| network.contains(&ip));
+        is_proxy || self.admission.count_address(ip, &mut accepted.accounting.place)
+    }
+
+    /// Answers the first request with a 503, whatever it is, and ends the connection. `left`: it is known who it is.
     async fn turn_away(
         self: Arc<Self>,
         stream: TcpStream,
         mut client: SocketAddr,
         mut accounting: Accounting,
         reason: Reason,
+        left: Option<Duration>,
     ) {
+        if accounting.place.is_nothing() {
+            self.refuse_for(reason, client);
+            return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
+        }
         // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
         if !accounting.place.is_last_resort()
+            && reason != Reason::AddressConnections
             && let Some(place) = self.admission.enter_late().await
         {
             accounting.place = place;
@@ -225,7 +252,7 @@ impl Context {
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
         let deadline = Instant::now() + header_timeout;
-        if self.downstream.proxy_protocol == ProxyProtocol::Required {
+        if self.downstream.proxy_protocol == ProxyProtocol::Required && left.is_none() {
             match self.heard(&stream, client, deadline).await {
                 Ok(named) => client = named,
                 Err(why) => return self.end_unheard(stream, client, accounting, &why),

@@ -49,6 +49,8 @@ impl Context {
         let Accepted { stream, peer, accounting, .. } = match result {
             Ok(Some(peer)) => {
                 (accepted.peer, accepted.left) = (peer, Some(self.downstream.header_timeout));
+                // Who may have no more says why in its place.
+                self.count_address(&mut accepted);
                 return Some(accepted);
             }
             _ => accepted,
@@ -68,7 +70,9 @@ impl Context {
             Ok(client) => match stream.into_std() {
                 Ok(stream) => {
                     let left = Some(deadline.saturating_duration_since(Instant::now()));
-                    self.latest().admit(Accepted { stream, peer: client, accounting, left });
+                    let mut accepted = Accepted { stream, peer: client, accounting, left };
+                    self.count_address(&mut accepted);
+                    self.latest().admit(accepted);
                 }
                 Err(error) => lost(client, &error),
             },

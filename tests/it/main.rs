@@ -2,6 +2,7 @@
 
 mod harness;
 
+mod addresses;
 mod architecture;
 mod client_certificates;
 mod close_table;
