@@ -11,6 +11,7 @@ import platform
 import sys
 from collections import Counter
 
+from answers import ANSWERS, METHODS, recorder, strange
 from fronts import FRONTS, front, version
 from handshakes import PIPELINED, answer, bad_attempts, pipelined, try_all, wrong_attempts
 from harness import run
@@ -97,6 +98,15 @@ async def tunnels(name: str, with_faults: bool) -> dict[str, str]:
             if with_faults and attempt.tunnelled:
                 print(f"{name}: {attempt.kind}: {attempt.name}: {attempt.status}, tunnelled")
     found = {kind: f"{tunnelled} of {tried}" for kind, (tried, tunnelled, _) in table.items()}
+    async with recorder() as backend, front(name, backend.address, backend.address) as proxy:
+        faults = await strange(proxy.address)
+        # What somebody else gets, and what the client itself may read in two ways.
+        astray = [n for n, lines in faults.items() if any("answered for" in line or "/mine/" in line for line in lines)]
+        found["strange answers of the backend that went to another request"] = f"{len(astray)} of {len(ANSWERS) * len(METHODS)}"
+        found["strange answers that reached their client in two meanings"] = f"{len(faults) - len(astray)} of {len(ANSWERS) * len(METHODS)}"
+        if with_faults:
+            for kind, lines in faults.items():
+                print(f"{name}: answers: {kind}: {lines[0]}")
     found["RST seen by the client"] = str(sum(counts[2] for counts in table.values()))
     early, late = await pipelined(name, "403")
     found[f"{PIPELINED:,} requests behind a handshake: bytes at the backend before its answer, a 403"] = f"{early:,}"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from answers import ANSWERS, METHODS, recorder, strange
+from answers import KNOWN as KNOWN_ANSWERS
 from fronts import Tidegate
 from harness import WORK, Failed, Report
 from tls import Authority
@@ -299,6 +301,16 @@ async def smuggling(report: Report, options) -> None:
             f"     {len(VECTORS)} vectors, {len(outcomes)} attempts: {passed} passed on in one meaning, {len(outcomes) - passed} not;"
             f" {probes.neighbours_asked} requests of others meanwhile"
         )
+    async with recorder() as backend, Tidegate(backend.address, backend.address) as proxy:
+        what = f"smuggling, answers: {len(ANSWERS)} strange ones, to {len(METHODS)} methods each"
+        async with report.check(what, proxy, seconds=60):
+            faults = await strange(proxy.address)
+            for name in sorted(KNOWN_ANSWERS & set(faults)):
+                print(f"     known, and to be mended: {name}")
+            wrong = [f"{name}: {line}" for name, lines in faults.items() if name not in KNOWN_ANSWERS for line in lines]
+            wrong += [f"{name} is mended: take it from KNOWN" for name in KNOWN_ANSWERS - set(faults)]
+            if wrong:
+                raise Failed("\n     ".join([f"{len(wrong)} faults", *wrong]))
     main, guard = backends()
     with tempfile.TemporaryDirectory(prefix="smuggling-", dir=WORK) as folder:
         authority = await Authority(Path(folder) / "ours").make()
