@@ -350,6 +350,20 @@ fn planted_violations_are_found() {
     assert_eq!(found, ["session.rs: does not open with its promise (//!)"]);
 }
 
+/// What SECURITY.md says is shown by a test is shown by one that is there.
+#[test]
+fn the_threat_model_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("SECURITY.md")).expect("SECURITY.md");
+    let named: Vec<_> = text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")).collect();
+    for (module, test) in &named {
+        let source = fs::read_to_string(root.join(format!("tests/it/{module}.rs"))).unwrap_or_default();
+        let is_there = if test.is_empty() { !source.is_empty() } else { source.contains(&format!("fn {test}(")) };
+        assert!(is_there, "SECURITY.md: there is no {module}::{test}");
+    }
+    assert!(named.len() > 20, "{named:?}");
+}
+
 /// The check itself: what only looks like a violation is left alone.
 #[test]
 fn innocent_code_is_left_alone() {
