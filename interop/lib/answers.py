@@ -70,11 +70,6 @@ ANSWERS: dict[str, str] = {
     "an empty line before": "\r\n" + answer_with("Content-Length: 0", body=STOLEN),
 }  # fmt: skip
 METHODS = ("GET", "HEAD", "POST")
-# What tidegate does not do right yet, as in smuggling.py.
-KNOWN = {
-    *(f"{name}, to HEAD" for name in ("a list of lengths", "+", "-", "0x", "no number", "2^64")),
-    *(f"chunked twice, to {method}" for method in ("GET", "POST")),
-}
 
 
 def answer(request: Message) -> bytes:

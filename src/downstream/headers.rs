@@ -138,6 +138,18 @@ pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Option
     None
 }
 
+/// A response's length is said in one way, or not at all: what another reader might make of it is not for a client to find out.
+pub fn is_length_clear(headers: &HeaderMap) -> bool {
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let is_number = lengths.next().is_none_or(|length| {
+        let is_digits = length.as_bytes().iter().all(u8::is_ascii_digit);
+        is_digits && length.to_str().is_ok_and(|length| length.parse::<i64>().is_ok())
+    });
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let is_chunked = codings.next().is_none_or(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
+    is_number && is_chunked && lengths.next().is_none() && codings.next().is_none()
+}
+
 /// Removes what says who the client is, also from trailers.
 pub fn drop_claims(headers: &mut HeaderMap) {
     drop_those(headers, |name| {

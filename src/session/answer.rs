@@ -159,6 +159,16 @@ impl Context {
         };
         answer_later(status, reason, self.downstream.retry_after)
     }
+
+    /// An answer of a backend that could end in more than one place.
+    pub(super) fn refuse_length(&self) -> Response<Body> {
+        static SAID: Sparse = Sparse::new();
+        if let Some(unsaid) = SAID.is_due() {
+            let fix = "it must send one Content-Length, or Transfer-Encoding: chunked once";
+            warn!(fix, unsaid, "a backend's answer says its length wrongly or twice: it becomes 502");
+        }
+        answer_later(StatusCode::BAD_GATEWAY, "the backend gave no valid answer", self.downstream.retry_after)
+    }
 }
 
 /// A handshake of a page that may not.

@@ -447,6 +447,9 @@ impl Context {
             }
             drop(load);
         });
+        if !downstream::is_length_clear(response.headers()) {
+            return self.refuse_length();
+        }
         downstream::forward_response(&mut response, false);
         response.map(|body| TimedBody::new(body, patience).boxed())
     }
