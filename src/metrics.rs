@@ -65,6 +65,8 @@ pub enum Handshake {
     Invalid,
     /// Of a web page that is not among `http.allowed_origins`; the backend was not asked.
     Origin,
+    /// Its route is not for clients of that address; the backend was not asked.
+    Denied,
     /// The backend answered 101 with a wrong or missing header, or no HTTP.
     BadBackend,
     /// Not connected.
@@ -78,11 +80,12 @@ pub enum Handshake {
 }
 
 impl Handshake {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Accepted,
         Self::Refused,
         Self::Invalid,
         Self::Origin,
+        Self::Denied,
         Self::BadBackend,
         Self::Unreachable,
         Self::Timeout,
@@ -96,6 +99,7 @@ impl Handshake {
             Self::Refused => "refused",
             Self::Invalid => "invalid",
             Self::Origin => "origin",
+            Self::Denied => "denied",
             Self::BadBackend => "bad_backend",
             Self::Unreachable => "unreachable",
             Self::Timeout => "timeout",

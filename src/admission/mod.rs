@@ -82,11 +82,13 @@ pub enum Reason {
     AddressConnections,
     /// Its address has begun as many handshakes as `limits.handshakes_per_address` allows.
     AddressRate,
+    /// Its route has as many sessions as its `max_sessions` allows.
+    RouteSessions,
 }
 
 impl Reason {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::MaxConnections,
         Self::Memory,
         Self::Descriptors,
@@ -97,6 +99,7 @@ impl Reason {
         Self::PoolFull,
         Self::AddressConnections,
         Self::AddressRate,
+        Self::RouteSessions,
     ];
 
     /// For metrics and logs.
@@ -112,6 +115,7 @@ impl Reason {
             Self::PoolFull => "pool_full",
             Self::AddressConnections => "address_connections",
             Self::AddressRate => "address_rate",
+            Self::RouteSessions => "route_sessions",
         }
     }
 
@@ -130,6 +134,7 @@ impl Reason {
                 "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
             }
             Self::PoolFull => "raise pool.max_connections or pool.max_streams",
+            Self::RouteSessions => "raise max_sessions of the route, if its backend can bear more",
             Self::AddressConnections => {
                 "limits.max_connections_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
                  http.trusted_proxies if it is a proxy of yours"
@@ -147,6 +152,7 @@ impl Reason {
             Self::MaxConnections | Self::Memory | Self::Descriptors | Self::Ports => "no room for another connection",
             Self::Rate | Self::AddressRate => "too many handshakes at once",
             Self::AddressConnections => "too many connections of one address",
+            Self::RouteSessions => "too many sessions for this path",
             Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull => "too many requests are waiting for the backend",
         }
     }

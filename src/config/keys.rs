@@ -28,7 +28,7 @@ use crate::{
     listen,
     net::{Address, SocketConfig, is_server_name},
     relay,
-    upstream::{self, Addresses, Mode, Pattern, Pool, Tls},
+    upstream::{self, Addresses, Mode, Pattern, Pool, Rules, Tls},
 };
 
 /// What a key is called.
@@ -59,7 +59,7 @@ pub(super) const BACKEND: &str = "upstream";
 /// What its keys begin with that are those of `[pool]`.
 pub(super) const POOL: &str = "pool.";
 /// How many it may have in place of what is for all.
-pub(super) const OVERRIDES: usize = 12;
+pub(super) const OVERRIDES: usize = 15;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -212,6 +212,7 @@ impl Settings {
                     stall_timeout: seconds(10),
                     ping_interval: Some(seconds(15)),
                 },
+                rules: Rules::default(),
                 tls: Tls::OFF,
                 resolve_interval: seconds(5),
                 eject_after: 2,
@@ -292,7 +293,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let downstream::Config { header_timeout, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
     let downstream::Tls { certificates, keys: certificate_keys, client_ca, client_auth, server: _ } = clients_tls;
     let upstream::Config {
-        address: backend, pool, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
+        address: backend, pool, rules: _, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
         max_pending, max_waiting, queue_timeout, source_addresses, header_bytes: _, write_timeout: _,
     } = upstream;
     let Tls { is_on: tls, ca, server_name, client_certificate, client_key, client: _ } = tls;
@@ -450,7 +451,7 @@ impl Route {
     /// One of which nothing was read yet.
     pub(super) fn unresolved() -> Self {
         let upstream::Config { address, pool, .. } = Settings::unresolved().upstream;
-        Self { path: None, address, pool, own: [false; OVERRIDES] }
+        Self { path: None, address, pool, rules: Rules::default(), own: [false; OVERRIDES] }
     }
 
     /// What is not its own is as in the sections that are for all.
@@ -465,8 +466,12 @@ impl Route {
 
     /// Its path; then what it may have of its own, and whether it has.
     pub(super) fn keys(&mut self) -> (Slot<'_>, impl Iterator<Item = (&'static str, Slot<'_>, &mut bool)>) {
-        let Self { path, address, pool, own } = self;
-        let slots = std::iter::once((BACKEND, Slot::Backends(address))).chain(pool_slots(pool));
+        let Self { path, address, pool, rules: Rules { allow, deny, max_sessions }, own } = self;
+        let slots = std::iter::once((BACKEND, Slot::Backends(address))).chain(pool_slots(pool)).chain([
+            ("allow", Slot::Networks(allow)),
+            ("deny", Slot::Networks(deny)),
+            ("max_sessions", Slot::Count(Number::OptionUsize(max_sessions), 0..=1_000_000)),
+        ]);
         (Slot::Path(path), slots.zip(own).map(|((key, slot), own)| (key, slot, own)))
     }
 

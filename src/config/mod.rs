@@ -36,7 +36,7 @@ use crate::{
     admission, close, downstream, drain, listen,
     net::SocketConfig,
     relay,
-    upstream::{self, Addresses, Pattern, Pool},
+    upstream::{self, Addresses, Pattern, Pool, Rules},
 };
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
@@ -83,6 +83,8 @@ pub struct Route {
     address: Addresses,
     /// How connections to that are used.
     pool: Pool,
+    /// Whom it is for.
+    rules: Rules,
     /// What it has of its own, in the order of its keys.
     own: [bool; OVERRIDES],
 }
@@ -391,8 +393,9 @@ impl Settings {
 
     /// Each route's paths and its way to its backend.
     pub fn ways(&self) -> impl Iterator<Item = (Pattern, upstream::Config)> {
-        self.routes.iter().filter_map(|Route { path, address, pool, .. }| {
-            let config = upstream::Config { address: address.clone(), pool: pool.clone(), ..self.upstream.clone() };
+        self.routes.iter().filter_map(|Route { path, address, pool, rules, .. }| {
+            let (address, pool, rules) = (address.clone(), pool.clone(), rules.clone());
+            let config = upstream::Config { address, pool, rules, ..self.upstream.clone() };
             Some((path.clone()?, config))
         })
     }

@@ -117,25 +117,47 @@ pub fn forward_request<B>(
     was_replaced
 }
 
-/// Whose request it is: the client's, or, of a trusted proxy's, of whom the last proxy says so that is trusted. `None`: that is not said,
-/// or not by an address.
-pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Option<IpAddr> {
+/// Whose request it is, as far as that is told by those who are trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaker {
+    /// Somebody who is no proxy: the client itself, or of whom the last trusted proxy says so.
+    Client(IpAddr),
+    /// All are trusted: the first of them. It may have the requests of many.
+    Proxy(IpAddr),
+    /// A trusted proxy names somebody, and not by an address.
+    Unknown,
+}
+
+impl Speaker {
+    /// If it is known.
+    pub const fn address(self) -> Option<IpAddr> {
+        match self {
+            Self::Client(address) | Self::Proxy(address) => Some(address),
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// Whose request it is. What is on the left of somebody who is not trusted is nobody's word.
+pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Speaker {
     let is_trusted = |ip: &IpAddr| trusted.iter().any(|network| network.contains(ip));
     let client = client.to_canonical();
     if !is_trusted(&client) {
-        return Some(client);
+        return Speaker::Client(client);
     }
     let chain: Vec<&str> = tokens(headers, &FOR).collect();
+    let mut first = client;
     for name in chain.into_iter().rev() {
         // Some proxies add the port.
         let address = name.parse().ok().or_else(|| Some(name.parse::<SocketAddr>().ok()?.ip()));
-        let address: IpAddr = address.or_else(|| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok())?;
-        let address = address.to_canonical();
+        let address: Option<IpAddr> = address.or_else(|| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok());
+        let Some(address) = address.map(|address| address.to_canonical()) else { return Speaker::Unknown };
         if !is_trusted(&address) {
-            return Some(address);
+            return Speaker::Client(address);
         }
+        first = address;
     }
-    None
+    Speaker::Proxy(first)
 }
 
 /// A response's length is said in one way, or not at all: what another reader might make of it is not for a client to find out.
@@ -213,26 +235,29 @@ mod tests {
     #[test]
     fn who_speaks() {
         let trusted: Vec<IpNet> = ["10.0.0.0/8", "2001:db8::/32"].iter().map(|text| text.parse().unwrap()).collect();
+        let [of, proxy] = [Speaker::Client, Speaker::Proxy].map(|kind| move |text: &str| kind(text.parse().unwrap()));
         for (chain, client, expected) in [
-            (&["198.51.100.1"][..], "203.0.113.7", Some("203.0.113.7")),
-            (&["198.51.100.1"], "10.0.0.1", Some("198.51.100.1")),
-            (&["198.51.100.1"], "::ffff:10.0.0.1", Some("198.51.100.1")),
+            (&["198.51.100.1"][..], "203.0.113.7", of("203.0.113.7")),
+            (&["198.51.100.1"], "10.0.0.1", of("198.51.100.1")),
+            (&["198.51.100.1"], "::ffff:10.0.0.1", of("198.51.100.1")),
             // What is on the left may be anybody's invention.
-            (&["192.0.2.1, 198.51.100.1, 10.1.1.1"], "10.0.0.1", Some("198.51.100.1")),
-            (&["192.0.2.1", "198.51.100.1"], "10.0.0.1", Some("198.51.100.1")),
-            (&["198.51.100.1:4242, 10.1.1.1:80"], "10.0.0.1", Some("198.51.100.1")),
-            (&["[2001:db9::7]:4242"], "2001:db8::1", Some("2001:db9::7")),
-            (&["[2001:db9::7]"], "10.0.0.1", Some("2001:db9::7")),
-            (&["198.51.100.1, unknown"], "10.0.0.1", None),
-            (&["10.0.0.2"], "10.0.0.1", None),
-            (&[], "10.0.0.1", None),
+            (&["192.0.2.1, 198.51.100.1, 10.1.1.1"], "10.0.0.1", of("198.51.100.1")),
+            (&["unknown, 198.51.100.1"], "10.0.0.1", of("198.51.100.1")),
+            (&["192.0.2.1", "198.51.100.1"], "10.0.0.1", of("198.51.100.1")),
+            (&["198.51.100.1:4242, 10.1.1.1:80"], "10.0.0.1", of("198.51.100.1")),
+            (&["[2001:db9::7]:4242"], "2001:db8::1", of("2001:db9::7")),
+            (&["[2001:db9::7]"], "10.0.0.1", of("2001:db9::7")),
+            (&["198.51.100.1, unknown"], "10.0.0.1", Speaker::Unknown),
+            (&["10.0.0.2"], "10.0.0.1", proxy("10.0.0.2")),
+            (&["10.0.0.3, 10.0.0.2"], "10.0.0.1", proxy("10.0.0.3")),
+            (&[], "10.0.0.1", proxy("10.0.0.1")),
         ] {
             let mut headers = HeaderMap::new();
             for value in chain {
                 headers.append(FOR, HeaderValue::from_static(value));
             }
             let found = speaker(&headers, client.parse().unwrap(), &trusted);
-            assert_eq!(found, expected.map(|text| text.parse().unwrap()), "{chain:?} of {client}");
+            assert_eq!(found, expected, "{chain:?} of {client}");
         }
     }
 }

@@ -19,7 +19,7 @@ use ipnet::IpNet;
 pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
-    headers::{drop_claims, forward_request, forward_response, is_length_clear, request_id, speaker},
+    headers::{Speaker, drop_claims, forward_request, forward_response, is_length_clear, request_id, speaker},
     origin::{BadOrigin, Origin, is_allowed},
     proxy::{BadProxyHeader, ProxyHeader, ProxyProtocol, V2_MOST, proxy_header},
     tls::{ClientAuth, Tls},

@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 use super::{About, Context, secure::Client};
 use crate::{
     admission::Reason,
-    downstream::{self, Body, Intent, Refusal, answer, answer_later},
+    downstream::{self, Body, Intent, Refusal, Speaker, answer, answer_later},
     metrics::Handshake,
     net::Lack,
     sparse::Sparse,
@@ -52,13 +52,42 @@ impl Context {
 
     /// What a client is told whose address may begin no more handshakes for so long.
     pub(super) fn refuse_pace(&self, client: &Client, headers: &HeaderMap) -> Option<Response<Body>> {
-        let address = downstream::speaker(headers, client.ip(), &self.downstream.trusted_proxies)?;
+        let Speaker::Client(address) = self.speaker(client, headers) else { return None };
         let wait = self.admission.pace_address(address).err()?;
         let reason = Reason::AddressRate;
         self.refuse_for(reason, SocketAddr::new(address, client.address.port()));
         // Rounded up: too early it would be refused again.
         let wait = Duration::from_secs(wait.as_secs() + 1).max(self.downstream.retry_after);
         Some(answer_later(StatusCode::TOO_MANY_REQUESTS, reason.told(), wait))
+    }
+
+    fn speaker(&self, client: &Client, headers: &HeaderMap) -> Speaker {
+        downstream::speaker(headers, client.ip(), &self.downstream.trusted_proxies)
+    }
+
+    /// What a client is told whom a route is not for.
+    pub(super) fn refuse_address(&self, client: &Client, headers: &HeaderMap, way: &Way) -> Option<Response<Body>> {
+        static SAID: Sparse = Sparse::new();
+        let address = self.speaker(client, headers).address();
+        if way.upstream.config().rules.admit(address) {
+            return None;
+        }
+        let (route, address) = (&way.route, address.map(|address| address.to_string()));
+        let address = address.as_deref().unwrap_or("unknown");
+        if let Some(unsaid) = SAID.is_due() {
+            let fix = "if it is meant to, change allow or deny of the route; a proxy in front must be in http.trusted_proxies, or it is taken for its clients";
+            warn!(%client, address, %route, fix, unsaid, "a client may not use a route: it gets 403");
+        } else {
+            debug!(%client, address, %route, "a client may not use a route: it gets 403");
+        }
+        Some(answer(StatusCode::FORBIDDEN, "this path is not for clients of this address"))
+    }
+
+    /// What a client is told for whose route there are too many sessions.
+    pub(super) fn refuse_session(&self, client: &Client, route: &str) -> Response<Body> {
+        debug!(%client, route, "as many sessions as max_sessions allows");
+        self.refuse_for(Reason::RouteSessions, client.address);
+        self.refusal(Reason::RouteSessions)
     }
 
     /// Says once in a process that somebody's `X-Forwarded-For` is not believed: it may be the user's own ingress.

@@ -363,9 +363,16 @@ impl Context {
             }
         }
         let mut path = request.uri().path().to_owned();
-        let Way { route, upstream } = match self.upstreams.choose(&path) {
+        let way = match self.upstreams.choose(&path) {
             Ok(way) => way,
             Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client.address, &path, &ambiguous), None),
+        };
+        if let Some(response) = self.refuse_address(client, request.headers(), way) {
+            return (Handshake::Denied, response, None);
+        }
+        let Way { route, upstream, seats } = way;
+        let Some(seat) = seats.take(upstream.config().rules.max_sessions) else {
+            return (Handshake::Shed, self.refuse_session(client, route), None);
         };
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
@@ -380,7 +387,7 @@ impl Context {
             Ok(Placed { what: Answer::Tunnel { stream, early, mut response }, load }) => {
                 downstream::forward_response(&mut response, true);
                 let backend = Leg { stream: Some(stream), early };
-                let tunnel = Tunnel { backend, load, rsv: rsv(response.headers()), about };
+                let tunnel = Tunnel { backend, load, rsv: rsv(response.headers()), about, seat };
                 (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
@@ -410,10 +417,14 @@ impl Context {
     /// A request that is no upgrade, streamed both ways.
     async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: &Client) -> Response<Body> {
         let mut path = request.uri().path().to_owned();
-        let Way { route, upstream } = match self.upstreams.choose(&path) {
+        let way = match self.upstreams.choose(&path) {
             Ok(way) => way,
             Err(ambiguous) => return self.refuse_path(client.address, &path, &ambiguous),
         };
+        if let Some(response) = self.refuse_address(client, request.headers(), way) {
+            return response;
+        }
+        let Way { route, upstream, .. } = way;
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
         let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };

@@ -45,7 +45,7 @@ use crate::{
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
     side::Side,
-    upstream::{Home, Load, Upstreams},
+    upstream::{Home, Load, Seat, Upstreams},
     ws::Rsv,
 };
 
@@ -117,6 +117,8 @@ struct Tunnel {
     load: Load,
     rsv: Rsv,
     about: About,
+    /// Of its route.
+    seat: Seat,
 }
 
 impl Context {
@@ -321,7 +323,7 @@ impl Context {
 
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
-        let Tunnel { backend, load, rsv, about } = tunnel;
+        let Tunnel { backend, load, rsv, about, seat: _seat } = tunnel;
         let is_shared = matches!(backend.stream, Some(Stream::Multiplexed(_)));
         let way = if is_shared { "multiplexed" } else { "dedicated" };
         let mut open = Open::new(&self.metrics, about, load, way);

@@ -12,6 +12,7 @@ mod idle;
 mod multiplexed;
 mod open;
 mod routes;
+mod rules;
 mod tls;
 mod turns;
 mod ways;
@@ -48,6 +49,7 @@ pub use self::{
     endpoints::{Load, State as EndpointState},
     multiplexed::{End, Home, StreamBody},
     routes::{Ambiguous, Pattern, Routes},
+    rules::{Rules, Seat, Seats},
     tls::Tls,
     ways::{Upstreams, Way},
 };
@@ -71,6 +73,8 @@ pub struct Config {
     pub address: Addresses,
     /// How connections to it are used.
     pub pool: Pool,
+    /// Whom it is for. Kept by the session.
+    pub rules: Rules,
     /// Whether, and how, they are encrypted.
     pub tls: Tls,
     /// How often names are looked up, while clients come.

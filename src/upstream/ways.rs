@@ -6,7 +6,7 @@ use serde::Serialize;
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Ambiguous, Config, Home, Mode, Pattern, Routes, Upstream,
+    Ambiguous, Config, Home, Mode, Pattern, Routes, Seats, Upstream,
     endpoints::{Registry, State},
 };
 use crate::{
@@ -35,6 +35,8 @@ pub struct Way {
     pub route: Arc<str>,
     /// Its backend.
     pub upstream: Upstream,
+    /// The sessions of its route, of an earlier one for the same path too.
+    pub seats: Seats,
 }
 
 /// What one worker shares toward an endpoint.
@@ -91,7 +93,7 @@ impl Upstreams {
         ports: Option<u64>,
     ) -> Self {
         let registry = Registry::new(Arc::clone(metrics), config.max_pending);
-        Self::with(config, routes, socket, metrics, ports, registry)
+        Self::with(config, routes, socket, metrics, (ports, registry), None)
     }
 
     /// The ways from now on; these remain for those who have begun with them. At the same endpoint both share their turns and
@@ -109,7 +111,7 @@ impl Upstreams {
         registry.resize(config.max_pending, tracker);
         registry.forget();
         let metrics = Arc::clone(registry.metrics());
-        Self::with(config, routes, socket, &metrics, ports, registry)
+        Self::with(config, routes, socket, &metrics, (ports, registry), Some(self))
     }
 
     fn with(
@@ -117,12 +119,18 @@ impl Upstreams {
         routes: impl IntoIterator<Item = (Pattern, Config)>,
         socket: &SocketConfig,
         metrics: &Arc<Metrics>,
-        ports: Option<u64>,
-        registry: Arc<Registry>,
+        (ports, registry): (Option<u64>, Arc<Registry>),
+        before: Option<&Self>,
     ) -> Self {
+        // Their sessions go on.
+        let seats = |route: &str| {
+            let earlier = before.and_then(|before| before.inner.routes.all().find(|way| *way.route == *route));
+            earlier.map_or_else(Seats::default, |way| way.seats.clone())
+        };
         // A port is taken toward one destination.
         let each = ports.map(|ports| ports.saturating_mul(Sources::new(&config.source_addresses).count() as u64));
         let way = |route: String, config| Way {
+            seats: seats(&route),
             route: route.into(),
             upstream: Upstream::new(config, socket.clone(), Arc::clone(metrics), each, &registry),
         };

@@ -1,13 +1,14 @@
 //! Routes: which backend a request goes to, by its path, and what a reload makes of them.
 
 use crate::harness::{
-    Board, DEADLINE, Message,
+    Board, DEADLINE, Gate, Message,
     backend::{self, Backend, Options},
     peer::Peer,
     proxy::Proxy,
     scene::Scene,
 };
 use serde_json::{Value, json};
+use std::thread;
 
 /// Says its name to everybody: to a session at its beginning, to a plain request as the answer. Then an echo.
 fn named(name: &'static str) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static {
@@ -243,4 +244,138 @@ fn a_reload_of_routes_cuts_nobody() {
         client.join().assert_closed_with(1000);
     }
     ways.t.no_rst();
+}
+
+/// Routes that are for some, and for nobody: 403 for the others, sessions and plain requests alike, whatever they say they are and however
+/// the path is written; their backend never hears of it. A proxy speaks for others, and where it does not say for whom, nobody may.
+#[test]
+fn routes_for_some() {
+    let trusting = "http.trusted_proxies = ['198.18.0.0/15', '127.0.0.0/8']\n";
+    let routes = "route = [\
+        { path = '/office/*', allow = ['203.0.113.0/24'], deny = ['203.0.113.66/32'] },\
+        { path = '/closed/*', deny = ['0.0.0.0/0', '::/0'] },\
+        { path = '/here', allow = ['198.18.0.0/15', '127.0.0.0/8'] }]";
+    let ask = |t: &Scene, request: Message| {
+        t.client(async |c| {
+            let code = c.request(request).await.code();
+            if code == 101 {
+                c.send_close(1000, "").await;
+            }
+            c.until_end().await;
+            code
+        })
+    };
+    let script = async |c: &mut Peer| {
+        let request = c.read_head().await;
+        if request.field("Upgrade").is_none() {
+            c.reply(Message::status(200, "OK", "all")).await;
+            c.fin().await;
+            c.until_end().await;
+            return;
+        }
+        c.reply(Message::switching(&request)).await;
+        backend::echo_on(c).await;
+    };
+    for (trusts, rows) in [
+        (
+            "",
+            &[
+                ("/office/a", None, false),
+                ("/office/a", Some("203.0.113.7"), false),
+                ("/closed/a", None, false),
+                ("/here", None, true),
+                ("/here", Some("unknown"), true),
+                ("/", None, true),
+            ][..],
+        ),
+        (
+            trusting,
+            &[
+                ("/office/a", Some("203.0.113.7"), true),
+                ("/office/a", Some("203.0.113.66"), false),
+                ("/office/a", Some("203.0.113.7, 192.0.2.1"), false),
+                ("/office/a", Some("203.0.113.7, unknown"), false),
+                ("/office/a", None, false),
+                ("/closed/a", Some("203.0.113.7"), false),
+                ("/here", None, true),
+                ("/here", Some("203.0.113.7"), false),
+                ("/here", Some("unknown"), false),
+                ("/", Some("unknown"), true),
+            ],
+        ),
+    ] {
+        let t = Scene::new(&format!("{trusts}{routes}")).backend(script).start();
+        let mut served = 0;
+        for (path, chain, may) in rows {
+            for request in [Message::websocket(path), Message::get(path).header("Connection", "close")] {
+                let is_upgrade = request.field("Upgrade").is_some();
+                let request = chain.iter().fold(request, |request, chain| request.header("X-Forwarded-For", chain));
+                let expected = match (may, is_upgrade) {
+                    (false, _) => 403,
+                    (true, true) => 101,
+                    (true, false) => 200,
+                };
+                assert_eq!(ask(&t, request), expected, "{path} {chain:?}");
+                served += usize::from(*may);
+            }
+        }
+        for path in ["/x/../closed/a", "/%63losed/a", "//closed/a", "/closed;v=1/a", "/here/../closed/a"] {
+            assert_eq!(ask(&t, Message::websocket(path)), 400, "{path}");
+        }
+        assert_eq!(t.backend().count(), served, "somebody got through");
+        let denied = rows.iter().filter(|(.., may)| !may).count();
+        let metrics = t.proxy().metrics();
+        assert_eq!(metrics.count("tidegate_handshakes_total{result=\"denied\"}"), denied as u64);
+        t.proxy().log_where("what to do", |line| line["route"] == "/office/*" && line["fix"].is_string());
+        t.no_rst();
+    }
+}
+
+/// A route has so many sessions and no more, other routes are not concerned; one that ends makes room, and a reload counts those that are
+/// there.
+#[test]
+fn sessions_of_a_route() {
+    let settings = |most: u32| format!("reload.watch = '0s'\nroute = [{{ path = '/few', max_sessions = {most} }}]");
+    let t = Scene::new(&settings(1)).start();
+    let ask = |path: &str| {
+        t.client(async |c| {
+            let answer = c.request(Message::websocket(path)).await;
+            if answer.code() == 101 {
+                c.send_close(1000, "").await;
+            } else {
+                assert_eq!(answer.field("Retry-After"), Some("1"));
+            }
+            c.until_end().await;
+            answer.code()
+        })
+    };
+    let end = Gate::new("others have tried");
+    thread::scope(|scope| {
+        let (t, connected) = (&t, Gate::new("it has its session"));
+        let (at, until) = (connected.clone(), end.clone());
+        let held = scope.spawn(move || {
+            t.client(async move |c| {
+                c.handshake("/few").await;
+                at.open();
+                until.passed().await;
+                c.send_close(1000, "").await;
+                c.until_end().await.assert_closed_with(1000);
+            });
+        });
+        connected.pass();
+        assert_eq!([ask("/few"), ask("/few"), ask("/")], [503, 503, 101]);
+        t.proxy().configure(&settings(2));
+        reload(t.proxy());
+        assert_eq!(ask("/few"), 101);
+        t.proxy().configure(&settings(1));
+        reload(t.proxy());
+        assert_eq!(ask("/few"), 503);
+        end.open();
+        held.join().expect("no panic");
+    });
+    t.proxy().metrics_when("that nobody is there", |metrics| metrics.sum("tidegate_client_connections") < 0.5);
+    assert_eq!(ask("/few"), 101);
+    let metrics = t.proxy().metrics();
+    assert!((metrics.sum_with("tidegate_refused_total", "reason=\"route_sessions\"") - 3.0).abs() < 0.5);
+    t.no_rst();
 }
