@@ -212,6 +212,19 @@ impl Ending {
         self.leg(side).flushed_at.is_some()
     }
 
+    /// No Close was sent to it, nor does one wait.
+    pub(super) fn is_untold(&self, side: Side) -> bool {
+        self.leg(side).told == Told::Nothing
+    }
+
+    /// A Close that [`Ending::next`] did not ask for is in the kernel.
+    pub(super) fn has_told(&mut self, side: Side, code: Option<u16>, now: Instant) {
+        self.sent_close(side, code);
+        let leg = self.leg_mut(side);
+        leg.told = Told::Flushed;
+        leg.flushed_at = Some(now);
+    }
+
     /// It was cut inside a frame.
     pub(super) const fn was_cut(&self, side: Side) -> bool {
         self.leg(side).cut

@@ -285,30 +285,34 @@ impl Relay {
                     Err(_) => self.failed_at = Some(Instant::now()),
                 }
             }
-            Poll::Ready(self.salvage())
+            let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
+            let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
+            Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false }))
         })
         .await
     }
 
-    /// After a panic: hands the next leg over, with a Close where its peer is known to be between two frames.
-    fn salvage(&mut self) -> Ended {
-        let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
+    /// After a panic: hands a leg over, with a Close where its peer is known to be between two frames.
+    fn salvage(&mut self, side: Side) -> Ended {
         let index = side as usize;
         let mut stream = self.streams[index].take();
         let lane = &mut self.lanes[side.other() as usize];
-        let is_open = !self.ending.told_close(side) && self.ending.can_write(side) && !self.broken[index];
-        if is_open && !self.is_unsure[index] && !lane.inside_frame {
+        // A Close that waits already is part of what is pending.
+        let is_whole = !self.is_unsure[index] && !lane.inside_frame && !self.ending.was_cut(side);
+        if is_whole && self.ending.can_write(side) && !self.broken[index] {
             let close = CloseFrame::new(Code::INTERNAL, FAULT).to_frame(mask_toward(side));
+            let is_untold = self.ending.is_untold(side);
+            let close: &[u8] = if is_untold { close.as_bytes() } else { &[] };
             let mut cx = Context::from_waker(Waker::noop());
             // What the kernel takes now: nobody waits for more.
-            let mut bytes = [lane.pending(), close.as_bytes()].concat();
+            let mut bytes = [lane.pending(), close].concat();
             while !bytes.is_empty()
                 && let Poll::Ready(Ok(count)) = poll_write(&mut stream, &mut cx, &bytes)
             {
                 bytes.drain(..count);
             }
-            if bytes.is_empty() {
-                self.ending.sent_close(side, Some(Code::INTERNAL.get()));
+            if bytes.is_empty() && is_untold {
+                self.ending.has_told(side, Some(Code::INTERNAL.get()), Instant::now());
             }
         }
         lane.drop_pending();
@@ -472,7 +476,10 @@ impl Relay {
         }
         let mut progress = false;
         while lane.has_pending() {
-            match poll_write(&mut self.streams[side as usize], cx, lane.pending()) {
+            self.is_unsure[side as usize] = true;
+            let written = poll_write(&mut self.streams[side as usize], cx, lane.pending());
+            self.is_unsure[side as usize] = false;
+            match written {
                 Poll::Ready(Ok(count)) => lane.take(count, now),
                 Poll::Ready(Err(_)) => {
                     lane.drop_pending();
