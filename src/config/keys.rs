@@ -189,6 +189,7 @@ impl Settings {
             },
             downstream: downstream::Config {
                 header_timeout: seconds(10),
+                body_rate: 100,
                 header_bytes: 32 << 10,
                 header_count: 100,
                 retry_after: seconds(1),
@@ -290,7 +291,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, max_connections_per_address, handshakes_per_second, handshakes_per_address, handshake_delay, memory } = limits;
-    let downstream::Config { header_timeout, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
+    let downstream::Config { header_timeout, body_rate, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
     let downstream::Tls { certificates, keys: certificate_keys, client_ca, client_auth, server: _ } = clients_tls;
     let upstream::Config {
         address: backend, pool, rules: _, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
@@ -332,6 +333,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         fixed("limits", "memory", Slot::Memory(memory, 16 * MIB)),
 
         live("http", "header_timeout", time(header_timeout, ABOVE_ZERO)),
+        live("http", "body_rate", Count(U32(body_rate), 0..=1_000_000)),
         live("http", "header_bytes", Size(Usize(header_bytes), 8 * KIB..=MIB)),
         live("http", "header_count", Count(Usize(header_count), 16..=1024)),
         // Retry-After is in whole seconds (RFC 9110 10.2.3).

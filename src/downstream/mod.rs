@@ -31,6 +31,8 @@ pub struct Config {
     /// To the first byte of a connection, and from there, or from the last response, to the end of a request's header. What a
     /// client waits for its turn does not count.
     pub header_timeout: Duration,
+    /// Bytes in a second that a client has to send of a request's body, over and above `header_timeout`; 0: any number.
+    pub body_rate: u32,
     /// The largest request header, in bytes.
     pub header_bytes: usize,
     /// The most header fields of a request.

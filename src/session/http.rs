@@ -435,7 +435,8 @@ impl Context {
         let body_timeout = upstream.config().body_timeout;
         // A request's body must come as its header must: whoever waits for it holds a place.
         let patience = body_timeout.min(self.downstream.header_timeout);
-        let body = |body| TimedBody::new(body, patience).cleaning_trailers(downstream::drop_claims);
+        let rate = self.downstream.body_rate;
+        let body = |body| TimedBody::new(body, patience).at_pace(rate).cleaning_trailers(downstream::drop_claims);
         let exchange = upstream.plain(request.map(body), &self.home);
         let at = exchange.at();
         match self.carried_out(exchange).await {

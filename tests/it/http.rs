@@ -587,6 +587,31 @@ fn bodies_must_move_on() {
     t.no_rst();
 }
 
+/// A body that comes a byte at a time is cut when its patience is used up, however often a byte comes.
+#[test]
+fn bodies_must_keep_a_pace() {
+    const LENGTH: usize = 200;
+    let t = Scene::new("http = { header_timeout = '500ms', body_rate = 1000 }")
+        .backend(async |c| {
+            c.read_head().await;
+            c.until_end().await;
+        })
+        .start();
+    let (response, seen) = t.client(async |c| {
+        let mut request = Message::get("/").header("Content-Length", &LENGTH.to_string());
+        "POST / HTTP/1.1".clone_into(&mut request.line);
+        c.send_bytes(&request.bytes()).await;
+        // Never silent for as long as `header_timeout`, and whole if nobody counts.
+        c.drip(&[b'a'; LENGTH], 1, Duration::from_millis(20)).await;
+        (c.read_response().await, c.until_end().await)
+    });
+    assert_eq!(response.code(), 400, "{response:?}");
+    assert_eq!(seen.end, End::Fin);
+    let backend = t.connection(0).seen();
+    assert_eq!(backend.end, End::Fin);
+    assert!(backend.leftover.len() < LENGTH, "{} bytes", backend.leftover.len());
+}
+
 /// SIGTERM during an exchange: it is finished, its connection told to close and closed by FIN; an idle connection gets FIN.
 #[test]
 fn an_exchange_survives_sigterm() {
