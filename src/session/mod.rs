@@ -35,7 +35,7 @@ use tokio_util::task::TaskTracker;
 pub use self::current::Current;
 use self::{answer::lost, http::Asked, report::Open, secure::Client};
 use crate::{
-    admission::{Admission, Reason},
+    admission::{Admission, Place, Reason},
     close::{self, Keeps, Linger},
     downstream::{self, ProxyProtocol},
     drain::Drain,
@@ -133,7 +133,8 @@ impl Context {
         let mut accepted = accepted;
         // Of a client behind a balancer the address is not known yet.
         let is_unknown = self.downstream.proxy_protocol == ProxyProtocol::Required;
-        if !is_unproxied && refused.is_none() && (is_unknown || self.count_address(&mut accepted)) {
+        let place = &mut accepted.accounting.place;
+        if !is_unproxied && refused.is_none() && (is_unknown || self.count_address(accepted.peer, place)) {
             return self.admit(accepted);
         }
         let refused = accepted.accounting.place.refused;
@@ -223,10 +224,10 @@ impl Context {
     }
 
     /// In the count of its address, unless that is a proxy's, which has those of many. False: it is to be turned away.
-    fn count_address(&self, accepted: &mut Accepted) -> bool {
-        let ip = accepted.peer.ip().to_canonical();
+    fn count_address(&self, client: SocketAddr, place: &mut Place) -> bool {
+        let ip = client.ip().to_canonical();
         let is_proxy = self.downstream.trusted_proxies.iter().any(|network| network.contains(&ip));
-        is_proxy || self.admission.count_address(ip, &mut accepted.accounting.place)
+        is_proxy || self.admission.count_address(ip, place)
     }
 
     /// Answers the first request with a 503, whatever it is, and ends the connection. `left`: it is known who it is.
@@ -235,26 +236,30 @@ impl Context {
         stream: TcpStream,
         mut client: SocketAddr,
         mut accounting: Accounting,
-        reason: Reason,
+        mut reason: Reason,
         left: Option<Duration>,
     ) {
-        if accounting.place.is_nothing() {
-            self.refuse_for(reason, client);
-            return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
-        }
+        let is_unknown = self.downstream.proxy_protocol == ProxyProtocol::Required && left.is_none();
         // A loop that only finds its queue empty holds a place for a moment: by now it may be free.
         if !accounting.place.is_last_resort()
             && reason != Reason::AddressConnections
             && let Some(place) = self.admission.enter_late().await
         {
             accounting.place = place;
-            self.wait(stream, client, accounting, None).await;
-            return;
+            if is_unknown || self.count_address(client, &mut accounting.place) {
+                self.wait(stream, client, accounting, None).await;
+                return;
+            }
+            reason = Reason::AddressConnections;
+        }
+        if accounting.place.is_nothing() {
+            self.refuse_for(reason, client);
+            return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
         }
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
         let deadline = Instant::now() + header_timeout;
-        if self.downstream.proxy_protocol == ProxyProtocol::Required && left.is_none() {
+        if is_unknown {
             match self.heard(&stream, client, deadline).await {
                 Ok(named) => client = named,
                 Err(why) => return self.end_unheard(stream, client, accounting, &why),

@@ -50,7 +50,7 @@ impl Context {
             Ok(Some(peer)) => {
                 (accepted.peer, accepted.left) = (peer, Some(self.downstream.header_timeout));
                 // Who may have no more says why in its place.
-                self.count_address(&mut accepted);
+                self.count_address(peer, &mut accepted.accounting.place);
                 return Some(accepted);
             }
             _ => accepted,
@@ -64,15 +64,14 @@ impl Context {
     }
 
     /// Waits for the rest of a header.
-    async fn hear_out(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, accounting: Accounting) {
+    async fn hear_out(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, mut accounting: Accounting) {
         let deadline = Instant::now() + self.downstream.header_timeout;
         match self.heard(&stream, peer, deadline).await {
             Ok(client) => match stream.into_std() {
                 Ok(stream) => {
                     let left = Some(deadline.saturating_duration_since(Instant::now()));
-                    let mut accepted = Accepted { stream, peer: client, accounting, left };
-                    self.count_address(&mut accepted);
-                    self.latest().admit(accepted);
+                    self.count_address(client, &mut accounting.place);
+                    self.latest().admit(Accepted { stream, peer: client, accounting, left });
                 }
                 Err(error) => lost(client, &error),
             },

@@ -1,10 +1,15 @@
 //! Clients that show who they are by a certificate: who is served, what backends are told of them, and for how long it is believed.
 
 use crate::harness::{
-    Message, Peer, Scene, Side, block,
+    DEADLINE, Message, Peer, Scene, Side, block,
     tls::{Authority, CLIENTS_NAME, Identity},
 };
-use std::{fs, sync::Arc};
+use std::{
+    fs,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -158,5 +163,23 @@ fn those_who_sign_are_others() {
     t.proxy().metrics_when("the reload", |m| m.get("tidegate_reloads_total{result=\"applied\"}") > 0.5);
     assert!(said(&t, &old).is_err(), "its ticket outlived those who sign");
     said(&t, &new).expect("served");
+    t.no_rst();
+}
+
+/// A ticket does not make a certificate last longer: whoever shows it when that has expired is not let in.
+#[test]
+fn a_ticket_expires_with_its_certificate() {
+    let (server, clients) = (Authority::new(), Authority::new());
+    let soon = clients.sign_for("alice.test", Duration::from_secs(4));
+    let (alice, begun) = (identity_of(&server, &soon), Instant::now());
+    let t = Scene::new(&asking("required", &clients)).secure(server).backend(tells).start();
+    let mut resumed = 0;
+    while let Ok((_, is_resumed)) = ask(&t, &alice, Message::get("/")) {
+        resumed += u32::from(is_resumed);
+        assert!(begun.elapsed() < DEADLINE, "it lasts for ever");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let metrics = t.proxy().metrics_when("that it was not good", |m| m.count(&handshakes("bad_certificate")) == 1);
+    assert!(resumed > 0 && metrics.count(&handshakes("full")) == 1, "it was no ticket");
     t.no_rst();
 }

@@ -18,7 +18,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -118,14 +118,26 @@ impl Authority {
         config
     }
 
+    /// Valid for so long from now on, less a second at most.
+    pub fn sign_for(&self, name: &str, time: Duration) -> Identity {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock");
+        let end = date_time_ymd(1970, 1, 1) + Duration::from_secs((now + time).as_secs());
+        self.sign_as(name, "soon", |params| params.not_after = end)
+    }
+
     /// Valid from the year 2000 on.
     pub fn sign_until(&self, name: &str, year: i32) -> Identity {
+        self.sign_as(name, &year.to_string(), |params| params.not_after = date_time_ymd(year, 1, 1))
+    }
+
+    fn sign_as(&self, name: &str, until: &str, change: impl FnOnce(&mut CertificateParams)) -> Identity {
         let mut params = CertificateParams::new([name.to_owned()]).expect("a name");
-        (params.not_before, params.not_after) = (date_time_ymd(2000, 1, 1), date_time_ymd(year, 1, 1));
+        params.not_before = date_time_ymd(2000, 1, 1);
+        change(&mut params);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
         let [certificate_file, key_file] =
-            ["pem", "key"].map(|end| self.folder.path().join(format!("{}-{year}.{end}", name.replace('*', "any"))));
+            ["pem", "key"].map(|end| self.folder.path().join(format!("{}-{until}.{end}", name.replace('*', "any"))));
         fs::write(&certificate_file, certificate.pem()).expect("room for a certificate");
         fs::write(&key_file, key.serialize_pem()).expect("room for a key");
         Identity {
