@@ -287,6 +287,10 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Of them, those that wait for a worker to have room.
     pub connections_queued: Gauge,
+    /// Of them, those that speak HTTP/2.
+    pub http2_connections: Gauge,
+    /// Requests and sessions on their streams that have a place.
+    pub http2_streams: Gauge,
     /// Sockets in their last wait.
     pub lingering: Gauge,
     /// 0: running; 1: draining, still accepting; 2: draining, listeners closed.
@@ -372,6 +376,8 @@ impl Metrics {
             sessions: Gauge::default(),
             connections: Gauge::default(),
             connections_queued: Gauge::default(),
+            http2_connections: Gauge::default(),
+            http2_streams: Gauge::default(),
             lingering: Gauge::default(),
             drain_state: Gauge::default(),
             backend_up: Gauge::default(),
@@ -403,6 +409,11 @@ impl Metrics {
         );
         let help = "Client connections that wait for a worker to have room for their handshake";
         registry.register("connections_queued", help, metrics.connections_queued.clone());
+        let help = "Client connections that speak HTTP/2";
+        registry.register("http2_connections", help, metrics.http2_connections.clone());
+        let help =
+            "Requests and WebSocket sessions on their streams, each of which has a place in limits.max_connections";
+        registry.register("http2_streams", help, metrics.http2_streams.clone());
         let help = "Client connections at most: limits.max_connections, or what was derived for it";
         registry.register("max_connections", help, metrics.max_connections.clone());
         let [wanted, somaxconn, effective] = &metrics.backlog;

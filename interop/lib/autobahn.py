@@ -124,8 +124,14 @@ async def compare(options: argparse.Namespace) -> int:
         if options.multiplexed:
             # The same backend, behind one that speaks HTTP/2.
             backend_behind = await stack.enter_async_context(Configured("haproxy", backend_behind.address))
-        settings = MULTIPLEXED if options.multiplexed else None
-        proxy = await stack.enter_async_context(Proxy(backend_behind.address, options.direct, settings))
+        behind = backend_behind.address
+        inner = None
+        if options.streams:
+            # Another tidegate, whose client is the first.
+            inner = await stack.enter_async_context(Proxy(behind))
+            behind = inner.address
+        settings = MULTIPLEXED if options.multiplexed or options.streams else None
+        proxy = await stack.enter_async_context(Proxy(behind, options.direct, settings))
         sides = [("direct", backend.address, direct)]
         if not options.direct:
             sides.append(("tidegate", proxy.address, through))
@@ -172,6 +178,8 @@ async def compare(options: argparse.Namespace) -> int:
 
             if any(SAID in line for line in proxy.lines):
                 raise Failed("not multiplexed")
+            if inner and not all('"http":"h2"' in line for line in inner.lines if '"message":"open"' in line):
+                raise Failed("not on streams")
             status = 0 if options.direct else await proxy.stop()
             if status != 0:
                 raise Failed(f"tidegate ended with {status} after the cases")
@@ -209,6 +217,7 @@ def main() -> int:
     arguments.add_argument("--parallel", type=int, default=8, help="cases at once (8)")
     arguments.add_argument("--seconds", type=float, help="bound of one run (120; with --all 1800)")
     arguments.add_argument("--multiplexed", action="store_true", help="over HTTP/2 to HAProxy in front of the backend")
+    arguments.add_argument("--streams", action="store_true", help="over HTTP/2 to another tidegate in front of the backend")
     arguments.add_argument("--direct", action="store_true", help="without tidegate: which cases race by themselves?")
     options = arguments.parse_args()
     if options.seconds is None:

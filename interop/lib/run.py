@@ -28,6 +28,7 @@ from harness import (
     Report,
     Tomcat,
     expect,
+    json_line,
     run,
 )
 from multiplexed import multiplexed
@@ -140,6 +141,15 @@ async def secure_endings(report: Report, options: Options) -> None:
         }
         os.environ |= {"NODE_EXTRA_CA_CERTS": str(authority.ca), "SSL_CERT_FILE": str(authority.ca)}
         try:
+            async with Backend() as backend, Proxy(backend.address, settings=settings) as proxy:
+                # It asks for no WebSocket over HTTP/2 but where a page came by that, and SETTINGS offer it.
+                async with report.check("tls: chromium's WebSocket is a stream of its page's connection", proxy, seconds=60):
+                    async with CLIENTS["chromium"]() as client:
+                        await client.prepare(proxy.url("/page", "http"))
+                        await client.open("main", proxy.url("/echo?name=main"))
+                        expect("the echo", (await client.echo("main", text="hello"))["same"], True)
+                        line = await proxy.wait_for_line(json_line(message="open"), '"open"')
+                        expect("the version of HTTP", line["http"], "h2")
             await all_endings(report, settings, "tls, ")
         finally:
             for name in ("NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE"):

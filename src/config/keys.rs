@@ -196,6 +196,7 @@ impl Settings {
                 proxy_protocol: ProxyProtocol::Off,
                 trusted_proxies: Vec::new(),
                 tls: downstream::Tls::OFF,
+                http2: downstream::Http2 { is_on: true, max_streams: 100 },
                 allowed_origins: Vec::new(),
             },
             upstream: upstream::Config {
@@ -291,7 +292,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, max_connections_per_address, handshakes_per_second, handshakes_per_address, handshake_delay, memory } = limits;
-    let downstream::Config { header_timeout, body_rate, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls } = downstream;
+    let downstream::Config { header_timeout, body_rate, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls, http2: downstream::Http2 { is_on: http2, max_streams: client_streams } } = downstream;
     let downstream::Tls { certificates, keys: certificate_keys, client_ca, client_auth, server: _ } = clients_tls;
     let upstream::Config {
         address: backend, pool, rules: _, tls, resolve_interval, eject_after, eject_time, health_interval, connect_timeout, handshake_timeout, response_timeout, body_timeout,
@@ -340,6 +341,9 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("http", "retry_after", Slot::Time(Always(retry_after), FROM_ZERO, SECOND)),
         live("http", "trusted_proxies", Networks(trusted_proxies)),
         live("http", "allowed_origins", Slot::Origins(allowed_origins)),
+
+        live("http2", "enabled", Switch(http2)),
+        live("http2", "max_streams", Count(Usize(client_streams), 1..=1024)),
 
         live("upstream", "address", Backends(backend)),
         live("upstream", "resolve_interval", time(resolve_interval, MS * 100..=HOUR)),

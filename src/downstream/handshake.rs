@@ -34,7 +34,7 @@ pub struct Refusal {
     pub reason: &'static str,
 }
 
-const fn refuse(status: StatusCode, reason: &'static str) -> Refusal {
+pub(super) const fn refuse(status: StatusCode, reason: &'static str) -> Refusal {
     Refusal { status, reason }
 }
 

@@ -3,6 +3,7 @@
 mod body;
 mod handshake;
 mod headers;
+mod http2;
 mod origin;
 mod proxy;
 mod tls;
@@ -20,6 +21,7 @@ pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{Speaker, drop_claims, forward_request, forward_response, is_length_clear, request_id, speaker},
+    http2::{Floods, Http2, StreamBody, begins_http2, from_stream, stream_response, stream_server},
     origin::{BadOrigin, Origin, is_allowed},
     proxy::{BadProxyHeader, ProxyHeader, ProxyProtocol, V2_MOST, proxy_header},
     tls::{ClientAuth, Tls},
@@ -45,6 +47,8 @@ pub struct Config {
     pub trusted_proxies: Vec<IpNet>,
     /// Clients speak TLS.
     pub tls: Tls,
+    /// Clients may speak HTTP/2.
+    pub http2: Http2,
     /// Whose pages may open WebSockets; none: all.
     pub allowed_origins: Vec<Origin>,
 }

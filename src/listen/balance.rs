@@ -184,6 +184,14 @@ impl ConnectionCounter {
     }
 }
 
+impl ConnectionGuard {
+    /// One more in the same count: a stream is as much work as a connection.
+    #[must_use]
+    pub fn one_more(&self) -> Self {
+        ConnectionCounter(Arc::clone(&self.0)).one_more()
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         for member in &self.members {

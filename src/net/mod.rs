@@ -5,6 +5,7 @@
 
 mod dial;
 mod identity;
+mod lent;
 mod listener;
 mod poller;
 mod sys;
@@ -33,6 +34,7 @@ use tokio::{
 
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
+    lent::{Back, Lent, lend},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
     tls::{
@@ -188,6 +190,11 @@ impl Stream {
         }
     }
 
+    /// It is for HTTP/2, by ALPN.
+    pub fn is_http2(&self) -> bool {
+        self.protocol() == Some(b"h2")
+    }
+
     /// What was agreed on with a client, if it is encrypted.
     pub fn secured(&self) -> Option<Secured> {
         match self {
@@ -249,7 +256,7 @@ impl Stream {
     pub fn stall_timeout(&self) -> Option<Duration> {
         match self {
             Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) => None,
-            Self::Multiplexed(tunnel) => Some(tunnel.stall_timeout()),
+            Self::Multiplexed(tunnel) => tunnel.stall_timeout(),
         }
     }
 

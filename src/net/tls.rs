@@ -64,6 +64,10 @@ const TURN_BYTES: usize = 20 << 10;
 /// updates, empty records, pieces of a handshake that does not go on.
 const QUIET_BYTES: usize = 24 << 10;
 
+/// What a connection is used for, by its name in ALPN.
+const HTTP1: &[u8] = b"http/1.1";
+const HTTP2: &[u8] = b"h2";
+
 /// A certificate that expires by then should have been renewed.
 const SOON: Duration = Duration::from_hours(72);
 
@@ -128,6 +132,8 @@ struct Given {
 #[derive(Clone)]
 pub struct TlsServer {
     config: Arc<ServerConfig>,
+    /// The same for those who may have HTTP/2.
+    with_http2: Arc<ServerConfig>,
     given: Arc<ServerGiven>,
     /// Who looks at clients' certificates, if they are asked for one.
     clients: Option<Arc<dyn ClientCertVerifier>>,
@@ -290,14 +296,17 @@ impl TlsServer {
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_cert_resolver(Arc::new(ByName(keys)));
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.alpn_protocols = vec![HTTP1.to_vec()];
         // With tickets nothing of a session is kept here. Their keys are random, change every six hours, and are gone with these files.
         config.ticketer = ring::Ticketer::new().map_err(|error| {
             let what = format!("can't be used, since this host gives no random numbers: {error}");
             vec![(0, mistake(TlsFile::Key, what, "see getrandom(2)"))]
         })?;
+        let mut with_http2 = config.clone();
+        with_http2.alpn_protocols.insert(0, HTTP2.to_vec());
+        let with_http2 = Arc::new(with_http2);
         let given = Arc::new(ServerGiven { chains: given, clients: believed });
-        Ok(Self { config: Arc::new(config), given, clients: verifier })
+        Ok(Self { config: Arc::new(config), with_http2, given, clients: verifier })
     }
 
     /// It shows clients the same certificates as `other`.
@@ -536,10 +545,11 @@ pub async fn encrypt(
 }
 
 impl Accepting {
-    /// Of a client of which `early` was read already.
-    pub fn new(stream: Stream, early: Bytes, server: &TlsServer) -> Self {
+    /// Of a client of which `early` was read already, and to which HTTP/2 is offered, or not.
+    pub fn new(stream: Stream, early: Bytes, server: &TlsServer, offers_http2: bool) -> Self {
         let (raw, back) = Raw::lend(stream, early);
-        let accept = TlsAcceptor::from(Arc::clone(&server.config)).accept_with(raw, |session| {
+        let config = if offers_http2 { &server.with_http2 } else { &server.config };
+        let accept = TlsAcceptor::from(Arc::clone(config)).accept_with(raw, |session| {
             session.set_buffer_limit(Some(BUFFER));
         });
         Self { accept, back, clients: server.clients.clone() }

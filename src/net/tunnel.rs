@@ -1,6 +1,6 @@
 //! One stream of an HTTP/2 connection as a leg: bytes in both directions, an end in each, and a reset.
 //!
-//! What comes is not given back to the backend's flow control before it was passed on, so whoever does not read holds up its own
+//! What comes is not given back to the peer's flow control before it was passed on, so whoever does not read holds up its own
 //! stream and no other. How the connection and the stream came about is `upstream`'s matter.
 
 use std::{
@@ -24,7 +24,7 @@ pub struct Tunnel {
     has_finished: bool,
     /// The peer may send what its window has left, and no more.
     is_shut: bool,
-    stall_timeout: Duration,
+    stall_timeout: Option<Duration>,
     peer: Peer,
     /// Its reference to the connection: dropped with it, which is when the stream has ended.
     _lease: Box<dyn fmt::Debug + Send + Sync>,
@@ -37,6 +37,8 @@ pub enum Peer {
     EndsStreams,
     /// After its Close it neither sends END_STREAM nor bears ours: only RST_STREAM ends a stream of it.
     ForgetsStreams,
+    /// It ends them, and has begun them.
+    IsClient,
 }
 
 /// How what a peer sends came to its end.
@@ -60,13 +62,29 @@ pub enum Discarded {
 }
 
 impl Tunnel {
-    /// Of a stream after its handshake. `lease` is dropped with it.
+    /// Of a stream to a backend, after its handshake. `lease` is dropped with it.
     pub fn new(
         send: SendStream<Bytes>,
         recv: RecvStream,
         stall_timeout: Duration,
         peer: Peer,
         lease: impl fmt::Debug + Send + Sync + 'static,
+    ) -> Self {
+        Self::of(send, recv, Some(stall_timeout), peer, Box::new(lease))
+    }
+
+    /// Of a client's stream. Whoever does not take what comes from it holds up nobody else: its connection's window is that of all
+    /// its streams together.
+    pub fn of_client(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+        Self::of(send, recv, None, Peer::IsClient, Box::new(()))
+    }
+
+    fn of(
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+        stall_timeout: Option<Duration>,
+        peer: Peer,
+        lease: Box<dyn fmt::Debug + Send + Sync>,
     ) -> Self {
         let unread = BytesMut::new();
         Self {
@@ -79,11 +97,11 @@ impl Tunnel {
             is_shut: false,
             stall_timeout,
             peer,
-            _lease: Box::new(lease),
+            _lease: lease,
         }
     }
 
-    pub(super) const fn stall_timeout(&self) -> Duration {
+    pub(super) const fn stall_timeout(&self) -> Option<Duration> {
         self.stall_timeout
     }
 
@@ -183,7 +201,7 @@ impl Tunnel {
 
     /// END_STREAM, behind whatever still waits, if the peer takes it. Idempotent.
     pub fn finish(&mut self) {
-        if !std::mem::replace(&mut self.has_finished, true) && self.peer == Peer::EndsStreams {
+        if !std::mem::replace(&mut self.has_finished, true) && self.peer != Peer::ForgetsStreams {
             // Fails when it was reset: then there is nobody to tell.
             let _ = self.send.send_data(Bytes::new(), true);
         }
@@ -206,9 +224,12 @@ impl Tunnel {
         }
     }
 
-    /// "RST exceptions are represented with the RST_STREAM frame with the CANCEL error code" (RFC 8441 5).
+    /// "RST exceptions are represented with the RST_STREAM frame with the CANCEL error code" (RFC 8441 5). To a client that has had
+    /// our END_STREAM it is no error: "a server MAY request that the client abort transmission of a request without error by sending a
+    /// `RST_STREAM` with an error code of `NO_ERROR` after sending a complete response" (RFC 9113 8.1).
     pub fn reset(mut self) {
-        self.send.send_reset(Reason::CANCEL);
+        let is_complete = self.peer == Peer::IsClient && self.has_finished;
+        self.send.send_reset(if is_complete { Reason::NO_ERROR } else { Reason::CANCEL });
     }
 }
 

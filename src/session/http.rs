@@ -31,7 +31,7 @@ use super::{
 use crate::{
     admission::{Extra, Reason},
     close::Keeps,
-    downstream::{self, Body, Intent, TimedBody},
+    downstream::{self, Body, BoxError, Intent, TimedBody},
     fields::tokens,
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
     listen::Accounting,
@@ -55,17 +55,24 @@ pub(super) struct Asked {
 
 /// A client's connection as long as it speaks HTTP.
 #[derive(Debug)]
-struct Stage {
-    next: Next,
+pub(super) struct Stage {
+    pub(super) next: Next,
     /// Until its first request is answered, or turns out to be long in coming.
-    permit: Option<Permit>,
+    pub(super) permit: Option<Permit>,
     /// A request is here.
     is_asked: bool,
 }
 
+impl Stage {
+    /// A request is here.
+    pub(super) const fn new(permit: Option<Permit>) -> Self {
+        Self { next: Next::Plain, permit, is_asked: true }
+    }
+}
+
 /// What becomes of it.
 #[derive(Debug)]
-enum Next {
+pub(super) enum Next {
     /// Requests and answers.
     Plain,
     /// A WebSocket handshake is under way.
@@ -111,7 +118,7 @@ impl Context {
         permit: Option<Permit>,
     ) {
         let Asked { request, header, mut early } = asked;
-        let stage = Mutex::new(Stage { next: Next::Plain, permit, is_asked: true });
+        let stage = Mutex::new(Stage::new(permit));
         let response = {
             let mut answer = pin!(async {
                 match self.handshakes.try_acquire() {
@@ -268,7 +275,7 @@ impl Context {
     }
 
     /// After a 101. Where that could not be written in full the client can't be a part of it, and the backend must hear of it.
-    fn begin_session(
+    pub(super) fn begin_session(
         self: &Arc<Self>,
         stream: Stream,
         early: Bytes,
@@ -305,7 +312,7 @@ impl Context {
     }
 
     /// An answer may be long in coming: then others have its turn, and there must be memory for it.
-    async fn in_time(
+    pub(super) async fn in_time(
         &self,
         client: SocketAddr,
         stage: &Mutex<Stage>,
@@ -327,7 +334,12 @@ impl Context {
     }
 
     /// Carries a handshake out.
-    async fn upgrade(self: &Arc<Self>, request: Request<()>, client: &Client, stage: &Mutex<Stage>) -> Response<Body> {
+    pub(super) async fn upgrade(
+        self: &Arc<Self>,
+        request: Request<()>,
+        client: &Client,
+        stage: &Mutex<Stage>,
+    ) -> Response<Body> {
         lock(stage).next = Next::Upgrading;
         let mut outcome = Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
         let (result, response, tunnel) = self.websocket(request, client).await;
@@ -415,7 +427,11 @@ impl Context {
     }
 
     /// A request that is no upgrade, streamed both ways.
-    async fn plain(self: &Arc<Self>, mut request: Request<Incoming>, client: &Client) -> Response<Body> {
+    pub(super) async fn plain<B>(self: &Arc<Self>, mut request: Request<B>, client: &Client) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<BoxError>,
+    {
         let mut path = request.uri().path().to_owned();
         let way = match self.upstreams.choose(&path) {
             Ok(way) => way,

@@ -14,6 +14,7 @@
 mod answer;
 mod current;
 mod http;
+mod http2;
 mod orphan;
 mod proxied;
 mod report;
@@ -209,7 +210,14 @@ impl Context {
                     return;
                 }
                 let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
-                let peer = Client::plain(peer);
+                let mut peer = Client::plain(peer);
+                if self.downstream.http2.is_on && downstream::begins_http2(&early) {
+                    drop(permit);
+                    peer.is_http2 = true;
+                    let deadline = deadline.unwrap_or_else(|| Instant::now() + self.downstream.header_timeout);
+                    self.tracker.spawn(this.serve_http2(stream.rewind(early), peer, accounting, deadline, None));
+                    return;
+                }
                 self.tracker.spawn(async move {
                     if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
@@ -272,7 +280,12 @@ impl Context {
             Err(Some(stream)) => return self.linger(stream, &self.short_linger(), accounting),
             Err(None) => return,
         };
+        let is_http2 = stream.is_http2() || self.downstream.http2.is_on && downstream::begins_http2(&early);
         let stream = Kept::new(stream, self.close.linger).rewind(early);
+        if is_http2 {
+            let client = Client { is_http2, ..Client::plain(client) };
+            return self.serve_http2(stream, client, accounting, deadline, Some(reason)).await;
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         let (stream, _) = self.answer_and_end(stream, client, left, self.refusal(reason)).await;
         self.linger(stream, &self.short_linger(), accounting);

@@ -95,8 +95,8 @@ pub(super) struct Open<'a> {
 impl<'a> Open<'a> {
     pub(super) fn new(metrics: &'a Metrics, about: About, load: Load, way: &'static str) -> Self {
         let About { client, path, request_id, route } = &about;
-        let (tls, sni) = (client.tls(), client.sni());
-        info!(%client, tls, sni, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
+        let (tls, sni, http) = (client.tls(), client.sni(), client.http());
+        info!(%client, http, tls, sni, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
         let counted = Counted::new(&metrics.sessions);
         Self { about, load, way, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
     }

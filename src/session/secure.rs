@@ -39,19 +39,26 @@ pub(super) struct Client {
     pub(super) address: SocketAddr,
     /// What was agreed on; `None`: it has no TLS.
     pub(super) secured: Option<Arc<Secured>>,
+    /// Its requests are streams.
+    pub(super) is_http2: bool,
 }
 
 impl Client {
     pub(super) const fn plain(address: SocketAddr) -> Self {
-        Self { address, secured: None }
+        Self { address, secured: None, is_http2: false }
     }
 
     fn of(address: SocketAddr, stream: &Stream) -> Self {
-        Self { address, secured: stream.secured().map(Arc::new) }
+        Self { address, secured: stream.secured().map(Arc::new), is_http2: stream.is_http2() }
     }
 
     pub(super) fn ip(&self) -> IpAddr {
         self.address.ip()
+    }
+
+    /// The version of HTTP, for the log.
+    pub(super) const fn http(&self) -> &'static str {
+        if self.is_http2 { "h2" } else { "http/1.1" }
     }
 
     /// The version of TLS, for the log.
@@ -128,6 +135,11 @@ impl Context {
         };
         let client = Client::of(address, &stream);
         let mut stream = Kept::new(stream, self.relay.write_timeout);
+        if client.is_http2 {
+            // Each of its requests has to have a place there.
+            drop(permit);
+            return self.latest().serve_http2(stream, client, accounting, deadline, None).await;
+        }
         let early = {
             let mut late = pin!(self.late(deadline));
             poll_fn(|cx| {
@@ -200,7 +212,7 @@ impl Context {
         if !is_writable {
             return Outcome::Failed(Some(Stream::Tcp(stream)));
         }
-        let mut accepting = Accepting::new(Stream::Tcp(stream), early, server);
+        let mut accepting = Accepting::new(Stream::Tcp(stream), early, server, self.downstream.http2.is_on);
         let mut memory = None;
         // `Err`: it is not waited for any longer.
         let result = poll_fn(|cx| {
@@ -258,10 +270,20 @@ impl Context {
         deadline: Instant,
         is_last_resort: bool,
     ) -> Result<(Stream, Bytes), Option<Stream>> {
-        let Some(server) = self.downstream.tls.server.clone() else { return Ok((Stream::Tcp(stream), Bytes::new())) };
+        let server = self.downstream.tls.server.clone();
+        if server.is_none() && !self.downstream.http2.is_on {
+            return Ok((Stream::Tcp(stream), Bytes::new()));
+        }
         let first = tokio::select! {
             first = read_ahead_of(&stream) => first.ok().filter(|bytes| !bytes.is_empty()),
             () = self.late(deadline) => None,
+        };
+        // Which HTTP it speaks, the answer is to speak.
+        let Some(server) = server else {
+            return match first {
+                Some(first) => Ok((Stream::Tcp(stream), first)),
+                None => Err(Some(Stream::Tcp(stream))),
+            };
         };
         let mut permit = self.gate.try_permit().filter(|_| !is_last_resort);
         let (Some(first), true) = (first, permit.is_some()) else { return Err(Some(Stream::Tcp(stream))) };
@@ -312,7 +334,7 @@ fn complain(result: TlsHandshake, error: Option<&io::Error>, client: SocketAddr)
              come with it"
         }
         Some(rustls::Error::PeerIncompatible(_) | rustls::Error::NoApplicationProtocol) => {
-            "TLS 1.2 and 1.3 are spoken here, and HTTP/1.1: whatever is in front may insist on another version, or on h2"
+            "TLS 1.2 and 1.3 are spoken here, HTTP/1.1, and HTTP/2 if http2.enabled: whatever is in front may insist on something else"
         }
         _ => "",
     };

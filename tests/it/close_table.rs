@@ -421,7 +421,7 @@ fn codes_are_configurable() {
 #[test]
 fn a_silent_side_is_found() {
     let settings = "websocket = { ping_interval = '100ms', pong_timeout = '200ms' }\n\
-        close = { delay = '0ms', handshake_timeout = '100ms', linger = '100ms' }";
+        close = { delay = '0ms', handshake_timeout = '100ms', linger = '1s' }";
     // A backend that answers pings, and a client that does not.
     let t = Scene::new(settings).start();
     let seen = t.client(async |c| {
@@ -798,6 +798,16 @@ macro_rules! rows {
                 #[test]
                 fn $row() {
                     crate::harness::scene::encrypted(super::$row);
+                }
+            )*
+        }
+
+        /// A stream of an HTTP/2 connection with the client.
+        mod streams {
+            $(
+                #[test]
+                fn $row() {
+                    crate::harness::scene::streams(super::$row);
                 }
             )*
         }

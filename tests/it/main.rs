@@ -19,6 +19,7 @@ mod floods;
 mod handshake;
 mod harness_self;
 mod http;
+mod http2;
 mod idle;
 mod injection;
 mod lifetime;

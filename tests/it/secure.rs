@@ -66,15 +66,16 @@ fn what_clients_may_ask_for() {
         (Vec::new(), true),
         (long.chain([b"http/1.1".to_vec()]).collect(), true),
         (vec![b"h2".to_vec(), b"http/1.1".to_vec()], true),
-        (vec![b"h2".to_vec()], false),
+        (vec![b"h2".to_vec()], true),
+        (vec![b"spdy/3.1".to_vec()], false),
     ] {
         let mut config = (*t.authority().client()).clone();
         config.alpn_protocols = protocols;
         let result = shake_hands(&t, config, CLIENTS_NAME);
         assert_eq!(result.is_ok(), is_spoken, "{result:?}");
     }
-    let metrics = t.proxy().metrics_when("all of them", |metrics| metrics.sum(HANDSHAKES) > 3.5);
-    assert_eq!(["full", "failed"].map(|result| metrics.count(&handshakes(result))), [3, 1]);
+    let metrics = t.proxy().metrics_when("all of them", |metrics| metrics.sum(HANDSHAKES) > 4.5);
+    assert_eq!(["full", "failed"].map(|result| metrics.count(&handshakes(result))), [4, 1]);
     t.no_rst();
 }
 

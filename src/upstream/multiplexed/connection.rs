@@ -7,7 +7,6 @@
 
 use std::{
     future::{Future, poll_fn},
-    io,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,7 +23,6 @@ use h2::{
 };
 use http::Request;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::Notify,
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
@@ -33,7 +31,7 @@ use tracing::debug;
 
 use super::{Home, STREAM_WINDOW, Without};
 use crate::{
-    net::Stream,
+    net::{Back, Lent, Stream, lend},
     pool::Reports,
     upstream::{Config, endpoints::Endpoint},
 };
@@ -253,7 +251,7 @@ fn connection_window(max_streams: usize) -> u32 {
 
 /// Lets a connection run until its end.
 struct Driver {
-    connection: h2::client::Connection<Lent, Bytes>,
+    connection: h2::client::Connection<Lent<Stream>, Bytes>,
     /// Tells whether streams may still be begun; `None`: none are to be, and the connection ends with the last of them.
     probe: Option<SendRequest<Bytes>>,
     over: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -262,7 +260,7 @@ struct Driver {
     /// For the end.
     farewell: Option<Pin<Box<Sleep>>>,
     pings: Option<Pings>,
-    back: Arc<Back>,
+    back: Arc<Back<Stream>>,
     max_streams: usize,
     /// Streams as reported last.
     capacity: usize,
@@ -327,7 +325,7 @@ impl Driver {
             self.probe = None;
             self.farewell = Some(Box::pin(sleep(FAREWELL)));
         }
-        self.back.turn.store(TURN, Ordering::Relaxed);
+        self.back.begin_turn(TURN);
         if let Poll::Ready(result) = Pin::new(&mut self.connection).poll(cx) {
             return Poll::Ready(Ended::Result(result));
         }
@@ -374,10 +372,10 @@ impl Pings {
     }
 
     /// Ready: it is not.
-    fn poll(&mut self, cx: &mut Context<'_>, back: &Back) -> Poll<()> {
+    fn poll(&mut self, cx: &mut Context<'_>, back: &Back<Stream>) -> Poll<()> {
         while self.timer.as_mut().poll(cx).is_ready() {
             // Whatever came is an answer.
-            let was_heard = back.was_heard.swap(false, Ordering::Relaxed);
+            let was_heard = back.was_heard();
             if self.is_asked && !was_heard {
                 return Poll::Ready(());
             }
@@ -394,95 +392,15 @@ impl Pings {
     }
 }
 
-/// Where a connection's socket comes back to.
-#[derive(Debug)]
-struct Back {
-    stream: Mutex<Option<Stream>>,
-    was_heard: AtomicBool,
-    /// Bytes that may still be read in this turn.
-    turn: AtomicUsize,
-}
-
-/// A stream in the hands of h2: it can't be ended there, and comes back.
-struct Lent {
-    /// `None` only when it was given back.
-    stream: Option<Stream>,
-    back: Arc<Back>,
-}
-
-fn lend(stream: Stream) -> (Lent, Arc<Back>) {
-    let back = Back { stream: Mutex::default(), was_heard: AtomicBool::new(false), turn: AtomicUsize::new(usize::MAX) };
-    let back = Arc::new(back);
-    (Lent { stream: Some(stream), back: Arc::clone(&back) }, back)
-}
-
-impl Lent {
-    fn stream(&mut self) -> io::Result<Pin<&mut Stream>> {
-        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        *self.back.stream.lock().unwrap_or_else(PoisonError::into_inner) = self.stream.take();
-    }
-}
-
-impl AsyncRead for Lent {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let left = this.back.turn.load(Ordering::Relaxed);
-        if left == 0 {
-            // Behind whoever has become ready meanwhile.
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        let before = buffer.filled().len();
-        let read = this.stream()?.poll_read(cx, buffer);
-        if read.is_ready() {
-            this.back.was_heard.store(true, Ordering::Relaxed);
-            this.back.turn.store(left.saturating_sub(buffer.filled().len() - before), Ordering::Relaxed);
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Lent {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().stream()?.poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.get_mut().stream()?.poll_write_vectored(cx, bytes)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().stream()?.poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
 /// Hands the socket over to its last wait, when the connection has given it back.
 struct Ending {
-    back: Arc<Back>,
+    back: Arc<Back<Stream>>,
     end: Arc<super::End>,
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        let stream = self.back.stream.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(stream) = stream {
+        if let Some(stream) = self.back.take() {
             (self.end)(stream);
         }
     }

@@ -408,7 +408,7 @@ async fn until_close(body: &mut RecvStream, send: &mut SendStream<Bytes>) -> Res
 }
 
 /// Writes one DATA frame.
-async fn write(send: &mut SendStream<Bytes>, bytes: Bytes) -> Result<(), ()> {
+pub async fn write(send: &mut SendStream<Bytes>, bytes: Bytes) -> Result<(), ()> {
     let mut bytes = bytes;
     while !bytes.is_empty() {
         send.reserve_capacity(bytes.len());

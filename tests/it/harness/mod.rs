@@ -8,6 +8,7 @@
 //! - [`transcript`]: what a peer saw, with the time and the end of it.
 //! - [`backend`]: backends that follow a script, mostly a bad one.
 //! - [`front`]: the same on streams of HTTP/2 connections.
+//! - [`streams`]: clients on streams of an HTTP/2 connection.
 //! - [`tls`]: the same over TLS.
 //! - [`kubelet`]: a Pod of a shipped manifest, started, probed and ended as the kubelet does it.
 //! - [`cgroup`]: little memory for one process.
@@ -31,6 +32,7 @@ pub mod peer;
 pub mod proxy;
 pub mod report;
 pub mod scene;
+pub mod streams;
 pub mod talk;
 pub mod tls;
 pub mod transcript;

@@ -21,6 +21,7 @@ use super::{
     peer::{Peer, Role},
     proxy::Proxy,
     report,
+    streams::Streams,
     tls::{self, Authority, CLIENTS_NAME, TlsFront},
     transcript::{End, Transcript},
     wire::Wire,
@@ -64,6 +65,7 @@ std::thread_local! {
     static MULTIPLEXED: Cell<bool> = const { Cell::new(false) };
     static ENCRYPTED: Cell<bool> = const { Cell::new(false) };
     static SECURE: Cell<bool> = const { Cell::new(false) };
+    static STREAMS: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs a test whose scenes have their backend's connections on streams of HTTP/2.
@@ -87,6 +89,13 @@ pub fn secure(test: impl FnOnce()) {
     SECURE.set(false);
 }
 
+/// Runs a test whose scenes have their clients on streams of an HTTP/2 connection.
+pub fn streams(test: impl FnOnce()) {
+    STREAMS.set(true);
+    test();
+    STREAMS.set(false);
+}
+
 /// So that connections end with the last of their sessions, which is when a test looks.
 const SHARED: &str = "pool = { mode = 'multiplexed', idle_timeout = '0s' }";
 
@@ -100,6 +109,7 @@ pub struct SceneBuilder {
     manners: Option<Manners>,
     tls: Option<tls::Manners>,
     clients: Option<Authority>,
+    has_streams: bool,
     start_backend: Box<StartBackend>,
 }
 
@@ -127,6 +137,7 @@ impl SceneBuilder {
             manners: MULTIPLEXED.get().then(Manners::default),
             tls: ENCRYPTED.get().then(tls::Manners::default),
             clients: SECURE.get().then(Authority::new),
+            has_streams: STREAMS.get(),
             start_backend: Box::new(|lab, options| Backend::start(lab, options, backend::echo)),
         }
     }
@@ -176,6 +187,13 @@ impl SceneBuilder {
         self
     }
 
+    /// Clients are on streams of an HTTP/2 connection.
+    #[must_use]
+    pub fn streams(mut self) -> Self {
+        self.has_streams = true;
+        self
+    }
+
     pub fn start(mut self) -> Scene {
         if let Some(authority) = self.clients.as_ref().filter(|_| !self.settings.contains("tls_certificate")) {
             self.settings = format!("{}{}", tls::for_clients(&authority.sign(CLIENTS_NAME)), self.settings);
@@ -203,7 +221,11 @@ impl SceneBuilder {
         let (seed, clients) = (options.seed, Mutex::default());
         let secure = self.clients.as_ref().map(Authority::client);
         let authority = self.clients;
-        Scene { middle, tls, front, backend, secure, authority, seed, started, baseline, clients, lab }
+        let streams = match &middle {
+            Middle::Tidegate(proxy) if self.has_streams => Some(Streams::start(&lab, proxy.address)),
+            _ => None,
+        };
+        Scene { streams, middle, tls, front, backend, secure, authority, seed, started, baseline, clients, lab }
     }
 }
 
@@ -226,6 +248,7 @@ enum Middle {
 /// All that belongs to one test. Fields are dropped in their order: the proxy, the backend, and the network last.
 #[derive(Debug)]
 pub struct Scene {
+    streams: Option<Streams>,
     middle: Middle,
     tls: Option<TlsFront>,
     front: Option<Front>,
@@ -284,6 +307,15 @@ impl Scene {
         self.tls.as_ref().expect("a scene with TLS in front of its backend")
     }
 
+    pub fn has_secure_clients(&self) -> bool {
+        self.authority.is_some()
+    }
+
+    #[track_caller]
+    pub fn streams(&self) -> &Streams {
+        self.streams.as_ref().expect("a scene with clients on streams")
+    }
+
     /// Whom clients believe that speak TLS.
     #[track_caller]
     pub fn authority(&self) -> &Authority {
@@ -302,6 +334,9 @@ impl Scene {
 
     /// Where clients connect.
     pub fn address(&self) -> SocketAddr {
+        if let Some(streams) = &self.streams {
+            return streams.address;
+        }
         match &self.middle {
             Middle::Tidegate(proxy) => proxy.address,
             Middle::Direct => self.backend.address,
@@ -381,6 +416,12 @@ impl Scene {
             assert_eq!(panic, None, "tidegate panicked");
             let broken = printed.iter().find(|(_, line)| line.contains("an invariant of the pool does not hold"));
             assert_eq!(broken, None, "a mistake in the pool");
+        }
+        if let Some(streams) = &self.streams {
+            let seen = streams.seen_when("the end of its connections", |seen| seen.ended.len() == seen.connections);
+            assert!(seen.streams > 0 && seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
+            // What we end, we end without an error.
+            assert!(seen.resets.iter().all(|reason| *reason == h2::Reason::NO_ERROR), "{seen:?}");
         }
         if let Some(front) = self.front.as_ref().filter(|_| MULTIPLEXED.get()) {
             let seen = front.seen();
