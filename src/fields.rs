@@ -8,6 +8,15 @@ pub fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<It
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
 }
 
+/// As [`tokens`]; `None` stands for an element that is no visible ASCII.
+pub fn elements<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = Option<&'a str>> {
+    let elements = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let elements = elements.map(<[u8]>::trim_ascii).filter(|element| !element.is_empty());
+    elements.map(|element| {
+        std::str::from_utf8(element).ok().filter(|text| text.bytes().all(|byte| (b' '..=b'~').contains(&byte)))
+    })
+}
+
 /// A field has this element, whatever its case.
 pub fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))

@@ -5,7 +5,7 @@
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
-    io::{self, IsTerminal as _},
+    io::{self, IsTerminal as _, Write as _},
     panic,
     str::FromStr as _,
 };
@@ -33,6 +33,8 @@ fn log_panics() {
         // With RUST_BACKTRACE=1.
         let trace = Backtrace::capture();
         let trace = (trace.status() == BacktraceStatus::Captured).then(|| trace.to_string());
+        // The log may be off, or too full.
+        let _ = writeln!(io::stderr(), "panic at {at}");
         error!(at, what, trace, "panic: this is a bug in tidegate, please report it");
     }));
 }

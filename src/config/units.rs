@@ -405,7 +405,8 @@ fn stands_in_a_path(byte: u8) -> bool {
 /// Reads a network; a single address is a network of one.
 pub(super) fn parse_network(text: &str) -> Result<IpNet, Refusal> {
     if let Ok(ip) = text.parse::<IpAddr>() {
-        return Ok(IpNet::from(ip));
+        // As clients are compared: one that comes by a socket for both families is an IPv4 address all the same.
+        return Ok(IpNet::from(ip.to_canonical()));
     }
     let Ok(network) = text.parse::<IpNet>() else {
         return refuse(
@@ -419,6 +420,10 @@ pub(super) fn parse_network(text: &str) -> Result<IpNet, Refusal> {
             format!("contains a network with host bits set: {text:?}"),
             format!("write \"{}\" for the network, or \"{}\" for the address alone", network.trunc(), network.addr()),
         );
+    }
+    if let (IpNet::V6(v6), IpAddr::V4(ip)) = (network, network.addr().to_canonical()) {
+        let fix = format!("write \"{ip}/{}\": clients are compared as IPv4", v6.prefix_len().saturating_sub(96));
+        return refuse(format!("contains a network of IPv4 addresses in the form of IPv6: {text:?}"), fix);
     }
     Ok(network)
 }

@@ -87,7 +87,7 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     let authority = target.authority();
     if (authority.is_some() && target.scheme().is_none())
         || (target.path() == "*" && request.method() != Method::OPTIONS)
-        || authority.is_some_and(|authority| authority.as_str().contains('@'))
+        || authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes()))
     {
         return Err(refuse(StatusCode::BAD_REQUEST, "the target has no valid form"));
     }

@@ -13,7 +13,7 @@ use http::{
 use ipnet::IpNet;
 
 use crate::{
-    fields::{has_token, tokens},
+    fields::{elements, has_token, tokens},
     net::{ClientCertificate, Secured},
 };
 
@@ -25,13 +25,14 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names.
 ///
-/// `Host` and the framing stay whatever `Connection` says: naming them there is an attack on the next hop.
+/// `Host`, the framing, and what a proxy says of its client stay whatever `Connection` says: naming them there is an attack on the next
+/// hop (CVE-2022-31813).
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
     let trailers = has_token(headers, &TE, "trailers");
     let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
         .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
-        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
+        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) && !is_claim(&dashed(name)))
         .collect();
     for name in listed {
         headers.remove(name);
@@ -90,8 +91,9 @@ pub fn forward_request<B>(
             }
         }
     }
-    let mut chain: Vec<&str> = tokens(headers, &FOR).collect();
     let client = client.to_string();
+    // "unknown" is RFC 7239's word for it (6.2).
+    let mut chain: Vec<&str> = elements(headers, &FOR).map(|element| element.unwrap_or("unknown")).collect();
     chain.push(&client);
     if let Ok(chain) = HeaderValue::from_str(&chain.join(", ")) {
         headers.insert(FOR, chain);
@@ -145,9 +147,14 @@ pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Speake
     if !is_trusted(&client) {
         return Speaker::Client(client);
     }
-    let chain: Vec<&str> = tokens(headers, &FOR).collect();
+    let chain: Vec<_> = elements(headers, &FOR).collect();
+    if chain.is_empty() && ["forwarded", "x-real-ip"].iter().any(|name| headers.contains_key(*name)) {
+        // It speaks of somebody, in words that are not read here.
+        return Speaker::Unknown;
+    }
     let mut first = client;
     for name in chain.into_iter().rev() {
+        let Some(name) = name else { return Speaker::Unknown };
         // Some proxies add the port.
         let address = name.parse().ok().or_else(|| Some(name.parse::<SocketAddr>().ok()?.ip()));
         let address: Option<IpAddr> = address.or_else(|| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok());
@@ -174,15 +181,20 @@ pub fn is_length_clear(headers: &HeaderMap) -> bool {
 
 /// Removes what says who the client is, also from trailers.
 pub fn drop_claims(headers: &mut HeaderMap) {
-    drop_those(headers, |name| {
-        let is_claim = name.starts_with("x-forwarded-") || name == "forwarded" || name == "x-real-ip";
-        is_claim || speaks_of_certificates(name)
-    });
+    drop_those(headers, is_claim);
+}
+
+fn is_claim(name: &str) -> bool {
+    name.starts_with("x-forwarded-") || ["forwarded", "x-real-ip"].contains(&name) || speaks_of_certificates(name)
 }
 
 /// Some servers take `_` for `-` (CGI and its heirs).
+fn dashed(name: &HeaderName) -> String {
+    name.as_str().replace('_', "-")
+}
+
 fn drop_those(headers: &mut HeaderMap, are: impl Fn(&str) -> bool) {
-    let those: Vec<HeaderName> = headers.keys().filter(|name| are(&name.as_str().replace('_', "-"))).cloned().collect();
+    let those: Vec<HeaderName> = headers.keys().filter(|name| are(&dashed(name))).cloned().collect();
     for name in those {
         headers.remove(name);
     }
@@ -233,6 +245,41 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_length_is_clear_or_not() {
+        let is_clear = |fields: &[(&'static str, &'static str)]| {
+            let fields =
+                fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+            let mut headers = HeaderMap::new();
+            fields.for_each(|(name, value)| _ = headers.append(name, value));
+            is_length_clear(&headers)
+        };
+        let (length, coding) = ("content-length", "transfer-encoding");
+        for fields in [&[][..], &[(length, "5")], &[(length, "0")], &[(coding, "chunked")], &[(coding, "Chunked")]] {
+            assert!(is_clear(fields), "{fields:?}");
+        }
+        for value in ["", "+5", "-1", "0x5", "5, 5", "five", "9223372036854775808"] {
+            assert!(!is_clear(&[(length, value)]), "{value}");
+        }
+        assert!(!is_clear(&[(length, "5"), (length, "5")]));
+        assert!(!is_clear(&[(coding, "chunked"), (coding, "chunked")]));
+        assert!(!is_clear(&[(coding, "gzip, chunked")]));
+    }
+
+    /// What a proxy says of its client is not for that client to have removed.
+    #[test]
+    fn nobody_lists_what_a_proxy_says() {
+        let trusted = ["10.0.0.0/8".parse().unwrap()];
+        let request = Request::builder().header(CONNECTION, "Upgrade, X-Forwarded-For, x-forwarded_proto, X-Mine");
+        let request = request.header(FOR, "198.51.100.1").header("x-forwarded_proto", "https").header("x-mine", "a");
+        let mut request = request.body(()).unwrap();
+        forward_request(&mut request, "10.0.0.1".parse().unwrap(), None, &trusted, "id", true);
+        let headers = request.headers();
+        assert_eq!(headers[FOR], "198.51.100.1, 10.0.0.1");
+        assert_eq!(headers["x-forwarded_proto"], "https");
+        assert!(!headers.contains_key("x-mine"));
+    }
+
+    #[test]
     fn who_speaks() {
         let trusted: Vec<IpNet> = ["10.0.0.0/8", "2001:db8::/32"].iter().map(|text| text.parse().unwrap()).collect();
         let [of, proxy] = [Speaker::Client, Speaker::Proxy].map(|kind| move |text: &str| kind(text.parse().unwrap()));
@@ -248,13 +295,16 @@ mod tests {
             (&["[2001:db9::7]:4242"], "2001:db8::1", of("2001:db9::7")),
             (&["[2001:db9::7]"], "10.0.0.1", of("2001:db9::7")),
             (&["198.51.100.1, unknown"], "10.0.0.1", Speaker::Unknown),
+            // A byte beyond ASCII hides nobody who stands in the same line.
+            (&["\u{ff}, 198.51.100.1"], "10.0.0.1", of("198.51.100.1")),
+            (&["198.51.100.1, \u{ff}"], "10.0.0.1", Speaker::Unknown),
             (&["10.0.0.2"], "10.0.0.1", proxy("10.0.0.2")),
             (&["10.0.0.3, 10.0.0.2"], "10.0.0.1", proxy("10.0.0.3")),
             (&[], "10.0.0.1", proxy("10.0.0.1")),
         ] {
             let mut headers = HeaderMap::new();
             for value in chain {
-                headers.append(FOR, HeaderValue::from_static(value));
+                headers.append(FOR, HeaderValue::from_bytes(value.as_bytes()).unwrap());
             }
             let found = speaker(&headers, client.parse().unwrap(), &trusted);
             assert_eq!(found, expected, "{chain:?} of {client}");

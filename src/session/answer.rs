@@ -190,11 +190,11 @@ impl Context {
     }
 
     /// An answer of a backend that could end in more than one place.
-    pub(super) fn refuse_length(&self) -> Response<Body> {
+    pub(super) fn refuse_length(&self, endpoint: &str) -> Response<Body> {
         static SAID: Sparse = Sparse::new();
         if let Some(unsaid) = SAID.is_due() {
             let fix = "it must send one Content-Length, or Transfer-Encoding: chunked once";
-            warn!(fix, unsaid, "a backend's answer says its length wrongly or twice: it becomes 502");
+            warn!(endpoint, fix, unsaid, "a backend's answer says its length wrongly or twice: it becomes 502");
         }
         answer_later(StatusCode::BAD_GATEWAY, "the backend gave no valid answer", self.downstream.retry_after)
     }

@@ -468,15 +468,16 @@ impl Context {
     fn pass_on(self: &Arc<Self>, reply: Placed<Reply>, patience: Duration) -> Response<Body> {
         let Placed { what: Reply { mut response, connection }, load } = reply;
         let this = Arc::clone(self);
+        let endpoint = Arc::clone(load.endpoint());
         self.tracker.spawn(async move {
             if let Some(stream) = connection.await {
                 // Its answer may have been cut short by a client that left: then it may go on writing for long.
-                this.linger_left(stream);
+                this.linger_left(Side::Backend, stream);
             }
             drop(load);
         });
         if !downstream::is_length_clear(response.headers()) {
-            return self.refuse_length();
+            return self.refuse_length(&endpoint);
         }
         downstream::forward_response(&mut response, false);
         response.map(|body| TimedBody::new(body, patience).boxed())

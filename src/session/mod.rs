@@ -53,7 +53,7 @@ use crate::{
 /// The longest last wait for a client that got as far as no request.
 const REFUSED_LINGER: Duration = Duration::from_secs(1);
 
-/// The same for a backend's socket when there are too many of them.
+/// The same for a socket without a place when there are too many of them.
 const CROWDED_LINGER: Duration = Duration::from_millis(200);
 
 /// What the sessions of one worker share. Each keeps the one that it began with; a clone with other settings counts and limits
@@ -96,7 +96,7 @@ pub struct Context {
     pub has_doubted: Arc<AtomicBool>,
     /// Handshakes that are carried on although their client has left.
     pub orphans: Arc<Semaphore>,
-    /// Backends' sockets that linger although their client may have left.
+    /// Sockets that linger without a place: backends' whose client may have left, and those of an address that has too many.
     pub leftovers: Arc<Semaphore>,
 }
 
@@ -262,7 +262,8 @@ impl Context {
         }
         if accounting.place.is_nothing() {
             self.refuse_for(reason, client);
-            return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
+            drop(accounting);
+            return self.linger_left(Side::Client, Stream::Tcp(stream));
         }
         // Others wait for its place: it gets the time that a socket gets without progress.
         let header_timeout = self.downstream.header_timeout.min(self.close.linger);
@@ -380,14 +381,14 @@ impl Context {
         drop((guard, counted));
     }
 
-    /// For a backend's socket whose client need not be there any more, and so has no place: of these there are only so many.
-    fn linger_left(&self, stream: Stream) {
+    /// For a socket that has no place, such as a backend's whose client need not be there any more: of these there are only so many.
+    fn linger_left(&self, side: Side, stream: Stream) {
         let slot = Arc::clone(&self.leftovers).try_acquire_owned().ok();
         let mut patience = self.short_linger();
         if slot.is_none() {
             let short = |time: Duration| time.min(CROWDED_LINGER);
             patience = close::Patience { linger: short(patience.linger), linger_max: short(patience.linger_max) };
         }
-        self.linger.add(Side::Backend, stream, false, &patience, slot.map_or(Keeps::Nothing, Keeps::Slot));
+        self.linger.add(side, stream, false, &patience, slot.map_or(Keeps::Nothing, Keeps::Slot));
     }
 }

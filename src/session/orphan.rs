@@ -23,7 +23,7 @@ impl Context {
         let guarded = Guarded { exchange: Some(exchange), context: Arc::clone(self) };
         guarded.await.map_err(|Failure { error, stream }| {
             if let Some(stream) = stream {
-                self.linger_left(stream);
+                self.linger_left(Side::Backend, stream);
             }
             error
         })
@@ -61,7 +61,7 @@ impl<T: Orphan> Drop for Guarded<T> {
         self.context.tracker.spawn(async move {
             match exchange.await {
                 Ok(orphan) => orphan.end(context).await,
-                Err(Failure { stream: Some(stream), .. }) => context.linger_left(stream),
+                Err(Failure { stream: Some(stream), .. }) => context.linger_left(Side::Backend, stream),
                 Err(Failure { stream: None, .. }) => {}
             }
             drop(slot);
@@ -96,7 +96,7 @@ impl Orphan for Reply {
         Box::pin(async move {
             drop(self.response);
             if let Some(stream) = self.connection.await {
-                context.linger_left(stream);
+                context.linger_left(Side::Backend, stream);
             }
         })
     }
