@@ -123,8 +123,15 @@ pub fn from_stream(request: &mut Request<()>, is_over: bool, config: &Config) ->
     if headers.len() > config.header_count {
         return Err(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields"));
     }
+    if headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
+        return bad("there is more than one Content-Length");
+    }
     if is_over && headers.get_all(CONTENT_LENGTH).iter().any(|length| length.as_bytes() != b"0") {
         return bad("Content-Length does not fit the body");
+    }
+    if !is_websocket && !is_over && !headers.contains_key(CONTENT_LENGTH) {
+        // It says where the body ends; of a GET without it there would be none.
+        headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     if is_websocket {
         if is_over {

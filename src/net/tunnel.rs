@@ -74,9 +74,9 @@ impl Tunnel {
     }
 
     /// Of a client's stream. Whoever does not take what comes from it holds up nobody else: its connection's window is that of all
-    /// its streams together.
-    pub fn of_client(send: SendStream<Bytes>, recv: RecvStream) -> Self {
-        Self::of(send, recv, None, Peer::IsClient, Box::new(()))
+    /// its streams together. `lease`: as for a backend's.
+    pub fn of_client(send: SendStream<Bytes>, recv: RecvStream, lease: Box<dyn fmt::Debug + Send + Sync>) -> Self {
+        Self::of(send, recv, None, Peer::IsClient, lease)
     }
 
     fn of(

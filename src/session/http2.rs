@@ -35,7 +35,7 @@ use tokio::{
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::WaitForCancellationFutureOwned;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     Context, Tunnel,
@@ -49,6 +49,7 @@ use crate::{
     metrics::{Counted, Handshake},
     net::{self, Back, Kept, Lent, Stream, lend},
     relay::Leg,
+    sparse::Sparse,
 };
 
 /// Bytes that a connection reads in a turn, so that those whose they are have theirs.
@@ -69,7 +70,14 @@ struct Asked {
     intent: Intent,
     body: RecvStream,
     respond: SendResponse<Bytes>,
+    user: User,
 }
+
+/// Somebody here has still something to do with a stream. h2 counts more: also those of which only the client has not taken the end.
+type User = Arc<()>;
+
+/// Begun in one turn: a request that is refused at once costs more than its bytes.
+const BEGUN: usize = 64;
 
 /// Lets a connection run until its end.
 struct Driver {
@@ -78,13 +86,17 @@ struct Driver {
     connection: Connection<Lent<Watched>, Bytes>,
     back: Arc<Back<Watched>>,
     is_flooded: Arc<AtomicBool>,
+    /// One for each stream.
+    users: User,
     /// All streams get a 503.
     refused: Option<Reason>,
     begun: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Until the first request, or as long as there is no stream.
+    /// Until the first request, or as long as nobody has to do with a stream.
     idle: Option<Pin<Box<Sleep>>>,
     /// It gets no more streams.
     is_leaving: bool,
+    /// ... and nor does it get more of our time than others that are refused.
+    is_cut: bool,
     farewell: Option<Pin<Box<Sleep>>>,
 }
 
@@ -127,10 +139,12 @@ impl Context {
                     connection,
                     back: Arc::clone(&back),
                     is_flooded,
+                    users: Arc::default(),
                     refused,
                     begun: Box::pin(self.drain.begun()),
                     idle: Some(Box::pin(sleep_until(deadline))),
                     is_leaving: false,
+                    is_cut: refused.is_some(),
                     farewell: None,
                 };
                 driver.drive(&accounting).await
@@ -145,7 +159,11 @@ impl Context {
 
     /// One request, from its place to its answer, or to its session.
     async fn serve_stream(self: Arc<Self>, asked: Asked, client: Client, guard: ConnectionGuard) {
-        let Asked { request, intent, body, mut respond } = asked;
+        let Asked { request, intent, body, mut respond, user } = asked;
+        if poll_fn(|cx| Poll::Ready(respond.poll_reset(cx).is_ready())).await {
+            // Who has taken his request back by now costs the backend nothing.
+            return;
+        }
         let is_head = request.method() == Method::HEAD;
         let size = header_size(request.headers());
         let memory = if size > USUAL_HEADER { self.admission.more_memory(size as u64).map(Some) } else { Some(None) };
@@ -165,8 +183,14 @@ impl Context {
         };
         let accounting = Accounting { place, guard, counted: Counted::new(&self.metrics.http2_streams) };
         match intent {
-            Intent::WebSocket => self.open_tunnel(request, body, respond, client, accounting).await,
-            Intent::Plain => self.exchange(request, body, respond, &client).await,
+            Intent::WebSocket => {
+                let asked = Asked { request, intent, body, respond, user };
+                self.open_tunnel(asked, client, accounting).await;
+            }
+            Intent::Plain => {
+                self.exchange(request, body, respond, &client).await;
+                drop(user);
+            }
         }
     }
 
@@ -202,14 +226,8 @@ impl Context {
     }
 
     /// A WebSocket's handshake on a stream, and what follows it.
-    async fn open_tunnel(
-        self: Arc<Self>,
-        request: Request<()>,
-        mut body: RecvStream,
-        mut respond: SendResponse<Bytes>,
-        client: Client,
-        accounting: Accounting,
-    ) {
+    async fn open_tunnel(self: Arc<Self>, asked: Asked, client: Client, accounting: Accounting) {
+        let Asked { request, mut body, mut respond, user, .. } = asked;
         let stage = Mutex::new(Stage::new(None));
         let mut early = Bytes::new();
         let response = {
@@ -228,7 +246,7 @@ impl Context {
                     return Poll::Ready(Some(response));
                 }
                 // As with a socket: one that sends more before the answer is not watched any longer, but for its reset.
-                if early.is_empty()
+                while early.is_empty()
                     && let Poll::Ready(data) = body.poll_data(cx)
                 {
                     match data {
@@ -250,7 +268,15 @@ impl Context {
         drop(permit);
         match (next, response) {
             (Next::Tunnel(tunnel), Some(response)) => {
-                self.answer_tunnel(respond, response, body, early, tunnel, accounting);
+                let leg = |send| Stream::Multiplexed(Box::new(net::Tunnel::of_client(send, body, Box::new(user))));
+                self.answer_tunnel(respond, response, leg, early, tunnel, accounting);
+            }
+            // Over HTTP/1.1 it is an answer like others. Here it would be the 200 of a WebSocket (RFC 8441 5).
+            (_, Some(response)) if response.status().is_success() => {
+                debug!(%client, status = %response.status(), "the backend did not accept a WebSocket, and its answer can't be passed on");
+                let told = "the backend did not accept the WebSocket";
+                let response = downstream::answer_later(StatusCode::BAD_GATEWAY, told, self.downstream.retry_after);
+                self.answer_stream(respond, response, false).await;
             }
             (_, Some(response)) => self.answer_stream(respond, response, false).await,
             (_, None) => respond.send_reset(Why::CANCEL),
@@ -262,7 +288,7 @@ impl Context {
         self: &Arc<Self>,
         mut respond: SendResponse<Bytes>,
         response: Response<Body>,
-        body: RecvStream,
+        leg: impl FnOnce(SendStream<Bytes>) -> Stream,
         early: Bytes,
         tunnel: Box<Tunnel>,
         accounting: Accounting,
@@ -271,8 +297,7 @@ impl Context {
         downstream::stream_response(&mut response);
         match respond.send_response(response, false) {
             Ok(send) => {
-                let stream = Stream::Multiplexed(Box::new(net::Tunnel::of_client(send, body)));
-                self.begin_session(stream, early, true, tunnel, accounting);
+                self.begin_session(leg(send), early, true, tunnel, accounting);
             }
             // It was reset in this very moment: the backend must hear of it.
             Err(_) => self.begin_relay(Leg { stream: None, early: Bytes::new() }, tunnel, accounting),
@@ -348,18 +373,22 @@ impl Context {
         loop {
             // `None`: nobody waits for it any more.
             let frame = poll_fn(|cx| {
+                if hurried.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(None);
+                }
                 if let Poll::Ready(frame) = Pin::new(&mut body).poll_frame(cx) {
                     return Poll::Ready(Some(frame));
                 }
-                if send.poll_reset(cx).is_ready() {
-                    return Poll::Ready(None);
-                }
-                hurried.as_mut().poll(cx).map(|()| None)
+                send.poll_reset(cx).map(|_| None)
             });
             match frame.await {
                 Some(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
-                        if write_all(&mut send, data, self.relay.write_timeout).await.is_none() {
+                        let written = tokio::select! {
+                            written = write_all(&mut send, data, self.relay.write_timeout) => written,
+                            () = &mut hurried => None,
+                        };
+                        if written.is_none() {
                             send.send_reset(Why::CANCEL);
                             return;
                         }
@@ -428,7 +457,7 @@ impl Driver {
         let ended = poll_fn(|cx| self.poll(cx, accounting)).await;
         let client = &self.client;
         match ended {
-            Ended::Result(Ok(())) => true,
+            Ended::Result(Ok(())) => !self.is_cut,
             Ended::Result(Err(error)) => {
                 debug!(%client, %error, "client connection ended");
                 false
@@ -442,9 +471,15 @@ impl Driver {
 
     fn poll(&mut self, cx: &mut TaskContext<'_>, accounting: &Accounting) -> Poll<Ended> {
         self.back.begin_turn(TURN);
+        let mut begun = 0;
         loop {
+            if begun == BEGUN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             match self.connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, respond)))) => {
+                    begun += 1;
                     self.begin(request, respond, accounting);
                     continue;
                 }
@@ -453,8 +488,12 @@ impl Driver {
                 Poll::Pending => {}
             }
             if self.is_flooded.swap(false, Ordering::Relaxed) {
-                debug!(client = %self.client, "a client floods its connection with frames that are for nothing");
-                self.is_leaving = true;
+                static SAID: Sparse = Sparse::new();
+                if let Some(unsaid) = SAID.is_due() {
+                    let streams = Arc::strong_count(&self.users) - 1;
+                    warn!(client = %self.client, streams, unsaid, "a client floods its connection with frames that are for nothing: it is ended");
+                }
+                (self.is_leaving, self.is_cut) = (true, true);
                 self.farewell = Some(Box::pin(sleep(FAREWELL)));
                 self.connection.abrupt_shutdown(Why::ENHANCE_YOUR_CALM);
                 continue;
@@ -466,20 +505,28 @@ impl Driver {
             }
             break;
         }
-        if self.is_leaving && !self.connection.has_streams() {
-            let farewell = self.farewell.get_or_insert_with(|| Box::pin(sleep(FAREWELL)));
+        if self.is_leaving && !self.is_used() {
+            // Its client may still have to take the end of what it asked for.
+            let is_owed = self.connection.has_streams() && !self.is_cut;
+            let patience = if is_owed { self.context.relay.write_timeout } else { FAREWELL };
+            let farewell = self.farewell.get_or_insert_with(|| Box::pin(sleep(patience)));
             return farewell.as_mut().poll(cx).map(|()| Ended::Late);
         }
         Poll::Pending
     }
 
-    /// Ready: there has been no stream for long enough.
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.users) > 1
+    }
+
+    /// Ready: nobody has had to do with a stream for long enough. A client may keep an ended one in h2's count, by not taking its end.
     fn poll_idle(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
-        if self.connection.has_streams() {
+        if self.is_used() {
             self.idle = None;
             return Poll::Pending;
         }
-        let patience = self.context.downstream.header_timeout;
+        let is_owed = self.connection.has_streams();
+        let patience = if is_owed { self.context.relay.write_timeout } else { self.context.downstream.header_timeout };
         self.idle.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx)
     }
 
@@ -508,7 +555,7 @@ impl Driver {
             }
         };
         let (client, guard) = (self.client.clone(), accounting.guard.one_more());
-        let asked = Asked { request, intent, body, respond };
+        let asked = Asked { request, intent, body, respond, user: Arc::clone(&self.users) };
         let tracker = context.tracker.clone();
         tracker.spawn(context.serve_stream(asked, client, guard));
     }

@@ -756,6 +756,41 @@ fn an_idle_connection_ends_with_goaway() {
     t.no_rst();
 }
 
+/// Nor is one kept by a stream whose end its client does not take: h2 counts it for ever.
+#[test]
+fn an_answer_that_is_not_taken_keeps_no_connection() {
+    let t = Scene::new("http.header_timeout = '300ms'\nwebsocket.write_timeout = '300ms'").start();
+    let goaway = t.lab().place(Side::Client).run(|| {
+        block_on(async {
+            let mut raw = Raw::connect(t.proxy().address).await;
+            // SETTINGS_INITIAL_WINDOW_SIZE 0, and a request that is refused at once: with a text that has no room.
+            raw.send(&frame(4, 0, 0, &[0, 4, 0, 0, 0, 0])).await.expect("room");
+            raw.send(&frame(1, 5, 1, b"\x82\x86\x84\x41\x03a,b")).await.expect("room");
+            raw.read_until(|_| false).await;
+            raw.goaway
+        })
+    });
+    assert_eq!(goaway, Some(0), "NO_ERROR");
+    assert_eq!(t.backend().count(), 0);
+}
+
+/// Over HTTP/1.1 a 200 fails a WebSocket's handshake. On a stream it would be its 200, and a page would be read as frames.
+#[test]
+fn an_answer_that_is_no_101_is_no_tunnel() {
+    let t = Scene::new("")
+        .backend(async |c| {
+            c.read_head().await;
+            c.reply(Message::status(200, "OK", "\u{1}\u{5}hello")).await;
+            c.until_end().await;
+        })
+        .start();
+    visit(&t, async |mut client| {
+        let (response, _send) = client.ask(websocket("/"), false).await.expect("an answer");
+        assert_eq!(response.status(), 502);
+    });
+    t.no_rst();
+}
+
 /// A drain says GOAWAY at the beginning of its window; sessions have their moments, and who comes late is refused so that it may go
 /// elsewhere.
 #[test]
