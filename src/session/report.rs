@@ -37,7 +37,8 @@ const fn initiator(initiator: Initiator) -> &'static str {
 fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
     let sides = Side::BOTH.into_iter().filter_map(|side| {
         let index = side as usize;
-        let unanswered = report.told[index] && !report.heard[index];
+        // After a fault nobody is waited for.
+        let unanswered = report.told[index] && !report.heard[index] && report.cause != Cause::Fault;
         let [fin, reset, silent, stalled, violation, no_answer] = match side {
             Side::Client => [
                 "client_fin",
