@@ -277,7 +277,8 @@ async def judged(report: Report, what: str, probes: Probes, proxy: Tidegate, mod
             if wrong:
                 raise Failed("\n     ".join([f"{len(wrong)} faults", *wrong]))
     async with report.check(f"{what}: who asks meanwhile gets their own answers", proxy):
-        if probes.strangers or probes.neighbours_asked < len(outcomes):
+        # How often they asked is a matter of the machine; that they did, all the time, is what counts.
+        if probes.strangers or probes.neighbours_asked < 100:
             raise Failed(f"of {probes.neighbours_asked}: {probes.strangers[:10]}")
     async with report.check(f"{what}: the backend's connections were shared, and never broken", proxy):
         broken = [connection.broken for connection in probes.main.connections if connection.broken]
