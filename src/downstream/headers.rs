@@ -76,7 +76,7 @@ pub fn forward_request<B>(
     // HTTP/1.0 may lack it, HTTP/1.1 must not: "If the authority component is missing or undefined for the target URI, then
     // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
     headers.entry(HOST).or_insert(HeaderValue::from_static(""));
-    let is_trusted = trusted.iter().any(|network| network.contains(&client));
+    let is_trusted = is_trusted(client, trusted);
     let was_replaced = !is_trusted && headers.contains_key(FOR);
     if !is_trusted {
         drop_claims(headers);
@@ -140,11 +140,16 @@ impl Speaker {
     }
 }
 
+/// It is in one of these networks, `http.trusted_proxies`.
+pub fn is_trusted(ip: IpAddr, trusted: &[IpNet]) -> bool {
+    let ip = ip.to_canonical();
+    trusted.iter().any(|network| network.contains(&ip))
+}
+
 /// Whose request it is. What is on the left of somebody who is not trusted is nobody's word.
 pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Speaker {
-    let is_trusted = |ip: &IpAddr| trusted.iter().any(|network| network.contains(ip));
     let client = client.to_canonical();
-    if !is_trusted(&client) {
+    if !is_trusted(client, trusted) {
         return Speaker::Client(client);
     }
     let chain: Vec<_> = elements(headers, &FOR).collect();
@@ -159,7 +164,7 @@ pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Speake
         let address = name.parse().ok().or_else(|| Some(name.parse::<SocketAddr>().ok()?.ip()));
         let address: Option<IpAddr> = address.or_else(|| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok());
         let Some(address) = address.map(|address| address.to_canonical()) else { return Speaker::Unknown };
-        if !is_trusted(&address) {
+        if !is_trusted(address, trusted) {
             return Speaker::Client(address);
         }
         first = address;

@@ -20,7 +20,9 @@ use ipnet::IpNet;
 pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
-    headers::{Speaker, drop_claims, forward_request, forward_response, is_length_clear, request_id, speaker},
+    headers::{
+        Speaker, drop_claims, forward_request, forward_response, is_length_clear, is_trusted, request_id, speaker,
+    },
     http2::{Floods, Http2, StreamBody, begins_http2, from_stream, stream_response, stream_server},
     origin::{BadOrigin, Origin, is_allowed},
     proxy::{BadProxyHeader, ProxyHeader, ProxyProtocol, V2_MOST, proxy_header},

@@ -197,7 +197,7 @@ impl Context {
     /// As a connection gets one. A WebSocket is one more of its address, as it would be without its connection; requests come and go.
     async fn place_for_stream(&self, intent: Intent, ip: IpAddr) -> Result<Place, Reason> {
         let mut place = self.any_place().await?;
-        let is_proxy = || self.downstream.trusted_proxies.iter().any(|network| network.contains(&ip.to_canonical()));
+        let is_proxy = || downstream::is_trusted(ip, &self.downstream.trusted_proxies);
         if intent == Intent::WebSocket && !is_proxy() && !self.admission.count_address(ip.to_canonical(), &mut place) {
             return Err(Reason::AddressConnections);
         }

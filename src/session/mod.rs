@@ -234,7 +234,7 @@ impl Context {
     /// In the count of its address, unless that is a proxy's, which has those of many. False: it is to be turned away.
     fn count_address(&self, client: SocketAddr, place: &mut Place) -> bool {
         let ip = client.ip().to_canonical();
-        let is_proxy = self.downstream.trusted_proxies.iter().any(|network| network.contains(&ip));
+        let is_proxy = downstream::is_trusted(ip, &self.downstream.trusted_proxies);
         is_proxy || self.admission.count_address(ip, place)
     }
 

@@ -36,8 +36,7 @@ impl Context {
     /// Connections of `peer` may not begin, since they are to begin with a header and it is none of those who may send one.
     pub(super) fn is_unproxied(&self, peer: IpAddr) -> bool {
         let downstream::Config { proxy_protocol, trusted_proxies, .. } = &self.downstream;
-        let peer = peer.to_canonical();
-        *proxy_protocol == ProxyProtocol::Required && !trusted_proxies.iter().any(|network| network.contains(&peer))
+        *proxy_protocol == ProxyProtocol::Required && !downstream::is_trusted(peer, trusted_proxies)
     }
 
     /// For a connection that has something to be read: it, once its header is taken away. `None`: that is not all there yet, or it is ended.
