@@ -821,6 +821,16 @@ macro_rules! rows {
                 }
             )*
         }
+
+        /// A stream of an HTTP/2 connection over TLS with the client.
+        mod secure_streams {
+            $(
+                #[test]
+                fn $row() {
+                    crate::harness::scene::secure_streams(super::$row);
+                }
+            )*
+        }
     };
 }
 

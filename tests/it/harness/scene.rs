@@ -99,6 +99,11 @@ pub fn streams(test: impl FnOnce()) {
 /// So that connections end with the last of their sessions, which is when a test looks.
 const SHARED: &str = "pool = { mode = 'multiplexed', idle_timeout = '0s' }";
 
+/// Runs a test whose scenes have their clients on streams of an HTTP/2 connection over TLS.
+pub fn secure_streams(test: impl FnOnce()) {
+    secure(|| streams(test));
+}
+
 type StartBackend = dyn FnOnce(&Lab, Options) -> Backend;
 
 /// A scene that has not begun yet.
@@ -222,9 +227,11 @@ impl SceneBuilder {
         let secure = self.clients.as_ref().map(Authority::client);
         let authority = self.clients;
         let streams = match &middle {
-            Middle::Tidegate(proxy) if self.has_streams => Some(Streams::start(&lab, proxy.address)),
+            Middle::Tidegate(proxy) if self.has_streams => Some(Streams::start(&lab, proxy.address, secure.as_deref())),
             _ => None,
         };
+        // Then it is they who speak TLS.
+        let secure = secure.filter(|_| streams.is_none());
         Scene { streams, middle, tls, front, backend, secure, authority, seed, started, baseline, clients, lab }
     }
 }
@@ -418,8 +425,10 @@ impl Scene {
             assert_eq!(broken, None, "a mistake in the pool");
         }
         if let Some(streams) = &self.streams {
-            let seen = streams.seen_when("the end of its connections", |seen| seen.ended.len() == seen.connections);
-            assert!(seen.streams > 0 && seen.ended.iter().all(|in_order| *in_order), "{seen:?}");
+            let seen = streams.seen_when("the end of its connections", |seen| {
+                seen.ended.len() == seen.connections && seen.closed.len() == seen.connections
+            });
+            assert!(seen.streams > 0 && seen.ended.iter().chain(&seen.closed).all(|in_order| *in_order), "{seen:?}");
             // What we end, we end without an error.
             assert!(seen.resets.iter().all(|reason| *reason == h2::Reason::NO_ERROR), "{seen:?}");
         }

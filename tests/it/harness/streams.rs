@@ -2,8 +2,9 @@
 //! so that every script can be played on a stream.
 //!
 //! `END_STREAM` is a FIN, and a reset a RST, in both directions. A reset without an error, behind END_STREAM, is nothing (RFC 9113 8.1).
+//! Over TLS, where clients speak it.
 
-use super::{Board, DEADLINE, LIMIT, Lab, Message, Side, front::write, lab::Place};
+use super::{Board, DEADLINE, LIMIT, Lab, Message, Side, front::write, lab::Place, tls::CLIENTS_NAME};
 use bytes::Bytes;
 use h2::{
     Reason, RecvStream, SendStream,
@@ -12,12 +13,16 @@ use h2::{
 };
 use http::{Method, Request, Version};
 use socket2::SockRef;
-use std::{cell::RefCell, future::poll_fn, net::SocketAddr, rc::Rc, thread, time::Duration};
+use std::{cell::RefCell, future::poll_fn, net::SocketAddr, pin::Pin, rc::Rc, sync::Arc, thread, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, duplex, split},
     net::{TcpListener, TcpStream, tcp},
     task::LocalSet,
     time::{sleep, timeout},
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{ClientConfig, pki_types::ServerName},
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
@@ -35,6 +40,8 @@ pub struct Seen {
     pub ended: Vec<bool>,
     /// Connections that were opened.
     pub connections: usize,
+    /// Sockets that are over: whether by a FIN, over TLS one with a `close_notify` before it.
+    pub closed: Vec<bool>,
     is_over: bool,
 }
 
@@ -46,10 +53,24 @@ pub struct Streams {
     thread: Option<thread::JoinHandle<()>>,
 }
 
+/// Where it connects.
+#[derive(Clone)]
+struct To {
+    address: SocketAddr,
+    tls: Option<TlsConnector>,
+}
+
+/// It agrees on HTTP/2.
+fn connector(mut config: ClientConfig) -> TlsConnector {
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config).into()
+}
+
 type Shared = Rc<RefCell<Option<(SendRequest<Bytes>, Rc<()>)>>>;
 
 impl Streams {
-    pub fn start(lab: &Lab, to: SocketAddr) -> Self {
+    pub fn start(lab: &Lab, to: SocketAddr, tls: Option<&ClientConfig>) -> Self {
+        let to = To { address: to, tls: tls.cloned().map(connector) };
         let place: Place = lab.place(Side::Client);
         let (address, seen) = (Board::new(None), Board::new(Seen::default()));
         let own = SocketAddr::new(lab.address(Side::Client, Side::Client), 0);
@@ -63,10 +84,10 @@ impl Streams {
                     let over = async { while seen.until(LIMIT, |seen| seen.is_over.then_some(())).await.is_none() {} };
                     let accept = async {
                         while let Ok((stream, _)) = listener.accept().await {
-                            let (shared, seen) = (Rc::clone(&shared), seen.clone());
+                            let (shared, seen, to) = (Rc::clone(&shared), seen.clone(), to.clone());
                             tokio::task::spawn_local(async move {
                                 stream.set_nodelay(true).expect("a socket");
-                                play(stream, &shared, to, &seen).await;
+                                play(stream, &shared, &to, &seen).await;
                             });
                         }
                     };
@@ -98,8 +119,8 @@ impl Drop for Streams {
     }
 }
 
-/// Copies what h2 says to a socket, and what comes to h2; reads until the other side's FIN, whatever h2 does.
-pub async fn carry(near: DuplexStream, far: impl AsyncRead + AsyncWrite) {
+/// Copies what h2 says to a socket, and what comes to h2; reads until the other side's FIN, whatever h2 does. True: that came in order.
+pub async fn carry(near: DuplexStream, far: impl AsyncRead + AsyncWrite) -> bool {
     let ((mut from_h2, mut to_h2), (mut read, mut write)) = (split(near), split(far));
     let out = async {
         let _ = tokio::io::copy(&mut from_h2, &mut write).await;
@@ -108,25 +129,42 @@ pub async fn carry(near: DuplexStream, far: impl AsyncRead + AsyncWrite) {
     let back = async {
         let mut chunk = vec![0; 64 << 10];
         let mut is_gone = false;
-        while let Ok(count @ 1..) = read.read(&mut chunk).await {
-            is_gone = is_gone || to_h2.write_all(&chunk[..count]).await.is_err();
-        }
+        let last = loop {
+            match read.read(&mut chunk).await {
+                Ok(count @ 1..) => is_gone = is_gone || to_h2.write_all(&chunk[..count]).await.is_err(),
+                last => break last,
+            }
+        };
         let _ = to_h2.shutdown().await;
+        last.is_ok()
     };
-    tokio::join!(out, back);
+    tokio::join!(out, back).1
 }
 
 /// The connection that is there, or a new one.
-async fn reach(shared: &Shared, to: SocketAddr, seen: &Board<Seen>) -> (SendRequest<Bytes>, Rc<()>) {
+async fn reach(shared: &Shared, to: &To, seen: &Board<Seen>) -> (SendRequest<Bytes>, Rc<()>) {
     if let Some((sender, used)) = &*shared.borrow()
         && sender.is_extended_connect_protocol_enabled()
     {
         return (sender.clone(), Rc::clone(used));
     }
-    let socket = TcpStream::connect(to).await.expect("tidegate listens");
+    let socket = TcpStream::connect(to.address).await.expect("tidegate listens");
     socket.set_nodelay(true).expect("a socket");
     let (near, own) = duplex(64 << 10);
-    tokio::task::spawn_local(carry(near, socket));
+    let carried: Pin<Box<dyn Future<Output = bool>>> = match &to.tls {
+        None => Box::pin(carry(near, socket)),
+        Some(connector) => {
+            let name = ServerName::try_from(CLIENTS_NAME).expect("a name");
+            let stream = connector.connect(name, socket).await.expect("a handshake of TLS");
+            assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+            Box::pin(carry(near, stream))
+        }
+    };
+    let board = seen.clone();
+    tokio::task::spawn_local(async move {
+        let in_order = carried.await;
+        board.change(|seen| seen.closed.push(in_order));
+    });
     let (sender, connection) = client::handshake(own).await.expect("a preface");
     seen.change(|seen| seen.connections += 1);
     let used = Rc::new(());
@@ -162,7 +200,7 @@ async fn reach(shared: &Shared, to: SocketAddr, seen: &Board<Seen>) -> (SendRequ
     found
 }
 
-async fn play(mut from: TcpStream, shared: &Shared, to: SocketAddr, seen: &Board<Seen>) {
+async fn play(mut from: TcpStream, shared: &Shared, to: &To, seen: &Board<Seen>) {
     let mut read = Vec::new();
     let head = loop {
         let mut chunk = [0; 4096];
