@@ -47,7 +47,7 @@ use tokio::{
 pub use self::{
     config::{Addresses, Mode, Pool},
     endpoints::{Load, State as EndpointState},
-    multiplexed::{End, Home, StreamBody},
+    multiplexed::{End, Home, StreamBody, extended_connect},
     routes::{Ambiguous, Pattern, Routes},
     rules::{Rules, Seat, Seats},
     tls::Tls,

@@ -164,7 +164,7 @@ impl Upstream {
             Outcome::Dedicated(load, doubt)
         };
         let scheme = if config.tls.is_on { Scheme::HTTPS } else { Scheme::HTTP };
-        let Some(bridged) = bridge(request, scheme) else { return fall_back("host", None, Doubt::NONE) };
+        let Some(bridged) = extended_connect(request, scheme) else { return fall_back("host", None, Doubt::NONE) };
         let multiplexed = self.of_this_worker(home);
         let deadline = self.deadline();
         let mut attempts = self.attempts(&*home.end);
@@ -359,7 +359,7 @@ fn peer(headers: &HeaderMap) -> Peer {
 }
 
 /// A handshake of HTTP/1.1 as one of HTTP/2 (RFC 8441 5); `None`: its Host can't be said there.
-fn bridge(request: &Request<()>, scheme: Scheme) -> Option<Request<()>> {
+pub fn extended_connect(request: &Request<()>, scheme: Scheme) -> Option<Request<()>> {
     let mut headers = request.headers().clone();
     let host = headers.remove(HOST)?;
     for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_KEY] {
