@@ -11,7 +11,8 @@
 //! 3  session/                                          the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission/  budget.rs  drain/  gate.rs
-//!    metrics.rs  net/  pool/  slots.rs  system.rs     mechanisms that everybody shares
+//!    metrics.rs  net/  pool/  slots.rs
+//!    system.rs  token.rs                              mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
@@ -40,5 +41,6 @@ pub mod side;
 pub mod slots;
 pub mod sparse;
 pub mod system;
+pub mod token;
 pub mod upstream;
 pub mod ws;

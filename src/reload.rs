@@ -464,9 +464,9 @@ impl Reload {
                     ..Context::clone(&context)
                 }));
             }
-            // Nobody may be there to see it.
-            admin.send_replace(admin::Parts { upstreams, close: new.close.patience });
         }
+        // Nobody may be there to see it.
+        admin.send_replace(admin::Parts { upstreams, close: new.close.patience, token: new.admin.token.clone() });
         bounds.reconfigure(new.close.max_lingering);
         let has_tls = new.downstream.tls.server.is_some();
         first.admission.reconfigure(&new.limits, connection_bytes(has_tls));

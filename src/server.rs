@@ -260,7 +260,8 @@ impl Server {
             tracker.spawn(watch_certificates(Arc::clone(context)));
         }
         let (control, orders) = admin::Control::new(drain.clone());
-        let for_admin = watch::Sender::new(admin::Parts { upstreams, close: settings.close.patience });
+        let token = settings.admin.token.clone();
+        let for_admin = watch::Sender::new(admin::Parts { upstreams, close: settings.close.patience, token });
         let admin_closed = CancellationToken::new();
         let admin = match admin {
             Some(listener) => {

@@ -1,7 +1,8 @@
 //! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, `/connections`, the drain, and the reload.
 //!
 //! It runs on a thread of its own, so a busy worker does not delay a probe. GET changes nothing. POST does, and is taken only
-//! from loopback addresses, and not from web pages: whoever can reach the port from elsewhere can look, and nothing else.
+//! from loopback addresses or with the token of `admin.token_file`, and not from web pages: whoever can reach the port from elsewhere can look, and
+//! nothing else.
 
 mod control;
 
@@ -36,6 +37,7 @@ use crate::{
     metrics::Metrics,
     net::{Kept, Stream},
     side::Side,
+    token::Token,
     upstream::{self, EndpointState, Upstreams},
 };
 
@@ -81,6 +83,8 @@ pub struct Parts {
     pub upstreams: Upstreams,
     /// The last wait of a socket.
     pub close: Patience,
+    /// With it others than this host may change something, too.
+    pub token: Option<Token>,
 }
 
 #[derive(Debug)]
@@ -223,7 +227,7 @@ impl Admin {
             return response;
         }
         let path = request.uri().path();
-        if changes && let Err(reason) = may_change(request.headers(), peer.ip(), local) {
+        if changes && let Err(reason) = self.may_change(request.headers(), peer.ip(), local) {
             let command = match path {
                 "/drain" => "drain",
                 "/undrain" => "drain --undo",
@@ -273,6 +277,23 @@ impl Admin {
                 plain(StatusCode::OK, if is_drained { "drained\n" } else { "not draining\n" })
             }
             _ => plain(StatusCode::OK, format!("tidegate: {PATHS}\n")),
+        }
+    }
+
+    /// Who may change something: whoever is on this host, or in this Pod, or has the token. A browser sends `Origin` with each POST, also of a page that a name
+    /// was bound anew for.
+    fn may_change(&self, headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {
+        if headers.contains_key(header::ORIGIN) {
+            return Err("not from a web page");
+        }
+        if is_here(peer, local) {
+            return Ok(());
+        }
+        match (&self.parts.borrow().token, bearer(headers)) {
+            (None, _) => Err("only from the host or Pod itself, unless there is an admin.token_file"),
+            (Some(token), Some(said)) if token.is(said) => Ok(()),
+            (Some(_), Some(_)) => Err("this is not the token"),
+            (Some(_), None) => Err("only from the host or Pod itself, or with `Authorization: Bearer` and the token"),
         }
     }
 
@@ -364,15 +385,10 @@ impl Admin {
 
 const PATHS: &str = "/livez /readyz /metrics /status /connections /drain/wait; POST /drain /undrain /reload";
 
-/// Who may change something: whoever is on this host, or in this Pod. A browser sends `Origin` with each POST, also of a page that a name was bound anew for.
-fn may_change(headers: &HeaderMap, peer: IpAddr, local: Option<IpAddr>) -> Result<(), &'static str> {
-    if !is_here(peer, local) {
-        return Err("only from the host or Pod itself");
-    }
-    if headers.contains_key(header::ORIGIN) {
-        return Err("not from a web page");
-    }
-    Ok(())
+/// What is said to be the token (RFC 6750 2.1).
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let (scheme, said) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked("Bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then_some(said.trim_ascii())
 }
 
 /// From an address of its own it comes from here too: that of the listener need not be a loopback one.

@@ -17,7 +17,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio_util::sync::CancellationToken;
 
-use self::operate::Way;
+use self::operate::{Admin, Way};
 use crate::{
     config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
     demo,
@@ -25,6 +25,7 @@ use crate::{
     net::Address,
     reload, server,
     system::System,
+    token::Token,
 };
 
 const RUNTIME: u8 = 1;
@@ -145,6 +146,9 @@ struct AdminAt {
     /// The admin listener, over admin.address: "127.0.0.1:9090"
     #[arg(long, value_name = "ADDR")]
     admin: Option<SocketAddr>,
+    #[arg(long, value_name = "FILE")]
+    #[arg(help = "A file with its token, over admin.token_file: for a proxy that runs elsewhere")]
+    token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -197,10 +201,10 @@ pub fn main() -> ExitCode {
                 (true, false) => Way::NoWait,
                 (false, false) => Way::Wait,
             };
-            print(&operate::drain(admin, way)?)
+            print(&operate::drain(&admin, way)?)
         })),
-        Command::Reload { admin } => Ok(admin.find().and_then(|admin| print(&operate::reload(admin)?))),
-        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(admin)?))),
+        Command::Reload { admin } => Ok(admin.find().and_then(|admin| print(&operate::reload(&admin)?))),
+        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(&admin)?))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),
@@ -227,9 +231,11 @@ pub fn main() -> ExitCode {
 
 impl AdminAt {
     /// A file that is broken by now does not keep the process from being drained: it runs on what it read before.
-    fn find(self) -> anyhow::Result<SocketAddr> {
-        if let Some(admin) = self.admin {
-            return Ok(admin);
+    fn find(self) -> anyhow::Result<Admin> {
+        let token = self.token_file.as_deref().map(Token::read).transpose();
+        let token = token.map_err(|error| anyhow::anyhow!("--token-file {error}"))?;
+        if let Some(address) = self.admin {
+            return Ok(Admin { address, token });
         }
         let sources = Sources::from_process(self.file.config, None, None);
         let settings = match config::load(&sources) {
@@ -242,7 +248,8 @@ impl AdminAt {
                 settings
             }
         };
-        settings.admin.address.context("admin.address is \"off\": there is nobody to ask")
+        let address = settings.admin.address.context("admin.address is \"off\": there is nobody to ask")?;
+        Ok(Admin { address, token: token.or(settings.admin.token) })
     }
 }
 

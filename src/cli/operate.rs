@@ -7,15 +7,26 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
+use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, runtime, time::timeout};
+
+use crate::token::Token;
 
 /// For a connect, and for an answer that is there at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Of an answer.
 const MAX_BYTES: usize = 1 << 20;
+
+/// Who is asked.
+#[derive(Debug)]
+pub(super) struct Admin {
+    /// Its admin listener.
+    pub(super) address: SocketAddr,
+    /// For who asks from elsewhere.
+    pub(super) token: Option<Token>,
+}
 
 /// What is to be done about a drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +40,7 @@ pub(super) enum Way {
 }
 
 /// Gives what is to be printed.
-pub(super) fn drain(admin: SocketAddr, way: Way) -> anyhow::Result<String> {
+pub(super) fn drain(admin: &Admin, way: Way) -> anyhow::Result<String> {
     on_a_runtime(async {
         let path = if way == Way::Undo { "/undrain" } else { "/drain" };
         let status = expect_ok(ask(admin, Method::POST, path, Some(PATIENCE)).await?)?;
@@ -48,7 +59,7 @@ pub(super) fn drain(admin: SocketAddr, way: Way) -> anyhow::Result<String> {
 }
 
 /// Gives what is to be printed: the report, as JSON. Of a rejected configuration the error says what `tidegate check` would.
-pub(super) fn reload(admin: SocketAddr) -> anyhow::Result<String> {
+pub(super) fn reload(admin: &Admin) -> anyhow::Result<String> {
     let (status, text) = on_a_runtime(ask(admin, Method::POST, "/reload", Some(PATIENCE)))
         .context("nobody knows what came of it, and it may yet be applied")?;
     let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
@@ -62,7 +73,7 @@ pub(super) fn reload(admin: SocketAddr) -> anyhow::Result<String> {
 }
 
 /// Gives what is to be printed: JSON, in one line.
-pub(super) fn status(admin: SocketAddr) -> anyhow::Result<String> {
+pub(super) fn status(admin: &Admin) -> anyhow::Result<String> {
     on_a_runtime(async { expect_ok(ask(admin, Method::GET, "/status", Some(PATIENCE)).await?) })
 }
 
@@ -78,24 +89,29 @@ fn expect_ok((status, text): (StatusCode, String)) -> anyhow::Result<String> {
 }
 
 async fn ask(
-    admin: SocketAddr,
+    admin: &Admin,
     method: Method,
     path: &str,
     patience: Option<Duration>,
 ) -> anyhow::Result<(StatusCode, String)> {
-    let address = reachable(admin);
+    let address = reachable(admin.address);
     let fix = || {
         format!("cannot reach tidegate's admin listener at {address}: does it run there? --admin ADDR names another")
     };
     let stream = timeout(PATIENCE, TcpStream::connect(address)).await.with_context(fix)?.with_context(fix)?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(stream)).await?;
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(method)
         .uri(path)
         .header(header::HOST, address.to_string())
         .header(header::CONNECTION, "close")
         .body(Empty::new())?;
+    if let Some(token) = &admin.token {
+        let mut value = HeaderValue::from_bytes(&[b"Bearer ", token.expose()].concat())?;
+        value.set_sensitive(true);
+        request.headers_mut().insert(header::AUTHORIZATION, value);
+    }
     let answer = async {
         let response = sender.send_request(request).await?;
         let (parts, body) = response.into_parts();

@@ -33,6 +33,7 @@ pub(super) struct Origins<'a> {
 const LISTEN: Name = name("listen", "address");
 const PROXY_PROTOCOL: Name = name("listen", "proxy_protocol");
 const CERTIFICATE: Name = name("listen", "tls_certificate");
+const TOKEN_FILE: Name = name("admin", "token_file");
 const CERTIFICATE_KEY: Name = name("listen", "tls_key");
 const CLIENT_AUTH: Name = name("listen", "tls_client_auth");
 const CLIENT_CA: Name = name("listen", "tls_client_ca");
@@ -160,6 +161,21 @@ pub(super) fn load_certificates(settings: &mut Settings, origins: &Origins<'_>, 
             TlsFile::Key => TLS_KEY,
         };
         findings.push(Finding::error(format!("`{}.{}` {what}", name.section, name.key), origins.place(name), fix));
+    }
+}
+
+/// The same for the admin listener's token.
+pub(super) fn load_token(settings: &mut Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    if !origins.judged(&[TOKEN_FILE]) {
+        return;
+    }
+    match settings.admin.read_token() {
+        Ok(token) => settings.admin.token = token,
+        Err(what) => findings.push(Finding::error(
+            format!("`{}.{}` {what}", TOKEN_FILE.section, TOKEN_FILE.key),
+            origins.place(TOKEN_FILE),
+            "`openssl rand -hex 32` makes a good one; \"\" for none",
+        )),
     }
 }
 

@@ -262,7 +262,11 @@ impl Settings {
                 reason: "server is going away".to_owned(),
                 readiness: Readiness::AfterDelay,
             },
-            admin: Admin { address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)) },
+            admin: Admin {
+                address: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090)),
+                token_file: String::new(),
+                token: None,
+            },
             reload: Reload { watch: Some(seconds(5)) },
             grace: Grace { period: None, backend_stop: seconds(10) },
             socket: SocketConfig {
@@ -289,7 +293,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
+    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin, token_file, token: _ }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, max_connections_per_address, handshakes_per_second, handshakes_per_address, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, body_rate, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls, http2: downstream::Http2 { is_on: http2, max_streams: client_streams } } = downstream;
@@ -401,6 +405,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("drain", "backend_stop", time(backend_stop, FROM_ZERO)),
 
         fixed("admin", "address", ListenOrOff(admin)),
+        live("admin", "token_file", Slot::File(token_file)),
 
         live("reload", "watch", Slot::Time(OrOff(watch), MS * 100..=HOUR, MS)),
 

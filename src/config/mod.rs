@@ -17,7 +17,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     ffi::OsString,
     fmt::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -36,6 +36,7 @@ use crate::{
     admission, close, downstream, drain, listen,
     net::SocketConfig,
     relay,
+    token::{BadToken, Token},
     upstream::{self, Addresses, Pattern, Pool, Rules},
 };
 
@@ -94,6 +95,10 @@ pub struct Route {
 pub struct Admin {
     /// Where it listens; port 0 means any free one.
     pub address: Option<std::net::SocketAddr>,
+    /// Where the token is by which others than this host may change something; empty: nobody else may.
+    pub token_file: String,
+    /// What was in it.
+    pub token: Option<Token>,
 }
 
 /// What `[drain]` has to fit into: only `checks.rs` uses it.
@@ -304,6 +309,7 @@ fn survey(sources: &Sources) -> Survey {
     if complete {
         let origins = checks::Origins { written: &origins, refused: &refused };
         checks::load_certificates(&mut settings, &origins, &mut findings);
+        checks::load_token(&mut settings, &origins, &mut findings);
         checks::check(&settings, &origins, &mut findings);
     }
     Survey { settings, file, findings, origins, refused, is_complete: complete }
@@ -388,7 +394,8 @@ impl Settings {
 
     /// The files that are named, and read with them.
     fn named_files(&self) -> Vec<PathBuf> {
-        [self.upstream.tls.files(), self.downstream.tls.files()].concat()
+        let token = Some(&self.admin.token_file).filter(|path| !path.is_empty()).map(PathBuf::from);
+        [self.upstream.tls.files(), self.downstream.tls.files(), token.into_iter().collect()].concat()
     }
 
     /// Each route's paths and its way to its backend.
@@ -430,6 +437,12 @@ impl Settings {
     }
 }
 
+impl Admin {
+    fn read_token(&self) -> Result<Option<Token>, BadToken> {
+        if self.token_file.is_empty() { Ok(None) } else { Token::read(Path::new(&self.token_file)).map(Some) }
+    }
+}
+
 impl Loaded {
     /// The files that it names, and that were read with it, as they are there.
     pub fn named_files(&self) -> Vec<PathBuf> {
@@ -441,7 +454,8 @@ impl Loaded {
         let (upstream, downstream) = (&self.settings.upstream.tls, &self.settings.downstream.tls);
         let (mut to_backends, mut to_clients) = (upstream.clone(), downstream.clone());
         let is_read = to_backends.load().is_ok() && to_clients.load().is_ok();
-        is_read && to_backends == *upstream && to_clients == *downstream
+        let is_token = self.settings.admin.read_token().is_ok_and(|token| token == self.settings.admin.token);
+        is_read && is_token && to_backends == *upstream && to_clients == *downstream
     }
 
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.

@@ -176,7 +176,7 @@ fn changes(from: &Settings, to: &Settings) -> Vec<(Change, bool)> {
     changes.chain(renewed.map(|change| (change, true))).collect()
 }
 
-/// Certificates and keys under the same names as before, with something else in them.
+/// Certificates, keys and tokens under the same names as before, with something else in them.
 fn renewed_files(from: &Settings, to: &Settings) -> Vec<Change> {
     let (clients, backends) = (&to.downstream.tls, &to.upstream.tls);
     let (clients_before, backends_before) = (&from.downstream.tls, &from.upstream.tls);
@@ -185,7 +185,8 @@ fn renewed_files(from: &Settings, to: &Settings) -> Vec<Change> {
         matches!((&clients.server, &clients_before.server), (Some(now), Some(before)) if now.shows_the_same(before));
     let key_of_clients = if shows_the_same { "listen.tls_client_ca" } else { "listen.tls_certificate" };
     let of_backends = backends.client != backends_before.client && backends.files() == backends_before.files();
-    [(key_of_clients, of_clients), ("upstream.tls", of_backends)]
+    let of_admin = to.admin.token != from.admin.token && to.admin.token_file == from.admin.token_file;
+    [(key_of_clients, of_clients), ("upstream.tls", of_backends), ("admin.token_file", of_admin)]
         .into_iter()
         .filter(|(_, is_renewed)| *is_renewed)
         .map(|(key, _)| Change {

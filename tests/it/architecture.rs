@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 /// floor of rooms.
 const FLOORS: [&[&str]; 7] = [
     &["ws", "side", "fields", "sparse"],
-    &["admission", "budget", "drain", "gate", "metrics", "net", "pool", "slots", "system"],
+    &["admission", "budget", "drain", "gate", "metrics", "net", "pool", "slots", "system", "token"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
     &["admin", "config", "demo", "doctor", "restart"],

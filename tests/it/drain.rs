@@ -5,6 +5,7 @@ use crate::harness::{
 };
 use serde_json::Value;
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     process::Output,
@@ -240,6 +241,50 @@ fn nobody_elsewhere_takes_the_turn_of_a_hook() {
         hook.join().expect("an answer")
     });
     assert_eq!((hook.code(), String::from_utf8_lossy(&hook.body).as_ref()), (200, "not draining\n"));
+}
+
+/// From another host only who has the token may begin a drain, also after it was replaced; and no log shows it.
+#[test]
+fn a_drain_from_elsewhere_takes_the_token() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, token: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, format!("{token}\n")).expect("room");
+        path.display().to_string()
+    };
+    let (right, other) = ("the-right-one-0123", "another-one-456789");
+    let (theirs, wrong) = (file("theirs", right), file("wrong", other));
+    let of_the_proxy = file("token", right);
+    let t =
+        Scene::new(&format!("drain.delay = '1h'\nadmin = {{ address = '0.0.0.0:0', token_file = '{of_the_proxy}' }}"))
+            .start();
+    let admin = SocketAddr::new(t.lab().address(Side::Proxy, Side::Client), t.proxy().admin.port()).to_string();
+    let ask = |arguments: &[&str]| {
+        let mut command = t.lab().command_in(Side::Client, env!("CARGO_BIN_EXE_tidegate"));
+        let output = command.args(["drain", "--admin", &admin]).args(arguments).output().expect("the binary");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    // On one host everybody is here.
+    let is_elsewhere = t.lab().counts_are_exact();
+    let refused = |arguments: &[&str], why: &str| {
+        if is_elsewhere {
+            let (code, said) = ask(arguments);
+            assert!(code == Some(1) && said.contains(why), "{code:?} {said}");
+            assert_eq!(phase(t.proxy()), "running");
+        }
+    };
+    refused(&["--no-wait"], "Authorization: Bearer");
+    refused(&["--no-wait", "--token-file", &wrong], "this is not the token");
+    assert_eq!(ask(&["--no-wait", "--token-file", &theirs]), (Some(0), String::new()));
+    assert_eq!(phase(t.proxy()), "delay");
+    assert_eq!(ask(&["--undo", "--token-file", &theirs]).0, Some(0));
+    file("token", other);
+    let reloaded = post(t.proxy(), "/reload");
+    assert!(reloaded.code() == 200 && reloaded.text().contains("admin.token_file"), "{reloaded:?}");
+    refused(&["--no-wait", "--token-file", &theirs], "this is not the token");
+    assert_eq!(ask(&["--no-wait", "--token-file", &wrong]), (Some(0), String::new()));
+    let printed = t.proxy().printed();
+    assert!(printed.iter().all(|(_, line)| !line.contains(right) && !line.contains(other)), "{printed:?}");
 }
 
 /// Whoever can reach the admin listener may look; a web page may not even ask.
