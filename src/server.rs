@@ -195,7 +195,7 @@ impl Server {
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let (drain, tracker, last) = (drain.clone(), TaskTracker::new(), linger.clone());
             let patience = settings.close.patience;
-            let end = Arc::new(move |stream| last.add(Side::Backend, stream, true, &patience, Keeps::Nothing));
+            let end = Arc::new(move |stream| last.add(Side::Backend, stream, false, &patience, Keeps::Nothing));
             let home = Home {
                 worker: index,
                 workers,
