@@ -161,6 +161,10 @@ fn from_lines(input: &[u8]) -> Option<(Request<()>, bool)> {
     let mut words = lines.next()?.split(|byte| *byte == b' ');
     let method = Method::from_bytes(words.next()?).ok()?;
     let (scheme, authority, path) = (words.next()?, words.next()?, words.next()?);
+    // "This pseudo-header field MUST NOT be empty" (RFC 9113 8.3.1).
+    if path.is_empty() {
+        return None;
+    }
     let flags = words.next().unwrap_or_default();
     let mut uri = Uri::builder();
     if !authority.is_empty() {

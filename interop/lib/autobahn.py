@@ -17,6 +17,7 @@ from pathlib import Path
 
 from harness import WORK, Backend, Failed, Proxy, run
 from multiplexed import MULTIPLEXED, SAID, Configured
+from tls import Authority
 
 CHAPTERS = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "10.*"]
 # A thousand messages with compression a case: minutes of the machine's time, and nothing in them that could race.
@@ -126,15 +127,28 @@ async def compare(options: argparse.Namespace) -> int:
             backend_behind = await stack.enter_async_context(Configured("haproxy", backend_behind.address))
         behind = backend_behind.address
         inner = None
+        to_clients, to_backend = {}, {}
+        if options.tls:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="autobahn-", dir=WORK))
+            authority = await Authority(Path(folder) / "ours").make()
+            to_clients = {
+                "TIDEGATE_LISTEN__TLS_CERTIFICATE": str(authority.certificate),
+                "TIDEGATE_LISTEN__TLS_KEY": str(authority.key),
+            }
+            to_backend = authority.settings() if options.streams else {}
         if options.streams:
             # Another tidegate, whose client is the first.
-            inner = await stack.enter_async_context(Proxy(behind))
+            inner = await stack.enter_async_context(Proxy(behind, settings=to_clients))
             behind = inner.address
-        settings = MULTIPLEXED if options.multiplexed or options.streams else None
+        settings = {**MULTIPLEXED, **to_backend} if options.multiplexed or options.streams else to_clients
         proxy = await stack.enter_async_context(Proxy(behind, options.direct, settings))
+        reached = proxy
+        if options.tls and not options.streams:
+            # The fuzzer speaks no TLS itself.
+            reached = await stack.enter_async_context(Configured("haproxy", proxy.address, authority.ca))
         sides = [("direct", backend.address, direct)]
         if not options.direct:
-            sides.append(("tidegate", proxy.address, through))
+            sides.append(("tidegate", reached.address, through))
         try:
 
             async def one_side(side: str, address: str, outcomes: Outcomes, wanted: list[str], parallel: int) -> None:
@@ -178,8 +192,11 @@ async def compare(options: argparse.Namespace) -> int:
 
             if any(SAID in line for line in proxy.lines):
                 raise Failed("not multiplexed")
-            if inner and not all('"http":"h2"' in line for line in inner.lines if '"message":"open"' in line):
+            opened = [line for line in (inner or proxy).lines if '"message":"open"' in line]
+            if inner and not all('"http":"h2"' in line for line in opened):
                 raise Failed("not on streams")
+            if options.tls and not all('"tls":"1.3"' in line for line in opened):
+                raise Failed("not over TLS")
             status = 0 if options.direct else await proxy.stop()
             if status != 0:
                 raise Failed(f"tidegate ended with {status} after the cases")
@@ -218,6 +235,7 @@ def main() -> int:
     arguments.add_argument("--seconds", type=float, help="bound of one run (120; with --all 1800)")
     arguments.add_argument("--multiplexed", action="store_true", help="over HTTP/2 to HAProxy in front of the backend")
     arguments.add_argument("--streams", action="store_true", help="over HTTP/2 to another tidegate in front of the backend")
+    arguments.add_argument("--tls", action="store_true", help="clients speak TLS with tidegate: HAProxy's, or with --streams another tidegate's")
     arguments.add_argument("--direct", action="store_true", help="without tidegate: which cases race by themselves?")
     options = arguments.parse_args()
     if options.seconds is None:

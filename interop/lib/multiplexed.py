@@ -51,10 +51,14 @@ def node() -> Peer:
 
 
 class Configured(Process):
-    """HAProxy or nginx between tidegate and a backend, with a configuration of its own and a port that was free."""
+    """HAProxy or nginx between tidegate and a backend, with a configuration of its own and a port that was free.
 
-    def __init__(self, name: str, behind: str) -> None:
+    With `ca` it is HAProxy as a client of TLS: what comes goes on encrypted, and nothing of it is looked at.
+    """
+
+    def __init__(self, name: str, behind: str, ca: Path | None = None) -> None:
         super().__init__(name)
+        self._ca = ca
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -66,12 +70,13 @@ class Configured(Process):
         folder = Path(self._folder.name)
         file = folder / "conf"
         if self.name == "haproxy":
+            mode, proto, tls = ("http", "proto h2", "") if self._ca is None else ("tcp", "", f"ssl verify required ca-file {self._ca}")
             file.write_text(
                 "global\n  maxconn 4000\n"
-                "defaults\n  mode http\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
+                f"defaults\n  mode {mode}\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
                 "  timeout tunnel 60s\n"
-                f"frontend in\n  bind {self.address} proto h2\n  default_backend out\n"
-                f"backend out\n  server app {self._behind}\n"
+                f"frontend in\n  bind {self.address} {proto}\n  default_backend out\n"
+                f"backend out\n  server app {self._behind} {tls}\n"
             )
             command = ["haproxy", "-db", "-f", file]
         else:
