@@ -71,6 +71,25 @@ fn valid_files() {
     }
 }
 
+/// Goal: the files of `examples/` are valid, with nothing to warn of, and are told about. Method: whatever folder is there.
+#[test]
+fn example_files() {
+    let folders: Vec<PathBuf> =
+        fs::read_dir("examples").unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+    assert!(folders.len() >= 5, "only {} examples were found", folders.len());
+    let list = fs::read_to_string("examples/README.md").unwrap();
+    for folder in folders {
+        let path = folder.join("proxy.toml");
+        let loaded = config::load(&sources(named(&path), &[]))
+            .unwrap_or_else(|findings| panic!("{}:\n{findings}", path.display()));
+        assert!(loaded.findings.is_empty(), "{}: {:?}", path.display(), loaded.findings);
+        let readme = folder.join("README.md");
+        assert!(readme.is_file(), "{} is not there", readme.display());
+        let link = format!("({}/README.md)", folder.file_name().unwrap().to_str().unwrap());
+        assert!(list.contains(&link), "examples/README.md does not list {}", folder.display());
+    }
+}
+
 /// Goal: every mistake is found, at its place, with a fix. Method: the whole message of each file is a snapshot.
 #[test]
 fn invalid_files() {
