@@ -216,9 +216,16 @@ class Tomcat(Process):
 class Proxy(Process):
     """A tidegate process; or nothing at all (`direct`), to tell a fault of the proxy from one of the peers."""
 
-    def __init__(self, upstream: str | None, direct: bool = False, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str | None,
+        direct: bool = False,
+        settings: dict[str, str] | None = None,
+        config: Path | None = None,
+    ) -> None:
         super().__init__("tidegate")
         self._settings = settings or {}
+        self._config = config
         self.address = upstream or ""
         self.direct = direct
         self._upstream = upstream
@@ -251,6 +258,8 @@ class Proxy(Process):
             command, env["TIDEGATE_LISTEN__ADDRESS"] = ["demo"], "127.0.0.1:0"
         else:
             command = ["run", "--listen", "127.0.0.1:0", "--upstream", self._upstream]
+            if self._config:
+                command += ["--config", self._config]
         WORK.mkdir(exist_ok=True)
         # Started where no proxy.toml lies about.
         await self.start(binary, *command, env=env, cwd=WORK)

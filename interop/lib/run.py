@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clients import CLIENTS, ChromiumClient, ProcessClient, PythonClient
 from everybody import everybody, expect_everywhere
+from examples import examples
 from handshakes import handshakes
 from harness import (
     INTEROP,
@@ -383,6 +384,7 @@ GROUPS = {
     "endings-tls": secure_endings,
     "tomcat": tomcat,
     "demo": demo,
+    "examples": examples,
     "multiplexed": multiplexed,
     "tls": tls,
     "smuggling": smuggling,

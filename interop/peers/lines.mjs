@@ -4,6 +4,15 @@ import { createInterface } from 'node:readline';
 
 const answer = (fields) => process.stdout.write(JSON.stringify(fields) + '\n');
 
+const counts = new Map();
+
+// What happened without being asked for: a line for each, numbered among those of its kind and name.
+export function tell(event, name, fields = {}) {
+    const nth = (counts.get(`${event} ${name}`) ?? 0) + 1;
+    counts.set(`${event} ${name}`, nth);
+    answer({ event, name, nth, ...fields });
+}
+
 export async function serve(operations, shutdown = async () => {}) {
     answer({ id: 0, value: 'ready' });
     for await (const line of createInterface({ input: process.stdin })) {
