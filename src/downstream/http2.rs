@@ -105,15 +105,18 @@ pub fn from_stream(request: &mut Request<()>, is_over: bool, config: &Config) ->
     }
     let authority = request.uri().authority().cloned();
     let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-    // "... an absolute path, or '*' for OPTIONS" (RFC 9113 8.3.1).
+    // "... an absolute path, or '*' for OPTIONS" (RFC 9113 8.3.1). Of a path that is a fragment alone nothing is left, which shows in
+    // the target only.
     let is_asterisk = request.method() == Method::OPTIONS && path.as_str() == "*";
-    if !(is_asterisk || path.as_str().starts_with('/')) {
+    let is_absolute = path.as_str().starts_with('/');
+    let target = Uri::from(path);
+    if !(is_asterisk || is_absolute && !target.path().is_empty()) {
         return bad("the path must begin with /");
     }
     if authority.as_ref().is_some_and(|authority| authority.as_str().contains('@')) {
         return bad("the target has no valid form");
     }
-    *request.uri_mut() = Uri::from(path);
+    *request.uri_mut() = target;
     *request.version_mut() = Version::HTTP_11;
     let headers = request.headers_mut();
     if let Some(reason) = take_host(headers, authority.as_ref()) {
@@ -394,6 +397,19 @@ mod tests {
                 });
                 assert!(again, "one for the stream and one for the connection, for each byte that was sent");
             }
+        }
+    }
+
+    /// What is left of a path that is a fragment alone is no path, and would be no line of HTTP/1.1.
+    #[test]
+    fn a_fragment_is_no_path() {
+        let config = crate::config::Settings::default().downstream;
+        for (path, is_one) in [("#a", false), ("?a", false), ("*", false), ("/#a", true), ("/?a", true)] {
+            let mut request = Request::new(());
+            let uri = Uri::builder().scheme("https").authority("a.test").path_and_query(path);
+            *request.uri_mut() = uri.build().expect("what h2 takes");
+            let result = from_stream(&mut request, true, &config);
+            assert_eq!(result.is_ok(), is_one, "{path}: {result:?} {}", request.uri());
         }
     }
 
