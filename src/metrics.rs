@@ -257,6 +257,7 @@ pub struct Metrics {
     registry: Registry,
     workers: Arc<Mutex<Vec<Arc<Traffic>>>>,
     queues: Arc<OnceLock<Box<LookAtQueues>>>,
+    log_drops: Arc<OnceLock<Box<CountDrops>>>,
     /// TCP connections to the backend, each with a port of this host, until they are closed.
     pub upstream_ports: Gauge,
     /// How many there may be; 0: no limit is known.
@@ -343,6 +344,8 @@ impl Metrics {
         registry.register_collector(Box::new(TrafficCollector(Arc::clone(&workers))));
         let queues = Arc::new(OnceLock::new());
         registry.register_collector(Box::new(QueueCollector(Arc::clone(&queues))));
+        let log_drops = Arc::new(OnceLock::new());
+        registry.register_collector(Box::new(LogCollector(Arc::clone(&log_drops))));
         registry.register_collector(Box::new(NamespaceCollector(System::default())));
         let pools = Arc::<Stats>::default();
         registry.register_collector(Box::new(PoolCollector(Arc::clone(&pools))));
@@ -357,6 +360,7 @@ impl Metrics {
             registry: Registry::default(),
             workers,
             queues,
+            log_drops,
             upstream_ports: Gauge::default(),
             upstream_ports_limit: Gauge::default(),
             max_connections: Gauge::default(),
@@ -545,6 +549,11 @@ impl Metrics {
         let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         workers.push(Arc::clone(&traffic));
         traffic
+    }
+
+    /// How the lines are counted that the log has lost; to be said once.
+    pub fn log_drops(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
+        let _ = self.log_drops.set(Box::new(count));
     }
 
     /// How the accept queues are looked at whenever somebody asks; to be said once.
@@ -878,6 +887,26 @@ impl Collector for QueueCollector {
             ConstGauge::new(i64::from(queue.limit)).encode(limit.encode_family(&[("queue", index.to_string())])?)?;
         }
         Ok(())
+    }
+}
+
+/// The log's own count of what it has lost.
+struct LogCollector(Arc<OnceLock<Box<CountDrops>>>);
+
+type CountDrops = dyn Fn() -> u64 + Send + Sync;
+
+impl fmt::Debug for LogCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogCollector").finish_non_exhaustive()
+    }
+}
+
+impl Collector for LogCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let dropped = self.0.get().map_or(0, |count| count());
+        let help = "Log lines that were dropped since whoever reads them was too slow";
+        let metric = encoder.encode_descriptor("log_lines_dropped", help, None, MetricType::Counter)?;
+        ConstCounter::new(dropped).encode(metric)
     }
 }
 

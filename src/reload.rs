@@ -42,22 +42,13 @@ use crate::{
 /// Those that may wait for the reading; as many as may ask at the admin listener, and one signal.
 const MAX_ASKING: usize = 256;
 
-/// Replaces the filter of the log.
-pub struct SetFilter(Box<Set>);
+/// What can be done to the log while it is written.
+pub trait Log: fmt::Debug + Send + Sync {
+    /// Replaces its filter, or says what is wrong with the new one.
+    fn set_filter(&self, filter: &str) -> Result<(), String>;
 
-type Set = dyn Fn(&str) -> Result<(), String> + Send;
-
-impl SetFilter {
-    /// Whatever does it.
-    pub fn new(set: impl Fn(&str) -> Result<(), String> + Send + 'static) -> Self {
-        Self(Box::new(set))
-    }
-}
-
-impl fmt::Debug for SetFilter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SetFilter").finish_non_exhaustive()
-    }
+    /// Lines that were dropped since whoever reads them was too slow.
+    fn dropped(&self) -> u64;
 }
 
 /// Where the configuration comes from, and how its file looked before it was read, with the files that it names.
@@ -158,14 +149,13 @@ pub struct Reader {
     done: mpsc::Receiver<Done>,
     /// `reload.watch` in milliseconds; 0: off.
     watch: Arc<AtomicU64>,
-    set_filter: SetFilter,
     /// What was read is no file that could be read again.
     is_once: bool,
 }
 
 impl Reader {
     /// From now on SIGHUP does not end the process. To be called on the runtime of the main thread.
-    pub fn start(source: Source, set_filter: SetFilter, settings: &Settings) -> io::Result<Self> {
+    pub fn start(source: Source, settings: &Settings) -> io::Result<Self> {
         let hang_up = signal(SignalKind::hangup())?;
         let (ask, asked) = sync_channel(MAX_ASKING);
         let (read, done) = mpsc::channel(1);
@@ -173,7 +163,7 @@ impl Reader {
         let (every, is_once) = (Arc::clone(&watch), source.once.is_some());
         // It ends with the process, or when nobody is there to ask it.
         thread::Builder::new().name("config".to_owned()).spawn(move || serve(source, &asked, &every, &read))?;
-        Ok(Self { hang_up, ask, done, watch, set_filter, is_once })
+        Ok(Self { hang_up, ask, done, watch, is_once })
     }
 }
 
@@ -230,6 +220,8 @@ pub struct Reload {
     /// What runs.
     settings: Settings,
     parts: Parts,
+    /// `None`: the process has none of its own.
+    log: Option<Arc<dyn Log>>,
     /// `None`: nothing is read again.
     reader: Option<Reader>,
 }
@@ -287,12 +279,22 @@ impl From<&Finding> for Said {
 impl Reload {
     /// Of a process that runs with these settings.
     pub fn new(settings: Settings, parts: Parts) -> Self {
-        Self { settings, parts, reader: None }
+        Self { settings, parts, log: None, reader: None }
     }
 
     /// From now on it can be asked for.
     pub fn read_by(&mut self, reader: Reader) {
         self.reader = Some(reader);
+    }
+
+    /// The log, whose filter can be replaced from now on.
+    pub fn logs_to(&mut self, log: Arc<dyn Log>) {
+        self.log = Some(log);
+    }
+
+    /// Until `log.filter` is changed; an error says what is wrong with it.
+    pub fn set_filter(&self, filter: &str) -> Result<(), String> {
+        self.log.as_ref().map_or(Err("there is no log".to_owned()), |log| log.set_filter(filter))
     }
 
     /// What runs.
@@ -415,7 +417,7 @@ impl Reload {
 
     /// Puts new settings in the place of the old ones, each where it is in use.
     fn apply(&mut self, new: Settings) {
-        let Self { settings: old, parts, reader } = self;
+        let Self { settings: old, parts, log, reader } = self;
         let Parts { contexts, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
         let first = contexts.first().expect("there is a worker").latest();
         let is_same = new.upstream == old.upstream && new.ways().eq(old.ways()) && new.socket == old.socket;
@@ -441,6 +443,7 @@ impl Reload {
         let is_same_for_sessions = new.downstream == old.downstream
             && new.relay == old.relay
             && new.close.patience == old.close.patience
+            && new.log.sample == old.log.sample
             && upstreams.is(&first.upstreams);
         if !is_same_for_sessions {
             if !is_same {
@@ -460,6 +463,7 @@ impl Reload {
                     downstream: new.downstream.clone(),
                     relay: Arc::clone(&relay),
                     close: new.close.patience,
+                    log_sample: new.log.sample,
                     upstreams: upstreams.clone(),
                     ..Context::clone(&context)
                 }));
@@ -475,21 +479,22 @@ impl Reload {
             warn!(fix, "clients now come by TLS, which takes memory that was not reckoned with at the start");
         }
         first.drain.reconfigure(new.drain.clone());
-        if let Some(Reader { ask, watch, set_filter, .. }) = reader {
-            if new.log.filter != old.log.filter
-                && let Err(error) = (set_filter.0)(&new.log.filter)
-            {
-                warn!(error, "the log keeps its filter");
-            }
-            if watch.swap(millis(new.reload.watch), Ordering::Relaxed) != millis(new.reload.watch) {
-                // When it is full, the thread is awake.
-                let _ = ask.try_send(Ask::Wake);
-            }
+        if new.log.filter != old.log.filter
+            && let Some(log) = log
+            && let Err(error) = log.set_filter(&new.log.filter)
+        {
+            warn!(error, "the log keeps its filter");
+        }
+        if let Some(Reader { ask, watch, .. }) = reader
+            && watch.swap(millis(new.reload.watch), Ordering::Relaxed) != millis(new.reload.watch)
+        {
+            // When it is full, the thread is awake.
+            let _ = ask.try_send(Ask::Wake);
         }
         *old = new;
     }
 
-    fn metrics(&self) -> &crate::metrics::Metrics {
+    pub(crate) fn metrics(&self) -> &crate::metrics::Metrics {
         &self.parts.contexts.first().expect("there is a worker").metrics
     }
 }

@@ -208,6 +208,7 @@ impl Server {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
                 relay: Arc::clone(&relay),
+                log_sample: settings.log.sample,
                 close: settings.close.patience,
                 linger,
                 upstreams: upstreams.clone(),
@@ -399,6 +400,7 @@ impl Server {
                         self.tell(phases.status());
                         let _ = told.send(is_undone);
                     }
+                    Order::Filter(filter, told) => _ = told.send(self.reload.set_filter(&filter)),
                     Order::Reload(told) => self.reload.ask(told, phases.status().phase >= Phase::Window),
                 },
                 event = self.reload.next() => {
@@ -523,16 +525,21 @@ fn ending(settings: &Settings) -> Duration {
 /// there are no reloads.
 pub fn run(
     settings: &Settings,
-    source: Option<(reload::Source, reload::SetFilter)>,
+    source: Option<reload::Source>,
+    log: Arc<dyn reload::Log>,
     started: impl FnOnce(&Server),
 ) -> anyhow::Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         let mut signals = Signals::new()?;
         let mut restarts = Restarts::new()?;
-        let reader =
-            source.map(|(source, set_filter)| reload::Reader::start(source, set_filter, settings)).transpose()?;
+        let reader = source.map(|source| reload::Reader::start(source, settings)).transpose()?;
         let mut server = Server::start(settings)?;
+        {
+            let log = Arc::clone(&log);
+            server.reload.metrics().log_drops(move || log.dropped());
+        }
+        server.reload.logs_to(log);
         if let Some(reader) = reader {
             server.reload.read_by(reader);
         }

@@ -226,6 +226,7 @@ impl<'a> Parts<'a> {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
             relay: Arc::clone(&self.relay),
+            log_sample: 0,
             close: self.settings.close.patience,
             linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
             upstreams: self.upstreams.clone(),

@@ -17,6 +17,8 @@ pub enum Order {
     Drain(oneshot::Sender<()>),
     /// Undo it; false: it is too late.
     Undo(oneshot::Sender<bool>),
+    /// Give the log this filter; an error says what is wrong with it.
+    Filter(String, oneshot::Sender<Result<(), String>>),
     /// Read the configuration again.
     Reload(oneshot::Sender<Reloaded>),
 }
@@ -58,6 +60,11 @@ impl Control {
 
     pub(super) async fn undo(&self) -> bool {
         self.ask(Order::Undo).await.unwrap_or(false)
+    }
+
+    /// `None`: the process is about to end.
+    pub(super) async fn filter(&self, filter: String) -> Option<Result<(), String>> {
+        self.ask(|told| Order::Filter(filter, told)).await
     }
 
     pub(super) async fn reload(&self) -> Option<Reloaded> {

@@ -37,6 +37,7 @@ use crate::{
     metrics::Metrics,
     net::{Kept, Stream},
     side::Side,
+    sparse::Sparse,
     token::Token,
     upstream::{self, EndpointState, Upstreams},
 };
@@ -59,6 +60,9 @@ const NO_DRAIN: Duration = Duration::from_secs(3);
 
 /// That are listed: a name may have hundreds.
 const MAX_ENDPOINTS: usize = 64;
+
+/// Said once in a while.
+static REFUSED: Sparse = Sparse::new();
 
 /// For the backend's side of the end of a look at it, and for who is not served.
 const BRIEF: Patience = Patience { linger: Duration::from_millis(200), linger_max: Duration::from_millis(200) };
@@ -215,7 +219,7 @@ impl Admin {
         let Asked { request, peer, local, is_waiting } = asked;
         let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
         let changes = match request.uri().path() {
-            "/drain" | "/undrain" | "/reload" => true,
+            "/drain" | "/undrain" | "/reload" | "/log" => true,
             "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/connections" | "/drain/wait" => false,
             _ => return plain(StatusCode::NOT_FOUND, format!("not found: there are {PATHS}\n")),
         };
@@ -231,9 +235,12 @@ impl Admin {
             let command = match path {
                 "/drain" => "drain",
                 "/undrain" => "drain --undo",
+                "/log" => "log",
                 _ => "reload",
             };
-            warn!(%peer, path, reason, "admin: refused");
+            if let Some(unsaid) = REFUSED.is_due() {
+                warn!(%peer, path, reason, unsaid, "admin: refused");
+            }
             let fix = format!("run `tidegate {command}` where the proxy runs");
             return plain(StatusCode::FORBIDDEN, format!("{reason}: {fix}\n"));
         }
@@ -254,6 +261,23 @@ impl Admin {
                     return self.status(StatusCode::OK);
                 }
                 plain(StatusCode::CONFLICT, "too late: listeners are closed, or the process is to end\n")
+            }
+            "/log" => {
+                let Some(filter) = request.uri().query().and_then(|query| query.strip_prefix("filter=")) else {
+                    return plain(StatusCode::BAD_REQUEST, "say which: POST /log?filter=info,tidegate=debug\n");
+                };
+                match self.control.filter(filter.to_owned()).await {
+                    Some(Ok(())) => {
+                        // At a level that most filters let through.
+                        warn!(%peer, filter, "the log has another filter, until log.filter is changed or the process ends");
+                        plain(
+                            StatusCode::OK,
+                            format!("log.filter is {filter:?}, until the file says another, or a restart\n"),
+                        )
+                    }
+                    Some(Err(error)) => plain(StatusCode::BAD_REQUEST, format!("{filter:?} is no filter: {error}\n")),
+                    None => plain(StatusCode::SERVICE_UNAVAILABLE, "the process is about to end\n"),
+                }
             }
             "/reload" => {
                 info!(%peer, "a reload is asked for");
@@ -383,7 +407,7 @@ impl Admin {
     }
 }
 
-const PATHS: &str = "/livez /readyz /metrics /status /connections /drain/wait; POST /drain /undrain /reload";
+const PATHS: &str = "/livez /readyz /metrics /status /connections /drain/wait; POST /drain /undrain /reload /log";
 
 /// What is said to be the token (RFC 6750 2.1).
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {

@@ -5,21 +5,23 @@
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
+    fmt,
     io::{self, IsTerminal as _, Write as _},
     panic,
     str::FromStr as _,
+    sync::Arc,
 };
 
 use anyhow::Context as _;
 use tracing::error;
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
-    filter::Targets, fmt, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
+    filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
 };
 
 use crate::{
-    config::{Log, LogFormat},
-    reload::SetFilter,
+    config::{self, LogFormat},
+    reload::Log,
 };
 
 /// Lines that may wait for the reader.
@@ -39,12 +41,38 @@ fn log_panics() {
     }));
 }
 
+/// The log of this process.
+struct Running {
+    set_filter: Box<SetFilter>,
+    dropped: ErrorCounter,
+}
+
+type SetFilter = dyn Fn(Targets) -> Result<(), reload::Error> + Send + Sync;
+
+impl Log for Running {
+    fn set_filter(&self, filter: &str) -> Result<(), String> {
+        let filter = Targets::from_str(filter).map_err(|error| error.to_string())?;
+        (self.set_filter)(filter).map_err(|error| error.to_string())
+    }
+
+    fn dropped(&self) -> u64 {
+        self.dropped.dropped_lines() as u64
+    }
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Running").finish_non_exhaustive()
+    }
+}
+
 /// Sets the process's log up; what waits is written when the guard is dropped. The filter can be replaced.
-pub(super) fn init(config: &Log) -> anyhow::Result<(WorkerGuard, SetFilter)> {
+pub(super) fn init(config: &config::Log) -> anyhow::Result<(WorkerGuard, Arc<dyn Log>)> {
     let (filter, handle) = reload::Layer::new(Targets::from_str(&config.filter).context("log.filter")?);
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE).thread_name("log").finish(io::stdout());
-    let lines = fmt::layer().with_writer(writer).with_target(false);
+    let dropped = writer.error_counter();
+    let lines = fmt_layer().with_writer(writer).with_target(false);
     let json = match config.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
@@ -59,9 +87,5 @@ pub(super) fn init(config: &Log) -> anyhow::Result<(WorkerGuard, SetFilter)> {
     };
     result.map_err(|error| anyhow::anyhow!("the log is set up already: {error}"))?;
     log_panics();
-    let set_filter = SetFilter::new(move |text| {
-        let filter = Targets::from_str(text).map_err(|error| error.to_string())?;
-        handle.reload(filter).map_err(|error| error.to_string())
-    });
-    Ok((guard, set_filter))
+    Ok((guard, Arc::new(Running { set_filter: Box::new(move |filter| handle.reload(filter)), dropped })))
 }

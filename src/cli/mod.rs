@@ -111,6 +111,15 @@ enum Command {
         #[command(flatten)]
         admin: AdminAt,
     },
+    /// Give the log of the proxy that runs here another filter, until its file says one, or a restart: "info,tidegate=debug"
+    #[command(after_help = "It asks the admin listener (POST /log).\n\
+                            Exit codes: 0 done, 1 it is no filter, or the proxy can't be reached")]
+    Log {
+        /// A level, and levels of modules, as in log.filter
+        filter: String,
+        #[command(flatten)]
+        admin: AdminAt,
+    },
     /// Print what the proxy that runs here is doing: its phase, sessions, sockets, as JSON
     Status {
         #[command(flatten)]
@@ -204,6 +213,7 @@ pub fn main() -> ExitCode {
             print(&operate::drain(&admin, way)?)
         })),
         Command::Reload { admin } => Ok(admin.find().and_then(|admin| print(&operate::reload(&admin)?))),
+        Command::Log { filter, admin } => Ok(admin.find().and_then(|admin| print(&operate::log(&admin, &filter)?))),
         Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(&admin)?))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
@@ -255,15 +265,15 @@ impl AdminAt {
 
 fn serve(loaded: &Loaded, mut source: reload::Source) -> anyhow::Result<()> {
     let settings = &loaded.settings;
-    let (_flushed_at_the_end, set_filter) = log::init(&settings.log)?;
+    let (_flushed_at_the_end, log) = log::init(&settings.log)?;
     tracing::info!(settings = settings.summary(), "effective");
     source.was_read(loaded);
-    server::run(settings, Some((source, set_filter)), |_| {})
+    server::run(settings, Some(source), log, |_| {})
 }
 
 /// The proxy in front of the demo backend, which runs on a thread of its own like the separate program it stands for.
 fn demo(mut settings: Settings) -> anyhow::Result<()> {
-    let (_flushed_at_the_end, _) = log::init(&settings.log)?;
+    let (_flushed_at_the_end, log) = log::init(&settings.log)?;
     let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
@@ -284,7 +294,7 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
     // People try a demo with Ctrl-C: it need not wait for endpoints to propagate.
     settings.drain.delay = std::time::Duration::ZERO;
     settings.drain.window = settings.drain.window.min(std::time::Duration::from_secs(1));
-    let result = server::run(&settings, None, |server| {
+    let result = server::run(&settings, None, log, |server| {
         // Data, and so on stdout: what the user came for.
         let _ = print(&demo::instructions(server.address, server.admin));
     });

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, StatusCode, header};
+use http::{HeaderValue, Method, Request, StatusCode, header, uri::PathAndQuery};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, runtime, time::timeout};
@@ -72,6 +72,12 @@ pub(super) fn reload(admin: &Admin) -> anyhow::Result<String> {
     expect_ok((status, text))
 }
 
+/// Gives what is to be printed.
+pub(super) fn log(admin: &Admin, filter: &str) -> anyhow::Result<String> {
+    let path = format!("/log?filter={filter}");
+    on_a_runtime(async { expect_ok(ask(admin, Method::POST, &path, Some(PATIENCE)).await?) })
+}
+
 /// Gives what is to be printed: JSON, in one line.
 pub(super) fn status(admin: &Admin) -> anyhow::Result<String> {
     on_a_runtime(async { expect_ok(ask(admin, Method::GET, "/status", Some(PATIENCE)).await?) })
@@ -103,7 +109,7 @@ async fn ask(
         hyper::client::conn::http1::handshake::<_, Empty<Bytes>>(TokioIo::new(stream)).await?;
     let mut request = Request::builder()
         .method(method)
-        .uri(path)
+        .uri(PathAndQuery::try_from(path).with_context(|| format!("{path:?} can't be asked for"))?)
         .header(header::HOST, address.to_string())
         .header(header::CONNECTION, "close")
         .body(Empty::new())?;

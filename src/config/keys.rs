@@ -275,7 +275,7 @@ impl Settings {
                 send_buffer: Some(128 << 10),
                 user_timeout: None,
             },
-            log: Log { format: LogFormat::Auto, filter: "info".to_owned() },
+            log: Log { format: LogFormat::Auto, filter: "info".to_owned(), sample: 1 },
             routes: Vec::new(),
         }
     }
@@ -310,7 +310,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     let close::Config { patience: close::Patience { linger, linger_max }, max_lingering } = close;
     let drain::Config { delay, window, quiet, timeout, close_code, reason, readiness } = drain;
     let SocketConfig { keepalive, recv_buffer, send_buffer, user_timeout: _ } = socket;
-    let Log { format, filter } = log;
+    let Log { format, filter, sample } = log;
 
     let live = |section, key, slot| Key { name: Name { section, route: None, key }, is_live: true, slot, is_own: None };
     // What sockets, threads, memory and ports are given out by at the start.
@@ -411,6 +411,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 
         fixed("log", "format", Format(format)),
         live("log", "filter", Filter(filter)),
+        live("log", "sample", Count(U32(sample), 0..=MIB)),
     ]);
     for (index, route) in routes.iter_mut().enumerate() {
         let key = |key, slot, is_own| Key { name: Name { section: ROUTE, route: Some(index), key }, is_live: true, slot, is_own };

@@ -124,6 +124,8 @@ pub struct Log {
     pub format: LogFormat,
     /// Levels of modules: what `tracing_subscriber::filter::Targets` reads.
     pub filter: String,
+    /// Of so many sessions one has its lines; 0: none.
+    pub sample: u32,
 }
 
 /// How log lines look.

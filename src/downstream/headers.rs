@@ -1,6 +1,10 @@
 //! What is passed on of a header, in both directions.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU128,
+};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
@@ -245,9 +249,65 @@ pub fn request_id(headers: &HeaderMap) -> String {
     }
 }
 
+/// Under which a client's traces know a request (W3C Trace Context 3.2.2.3). `traceparent` itself is passed on as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceId(NonZeroU128);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Of a `traceparent` that is valid, and the only one.
+pub fn trace_id(headers: &HeaderMap) -> Option<TraceId> {
+    let mut values = headers.get_all("traceparent").iter();
+    let (value, None) = (values.next()?.to_str().ok()?, values.next()) else { return None };
+    let parts: Vec<&str> = value.splitn(5, '-').collect();
+    let [version, trace, parent, flags, rest @ ..] = &parts[..] else { return None };
+    let is_hex = |text: &str, length| {
+        text.len() == length && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    };
+    let is_valid =
+        is_hex(version, 2) && *version != "ff" && is_hex(trace, 32) && is_hex(parent, 16) && is_hex(flags, 2);
+    // Only later versions may say more.
+    let is_known = rest.is_empty() || *version != "00";
+    let is_parent = parent.bytes().any(|byte| byte != b'0');
+    let id = u128::from_str_radix(trace, 16).ok().and_then(NonZeroU128::new)?;
+    (is_valid && is_known && is_parent).then_some(TraceId(id))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn trace_ids() {
+        let of = |values: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append("traceparent", HeaderValue::from_static(value));
+            }
+            trace_id(&headers).map(|id| id.to_string())
+        };
+        let known = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let id = Some("4bf92f3577b34da6a3ce929d0e0e4736".to_owned());
+        assert_eq!(of(&[known]), id);
+        assert_eq!(of(&["cc-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-what-comes-later"]), id);
+        for value in [
+            "",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            "00-+bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        ] {
+            assert_eq!(of(&[value]), None, "{value}");
+        }
+        assert_eq!(of(&[known, known]), None);
+    }
 
     #[test]
     fn a_length_is_clear_or_not() {

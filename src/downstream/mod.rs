@@ -21,7 +21,8 @@ pub use self::{
     body::TimedBody,
     handshake::{Intent, Refusal, encode_switching, intent, whole_handshake},
     headers::{
-        Speaker, drop_claims, forward_request, forward_response, is_length_clear, is_trusted, request_id, speaker,
+        Speaker, TraceId, drop_claims, forward_request, forward_response, is_length_clear, is_trusted, request_id,
+        speaker, trace_id,
     },
     http2::{Floods, Http2, StreamBody, begins_http2, from_stream, stream_response, stream_server},
     origin::{BadOrigin, Origin, is_allowed},

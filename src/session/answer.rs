@@ -11,7 +11,7 @@ use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode,
     header::{ALLOW, CONNECTION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
-use tracing::{debug, warn};
+use tracing::{debug, field::display, warn};
 
 use super::{About, Context, secure::Client};
 use crate::{
@@ -229,13 +229,14 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
         Error::Body(_) => 4,
         Error::Tls { .. } => 5,
     };
-    let About { client, path, request_id, route } = about;
+    let About { client, path, request_id, trace_id, route } = about;
+    let trace_id = trace_id.map(display);
     let endpoint = at.endpoint();
     let endpoint = endpoint.as_deref();
     if let Some(unsaid) = SAID[kind].is_due() {
-        warn!(%client, path, request_id, %route, endpoint, %error, unsaid, "request failed");
+        warn!(%client, path, request_id, trace_id, %route, endpoint, %error, unsaid, "request failed");
     } else {
-        debug!(%client, path, request_id, %route, endpoint, %error, "request failed");
+        debug!(%client, path, request_id, trace_id, %route, endpoint, %error, "request failed");
     }
 }
 

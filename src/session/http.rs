@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
-use tracing::{debug, info};
+use tracing::{debug, field::display, info};
 
 use super::{
     About, Context, Tunnel,
@@ -39,9 +39,13 @@ use crate::{
     net::{Kept, Stream, concat},
     relay::Leg,
     side::Side,
+    sparse::Sparse,
     upstream::{Answer, Error, Placed, Reply, Way},
     ws::Rsv,
 };
+
+/// That a backend refuses a handshake is said once in a while: whoever has no right to one may ask a thousand times.
+static REFUSED: Sparse = Sparse::new();
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
@@ -388,7 +392,8 @@ impl Context {
         };
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
-        let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
+        let trace_id = downstream::trace_id(request.headers());
+        let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, true) {
             self.doubt(client.ip());
@@ -404,9 +409,14 @@ impl Context {
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
-                let About { path, request_id, route, .. } = &about;
+                let About { path, request_id, trace_id, route, .. } = &about;
                 let endpoint = load.endpoint();
-                info!(%client, path, request_id, %route, %endpoint, status, "the backend refused a handshake");
+                let trace_id = trace_id.map(display);
+                if let Some(unsaid) = REFUSED.is_due() {
+                    info!(%client, path, request_id, trace_id, %route, %endpoint, status, unsaid, "the backend refused a handshake");
+                } else {
+                    debug!(%client, path, request_id, trace_id, %route, %endpoint, status, "the backend refused a handshake");
+                }
                 (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
             Err(error) => {
@@ -443,7 +453,8 @@ impl Context {
         let Way { route, upstream, .. } = way;
         path.truncate(path.floor_char_boundary(256));
         let request_id = downstream::request_id(request.headers());
-        let about = About { client: client.clone(), path, request_id, route: Arc::clone(route) };
+        let trace_id = downstream::trace_id(request.headers());
+        let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, false) {
             self.doubt(client.ip());

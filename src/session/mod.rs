@@ -38,7 +38,7 @@ use self::{answer::lost, http::Asked, report::Open, secure::Client};
 use crate::{
     admission::{Admission, Place, Reason},
     close::{self, Keeps, Linger},
-    downstream::{self, ProxyProtocol},
+    downstream::{self, ProxyProtocol, TraceId},
     drain::Drain,
     gate::{Gate, PendingQueue, Permit},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
@@ -66,6 +66,8 @@ pub struct Context {
     pub downstream: downstream::Config,
     /// The relay.
     pub relay: Arc<relay::Config>,
+    /// Of so many sessions one has its lines in the log; 0: none. One that did not end in order has its last one always.
+    pub log_sample: u32,
     /// The last wait of each socket, and who waits.
     pub close: close::Patience,
     /// The sockets in it.
@@ -107,6 +109,7 @@ struct About {
     /// Without the query, which may hold secrets; at most 256 bytes.
     path: String,
     request_id: String,
+    trace_id: Option<TraceId>,
     /// Of the configuration; empty: none is for its path.
     route: Arc<str>,
 }
@@ -345,7 +348,7 @@ impl Context {
         let Tunnel { backend, load, rsv, about, seat: _seat } = tunnel;
         let is_shared = matches!(backend.stream, Some(Stream::Multiplexed(_)));
         let way = if is_shared { "multiplexed" } else { "dedicated" };
-        let mut open = Open::new(&self.metrics, about, load, way);
+        let mut open = Open::new(&self.metrics, self.log_sample, about, load, way);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(
             Arc::clone(&self.relay),

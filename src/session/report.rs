@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{field::display, info, warn};
 
 use super::{About, Context};
 use crate::{
@@ -89,21 +89,30 @@ pub(super) struct Open<'a> {
     way: &'static str,
     begun: Instant,
     metrics: &'a Metrics,
+    /// The log has its first line, and so gets its last one.
+    is_told: bool,
     is_closed: bool,
     _counted: Counted,
 }
 
 impl<'a> Open<'a> {
-    pub(super) fn new(metrics: &'a Metrics, about: About, load: Load, way: &'static str) -> Self {
-        let About { client, path, request_id, route } = &about;
-        let (tls, sni, http) = (client.tls(), client.sni(), client.http());
-        info!(%client, http, tls, sni, path, request_id, %route, endpoint = %load.endpoint(), way, "open");
+    /// `sample`: `log.sample`.
+    pub(super) fn new(metrics: &'a Metrics, sample: u32, about: About, load: Load, way: &'static str) -> Self {
+        let is_told = sample > 0 && rand::random_ratio(1, sample);
+        if is_told {
+            let About { client, path, request_id, trace_id, route } = &about;
+            let (tls, sni, http, trace_id) = (client.tls(), client.sni(), client.http(), trace_id.map(display));
+            info!(%client, http, tls, sni, path, request_id, trace_id, %route, endpoint = %load.endpoint(), way, "open");
+        }
         let counted = Counted::new(&metrics.sessions);
-        Self { about, load, way, begun: Instant::now(), metrics, is_closed: false, _counted: counted }
+        Self { about, load, way, begun: Instant::now(), metrics, is_told, is_closed: false, _counted: counted }
     }
 
     pub(super) fn close(&mut self, report: &Report) {
         self.is_closed = true;
+        if !self.is_told && abnormal(report).next().is_none() {
+            return;
+        }
         let [from_client, from_backend] = report.counts;
         let [client_sent, backend_sent] = report.sent;
         let [client_got, backend_got] = report.got;
@@ -123,6 +132,7 @@ impl<'a> Open<'a> {
             sni = self.about.client.sni(),
             path = self.about.path,
             request_id = self.about.request_id,
+            trace_id = self.about.trace_id.map(display),
             route = %self.about.route,
             endpoint = %self.load.endpoint(),
             way = self.way,
@@ -158,10 +168,10 @@ impl Drop for Open<'_> {
             if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
         self.metrics.close("tidegate", None, false, Duration::ZERO);
         self.metrics.abnormal(cause);
-        let About { client, path, request_id, route } = &self.about;
-        let (endpoint, way) = (self.load.endpoint(), self.way);
+        let About { client, path, request_id, trace_id, route } = &self.about;
+        let (endpoint, way, trace_id) = (self.load.endpoint(), self.way, trace_id.map(display));
         let duration_ms = millis(self.begun.elapsed());
-        warn!(%client, path, request_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        warn!(%client, path, request_id, trace_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
 

@@ -25,6 +25,7 @@ mod injection;
 mod lifetime;
 mod linger;
 mod listeners;
+mod logs;
 mod memory;
 mod multiplexed;
 mod pod;
