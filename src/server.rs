@@ -216,6 +216,7 @@ impl Server {
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
                 drain,
+                roster: Arc::default(),
                 tracker,
                 gate: Gate::new(&waiters),
                 pending: balancer.pending(index),
@@ -270,6 +271,7 @@ impl Server {
                 let admin = admin::Admin::new(
                     Arc::clone(&metrics),
                     for_admin.subscribe(),
+                    contexts.iter().map(|context| Arc::clone(&context.roster)).collect(),
                     control,
                     admin_linger.clone(),
                     tracker.clone(),

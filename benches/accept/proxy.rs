@@ -234,6 +234,7 @@ impl<'a> Parts<'a> {
             metrics: Arc::clone(&self.metrics),
             traffic: self.metrics.traffic(),
             drain: self.drain.clone(),
+            roster: Arc::default(),
             tracker,
             gate: Gate::new(&self.waiters),
             pending: balancer.pending(0),

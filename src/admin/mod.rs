@@ -4,6 +4,7 @@
 //! from loopback addresses or with the token of `admin.token_file`, and not from web pages: whoever can reach the port from elsewhere can look, and
 //! nothing else.
 
+mod connections;
 mod control;
 
 use std::{
@@ -36,6 +37,7 @@ use crate::{
     drain::Phase,
     metrics::Metrics,
     net::{Kept, Stream},
+    session::Roster,
     side::Side,
     sparse::Sparse,
     token::Token,
@@ -72,6 +74,8 @@ const BRIEF: Patience = Patience { linger: Duration::from_millis(200), linger_ma
 pub struct Admin {
     metrics: Arc<Metrics>,
     parts: watch::Receiver<Parts>,
+    /// Of each worker.
+    rosters: Vec<Arc<Roster>>,
     control: Control,
     linger: Linger,
     waiting: [Semaphore; 2],
@@ -138,12 +142,13 @@ impl Admin {
     pub fn new(
         metrics: Arc<Metrics>,
         parts: watch::Receiver<Parts>,
+        rosters: Vec<Arc<Roster>>,
         control: Control,
         linger: Linger,
         tracker: TaskTracker,
     ) -> Self {
         let waiting = [(); 2].map(|()| Semaphore::new(MAX_WAITING));
-        Self { metrics, parts, control, linger, waiting, readiness: Mutex::new(None), tracker }
+        Self { metrics, parts, rosters, control, linger, waiting, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered.
@@ -249,7 +254,7 @@ impl Admin {
             "/readyz" => self.readyz().await,
             "/metrics" => typed("application/openmetrics-text; version=1.0.0; charset=utf-8", self.metrics.encode()),
             "/status" => self.status(StatusCode::OK),
-            "/connections" => self.connections(),
+            "/connections" => self.connections(request.uri().query().unwrap_or_default()),
             "/drain" => {
                 info!(%peer, "a drain is asked for");
                 self.control.drain().await;
@@ -321,12 +326,11 @@ impl Admin {
         }
     }
 
-    /// Those toward backends that sessions share.
-    fn connections(&self) -> Response<Full<Bytes>> {
-        let (shared, more) = self.parts.borrow().upstreams.shared(MAX_ENDPOINTS);
-        let mut text = serde_json::json!({ "shared": shared, "more": more }).to_string();
-        text.push('\n');
-        typed("application/json", text)
+    fn connections(&self, query: &str) -> Response<Full<Bytes>> {
+        match connections::connections(query, &self.rosters, &self.parts.borrow().upstreams) {
+            Ok(text) => typed("application/json", text),
+            Err(what) => plain(StatusCode::BAD_REQUEST, format!("{what}\n")),
+        }
     }
 
     fn status(&self, code: StatusCode) -> Response<Full<Bytes>> {

@@ -3,6 +3,7 @@
 //! Data on stdout, everything else on stderr. Exit codes: 0; 1 when running failed; 2 for a command line that cannot be
 //! understood; 78 (`EX_CONFIG` of sysexits.h) for a configuration that cannot be used.
 
+mod connections;
 mod log;
 mod operate;
 
@@ -17,7 +18,10 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio_util::sync::CancellationToken;
 
-use self::operate::{Admin, Way};
+use self::{
+    connections::Wanted,
+    operate::{Admin, Way},
+};
 use crate::{
     config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
     demo,
@@ -120,6 +124,18 @@ enum Command {
         #[command(flatten)]
         admin: AdminAt,
     },
+    /// List the sessions of the proxy that runs here, the oldest first
+    #[command(after_help = "It asks the admin listener (GET /connections).\n\
+                            Exit codes: 0 done, 1 it can't be reached, or does not understand the question")]
+    Connections {
+        #[command(flatten)]
+        wanted: Wanted,
+        /// In which format; as JSON also the connections that they share
+        #[arg(long, value_enum, default_value_t = Form::Text)]
+        format: Form,
+        #[command(flatten)]
+        admin: AdminAt,
+    },
     /// Print what the proxy that runs here is doing: its phase, sessions, sockets, as JSON
     Status {
         #[command(flatten)]
@@ -214,7 +230,16 @@ pub fn main() -> ExitCode {
         })),
         Command::Reload { admin } => Ok(admin.find().and_then(|admin| print(&operate::reload(&admin)?))),
         Command::Log { filter, admin } => Ok(admin.find().and_then(|admin| print(&operate::log(&admin, &filter)?))),
-        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(&admin)?))),
+        Command::Connections { wanted, format, admin } => Ok(admin.find().and_then(|admin| match format {
+            Form::Json => print(&connections::json(&admin, &wanted)?),
+            Form::Text => {
+                let (table, count) = connections::table(&admin, &wanted)?;
+                print(&table)?;
+                complain(&count);
+                Ok(())
+            }
+        })),
+        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::look(&admin, "/status")?))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),

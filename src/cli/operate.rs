@@ -17,7 +17,7 @@ use crate::token::Token;
 /// For a connect, and for an answer that is there at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Of an answer.
-const MAX_BYTES: usize = 1 << 20;
+const MAX_BYTES: usize = 16 << 20;
 
 /// Who is asked.
 #[derive(Debug)]
@@ -78,9 +78,9 @@ pub(super) fn log(admin: &Admin, filter: &str) -> anyhow::Result<String> {
     on_a_runtime(async { expect_ok(ask(admin, Method::POST, &path, Some(PATIENCE)).await?) })
 }
 
-/// Gives what is to be printed: JSON, in one line.
-pub(super) fn status(admin: &Admin) -> anyhow::Result<String> {
-    on_a_runtime(async { expect_ok(ask(admin, Method::GET, "/status", Some(PATIENCE)).await?) })
+/// What is said at a path where nothing changes.
+pub(super) fn look(admin: &Admin, path: &str) -> anyhow::Result<String> {
+    on_a_runtime(async { expect_ok(ask(admin, Method::GET, path, Some(PATIENCE)).await?) })
 }
 
 fn on_a_runtime<T>(what: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

@@ -18,6 +18,7 @@ mod http2;
 mod orphan;
 mod proxied;
 mod report;
+mod roster;
 mod secure;
 
 use std::{
@@ -33,8 +34,11 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-pub use self::current::Current;
 use self::{answer::lost, http::Asked, report::Open, secure::Client};
+pub use self::{
+    current::Current,
+    roster::{Entry, Roster, Session},
+};
 use crate::{
     admission::{Admission, Place, Reason},
     close::{self, Keeps, Linger},
@@ -82,6 +86,8 @@ pub struct Context {
     pub traffic: Arc<Traffic>,
     /// The order to end.
     pub drain: Drain,
+    /// Its sessions.
+    pub roster: Arc<Roster>,
     /// Every task of the worker.
     pub tracker: TaskTracker,
     /// Its handshakes.
@@ -348,7 +354,7 @@ impl Context {
         let Tunnel { backend, load, rsv, about, seat: _seat } = tunnel;
         let is_shared = matches!(backend.stream, Some(Stream::Multiplexed(_)));
         let way = if is_shared { "multiplexed" } else { "dedicated" };
-        let mut open = Open::new(&self.metrics, self.log_sample, about, load, way);
+        let mut open = Open::new(&self, about, load, way);
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(
             Arc::clone(&self.relay),

@@ -1,11 +1,14 @@
 //! What is said and counted of a session.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 use tracing::{field::display, info, warn};
 
-use super::{About, Context};
+use super::{
+    About, Context,
+    roster::{Entry, Roster},
+};
 use crate::{
     metrics::{Counted, Metrics},
     relay::{Cause, Gone, Initiator, Report},
@@ -82,30 +85,31 @@ const BUG: &str = "a bug in tidegate: please report it";
 
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
 pub(super) struct Open<'a> {
-    about: About,
-    /// The endpoint has one more until both legs have ended.
-    load: Load,
-    /// How its connection to the backend is used: the name of `pool.mode`.
-    way: &'static str,
-    begun: Instant,
+    entry: Arc<Entry>,
+    roster: &'a Roster,
+    /// In there.
+    key: usize,
     metrics: &'a Metrics,
     /// The log has its first line, and so gets its last one.
     is_told: bool,
     is_closed: bool,
+    /// The endpoint has one more until both legs have ended.
+    _load: Load,
     _counted: Counted,
 }
 
 impl<'a> Open<'a> {
-    /// `sample`: `log.sample`.
-    pub(super) fn new(metrics: &'a Metrics, sample: u32, about: About, load: Load, way: &'static str) -> Self {
-        let is_told = sample > 0 && rand::random_ratio(1, sample);
+    pub(super) fn new(context: &'a Context, about: About, load: Load, way: &'static str) -> Self {
+        let Context { metrics, roster, log_sample: sample, .. } = context;
+        let entry = Arc::new(Entry { about, endpoint: Arc::clone(load.endpoint()), way, begun: Instant::now() });
+        let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
-            let About { client, path, request_id, trace_id, route } = &about;
+            let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, .. } = &*entry;
             let (tls, sni, http, trace_id) = (client.tls(), client.sni(), client.http(), trace_id.map(display));
-            info!(%client, http, tls, sni, path, request_id, trace_id, %route, endpoint = %load.endpoint(), way, "open");
+            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way, "open");
         }
-        let counted = Counted::new(&metrics.sessions);
-        Self { about, load, way, begun: Instant::now(), metrics, is_told, is_closed: false, _counted: counted }
+        let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
+        Self { entry, roster, key, metrics, is_told, is_closed: false, _load: load, _counted: counted }
     }
 
     pub(super) fn close(&mut self, report: &Report) {
@@ -126,16 +130,17 @@ impl<'a> Open<'a> {
             Cause::Fault => BUG.to_owned(),
             _ => String::new(),
         };
+        let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
         info!(
-            client = %self.about.client,
-            tls = self.about.client.tls(),
-            sni = self.about.client.sni(),
-            path = self.about.path,
-            request_id = self.about.request_id,
-            trace_id = self.about.trace_id.map(display),
-            route = %self.about.route,
-            endpoint = %self.load.endpoint(),
-            way = self.way,
+            %client,
+            tls = client.tls(),
+            sni = client.sni(),
+            path,
+            request_id,
+            trace_id = trace_id.map(display),
+            %route,
+            %endpoint,
+            way,
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -146,7 +151,7 @@ impl<'a> Open<'a> {
             clean = causes.is_empty(),
             abnormal = causes,
             why,
-            duration_ms = millis(self.begun.elapsed()),
+            duration_ms = millis(begun.elapsed()),
             ending_ms = millis(report.ending),
             messages_from_client = from_client.messages,
             messages_from_backend = from_backend.messages,
@@ -161,6 +166,7 @@ impl<'a> Open<'a> {
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
+        self.roster.remove(self.key);
         if self.is_closed {
             return;
         }
@@ -168,14 +174,13 @@ impl Drop for Open<'_> {
             if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
         self.metrics.close("tidegate", None, false, Duration::ZERO);
         self.metrics.abnormal(cause);
-        let About { client, path, request_id, trace_id, route } = &self.about;
-        let (endpoint, way, trace_id) = (self.load.endpoint(), self.way, trace_id.map(display));
-        let duration_ms = millis(self.begun.elapsed());
+        let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
+        let (trace_id, duration_ms) = (trace_id.map(display), millis(begun.elapsed()));
         warn!(%client, path, request_id, trace_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
 
 /// A number for the log.
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -8,6 +8,7 @@ mod client_certificates;
 mod close_table;
 mod cold_pool;
 mod config;
+mod connections;
 mod crowd;
 mod delay_matrix;
 mod doctor;

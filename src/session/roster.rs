@@ -1,0 +1,97 @@
+//! The sessions that there are, for whoever asks: who, since when, to where. Each worker has a list of its own.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::Serialize;
+use slab::Slab;
+use tokio::time::Instant;
+
+use super::{About, report::millis};
+
+/// See the module. A session is in it from its 101 until both legs have ended.
+#[derive(Debug, Default)]
+pub struct Roster(Mutex<Slab<Arc<Entry>>>);
+
+/// One session.
+#[derive(Debug)]
+pub struct Entry {
+    pub(super) about: About,
+    pub(super) endpoint: Arc<str>,
+    /// How its connection to the backend is used: the name of `pool.mode`.
+    pub(super) way: &'static str,
+    pub(super) begun: Instant,
+}
+
+/// What is told of a session.
+#[derive(Debug, Serialize)]
+pub struct Session<'a> {
+    client: String,
+    age_ms: u64,
+    /// Its path in the configuration; empty: none is for it.
+    route: &'a str,
+    endpoint: &'a str,
+    way: &'static str,
+    http: &'static str,
+    tls: Option<&'static str>,
+    /// Without the query.
+    path: &'a str,
+    request_id: &'a str,
+    trace_id: Option<String>,
+}
+
+impl Roster {
+    pub(super) fn add(&self, entry: Arc<Entry>) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(entry)
+    }
+
+    pub(super) fn remove(&self, key: usize) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).try_remove(key);
+    }
+
+    /// All of them, as they are now.
+    pub fn sessions(&self) -> Vec<Arc<Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, entry)| Arc::clone(entry)).collect()
+    }
+}
+
+impl Entry {
+    /// The peer's address, or who a trusted balancer says that it is.
+    pub fn client(&self) -> IpAddr {
+        self.about.client.ip()
+    }
+
+    /// The configuration's.
+    pub fn route(&self) -> &str {
+        &self.about.route
+    }
+
+    /// The address of its backend.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// Since its 101.
+    pub fn begun(&self) -> Instant {
+        self.begun
+    }
+
+    /// What is told of it.
+    pub fn told(&self, now: Instant) -> Session<'_> {
+        let About { client, path, request_id, trace_id, route } = &self.about;
+        Session {
+            client: client.to_string(),
+            age_ms: millis(now.saturating_duration_since(self.begun)),
+            route,
+            endpoint: &self.endpoint,
+            way: self.way,
+            http: client.http(),
+            tls: client.tls(),
+            path,
+            request_id,
+            trace_id: trace_id.map(|id| id.to_string()),
+        }
+    }
+}
