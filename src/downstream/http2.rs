@@ -171,8 +171,10 @@ fn take_host(headers: &mut HeaderMap, authority: Option<&Authority>) -> Option<&
 /// "If there are multiple Cookie header fields after decompression, these MUST be concatenated into a single octet string using the
 /// two-octet delimiter of 0x3b, 0x20 ... before being passed into a non-HTTP/2 context" (RFC 9113 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
-    let crumbs: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
-    if crumbs.len() > 1
+    let crumbs = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes);
+    // An empty one would leave a delimiter at the end, of which HTTP/1.1 does not keep the space.
+    let crumbs: Vec<&[u8]> = crumbs.filter(|crumb| !crumb.is_empty()).collect();
+    if headers.get_all(COOKIE).iter().count() > 1
         && let Ok(cookie) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
     {
         headers.insert(COOKIE, cookie);
