@@ -255,6 +255,7 @@ impl ReloadResult {
 /// All of it.
 pub struct Metrics {
     registry: Registry,
+    process: Registry,
     workers: Arc<Mutex<Vec<Arc<Traffic>>>>,
     queues: Arc<OnceLock<Box<LookAtQueues>>>,
     log_drops: Arc<OnceLock<Box<CountDrops>>>,
@@ -340,6 +341,8 @@ impl Metrics {
     #[expect(clippy::too_many_lines, reason = "a list")]
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("tidegate");
+        let mut process = Registry::default();
+        process.register_collector(Box::new(ProcessCollector(System::default())));
         let workers = Arc::new(Mutex::new(Vec::new()));
         registry.register_collector(Box::new(TrafficCollector(Arc::clone(&workers))));
         let queues = Arc::new(OnceLock::new());
@@ -358,6 +361,7 @@ impl Metrics {
         let (handshake_duration, close_duration) = (latency(), latency());
         let metrics = Self {
             registry: Registry::default(),
+            process,
             workers,
             queues,
             log_drops,
@@ -646,7 +650,10 @@ impl Metrics {
     /// The exposition in the text format of `OpenMetrics`.
     pub fn encode(&self) -> String {
         let mut out = String::new();
-        text::encode(&mut out, &self.registry).expect("writing to a String does not fail");
+        let encoded = text::encode_registry(&mut out, &self.registry)
+            .and_then(|()| text::encode_registry(&mut out, &self.process))
+            .and_then(|()| text::encode_eof(&mut out));
+        encoded.expect("writing to a String does not fail");
         out
     }
 }
@@ -1030,6 +1037,39 @@ impl Collector for NamespaceCollector {
             let help = "Sockets in TIME_WAIT; of the whole network namespace";
             let metric = encoder.encode_descriptor("tcp_time_wait", help, None, MetricType::Gauge)?;
             ConstGauge::new(i64::try_from(sockets.time_wait).unwrap_or(i64::MAX)).encode(metric)?;
+        }
+        Ok(())
+    }
+}
+
+/// What every process tells of itself, under the names that Prometheus' own libraries have for it.
+#[derive(Debug)]
+struct ProcessCollector(System);
+
+impl Collector for ProcessCollector {
+    #[expect(clippy::cast_precision_loss, reason = "a count of descriptors")]
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let mut tell = |name, help, unit: Option<&Unit>, value: f64| {
+            ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?)
+        };
+        if let Some(memory) = self.0.process_memory() {
+            let [resident, size] = [memory.resident, memory.virtual_size].map(|bytes| bytes as f64);
+            tell("process_resident_memory", "Memory that the process has in use", Some(&Unit::Bytes), resident)?;
+            tell("process_virtual_memory", "Address space of the process", Some(&Unit::Bytes), size)?;
+        }
+        if let Some(open) = self.0.open_descriptors() {
+            tell("process_open_fds", "Descriptors that the process has open", None, open as f64)?;
+        }
+        if let Some(most) = crate::system::descriptor_limit().soft {
+            tell("process_max_fds", "Descriptors that it may have open", None, most as f64)?;
+        }
+        if let Some(process) = self.0.process() {
+            tell("process_threads", "Threads of the process", None, process.threads as f64)?;
+            let help = "When the process was started, since 1970";
+            tell("process_start_time", help, Some(&Unit::Seconds), process.started_seconds)?;
+            let help = "Processor time that the process has used, user and system";
+            let cpu = encoder.encode_descriptor("process_cpu", help, Some(&Unit::Seconds), MetricType::Counter)?;
+            ConstCounter::new(process.cpu_seconds).encode(cpu)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    param::page_size,
+    param::{clock_ticks_per_second, page_size},
     process::{Resource, Rlimit, getrlimit},
 };
 use serde::Serialize;
@@ -67,6 +67,17 @@ pub struct ProcessMemory {
     pub virtual_size: u64,
     /// Of that, what is in memory.
     pub resident: u64,
+}
+
+/// What this process has used, and since when it is there.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Process {
+    /// Of processors, all its threads together, also those that have ended.
+    pub cpu_seconds: f64,
+    /// When it was started, since 1970.
+    pub started_seconds: f64,
+    /// That it has now.
+    pub threads: u64,
 }
 
 /// Memory of the whole host, in bytes, whatever part of it this process may use.
@@ -217,6 +228,24 @@ impl System {
     /// Sizes of this process, from `/proc/self/statm` (`proc_pid_statm` in `fs/proc/array.c`).
     pub fn process_memory(&self) -> Option<ProcessMemory> {
         statm(&self.read("proc/self/statm")?)
+    }
+
+    /// From `/proc/self/stat` (`do_task_stat` in `fs/proc/array.c`), and the host's start from `/proc/stat`.
+    #[expect(clippy::cast_precision_loss, reason = "ticks and seconds, as floats are what metrics are")]
+    pub fn process(&self) -> Option<Process> {
+        let text = self.read("proc/self/stat")?;
+        // Behind the name, which may have spaces and brackets.
+        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+        // The third field is the first one here.
+        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+        let ticks = clock_ticks_per_second() as f64;
+        let host = self.read("proc/stat")?;
+        let booted = host.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse::<u64>().ok()?;
+        Some(Process {
+            cpu_seconds: (field(14)? + field(15)?) as f64 / ticks,
+            started_seconds: booted as f64 + field(22)? as f64 / ticks,
+            threads: field(20)?,
+        })
     }
 
     /// Sizes of the process that started this one.
@@ -426,6 +455,20 @@ mod tests {
 
         let (_folder, only_snmp) = fixture(&[("proc/net/snmp", "Tcp: OutRsts\nTcp: 3\n")]);
         assert_eq!(only_snmp.net_counters().unwrap().get("Tcp", "OutRsts"), Some(3));
+    }
+
+    /// A name may have brackets and spaces; and our own is told.
+    #[test]
+    fn processes() {
+        let (_folder, system) = fixture(&[
+            ("proc/self/stat", "7 (a) b) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0 9 0 1000 11 12\n"),
+            ("proc/stat", "cpu 1 2\nbtime 1700000000\nprocesses 5\n"),
+        ]);
+        let ticks = f64::from(u32::try_from(clock_ticks_per_second()).unwrap());
+        let expected =
+            Process { cpu_seconds: 200.0 / ticks, started_seconds: 1_700_000_000.0 + 1000.0 / ticks, threads: 9 };
+        assert_eq!(system.process(), Some(expected));
+        assert!(System::default().process().is_some_and(|own| own.threads > 0 && own.started_seconds > 1e9));
     }
 
     #[test]
