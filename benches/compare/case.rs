@@ -5,7 +5,7 @@ use std::fmt;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::{Options, peers::Peer, report::size};
+use crate::{Options, peers::Peer, report::size, transport::Transport};
 
 /// The payload that every idle session has echoed once, and that of a short session.
 const IDLE_BYTES: usize = 16 * 1024;
@@ -45,13 +45,16 @@ impl Measure {
 pub enum Case {
     Echo {
         bytes: usize,
+        transport: Transport,
     },
     Idle {
         bytes: usize,
         sessions: u32,
+        transport: Transport,
     },
     Churn {
         bytes: usize,
+        transport: Transport,
     },
     Spike {
         clients: u32,
@@ -82,12 +85,24 @@ pub enum Case {
 pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
     let somaxconns: Vec<Option<u32>> =
         if in_namespaces { options.somaxconn.iter().copied().map(Some).collect() } else { vec![None] };
+    // How a session began makes no difference to one that lasts.
+    let lasting = options.transport.iter().copied().filter(|transport| *transport != Transport::Resumed);
     let mut cases = Vec::new();
     for measure in &options.only {
         match measure {
-            Measure::Echo => cases.extend(options.sizes.iter().map(|&bytes| Case::Echo { bytes })),
-            Measure::Idle => cases.push(Case::Idle { bytes: IDLE_BYTES, sessions: options.sessions }),
-            Measure::Churn => cases.push(Case::Churn { bytes: SHORT_BYTES }),
+            Measure::Echo => {
+                for &bytes in &options.sizes {
+                    cases.extend(lasting.clone().map(|transport| Case::Echo { bytes, transport }));
+                }
+            }
+            Measure::Idle => {
+                let sessions = options.sessions;
+                cases.extend(lasting.clone().map(|transport| Case::Idle { bytes: IDLE_BYTES, sessions, transport }));
+            }
+            Measure::Churn => {
+                let transports = options.transport.iter().copied();
+                cases.extend(transports.map(|transport| Case::Churn { bytes: SHORT_BYTES, transport }));
+            }
             Measure::Spike => {
                 for &clients in &options.spike {
                     for &somaxconn in &somaxconns {
@@ -129,9 +144,26 @@ impl Case {
     /// Payload of a message.
     pub fn bytes(self) -> usize {
         match self {
-            Self::Echo { bytes } | Self::Idle { bytes, .. } | Self::Churn { bytes } => bytes,
+            Self::Echo { bytes, .. } | Self::Idle { bytes, .. } | Self::Churn { bytes, .. } => bytes,
             Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => SHORT_BYTES,
         }
+    }
+
+    pub fn transport(self) -> Transport {
+        match self {
+            Self::Echo { transport, .. } | Self::Idle { transport, .. } | Self::Churn { transport, .. } => transport,
+            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => Transport::Plain,
+        }
+    }
+
+    /// The same over TCP.
+    pub fn plain(self) -> Self {
+        let mut plain = self;
+        if let Self::Echo { transport, .. } | Self::Idle { transport, .. } | Self::Churn { transport, .. } = &mut plain
+        {
+            *transport = Transport::Plain;
+        }
+        plain
     }
 
     /// At once, at most; 0: few.
@@ -159,6 +191,17 @@ impl Case {
 
     /// Whether it is measured through `peer`; `asked`: whether the user has said what is to be measured.
     pub fn is_for(self, peer: Peer, asked: bool) -> bool {
+        let speaks = match self.transport() {
+            Transport::Plain => true,
+            // The backend is as it always was.
+            Transport::Tls | Transport::Resumed => peer != Peer::Direct,
+            // nginx has no RFC 8441.
+            Transport::H2 => !matches!(peer, Peer::Direct | Peer::Nginx),
+        };
+        speaks && self.is_measured(peer, asked)
+    }
+
+    fn is_measured(self, peer: Peer, asked: bool) -> bool {
         match self {
             Self::Ramp { .. } => match peer {
                 Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
@@ -176,7 +219,12 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Echo { bytes } | Self::Idle { bytes, .. } | Self::Churn { bytes } => f.write_str(&size(*bytes)),
+            Self::Churn { bytes, transport: Transport::Tls } => write!(f, "{}, TLS, full handshake", size(*bytes)),
+            Self::Echo { bytes, transport }
+            | Self::Idle { bytes, transport, .. }
+            | Self::Churn { bytes, transport } => {
+                write!(f, "{}{transport}", size(*bytes))
+            }
             Self::Spike { clients, plain: false, .. } => write!(f, "{clients} sessions"),
             Self::Spike { clients, plain: true, .. } => write!(f, "{clients} plain GETs"),
             Self::Waves { waves, clients, .. } => write!(f, "{waves} waves of {clients} sessions"),

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     io,
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -25,7 +26,8 @@ use crate::{
     procfs::{Cpu, Memory},
     ramp::{self, Ramp},
     spike,
-    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
+    transport::{Dialers, Transport},
+    wire::{BINARY, CLOSE, CLOSE_NORMAL, Role, frame},
 };
 
 /// The bound of one session's steps: what takes longer is a failure.
@@ -44,6 +46,11 @@ pub struct Order {
     pub connections: usize,
     /// Payload of a message.
     pub bytes: usize,
+    pub transport: Transport,
+    /// Whom to believe, over TLS.
+    pub roots: Option<PathBuf>,
+    /// Sessions of a connection, over HTTP/2.
+    pub streams: usize,
     pub work: Work,
 }
 
@@ -57,6 +64,12 @@ pub enum Work {
     Waves { waves: u32, clients: usize },
     Held { sessions: usize, clients: usize },
     Ramp(Ramp),
+}
+
+impl Order {
+    fn dialers(&self) -> anyhow::Result<Dialers> {
+        Dialers::new(self.address, self.transport, self.streams, self.roots.as_deref())
+    }
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -130,8 +143,9 @@ pub fn main(order: &str) -> anyhow::Result<()> {
 async fn echo(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
     let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
     let mut open = Vec::with_capacity(order.connections);
-    for _ in 0..order.connections {
-        open.push(limited(Connection::open(order.address)).await?);
+    let dialers = order.dialers()?;
+    for mut dialer in limited(dialers.all(order.connections)).await? {
+        open.push(limited(dialer.open()).await?);
     }
     // Only now: those that talk would hold up who still connects.
     let mut tasks = JoinSet::new();
@@ -156,13 +170,14 @@ async fn churn(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -
     let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
     let close: Arc<[u8]> = frame(Role::Client, CLOSE, &CLOSE_NORMAL).into();
     let mut tasks = JoinSet::new();
-    for _ in 0..order.connections {
+    let dialers = order.dialers()?;
+    for mut dialer in limited(dialers.all(order.connections)).await? {
         let (message, close, counts) = (Arc::clone(&message), Arc::clone(&close), Arc::clone(counts));
-        let (address, bytes) = (order.address, order.bytes);
+        let bytes = order.bytes;
         tasks.spawn(async move {
             loop {
                 let session = async {
-                    let mut connection = Connection::open(address).await?;
+                    let mut connection = dialer.open().await?;
                     connection.echo(&message, bytes).await?;
                     connection.close(&close).await
                 };
@@ -198,14 +213,23 @@ async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::R
     let before = Memory::of(&order.proxy)?;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
+    let dialers = Arc::new(order.dialers()?);
     for nth in 0..order.connections {
         let share = (sessions + nth) / order.connections;
-        let (address, bytes, message, counts) = (order.address, order.bytes, Arc::clone(&message), Arc::clone(counts));
+        let (dialers, bytes, message, counts) =
+            (Arc::clone(&dialers), order.bytes, Arc::clone(&message), Arc::clone(counts));
         tasks.spawn(async move {
             let mut open = Vec::with_capacity(share);
-            for _ in 0..share {
+            let mut dialer = None;
+            for nth in 0..share {
                 let session = async {
-                    let mut connection = Connection::open(address).await?;
+                    if nth % dialers.streams == 0 {
+                        dialer = Some(dialers.one().await?);
+                    }
+                    let mut connection = match &mut dialer {
+                        Some(dialer) => dialer.open().await?,
+                        None => return Err(io::ErrorKind::NotConnected.into()),
+                    };
                     connection.echo(&message, bytes).await?;
                     open.push(connection);
                     Ok(())

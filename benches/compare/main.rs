@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! load (one thread) ---- direct | nginx | haproxy | tidegate ---- echo backend (one thread)
+//!        TCP, TLS or HTTP/2                             HTTP/1.1 over TCP
 //! ```
 //!
 //! - All three are processes of their own, started for each leg and ended after it, so that no leg inherits the memory or
@@ -27,6 +28,7 @@ mod procfs;
 mod ramp;
 mod report;
 mod spike;
+mod transport;
 mod watch;
 mod wire;
 
@@ -54,6 +56,7 @@ use crate::{
     peers::{Peer, Site, Tidegates},
     ramp::Ramp,
     report::{Report, Row},
+    transport::{Certificates, Transport},
 };
 
 /// Open files per process: what a small container often has, and enough for 9,000 sessions of two descriptors each.
@@ -120,6 +123,12 @@ struct Options {
     /// How long one leg of `echo` and `churn` is measured
     #[arg(long, default_value_t = 3.0, value_parser = seconds)]
     seconds: f64,
+    /// How clients come in `echo`, `idle` and `churn`; the backend has plain HTTP/1.1 in any case
+    #[arg(long, value_delimiter = ',', default_value = "plain")]
+    transport: Vec<Transport>,
+    /// Sessions of one connection, over HTTP/2
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=100))]
+    streams: u16,
     /// What tidegate is measured next to [default: direct, and what is installed of nginx and haproxy]
     #[arg(long, value_delimiter = ',')]
     peers: Option<Vec<Next>>,
@@ -132,7 +141,7 @@ struct Options {
     /// Measures a second tidegate too, `other`: this binary
     #[arg(long, value_name = "PATH")]
     tidegate_binary: Option<PathBuf>,
-    /// Connections of `echo`, and sessions under way at once in `churn` and while `idle` connects
+    /// Sessions of `echo`, and sessions under way at once in `churn` and while `idle` connects
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=5000))]
     connections: u32,
     /// Sessions of `idle`
@@ -353,7 +362,9 @@ async fn leg(
         Some(somaxconn) if in_namespaces => Place::namespaces(somaxconn, options.backend_somaxconn)?,
         _ => Place::Loopback,
     };
-    let site = Site { folder, place: &place, logs: options.logs };
+    let transport = case.transport();
+    let certificates = transport.is_tls().then(|| Certificates::write(folder)).transpose()?;
+    let site = Site { folder, place: &place, logs: options.logs, tls: certificates.as_ref() };
     let (backend, backend_address) =
         peers::start_backend(&site, peer, options.backend_backlog, matches!(case, Case::Ramp { .. })).await?;
     let proxy = peers::start(&site, peer, tidegates, backend_address).await?;
@@ -372,6 +383,9 @@ async fn leg(
         backend: backend.pid(),
         connections: options.connections as usize,
         bytes: case.bytes(),
+        transport,
+        roots: certificates.as_ref().map(|files| files.roots.clone()),
+        streams: options.streams.into(),
         work: match case {
             Case::Echo { .. } => Work::Echo { warmup, seconds },
             Case::Idle { .. } => Work::Idle { sessions: options.sessions as usize },

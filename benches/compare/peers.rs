@@ -17,6 +17,7 @@ use crate::{
     namespaces::{Place, Side},
     process::{Death, Process, Start},
     procfs,
+    transport::Certificates,
 };
 
 /// Every proxy has as many.
@@ -138,6 +139,8 @@ pub struct Site<'a> {
     pub folder: &'a Path,
     pub place: &'a Place,
     pub logs: bool,
+    /// That clients get over TLS; None: plain TCP.
+    pub tls: Option<&'a Certificates>,
 }
 
 impl<'a> Site<'a> {
@@ -216,9 +219,13 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
     let address = SocketAddr::new(site.place.address(Side::Proxy), 0);
     // The line that says where it listens is needed in any case.
     let filter = if site.logs { "info" } else { "warn,tidegate::server=info" };
+    let tls = site.tls.map_or_else(String::new, |files| {
+        let (chain, key) = (files.chain.display(), files.key.display());
+        format!("listen.tls_certificate = '{chain}'\nlisten.tls_key = '{key}'\n")
+    });
     let base = format!(
         "listen.address = \"{address}\"\nlisten.workers = {WORKERS}\nupstream.address = \"{backend}\"\n\
-         admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n"
+         admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n{tls}"
     );
     let config = site.folder.join("proxy.toml");
     fs::write(&config, merged(base.parse()?, settings).to_string())?;
@@ -237,6 +244,19 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
 async fn start_nginx(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
     let address = site.free_address()?;
     let access_log = if site.logs { "nginx.access.log" } else { "off" };
+    let (ssl, tls) = site.tls.map_or_else(Default::default, |files| {
+        let (chain, key) = (files.chain.display(), files.key.display());
+        // Tickets and no cache, as the others have it.
+        let tls = format!(
+            "ssl_certificate {chain};
+        ssl_certificate_key {key};
+        ssl_protocols TLSv1.3;
+        ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;
+        ssl_ecdh_curve X25519;
+        ssl_session_tickets on;"
+        );
+        ("ssl ", tls)
+    });
     let config = site.folder.join("nginx.conf");
     fs::write(
         &config,
@@ -258,7 +278,8 @@ http {{
         ''      close;
     }}
     server {{
-        listen {address} backlog=65535 reuseport;
+        listen {address} {ssl}backlog=65535 reuseport;
+        {tls}
         location / {{
             proxy_pass http://{backend};
             proxy_http_version 1.1;
@@ -288,6 +309,12 @@ http {{
 async fn start_haproxy(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
     let address = site.free_address()?;
     let log = if site.logs { "log stdout format raw local0" } else { "" };
+    let tls = site.tls.map_or_else(String::new, |files| {
+        format!(
+            "ssl crt {} alpn h2,http/1.1 ssl-min-ver TLSv1.3 ciphersuites TLS_AES_128_GCM_SHA256 curves X25519",
+            files.both.display()
+        )
+    });
     let config = site.folder.join("haproxy.cfg");
     fs::write(
         &config,
@@ -308,7 +335,7 @@ defaults
     timeout http-request 1m
     timeout queue 1h
 frontend front
-    bind {address} shards by-thread
+    bind {address} shards by-thread {tls}
     default_backend back
 backend back
     server one {backend}
@@ -324,18 +351,29 @@ backend back
     Ok(Proxy { address, pids: vec![process.pid()], process })
 }
 
-/// As in "nginx/1.22.1".
+/// As in "nginx/1.22.1 (OpenSSL 3.0.19)".
 pub fn nginx_version() -> anyhow::Result<String> {
-    let output = Command::new("nginx").arg("-v").stdin(Stdio::null()).output().context("nginx is not installed")?;
+    let output = Command::new("nginx").arg("-V").stdin(Stdio::null()).output().context("nginx is not installed")?;
     let printed = String::from_utf8_lossy(&output.stderr);
-    let version = printed.trim().strip_prefix("nginx version: ").context("nginx -v does not say its version")?;
-    Ok(version.to_owned())
+    let version = printed.lines().next().and_then(|line| line.strip_prefix("nginx version: "));
+    let version = version.context("nginx -V does not say its version")?;
+    // "built with OpenSSL 3.0.17 1 Jul 2025 (running with OpenSSL 3.0.19 27 Jan 2026)"; without the second where they are the same.
+    Ok(with_openssl(version, printed.lines().find(|line| line.starts_with("built with OpenSSL "))))
 }
 
-/// As in "`HAProxy` 2.6.12-1+deb12u4".
+/// The last version that `line` names.
+fn with_openssl(version: &str, line: Option<&str>) -> String {
+    let openssl = line.and_then(|line| line.rsplit_once("OpenSSL ")?.1.split_whitespace().next());
+    openssl.map_or_else(|| version.to_owned(), |openssl| format!("{version} (OpenSSL {openssl})"))
+}
+
+/// As in "`HAProxy` 2.6.12-1+deb12u4 (OpenSSL 3.0.19)".
 pub fn haproxy_version() -> anyhow::Result<String> {
-    let output = Command::new("haproxy").arg("-v").stdin(Stdio::null()).output().context("haproxy is not installed")?;
+    let output =
+        Command::new("haproxy").arg("-vv").stdin(Stdio::null()).output().context("haproxy is not installed")?;
     let printed = String::from_utf8_lossy(&output.stdout);
     let version = printed.split_whitespace().skip_while(|word| *word != "version").nth(1);
-    Ok(format!("HAProxy {}", version.context("haproxy -v does not say its version")?))
+    let version = version.context("haproxy -vv does not say its version")?;
+    let openssl = printed.lines().find(|line| line.starts_with("Running on OpenSSL version"));
+    Ok(with_openssl(&format!("HAProxy {version}"), openssl))
 }

@@ -12,6 +12,7 @@ use crate::{
     case::Case,
     load::Outcome,
     peers::{self, Peer, Tidegates, WORKERS},
+    transport::{SUITE, Transport},
 };
 
 /// One leg.
@@ -78,6 +79,8 @@ struct Setting {
     other: Option<String>,
     nginx: Option<String>,
     haproxy: Option<String>,
+    /// Of tidegate and the load generator: what encrypts, and what speaks HTTP/2.
+    crates: Option<String>,
     kernel: String,
     cpu: String,
     cores: usize,
@@ -88,6 +91,7 @@ struct Setting {
     seconds: f64,
     connections: u32,
     sessions: u32,
+    streams: u16,
     /// Whether clients, proxy and backend had network namespaces of their own, where that matters.
     namespaces: bool,
     backend_backlog: u16,
@@ -130,6 +134,8 @@ struct Summary {
     values: BTreeMap<String, Spread>,
     /// The difference to the peer that the table compares with, in percent, of the column that it compares.
     difference_percent: Option<Spread>,
+    /// The same column, less that of the same over TCP, in its unit.
+    more_than_plain: Option<Spread>,
     /// What failed in all rounds, and how often.
     errors: BTreeMap<String, u64>,
 }
@@ -278,6 +284,7 @@ impl Report {
             other: peers.contains(&Peer::Other).then(|| tidegates.version(Peer::Other)).transpose()?,
             nginx: peers.contains(&Peer::Nginx).then(peers::nginx_version).transpose()?,
             haproxy: peers.contains(&Peer::Haproxy).then(peers::haproxy_version).transpose()?,
+            crates: options.transport.iter().any(|transport| transport.is_tls()).then(crates).transpose()?,
             kernel: read("/proc/sys/kernel/osrelease"),
             cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
             cores: thread::available_parallelism()?.get(),
@@ -288,6 +295,7 @@ impl Report {
             seconds: options.seconds,
             connections: options.connections,
             sessions: options.sessions,
+            streams: options.streams,
             namespaces,
             backend_backlog: options.backend_backlog,
             backend_somaxconn: options.backend_somaxconn,
@@ -297,10 +305,16 @@ impl Report {
         Ok(Self { rows: Vec::new(), setting })
     }
 
-    /// The peer that all others are compared with: where there is no nginx but a second tidegate, that is the first one.
-    fn with(&self, table: &Table) -> Peer {
-        let alone = table.with == Peer::Nginx && self.setting.nginx.is_none() && self.setting.other.is_some();
-        if alone { Peer::Tidegate } else { table.with }
+    /// The peer that all others are compared with: where there is no nginx but a second tidegate, that is the first one. nginx has no
+    /// WebSockets over HTTP/2.
+    fn with(&self, table: &Table, transport: Transport) -> Peer {
+        let s = &self.setting;
+        let (with, is_there) = match (table.with, transport) {
+            (Peer::Nginx, Transport::H2) => (Peer::Haproxy, s.haproxy.is_some()),
+            (Peer::Nginx, _) => (Peer::Nginx, s.nginx.is_some()),
+            (with, _) => (with, true),
+        };
+        if !is_there && s.other.is_some() { Peer::Tidegate } else { with }
     }
 
     fn summaries(&self) -> Vec<Summary> {
@@ -326,8 +340,17 @@ impl Report {
         let compared = |peer| -> BTreeMap<u32, f64> {
             rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared)?))).collect()
         };
-        let with = self.with(table);
+        let with = self.with(table, case.transport());
         let others = compared(with);
+        // Of the same round, too.
+        let plain: BTreeMap<u32, f64> = self
+            .rows
+            .iter()
+            .filter(|row| (row.case, row.peer) == (case.plain(), peer))
+            .filter_map(|row| Some((row.round, *row.values.get(table.compared)?)))
+            .collect();
+        let more = compared(peer).into_iter().filter_map(|(round, value)| Some(value - plain.get(&round)?));
+        let more_than_plain = if case.plain() == case { None } else { Spread::of(more.collect()) };
         let differences = compared(peer).into_iter().filter_map(|(round, value)| {
             let other = others.get(&round).filter(|other| **other > 0.0)?;
             Some((value - other) / other * 100.0)
@@ -337,6 +360,7 @@ impl Report {
             peer,
             values: values.into_iter().filter_map(|(name, values)| Some((name, Spread::of(values)?))).collect(),
             difference_percent: if peer == with { None } else { Spread::of(differences.collect()) },
+            more_than_plain,
             errors,
         }
     }
@@ -352,7 +376,7 @@ impl Report {
         let s = &self.setting;
         writeln!(text, "`{}`\n", s.command)?;
         let programs = [Some(s.tidegate.clone()), s.other.as_ref().map(|other| format!("other: {other}"))];
-        let programs = programs.into_iter().chain([s.nginx.clone(), s.haproxy.clone()]).flatten();
+        let programs = programs.into_iter().chain([s.nginx.clone(), s.haproxy.clone(), s.crates.clone()]).flatten();
         writeln!(
             text,
             "{}; Linux {}, {} cores ({}), {} workers each; load average before: {}; {} rounds. Median (min..max) of the \
@@ -370,7 +394,8 @@ impl Report {
         }
         let summaries = self.summaries();
         for table in TABLES {
-            let with = self.with(&table);
+            let with = self.with(&table, Transport::Plain);
+            let with_http2 = self.with(&table, Transport::H2);
             let Table { measure, title, compared, columns, .. } = table;
             let rows: Vec<&Summary> = summaries.iter().filter(|summary| summary.case.measure() == measure).collect();
             if rows.is_empty() {
@@ -379,12 +404,29 @@ impl Report {
             writeln!(text, "\n### {title}\n\n{}\n", self.circumstances(measure))?;
             let names: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
             let (compared, _) = columns.iter().find(|(_, name)| *name == compared).expect("a column");
-            writeln!(text, "| | through | {} | {compared} next to {with} |", names.join(" | "))?;
-            writeln!(text, "|---:|---|{}", "---:|".repeat(names.len() + 1))?;
+            let with_http2 = if rows.iter().any(|row| row.case.transport() == Transport::H2) && with_http2 != with {
+                format!(" (HTTP/2: to {with_http2})")
+            } else {
+                String::new()
+            };
+            let more = rows.iter().any(|row| row.more_than_plain.is_some());
+            let more_title = if more { " more than over TCP |" } else { "" };
+            writeln!(
+                text,
+                "| | through | {} |{more_title} {compared} next to {with}{with_http2} |",
+                names.join(" | ")
+            )?;
+            writeln!(text, "|---:|---|{}", "---:|".repeat(names.len() + 1 + usize::from(more)))?;
             for row in &rows {
                 write!(text, "| {} | {} |", row.case, row.peer)?;
                 for (_, name) in columns {
                     match row.values.get(*name) {
+                        Some(spread) => write!(text, " {spread} |")?,
+                        None => write!(text, " – |")?,
+                    }
+                }
+                if more {
+                    match row.more_than_plain {
                         Some(spread) => write!(text, " {spread} |")?,
                         None => write!(text, " – |")?,
                     }
@@ -423,10 +465,18 @@ impl Report {
             "ramp" => format!("{} clients more per second, then {} s as many. ", s.ramp_rate, s.ramp_hold),
             _ => String::new(),
         };
+        let tls = match s.crates {
+            Some(_) => format!(
+                " TLS: {SUITE}; every server gives tickets, none has a cache. HTTP/2: over the same TLS, {} sessions on a connection, \
+                 which is there already in echo and churn.",
+                s.streams
+            ),
+            None => String::new(),
+        };
         match measure {
-            "echo" => format!("{} s per leg, {} connections.", s.seconds, s.connections),
-            "churn" => format!("{} s per leg, {} sessions at once.", s.seconds, s.connections),
-            "idle" => format!("{} sessions.", s.sessions),
+            "echo" => format!("{} s per leg, {} sessions.{tls}", s.seconds, s.connections),
+            "churn" => format!("{} s per leg, {} sessions at once.{tls}", s.seconds, s.connections),
+            "idle" => format!("{} sessions.{tls}", s.sessions),
             _ if s.namespaces => format!(
                 "{ramp}Clients, proxy and backend in network namespaces of their own; the backend's backlog {}, its somaxconn {}.",
                 s.backend_backlog, s.backend_somaxconn
@@ -450,6 +500,18 @@ impl Report {
             rows: &self.rows,
         })
     }
+}
+
+/// The versions that the lock file says.
+fn crates() -> anyhow::Result<String> {
+    let lock: toml::Table = include_str!("../../Cargo.lock").parse()?;
+    let packages = lock.get("package").and_then(toml::Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let version = |name: &str| {
+        let package =
+            packages.iter().find(|package| package.get("name").and_then(toml::Value::as_str) == Some(name))?;
+        Some(format!("{name} {}", package.get("version")?.as_str()?))
+    };
+    Ok(["rustls", "ring", "h2"].into_iter().filter_map(version).collect::<Vec<_>>().join(", "))
 }
 
 /// Three digits that count.

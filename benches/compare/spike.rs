@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     load::{Order, Outcome},
     watch::Watch,
-    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, frame},
+    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Role, Stream, frame},
 };
 
 /// From the first `connect()`: who is not through by then has failed.
@@ -116,7 +116,8 @@ impl Script {
                 return Ok(());
             }
             stage = "upgrade";
-            let mut connection = Connection::upgrade(stream, self.address).await?;
+            stream.set_nodelay(true)?;
+            let mut connection = Connection::upgrade(Stream::Plain(stream), self.address).await?;
             seen.admitted = Some(begun.elapsed());
             stage = "echo";
             connection.echo(&self.message, self.bytes).await?;

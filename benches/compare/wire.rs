@@ -1,5 +1,6 @@
 //! WebSocket on raw bytes, for both ends of the measurement, made to cost little: frames are prepared once, received
-//! payloads are counted and not looked at, reads go through one buffer per thread. It shares no code with tidegate.
+//! payloads are counted and not looked at, reads go through one buffer per thread. It shares no code with tidegate. Over TCP, TLS, or a stream
+//! of HTTP/2.
 
 use std::{
     cell::RefCell,
@@ -10,10 +11,13 @@ use std::{
     task::{Poll, ready},
 };
 
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
 use tokio::{
-    io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead as _, AsyncWriteExt as _, BufReader, ReadBuf},
     net::TcpStream,
 };
+use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// Opcodes of RFC 6455 5.2.
@@ -157,10 +161,18 @@ pub enum Request {
     Answered,
 }
 
+/// What a connection goes over.
+#[derive(Debug)]
+pub enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<BufReader<TcpStream>>>),
+    Http2(SendStream<Bytes>, RecvStream),
+}
+
 /// One end of an upgraded connection.
 #[derive(Debug)]
 pub struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     role: Role,
     reader: Reader,
     /// Arrived behind the frame that was asked for; mostly empty.
@@ -170,12 +182,18 @@ pub struct Connection {
 impl Connection {
     /// Connects and upgrades.
     pub async fn open(address: SocketAddr) -> io::Result<Self> {
-        Self::upgrade(TcpStream::connect(address).await?, address).await
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Self::upgrade(Stream::Plain(stream), address).await
+    }
+
+    /// Of a client, upgraded.
+    pub fn client(stream: Stream) -> Self {
+        Self::new(stream, Role::Client)
     }
 
     /// Upgrades a connection to `address`.
-    pub async fn upgrade(stream: TcpStream, address: SocketAddr) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
+    pub async fn upgrade(stream: Stream, address: SocketAddr) -> io::Result<Self> {
         let mut connection = Self::new(stream, Role::Client);
         let request = format!(
             "GET /echo HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -193,7 +211,7 @@ impl Connection {
     /// A plain request on a connection to `address`, its whole answer, and the peer's FIN.
     pub async fn get(stream: TcpStream, address: SocketAddr) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        let mut connection = Self::new(stream, Role::Client);
+        let mut connection = Self::new(Stream::Plain(stream), Role::Client);
         let request = format!("GET /plain HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
         connection.write(request.as_bytes()).await?;
         let head = connection.head().await?;
@@ -211,7 +229,7 @@ impl Connection {
     /// Reads a request. One for an upgrade is answered with 101; all others are answered until the end of the connection.
     pub async fn accept(stream: TcpStream) -> io::Result<Request> {
         stream.set_nodelay(true)?;
-        let mut connection = Self::new(stream, Role::Backend);
+        let mut connection = Self::new(Stream::Plain(stream), Role::Backend);
         loop {
             let head = match connection.head().await {
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(Request::Answered),
@@ -233,14 +251,14 @@ impl Connection {
             response.extend(std::iter::repeat_n('x', PLAIN_BODY_BYTES));
             connection.write(response.as_bytes()).await?;
             if last {
-                connection.stream.shutdown().await?;
+                connection.shutdown().await?;
                 connection.until_fin().await?;
                 return Ok(Request::Answered);
             }
         }
     }
 
-    fn new(stream: TcpStream, role: Role) -> Self {
+    fn new(stream: Stream, role: Role) -> Self {
         Self { stream, role, reader: Reader::default(), rest: Vec::new() }
     }
 
@@ -261,7 +279,23 @@ impl Connection {
     }
 
     pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes).await
+        match &mut self.stream {
+            Stream::Plain(stream) => stream.write_all(bytes).await,
+            Stream::Tls(stream) => {
+                stream.write_all(bytes).await?;
+                stream.flush().await
+            }
+            // What the peer's windows do not allow yet waits in h2: one message at most.
+            Stream::Http2(send, _) => send.send_data(Bytes::copy_from_slice(bytes), false).map_err(io::Error::other),
+        }
+    }
+
+    async fn shutdown(&mut self) -> io::Result<()> {
+        match &mut self.stream {
+            Stream::Plain(stream) => stream.shutdown().await,
+            Stream::Tls(stream) => stream.shutdown().await,
+            Stream::Http2(send, _) => send.send_data(Bytes::new(), true).map_err(io::Error::other),
+        }
     }
 
     /// The next data or Close frame. Pings are answered, Pongs passed over. None: the peer's FIN.
@@ -315,29 +349,70 @@ impl Connection {
     /// The same, by the backend, which has read a Close: the answering Close, FIN, and all that still comes.
     pub async fn closed(mut self, close: &[u8]) -> io::Result<()> {
         self.write(close).await?;
-        self.stream.shutdown().await?;
+        self.shutdown().await?;
         self.until_fin().await
     }
 
     async fn until_fin(mut self) -> io::Result<()> {
-        while read(&mut self.stream, |_| ()).await?.is_some() {}
-        Ok(())
+        loop {
+            match read(&mut self.stream, |_| ()).await {
+                Ok(Some(())) => {}
+                // A stream has an end in each direction, a socket is just closed. HAProxy resets it behind its own end: then it is over.
+                Ok(None) if matches!(self.stream, Stream::Http2(..)) => {
+                    let _ = self.shutdown().await;
+                    return Ok(());
+                }
+                Ok(None) => return Ok(()),
+                // "... with an error code of NO_ERROR after sending a complete response" (RFC 9113 8.1).
+                Err(error) if is_no_error(&error) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 
 /// One read; None: FIN. Unlike `try_read`, this does not ask again after a read that did not fill the buffer.
-async fn read<R>(stream: &mut TcpStream, take: impl FnOnce(&[u8]) -> R) -> io::Result<Option<R>> {
+async fn read<R>(stream: &mut Stream, take: impl FnOnce(&[u8]) -> R) -> io::Result<Option<R>> {
     let mut take = Some(take);
     std::future::poll_fn(|context| {
+        if let Stream::Http2(_, receive) = stream {
+            return loop {
+                match ready!(receive.poll_data(context)) {
+                    None => break Poll::Ready(Ok(None)),
+                    Some(Err(error)) => break Poll::Ready(Err(io::Error::other(error))),
+                    Some(Ok(bytes)) if bytes.is_empty() => {}
+                    Some(Ok(bytes)) => {
+                        receive.flow_control().release_capacity(bytes.len()).map_err(io::Error::other)?;
+                        let take = take.take().expect("polled to its end once");
+                        break Poll::Ready(Ok(Some(take(&bytes))));
+                    }
+                }
+            };
+        }
         SCRATCH.with_borrow_mut(|scratch| {
             let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut *stream).poll_read(context, &mut buffer))?;
+            let read = match stream {
+                Stream::Plain(stream) => Pin::new(stream).poll_read(context, &mut buffer),
+                Stream::Tls(stream) => Pin::new(stream).poll_read(context, &mut buffer),
+                Stream::Http2(..) => unreachable!("it was read above"),
+            };
+            match ready!(read) {
+                // A FIN without close_notify is a FIN: what matters came before it.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => {}
+                result => result?,
+            }
             let take = take.take().expect("polled to its end once");
             let bytes = buffer.filled();
             Poll::Ready(Ok((!bytes.is_empty()).then(|| take(bytes))))
         })
     })
     .await
+}
+
+/// A stream was reset, though without an error.
+fn is_no_error(error: &io::Error) -> bool {
+    let error = error.get_ref().and_then(|error| error.downcast_ref::<h2::Error>());
+    error.is_some_and(|error| error.is_reset() && error.reason() == Some(Reason::NO_ERROR))
 }
 
 fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
