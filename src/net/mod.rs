@@ -299,7 +299,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
-            Self::Tls(tls) => tls.poll_write(cx, first(bytes)),
+            Self::Tls(tls) => tls.poll_write_vectored(cx, bytes),
             Self::Multiplexed(tunnel) => tunnel.poll_write(cx, first(bytes)),
         }
     }

@@ -10,11 +10,12 @@
 //! (`session/`), and a way around verification.
 
 use std::{
+    cell::RefCell,
     error::Error,
     fmt, fs,
     future::Future,
     io,
-    io::Read as _,
+    io::{BufRead as _, Read as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
@@ -34,7 +35,8 @@ use tokio::{
 use tokio_rustls::{
     Accept, TlsAcceptor, TlsConnector, TlsStream,
     rustls::{
-        self, CertificateError, ClientConfig, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
+        self, CertificateError, ClientConfig, ConnectionCommon, HandshakeKind, ProtocolVersion, RootCertStore,
+        ServerConfig, SideData,
         client::{verify_server_cert_signed_by_trust_anchor, verify_server_name},
         crypto::{CryptoProvider, ring},
         pki_types::{
@@ -54,11 +56,24 @@ use super::{Last, Stream, identity::identity};
 /// What is encrypted at once: the plaintext of one record (RFC 8446 5.1).
 const RECORD: usize = 16 * 1024;
 
-/// What rustls may have waiting to be sent: one record. More is never given to it.
+/// The most that is before a frame's payload, which is often as long as a record's plaintext: WebSocket's (RFC 6455 5.2); of HTTP/2 it is 9.
+const FRAME_HEADER: usize = 14;
+
+/// Of what is written at once: what h2 has waiting, and a frame's payload, and some to spare.
+const PIECES: usize = 4;
+
+/// What rustls may have waiting to be sent: a record, or a frame with a payload as long. More is never given to it.
 const BUFFER: usize = 2 * RECORD;
 
 /// What is read in one look, whatever comes: others of the same thread have their turn. More than the largest record (RFC 5246 6.2.3).
 const TURN_BYTES: usize = 20 << 10;
+
+/// The same behind a look that was mostly data: that costs by its bytes, and not by the number of its records. What a relay reads of a bare
+/// socket, in four records.
+const BULK_BYTES: usize = 66 << 10;
+
+/// What is read beyond the room that its reader has, since not all of it is data.
+const MORE: usize = 4 << 10;
 
 /// What may come without any of the other side's data in it. Only somebody who wants to keep us busy sends more, or have it kept: key
 /// updates, empty records, pieces of a handshake that does not go on.
@@ -73,6 +88,11 @@ const SOON: Duration = Duration::from_hours(72);
 
 /// The largest file that is read.
 pub const TLS_FILE_BYTES: u64 = 4 << 20;
+
+thread_local! {
+    /// Where ciphertext lies on its way from the kernel to rustls, within one call.
+    static CIPHERTEXT: RefCell<Vec<u8>> = RefCell::new(vec![0; BULK_BYTES]);
+}
 
 /// A leg that is encrypted.
 #[derive(Debug)]
@@ -95,6 +115,8 @@ struct Raw {
     early: Bytes,
     /// What may be read before others have their turn.
     turn: usize,
+    /// ... of the next look.
+    look: usize,
     /// Bytes that were read since data came.
     quiet: usize,
     back: Option<Arc<Back>>,
@@ -683,10 +705,27 @@ impl Tls {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, broken.clone())));
         }
         let before = buffer.filled().len();
-        self.raw().turn = TURN_BYTES;
-        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let raw = self.raw();
+        raw.turn = raw.look;
+        let read = match &mut self.stream {
+            TlsStream::Client(stream) => {
+                let (raw, session) = stream.get_mut();
+                poll_decrypted(raw, session, cx, buffer)
+            }
+            TlsStream::Server(stream) => {
+                let (raw, session) = stream.get_mut();
+                poll_decrypted(raw, session, cx, buffer)
+            }
+        };
         if buffer.filled().len() > before {
             self.raw().quiet = 0;
+            // What came before it is good. It is said with the next look.
+            if let Poll::Ready(Err(error)) = &read {
+                let told = || rustls::Error::General(error.to_string());
+                self.broken = Some(tls_error(error).cloned().unwrap_or_else(told));
+                self.tell(cx);
+            }
+            return Poll::Ready(Ok(()));
         } else if self.raw().quiet > QUIET_BYTES {
             let error = rustls::Error::General("nothing but TLS's own comes".to_owned());
             self.broken = Some(error.clone());
@@ -699,25 +738,134 @@ impl Tls {
         }
         // rustls says it once.
         self.broken = tls_error(&error).cloned();
+        if self.broken.is_some() {
+            self.tell(cx);
+        }
         Poll::Ready(Err(error))
     }
 
-    /// Takes a record at most. Whoever gets `Pending` is to come again with the same bytes, more may be behind them.
+    /// An alert may be waiting, for a peer that is still there to have it.
+    fn tell(&mut self, cx: &mut Context<'_>) {
+        let _ = Pin::new(&mut self.stream).poll_flush(cx);
+    }
+
+    /// Takes a record at most, or a frame with a payload as long. Whoever gets `Pending` is to come again with the same bytes, more may be behind them.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let most = if bytes.len() <= RECORD + FRAME_HEADER { bytes.len() } else { RECORD };
+        self.poll_taken(cx, bytes.len(), |stream, cx| stream.poll_write(cx, &bytes[..most]))
+    }
+
+    /// The same with pieces: a frame's header and its payload are one write, and mostly one record.
+    pub(super) fn poll_write_vectored(
+        &mut self,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut some = [io::IoSlice::new(&[]); PIECES];
+        let (mut count, mut left) = (0, RECORD + FRAME_HEADER);
+        for piece in pieces.iter().filter(|piece| !piece.is_empty()).take(PIECES) {
+            let piece = &piece[..piece.len().min(left)];
+            some[count] = io::IoSlice::new(piece);
+            (count, left) = (count + 1, left - piece.len());
+            if left == 0 {
+                break;
+            }
+        }
+        let length = pieces.iter().map(|piece| piece.len()).sum();
+        self.poll_taken(cx, length, |stream, cx| stream.poll_write_vectored(cx, &some[..count]))
+    }
+
+    /// What `write` takes is in the kernel, or it is `Pending`. `length`: of all that is there, which `write` may take a part of.
+    fn poll_taken(
+        &mut self,
+        cx: &mut Context<'_>,
+        length: usize,
+        write: impl FnOnce(Pin<&mut TlsStream<Raw>>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
         if self.broken.is_some() {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         if self.owed == 0 {
-            self.owed = ready!(Pin::new(&mut self.stream).poll_write(cx, &bytes[..bytes.len().min(RECORD)]))?;
+            self.owed = ready!(write(Pin::new(&mut self.stream), cx))?;
         }
-        debug_assert!(bytes.len() >= self.owed, "not the bytes that were written before");
+        debug_assert!(length >= self.owed, "not the bytes that were written before");
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
-        Poll::Ready(Ok(std::mem::take(&mut self.owed).min(bytes.len())))
+        Poll::Ready(Ok(std::mem::take(&mut self.owed).min(length)))
     }
 
     pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
+}
+
+/// What has come and is not in `buffer` yet, or else what comes: one read, for as much as fits, where rustls by itself has 4 KiB in
+/// each. What is filled when there is an error came before that.
+fn poll_decrypted<D: SideData>(
+    raw: &mut Raw,
+    session: &mut ConnectionCommon<D>,
+    cx: &mut Context<'_>,
+    buffer: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>> {
+    let before = buffer.filled().len();
+    loop {
+        let is_over = drain(session, buffer)?;
+        if is_over || buffer.filled().len() > before || buffer.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let most = (buffer.remaining() + MORE).min(raw.turn);
+        ready!(CIPHERTEXT.with_borrow_mut(|landing| {
+            let mut landed = ReadBuf::new(&mut landing[..most]);
+            ready!(Pin::new(&mut *raw).poll_read(cx, &mut landed))?;
+            let mut bytes = landed.filled();
+            let all = bytes.len();
+            raw.look = TURN_BYTES;
+            loop {
+                // Nothing at all is its end. What is behind close_notify is not taken.
+                let count = session.read_tls(&mut bytes)?;
+                let processed = session.process_new_packets();
+                drain(session, buffer)?;
+                if let Err(error) = processed {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, error)));
+                }
+                let (taken, data) = (all - bytes.len(), buffer.filled().len() - before);
+                let is_mostly_data = data > taken / 2;
+                if count == 0 || bytes.is_empty() {
+                    if is_mostly_data && all >= TURN_BYTES {
+                        raw.look = BULK_BYTES;
+                    }
+                    return Poll::Ready(io::Result::Ok(()));
+                }
+                // rustls has no room for more than a record that nobody takes; and many small ones are enough of them.
+                let is_left = session.reader().fill_buf().is_ok_and(|left| !left.is_empty());
+                if is_left || (taken >= TURN_BYTES && !is_mostly_data) {
+                    raw.early = [bytes, &raw.early].concat().into();
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }))?;
+    }
+}
+
+/// Takes what is decrypted, as much as fits. True: the peer has said that this is its end, and nothing is left.
+fn drain<D: SideData>(session: &mut ConnectionCommon<D>, buffer: &mut ReadBuf<'_>) -> io::Result<bool> {
+    let before = buffer.filled().len();
+    let mut reader = session.reader();
+    while buffer.remaining() > 0 {
+        let chunk = match reader.fill_buf() {
+            Ok(chunk) => chunk,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            // A FIN, behind what was taken now. It is there still the next time.
+            Err(_) if buffer.filled().len() > before => break,
+            Err(error) => return Err(error),
+        };
+        if chunk.is_empty() {
+            return Ok(buffer.filled().len() == before);
+        }
+        let count = chunk.len().min(buffer.remaining());
+        buffer.put_slice(&chunk[..count]);
+        reader.consume(count);
+    }
+    Ok(false)
 }
 
 /// Sends what the kernel takes at once; gives what it does not.
@@ -739,7 +887,8 @@ impl Raw {
     /// For a handshake, with what is known of it meanwhile.
     fn lend(stream: Stream, early: Bytes) -> (Self, Arc<Back>) {
         let back = Arc::<Back>::default();
-        let raw = Self { stream: Some(stream), early, turn: 0, quiet: 0, back: Some(Arc::clone(&back)) };
+        let raw =
+            Self { stream: Some(stream), early, turn: 0, look: TURN_BYTES, quiet: 0, back: Some(Arc::clone(&back)) };
         (raw, back)
     }
 
@@ -816,7 +965,119 @@ impl AsyncWrite for Raw {
 mod tests {
     use std::{future::poll_fn, io::Write as _, os::unix::net::UnixStream};
 
+    use rcgen::{CertificateParams, KeyPair};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use tokio::time::timeout;
+
     use super::*;
+
+    /// Both ends over a pair of sockets.
+    async fn pair(kind: SocketType) -> (Stream, Stream) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let key = KeyPair::generate().expect("a key");
+        let params = CertificateParams::new(["pair.test".to_owned()]).expect("a name");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        let files = (folder.path().join("pair.pem"), folder.path().join("pair.key"));
+        fs::write(&files.0, certificate.pem()).expect("room");
+        fs::write(&files.1, key.serialize_pem()).expect("room");
+        let client = TlsClient::load(Some(&files.0), None).expect("a root");
+        let server = TlsServer::load(&[files], None).expect("a certificate");
+        let (near, far) = socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).expect("a pair");
+        let [near, far] = [near, far]
+            .map(|fd| Stream::Unix(tokio::net::UnixStream::from_std(UnixStream::from(fd)).expect("a runtime")));
+        let name = ServerName::try_from("pair.test").expect("a name");
+        let deadline = Instant::now() + Duration::from_mins(1);
+        let (near, far) = tokio::join!(
+            encrypt(near, &client, name, &[], deadline),
+            Accepting::new(far, Bytes::new(), &server, false)
+        );
+        (near.expect("a server"), far.expect("a client"))
+    }
+
+    /// What fits in a record is one write and one read, with the frame's header before it: between sockets where each write is a
+    /// packet, and what a read has no room for is lost.
+    #[tokio::test]
+    async fn a_record_is_one_write_and_one_read() {
+        let (mut near, mut far) = pair(SocketType::SEQPACKET).await;
+        let (header, payload) = ([1; FRAME_HEADER], vec![2; RECORD]);
+        let pieces = [io::IoSlice::new(&header), io::IoSlice::new(&[]), io::IoSlice::new(&payload)];
+        let wrote = poll_fn(|cx| Pin::new(&mut near).poll_write_vectored(cx, &pieces)).await.expect("room");
+        let mut bytes = vec![0; 4 * RECORD];
+        let read = poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await.expect("what was written");
+        assert_eq!((wrote, read), (RECORD + FRAME_HEADER, RECORD + FRAME_HEADER));
+        assert_eq!(bytes[..read], [&header[..], &payload].concat());
+
+        let message = vec![3; RECORD + FRAME_HEADER];
+        let wrote = poll_fn(|cx| Pin::new(&mut near).poll_write(cx, &message)).await.expect("room");
+        let read = poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await.expect("what was written");
+        assert_eq!((wrote, read), (message.len(), message.len()));
+    }
+
+    /// Who had no room comes again with the same bytes and more behind them: exactly those that were encrypted count as written. The
+    /// socket is filled, emptied, and the last write made once more.
+    #[tokio::test]
+    async fn what_is_owed_is_told_once() {
+        let (mut near, mut far) = pair(SocketType::STREAM).await;
+        let message = vec![4; 3 * RECORD];
+        let frame = RECORD + FRAME_HEADER;
+        let mut written = 0;
+        loop {
+            match poll_fn(|cx| Poll::Ready(Pin::new(&mut near).poll_write(cx, &message[..frame]))).await {
+                Poll::Ready(count) => written += count.expect("a peer"),
+                Poll::Pending => break,
+            }
+        }
+        let mut bytes = vec![0; 4 * RECORD];
+        let mut read = 0;
+        while read < written {
+            read += poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await.expect("what was written");
+        }
+        let owed = poll_fn(|cx| Pin::new(&mut near).poll_write(cx, &message)).await.expect("room");
+        written += owed;
+        while read < written {
+            read += poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await.expect("what was owed");
+        }
+        assert_eq!((owed, read), (frame, written));
+    }
+
+    /// Nothing is lost or changes places, whatever the sizes of records and of the room for them: large ones first, of which more is
+    /// looked at, with many small ones behind them, read into rooms of several sizes in turn.
+    #[tokio::test]
+    async fn records_and_rooms_of_all_sizes() {
+        let large = [RECORD; 24].into_iter();
+        let sizes = large.chain([1, 4096, 9000, 100]).chain(std::iter::repeat_n(2, 3000)).chain([RECORD, 300]);
+        let pieces: Vec<Vec<u8>> =
+            sizes.enumerate().map(|(nth, size)| (nth..).map(|at| at.to_le_bytes()[0]).take(size).collect()).collect();
+        let all = pieces.concat();
+        for rooms in [[64 << 10, 64 << 10, 64 << 10], [1, 7, 5000], [1, 64 << 10, 300], [20_000, 2, 16_384]] {
+            let (mut near, mut far) = pair(SocketType::STREAM).await;
+            let write = async {
+                for piece in &pieces {
+                    let mut left = &piece[..];
+                    while !left.is_empty() {
+                        let count = poll_fn(|cx| Pin::new(&mut near).poll_write(cx, left)).await.expect("a peer");
+                        left = &left[count..];
+                    }
+                }
+                near
+            };
+            let read = async {
+                let mut read = Vec::new();
+                for room in rooms.into_iter().cycle() {
+                    let mut bytes = vec![0; room];
+                    let count = poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await.expect("more");
+                    read.extend_from_slice(&bytes[..count]);
+                    if read.len() >= all.len() || count == 0 {
+                        break;
+                    }
+                }
+                read
+            };
+            let both = timeout(Duration::from_mins(1), async { tokio::join!(write, read) });
+            let (_near, read) = both.await.expect("all of it");
+            assert!(read == all, "{} of {} bytes, or others, in rooms of {rooms:?}", read.len(), all.len());
+        }
+    }
 
     /// One look takes so much, and then others have their turn; it is asked for again at once.
     #[tokio::test]
@@ -824,7 +1085,8 @@ mod tests {
         let (near, mut far) = UnixStream::pair().expect("a pair");
         near.set_nonblocking(true).expect("a socket");
         let near = Stream::Unix(tokio::net::UnixStream::from_std(near).expect("a runtime"));
-        let mut raw = Raw { stream: Some(near), early: Bytes::new(), turn: TURN_BYTES, quiet: 0, back: None };
+        let mut raw =
+            Raw { stream: Some(near), early: Bytes::new(), turn: TURN_BYTES, look: TURN_BYTES, quiet: 0, back: None };
         far.write_all(&vec![0; 2 * TURN_BYTES]).expect("room");
         let mut turns = Vec::new();
         for _ in 0..2 {
