@@ -815,7 +815,12 @@ fn poll_decrypted<D: SideData>(
         let most = (buffer.remaining() + MORE).min(raw.turn);
         ready!(CIPHERTEXT.with_borrow_mut(|landing| {
             let mut landed = ReadBuf::new(&mut landing[..most]);
-            ready!(Pin::new(&mut *raw).poll_read(cx, &mut landed))?;
+            let Poll::Ready(read) = Pin::new(&mut *raw).poll_read(cx, &mut landed) else {
+                // rustls gives the room of the last records back when it is asked to read more, and not before: who is silent needs none.
+                let _ = session.read_tls(&mut Nothing);
+                return Poll::Pending;
+            };
+            read?;
             let mut bytes = landed.filled();
             let all = bytes.len();
             raw.look = TURN_BYTES;
@@ -843,6 +848,15 @@ fn poll_decrypted<D: SideData>(
                 }
             }
         }))?;
+    }
+}
+
+/// Has nothing yet.
+struct Nothing;
+
+impl io::Read for Nothing {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
