@@ -2,6 +2,8 @@
 //!
 //! Counters that move with every message are kept per worker, on cache lines of their own, and summed when asked for.
 
+mod totals;
+
 use std::{
     fmt,
     sync::{
@@ -19,17 +21,18 @@ use prometheus_client::{
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::{ConstGauge, Gauge},
-        histogram::{Histogram, exponential_buckets},
         info::Info,
     },
     registry::{Registry, Unit},
 };
 
+pub use self::totals::{Close, Part, Totals};
+use self::totals::{Closes, Durations};
 use crate::{
     admission::Reason,
     pool::stats::{self, Stats},
     side::Side,
-    system::System,
+    system::{NetCounters, System},
     ws::Opcode,
 };
 
@@ -312,14 +315,14 @@ pub struct Metrics {
     pub pools: Arc<Stats>,
     reload_is_good: Gauge,
     reloads: Family<Labels<1>, Counter>,
-    handshakes: Family<Labels<1>, Counter>,
-    handshake_duration: Histogram,
+    handshakes: [Counter; Handshake::ALL.len()],
+    handshake_duration: Arc<Durations>,
     tls_handshakes: Family<Labels<1>, Counter>,
     proxy_headers: Family<Labels<1>, Counter>,
-    requests: Family<Labels<1>, Counter>,
-    closes: Family<Labels<3>, Counter>,
-    abnormal: Family<Labels<1>, Counter>,
-    close_duration: Histogram,
+    requests: [Counter; STATUS_CLASSES.len()],
+    closes: Arc<Closes>,
+    abnormal: [Counter; ABNORMAL.len()],
+    close_duration: Arc<Durations>,
     lingered: Family<Labels<2>, Counter>,
     accept_errors: Family<Labels<1>, Counter>,
 }
@@ -356,9 +359,11 @@ impl Metrics {
         let endpoints: Family<Labels<1>, Gauge> = Family::default();
         let idle: Family<Labels<1>, Gauge> = Family::default();
         let idle_uses: Family<Labels<2>, Counter> = Family::default();
-        // 0.5 ms to about 16 s.
-        let latency = || Histogram::new(exponential_buckets(0.000_5, 2.0, 16));
-        let (handshake_duration, close_duration) = (latency(), latency());
+        // A series that alerts are built on must be there before it counts: all of a family are made at once.
+        let families: [Family<Labels<1>, Counter>; 3] = Default::default();
+        let [handshakes, requests, abnormal] = &families;
+        let ends = Ends::default();
+        registry.register_collector(Box::new(ends.clone()));
         let metrics = Self {
             registry: Registry::default(),
             process,
@@ -397,18 +402,19 @@ impl Metrics {
             pools,
             reload_is_good: Gauge::default(),
             reloads: Family::default(),
-            handshakes: Family::default(),
-            handshake_duration,
+            handshakes: Handshake::ALL.map(|result| handshakes.get_or_create(&[("result", result.as_str())]).clone()),
+            handshake_duration: Arc::clone(&ends.handshakes),
             tls_handshakes: Family::default(),
             proxy_headers: Family::default(),
-            requests: Family::default(),
-            closes: Family::default(),
-            abnormal: Family::default(),
-            close_duration,
+            requests: STATUS_CLASSES.map(|class| requests.get_or_create(&[("status", class)]).clone()),
+            closes: Arc::clone(&ends.closes),
+            abnormal: ABNORMAL.map(|cause| abnormal.get_or_create(&[("cause", cause)]).clone()),
+            close_duration: Arc::clone(&ends.took),
             lingered: Family::default(),
             accept_errors: Family::default(),
         };
-        let Self { sessions, connections, lingering, crossed_messages, handshakes, .. } = &metrics;
+        let Self { sessions, connections, lingering, crossed_messages, .. } = &metrics;
+        let [handshakes, requests, abnormal] = families;
         registry.register("connections_active", "WebSocket sessions that are being relayed", sessions.clone());
         registry.register(
             "client_connections",
@@ -489,42 +495,21 @@ impl Metrics {
         registry.register("config_restart_required_keys", help, metrics.restart_required.clone());
         let help = "Certificates for clients that have expired, or will within three days";
         registry.register("tls_certificates_doubtful", help, metrics.doubtful_certificates.clone());
-        registry.register("handshakes", "WebSocket handshakes by result", handshakes.clone());
+        registry.register("handshakes", "WebSocket handshakes by result", handshakes);
         let help = "TLS handshakes of clients by result; distrusted: the client did not believe the certificate";
         registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());
         let help = "PROXY headers of connections by result; but for accepted and local these are ended (listen.proxy_protocol)";
         registry.register("proxy_headers", help, metrics.proxy_headers.clone());
-        registry.register_with_unit(
-            "handshake_duration",
-            "From the beginning of a handshake to the backend's 101; the wait of connections_queued comes before it",
-            Unit::Seconds,
-            metrics.handshake_duration.clone(),
-        );
-        registry.register("http_requests", "Plain requests by the class of their answer", metrics.requests.clone());
-        registry.register(
-            "closes",
-            "Sessions that ended, by who began it, the code, and whether both Close handshakes were completed",
-            metrics.closes.clone(),
-        );
-        registry.register("abnormal_closes", "Ends that were no Close handshake, by cause", metrics.abnormal.clone());
-        registry.register_with_unit(
-            "close_duration",
-            "From the first sign of a session's end to the FINs on both legs",
-            Unit::Seconds,
-            metrics.close_duration.clone(),
-        );
+        registry.register("http_requests", "Plain requests by the class of their answer", requests);
+        registry.register("abnormal_closes", "Ends that were no Close handshake, by cause", abnormal);
         registry.register("lingered", "Sockets whose last wait ended, by leg and how", metrics.lingered.clone());
         registry.register("accept_errors", "Failed accepts by error", metrics.accept_errors.clone());
         registry.register("build", "What runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
-        // A series that alerts are built on must be there before it counts.
         for result in TlsHandshake::ALL {
             let _ = metrics.tls_handshakes.get_or_create(&[("result", result.as_str())]);
         }
         for result in ProxyResult::ALL {
             let _ = metrics.proxy_headers.get_or_create(&[("result", result.as_str())]);
-        }
-        for result in Handshake::ALL {
-            let _ = metrics.handshakes.get_or_create(&[("result", result.as_str())]);
         }
         metrics.reload_is_good.set(1);
         for result in ReloadResult::ALL {
@@ -537,12 +522,6 @@ impl Metrics {
         }
         for error in ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "connection"] {
             let _ = metrics.accept_errors.get_or_create(&[("error", error)]);
-        }
-        for class in STATUS_CLASSES {
-            let _ = metrics.requests.get_or_create(&[("status", class)]);
-        }
-        for cause in ABNORMAL {
-            let _ = metrics.abnormal.get_or_create(&[("cause", cause)]);
         }
         Self { registry, ..metrics }
     }
@@ -593,9 +572,9 @@ impl Metrics {
 
     /// A WebSocket handshake ended.
     pub fn handshake(&self, result: Handshake, took: Duration) {
-        self.handshakes.get_or_create(&[("result", result.as_str())]).inc();
+        self.handshakes[result as usize].inc();
         if result == Handshake::Accepted {
-            self.handshake_duration.observe(took.as_secs_f64());
+            self.handshake_duration.observe(took);
         }
     }
 
@@ -619,22 +598,19 @@ impl Metrics {
 
     /// A plain request was answered.
     pub fn request(&self, status: u16) {
-        let class = STATUS_CLASSES[usize::from(status / 100).clamp(1, 5) - 1];
-        self.requests.get_or_create(&[("status", class)]).inc();
+        self.requests[usize::from(status / 100).clamp(1, STATUS_CLASSES.len()) - 1].inc();
     }
 
-    /// A session ended.
+    /// A session ended; `initiator` is one of [`INITIATORS`].
     pub fn close(&self, initiator: &'static str, code: Option<u16>, clean: bool, took: Duration) {
-        let clean = if clean { "true" } else { "false" };
-        let labels = [("initiator", initiator), ("code_class", code_class(code)), ("clean", clean)];
-        self.closes.get_or_create(&labels).inc();
-        self.close_duration.observe(took.as_secs_f64());
+        self.closes.count(initiator, clean, code_class(code));
+        self.close_duration.observe(took);
     }
 
     /// A session did not end by a Close handshake; `cause` is one of [`ABNORMAL`].
     pub fn abnormal(&self, cause: &'static str) {
-        debug_assert!(ABNORMAL.contains(&cause));
-        self.abnormal.get_or_create(&[("cause", cause)]).inc();
+        let cause = ABNORMAL.iter().position(|name| *name == cause).expect("one of the names");
+        self.abnormal[cause].inc();
     }
 
     /// A socket's last wait ended.
@@ -645,6 +621,57 @@ impl Metrics {
     /// `accept()` failed.
     pub fn accept_error(&self, error: &'static str) {
         self.accept_errors.get_or_create(&[("error", error)]).inc();
+    }
+
+    /// The accept queues as they are now.
+    pub fn queues(&self) -> Vec<Queue> {
+        self.queues.get().map(|look| look()).unwrap_or_default()
+    }
+
+    /// What limits the memory, and what of it was used, in bytes; the limit is 0 where there is none.
+    pub fn memory(&self) -> [i64; 2] {
+        self.memory.each_ref().map(Gauge::get)
+    }
+
+    /// Endpoints that take connections, and those that are left alone.
+    pub fn endpoints(&self) -> [i64; 2] {
+        self.upstream_endpoints.each_ref().map(Gauge::get)
+    }
+
+    /// Whether what was read last of the configuration is what runs.
+    pub fn is_reload_good(&self) -> bool {
+        self.reload_is_good.get() == 1
+    }
+
+    /// All that was counted until now, but for what the kernel counts: that is there when its counters are given.
+    pub fn totals(&self, kernel: Option<&NetCounters>) -> Totals {
+        let mut totals = Totals::default();
+        totals.set(Part::Handshakes, self.handshakes.iter().map(Counter::get));
+        totals.set(Part::Requests, self.requests.iter().map(Counter::get));
+        totals.set(Part::Causes, self.abnormal.iter().map(Counter::get));
+        totals.set(Part::Ends, self.closes.counts());
+        totals.set(Part::Connect, self.handshake_duration.counts());
+        totals.set(Part::Close, self.close_duration.counts());
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = |read: &dyn Fn(&Traffic) -> u64| workers.iter().map(|worker| read(worker)).sum::<u64>();
+        let refused = |reason| move |worker: &Traffic| worker.refused[reason as usize].load(Ordering::Relaxed);
+        totals.set(Part::Refused, Reason::ALL.into_iter().map(|reason| sum(&refused(reason))));
+        // Text and binary.
+        let data = |side| {
+            move |worker: &Traffic| {
+                worker.messages[side as usize][..2].iter().map(|count| count.load(Ordering::Relaxed)).sum::<u64>()
+            }
+        };
+        totals.set(Part::Messages, Side::BOTH.into_iter().map(|side| sum(&data(side))));
+        if let Some(kernel) = kernel {
+            totals.set(Part::Kernel, KERNEL.iter().map(|(_, group, field)| kernel.get(group, field).unwrap_or(0)));
+        }
+        totals
+    }
+
+    /// The longest handshake that went well and the longest end of a session since they were taken last.
+    pub fn longest(&self, takes: bool) -> [Duration; 2] {
+        [&self.handshake_duration, &self.close_duration].map(|durations| durations.longest(takes))
     }
 
     /// The exposition in the text format of `OpenMetrics`.
@@ -736,25 +763,24 @@ pub const ABNORMAL: [&str; 15] = [
     "panic",
 ];
 
+/// Who begins the end of a session.
+pub const INITIATORS: [&str; 3] = ["client", "backend", "tidegate"];
+
 /// Codes by name as far as RFC 6455 and IANA name them; the rest by range, so that the set stays fixed.
-const fn code_class(code: Option<u16>) -> &'static str {
+const CODES: [&str; 16] = [
+    "none", "1000", "1001", "1002", "1003", "1007", "1008", "1009", "1010", "1011", "1012", "1013", "1014", "3xxx",
+    "4xxx", "other",
+];
+
+/// The index of a code's name in [`CODES`].
+const fn code_class(code: Option<u16>) -> usize {
     match code {
-        None => "none",
-        Some(1000) => "1000",
-        Some(1001) => "1001",
-        Some(1002) => "1002",
-        Some(1003) => "1003",
-        Some(1007) => "1007",
-        Some(1008) => "1008",
-        Some(1009) => "1009",
-        Some(1010) => "1010",
-        Some(1011) => "1011",
-        Some(1012) => "1012",
-        Some(1013) => "1013",
-        Some(1014) => "1014",
-        Some(3000..=3999) => "3xxx",
-        Some(4000..=4999) => "4xxx",
-        Some(_) => "other",
+        None => 0,
+        Some(code @ 1000..=1003) => code as usize - 999,
+        Some(code @ 1007..=1014) => code as usize - 1002,
+        Some(3000..=3999) => 13,
+        Some(4000..=4999) => 14,
+        Some(_) => 15,
     }
 }
 
@@ -917,6 +943,41 @@ impl Collector for LogCollector {
     }
 }
 
+/// How sessions begin and end.
+#[derive(Debug, Clone, Default)]
+struct Ends {
+    handshakes: Arc<Durations>,
+    closes: Arc<Closes>,
+    took: Arc<Durations>,
+}
+
+impl Collector for Ends {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = "Sessions that ended, by who began it, the code, and whether both Close handshakes were completed";
+        let mut closes = encoder.encode_descriptor("closes", help, None, MetricType::Counter)?;
+        for (Close { initiator, clean, code }, count) in self.closes.all() {
+            let labels =
+                [("initiator", initiator), ("code_class", code), ("clean", if clean { "true" } else { "false" })];
+            ConstCounter::new(count).encode(closes.encode_family(&labels)?)?;
+        }
+        let unit = Unit::Seconds;
+        for (name, help, durations) in [
+            (
+                "handshake_duration",
+                "From the beginning of a handshake to the backend's 101; the wait of connections_queued comes before it",
+                &self.handshakes,
+            ),
+            ("close_duration", "From the first sign of a session's end to the FINs on both legs", &self.took),
+        ] {
+            let mut encoder = encoder.encode_descriptor(name, help, Some(&unit), MetricType::Histogram)?;
+            let buckets = durations.coarse();
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            encoder.encode_histogram::<NoLabelSet>(durations.seconds(), count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
 /// What the pools of upstream connections count.
 #[derive(Debug)]
 struct PoolCollector(Arc<Stats>);
@@ -1013,6 +1074,21 @@ const ABORTS: [(&str, &str); 6] = [
     ("on_timeout", "TCPAbortOnTimeout"),
     ("on_linger", "TCPAbortOnLinger"),
     ("failed", "TCPAbortFailed"),
+];
+
+/// What the live page shows of the kernel's counters: a name as in `/metrics`, a group and a field.
+pub const KERNEL: [(&str, &str, &str); 11] = [
+    ("listen_overflows", "TcpExt", "ListenOverflows"),
+    ("listen_drops", "TcpExt", "ListenDrops"),
+    ("tcp_aborts on_data", "TcpExt", "TCPAbortOnData"),
+    ("tcp_aborts on_close", "TcpExt", "TCPAbortOnClose"),
+    ("tcp_aborts on_memory", "TcpExt", "TCPAbortOnMemory"),
+    ("tcp_aborts on_timeout", "TcpExt", "TCPAbortOnTimeout"),
+    ("tcp_aborts on_linger", "TcpExt", "TCPAbortOnLinger"),
+    ("tcp_aborts failed", "TcpExt", "TCPAbortFailed"),
+    ("tcp_out_rsts", "Tcp", "OutRsts"),
+    ("tcp_estab_resets", "Tcp", "EstabResets"),
+    ("tcp_timeouts", "TcpExt", "TCPTimeouts"),
 ];
 
 impl Collector for NamespaceCollector {

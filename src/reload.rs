@@ -468,9 +468,9 @@ impl Reload {
                     ..Context::clone(&context)
                 }));
             }
+            // Nobody may be there to see it.
+            admin.send_modify(|parts| (parts.upstreams, parts.close) = (upstreams, new.close.patience));
         }
-        // Nobody may be there to see it.
-        admin.send_replace(admin::Parts { upstreams, close: new.close.patience, token: new.admin.token.clone() });
         bounds.reconfigure(new.close.max_lingering);
         let has_tls = new.downstream.tls.server.is_some();
         first.admission.reconfigure(&new.limits, connection_bytes(has_tls));
@@ -491,6 +491,7 @@ impl Reload {
             // When it is full, the thread is awake.
             let _ = ask.try_send(Ask::Wake);
         }
+        admin.send_modify(|parts| parts.settings = Arc::new(new.clone()));
         *old = new;
     }
 

@@ -83,6 +83,8 @@ struct Succession {
     admin: Option<StdListener>,
     /// Nobody is let in at the admin listener any more.
     admin_closed: CancellationToken,
+    /// Whoever only looks on there is let go: then, and at the end of the process.
+    farewell: CancellationToken,
     /// Clients are accepted from then on: at once, unless another process does it still.
     go: CancellationToken,
     /// That process.
@@ -96,6 +98,7 @@ impl Server {
     #[expect(clippy::too_many_lines, reason = "an assembly in order")]
     pub fn start(settings: &Settings) -> anyhow::Result<Self> {
         let system = System::default();
+        let inherited = system.open_descriptors();
         let descriptors = raise_descriptor_limit();
         net::check_sources(&settings.upstream.source_addresses)?;
         let metrics = Arc::new(Metrics::new());
@@ -262,9 +265,15 @@ impl Server {
             tracker.spawn(watch_certificates(Arc::clone(context)));
         }
         let (control, orders) = admin::Control::new(drain.clone());
-        let token = settings.admin.token.clone();
-        let for_admin = watch::Sender::new(admin::Parts { upstreams, close: settings.close.patience, token });
+        let for_admin = watch::Sender::new(admin::Parts {
+            upstreams,
+            close: settings.close.patience,
+            settings: Arc::new(settings.clone()),
+            address,
+            inherited,
+        });
         let admin_closed = CancellationToken::new();
+        let farewell = admin_closed.child_token();
         let admin = match admin {
             Some(listener) => {
                 let address = listener.local_addr()?;
@@ -277,10 +286,11 @@ impl Server {
                     tracker.clone(),
                 );
                 tracker.spawn(admin_linger.run());
-                let (listener, go, closed) = (TcpListener::from_std(listener)?, go.clone(), admin_closed.clone());
+                let (listener, go) = (TcpListener::from_std(listener)?, go.clone());
+                let (closed, farewell) = (admin_closed.clone(), farewell.clone());
                 tracker.spawn(async move {
                     go.cancelled().await;
-                    admin.serve(listener, closed).await;
+                    admin.serve(listener, closed, farewell).await;
                 });
                 Some(address)
             }
@@ -296,8 +306,15 @@ impl Server {
         if predecessor.is_none() {
             go.cancel();
         }
-        let succession =
-            Succession { listeners: own, admin: admin_kept, admin_closed, go, predecessor, is_replaced: false };
+        let succession = Succession {
+            listeners: own,
+            admin: admin_kept,
+            admin_closed,
+            farewell,
+            go,
+            predecessor,
+            is_replaced: false,
+        };
         Ok(Self {
             address,
             admin,
@@ -347,6 +364,7 @@ impl Server {
                     }
                     Act::Exit => {
                         self.tell(phases.status());
+                        self.succession.farewell.cancel();
                         // Those who wait for this are told.
                         sleep(FAREWELL).await;
                         return Ok(());

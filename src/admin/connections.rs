@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::MAX_ENDPOINTS;
 use crate::{
     session::{Entry, Roster, Session},
-    upstream::{SharedConnections, Upstreams},
+    upstream::{Shared, Upstreams},
 };
 
 /// Sessions of an answer, and the most that may be asked for: each is some 300 bytes.
@@ -39,7 +39,7 @@ enum Sort {
 #[derive(Debug, Serialize)]
 struct Connections<'a> {
     /// Toward endpoints, so many at most.
-    shared: Vec<SharedConnections>,
+    shared: Vec<Shared>,
     /// Endpoints besides.
     more: usize,
     /// All that there are.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 
@@ -48,6 +48,11 @@ impl Control {
 
     pub(super) fn status(&self) -> Status {
         *self.drain.status().borrow()
+    }
+
+    /// The same, to be waited for.
+    pub(super) fn watch(&self) -> watch::Receiver<Status> {
+        self.drain.status()
     }
 
     pub(super) fn is_ready(&self) -> bool {

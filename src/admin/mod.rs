@@ -1,4 +1,4 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`, `/connections`, the drain, and the reload.
+//! The admin listener: the live page, `/livez`, `/readyz`, `/metrics`, `/status`, `/connections`, the drain, and the reload.
 //!
 //! It runs on a thread of its own, so a busy worker does not delay a probe. GET changes nothing. POST does, and is taken only
 //! from loopback addresses or with the token of `admin.token_file`, and not from web pages: whoever can reach the port from elsewhere can look, and
@@ -6,6 +6,7 @@
 
 mod connections;
 mod control;
+mod live;
 
 use std::{
     convert::Infallible,
@@ -19,7 +20,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
@@ -32,15 +33,16 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
 pub use self::control::{Control, Order, Reloaded};
+use self::live::Live;
 use crate::{
     close::{Keeps, Linger, Patience},
+    config::Settings,
     drain::Phase,
     metrics::Metrics,
     net::{Kept, Stream},
     session::Roster,
     side::Side,
     sparse::Sparse,
-    token::Token,
     upstream::{self, EndpointState, Upstreams},
 };
 
@@ -79,6 +81,7 @@ pub struct Admin {
     control: Control,
     linger: Linger,
     waiting: [Semaphore; 2],
+    live: Arc<Live>,
     /// What came of the last dial of a backend.
     readiness: Mutex<Option<Dialled>>,
     tracker: TaskTracker,
@@ -91,8 +94,12 @@ pub struct Parts {
     pub upstreams: Upstreams,
     /// The last wait of a socket.
     pub close: Patience,
-    /// With it others than this host may change something, too.
-    pub token: Option<Token>,
+    /// What runs.
+    pub settings: Arc<Settings>,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    /// Descriptors that were open when the process began; not known everywhere.
+    pub inherited: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -148,12 +155,15 @@ impl Admin {
         tracker: TaskTracker,
     ) -> Self {
         let waiting = [(); 2].map(|()| Semaphore::new(MAX_WAITING));
-        Self { metrics, parts, rosters, control, linger, waiting, readiness: Mutex::new(None), tracker }
+        let live = Live::new(Arc::clone(&metrics), parts.clone(), control.watch());
+        Self { metrics, parts, rosters, control, linger, waiting, live, readiness: Mutex::new(None), tracker }
     }
 
-    /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered.
-    pub async fn serve(self, listener: TcpListener, closed: CancellationToken) {
+    /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered. What goes on without
+    /// an end of its own ends with `farewell`.
+    pub async fn serve(self, listener: TcpListener, closed: CancellationToken, farewell: CancellationToken) {
         let this = Arc::new(self);
+        this.tracker.spawn(Arc::clone(&this.live).run(farewell.clone()));
         let slots = MAX_CONNECTIONS.map(|max| Arc::new(Semaphore::new(max)));
         loop {
             let accepted = tokio::select! {
@@ -165,7 +175,7 @@ impl Admin {
                     let local = stream.local_addr().ok().map(|local| local.ip());
                     let slots = &slots[usize::from(is_here(peer.ip(), local))];
                     if let Ok(slot) = Arc::clone(slots).try_acquire_owned() {
-                        this.tracker.spawn(Arc::clone(&this).connection(stream, peer, local, slot));
+                        this.tracker.spawn(Arc::clone(&this).connection(stream, peer, local, slot, farewell.clone()));
                     } else {
                         debug!(%peer, "admin: too many connections");
                         this.linger.add(Side::Client, Stream::Tcp(stream), false, &BRIEF, Keeps::Nothing);
@@ -185,15 +195,20 @@ impl Admin {
         peer: SocketAddr,
         local: Option<IpAddr>,
         slot: OwnedSemaphorePermit,
+        farewell: CancellationToken,
     ) {
         let is_waiting = Arc::new(AtomicBool::new(false));
         let service = {
             let (this, is_waiting) = (Arc::clone(&self), Arc::clone(&is_waiting));
             service_fn(move |request| {
-                let (this, is_waiting) = (Arc::clone(&this), Arc::clone(&is_waiting));
+                let (this, is_waiting, farewell) = (Arc::clone(&this), Arc::clone(&is_waiting), farewell.clone());
                 Box::pin(async move {
+                    let is_here = is_here(peer.ip(), local);
+                    if let Some(answer) = this.live.answer(&request, is_here, &is_waiting, &farewell) {
+                        return Ok(answer);
+                    }
                     let asked = Asked { request: &request, peer, local, is_waiting: &is_waiting };
-                    Ok::<_, Infallible>(this.answer(asked).await)
+                    Ok::<_, Infallible>(this.answer(asked).await.map(BodyExt::boxed_unsync))
                 })
             })
         };
@@ -225,7 +240,8 @@ impl Admin {
         let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
         let changes = match request.uri().path() {
             "/drain" | "/undrain" | "/reload" | "/log" => true,
-            "/" | "/livez" | "/readyz" | "/metrics" | "/status" | "/connections" | "/drain/wait" => false,
+            "/" | "/live" | "/live.json" | "/livez" | "/readyz" | "/metrics" | "/status" | "/connections"
+            | "/drain/wait" => false,
             _ => return plain(StatusCode::NOT_FOUND, format!("not found: there are {PATHS}\n")),
         };
         let (is_right, allow) =
@@ -318,7 +334,7 @@ impl Admin {
         if is_here(peer, local) {
             return Ok(());
         }
-        match (&self.parts.borrow().token, bearer(headers)) {
+        match (&self.parts.borrow().settings.admin.token, bearer(headers)) {
             (None, _) => Err("only from the host or Pod itself, unless there is an admin.token_file"),
             (Some(token), Some(said)) if token.is(said) => Ok(()),
             (Some(_), Some(_)) => Err("this is not the token"),
@@ -411,7 +427,8 @@ impl Admin {
     }
 }
 
-const PATHS: &str = "/livez /readyz /metrics /status /connections /drain/wait; POST /drain /undrain /reload /log";
+const PATHS: &str = "/ in a browser, /live.json /livez /readyz /metrics /status /connections /drain/wait; \
+                     POST /drain /undrain /reload /log";
 
 /// What is said to be the token (RFC 6750 2.1).
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {

@@ -411,7 +411,7 @@ impl Settings {
 
     /// A `proxy.toml` that reads back to the same settings, as far as durations are whole milliseconds.
     pub fn to_toml(&self) -> String {
-        write_toml(self, |_| None)
+        write_toml(self, &|_| None)
     }
 
     /// The defaults as `proxy.toml` has them, `workers = 0` included, for [`Serialize`].
@@ -462,11 +462,11 @@ impl Loaded {
 
     /// Like [`Settings::to_toml`], with a comment at each value that is not a default: where it was written.
     pub fn to_toml(&self) -> String {
-        write_toml(&self.settings, |name| self.origins.get(&name).map(ToString::to_string))
+        write_toml(&self.settings, &|name| self.origins.get(&name).map(ToString::to_string))
     }
 }
 
-fn write_toml(settings: &Settings, comment: impl Fn(Name) -> Option<String>) -> String {
+fn write_toml(settings: &Settings, comment: &dyn Fn(Name) -> Option<String>) -> String {
     let mut text = String::new();
     let mut section = None;
     for (name, entry) in settings.named() {

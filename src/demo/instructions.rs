@@ -9,7 +9,9 @@ pub fn instructions(listen: SocketAddr, admin: Option<SocketAddr>) -> String {
     let counts = admin.map(reachable).map_or(String::new(), |admin| {
         format!(
             "
-What tidegate counts, and whether it is ready:
+What tidegate sees, in a browser or by curl; what it counts; and whether it is ready:
+  http://{admin}/
+  curl http://{admin}/live.json
   curl http://{admin}/metrics
   curl http://{admin}/readyz
 "
@@ -55,6 +57,7 @@ mod tests {
         assert!(text.starts_with("tidegate listens on 0.0.0.0:8080"), "{text}");
         assert!(text.contains("\n  http://127.0.0.1:8080/\n"), "{text}");
         assert!(text.contains("\n  websocat ws://127.0.0.1:8080/echo\n"), "{text}");
+        assert!(text.contains("\n  http://[::1]:9090/\n"), "{text}");
         assert!(text.contains("http://[::1]:9090/metrics"), "{text}");
     }
 

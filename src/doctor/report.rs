@@ -29,6 +29,12 @@ impl Report {
         Self { facts, findings, configuration }
     }
 
+    /// What is not as it should be, the worst first.
+    pub fn wrong(mut self) -> Vec<Finding> {
+        self.findings.retain(|finding| finding.severity != Severity::Ok);
+        self.findings
+    }
+
     /// Whether something will bite.
     pub fn bites(&self) -> bool {
         self.count(Severity::WillBite) > 0

@@ -51,7 +51,7 @@ pub use self::{
     routes::{Ambiguous, Pattern, Routes},
     rules::{Rules, Seat, Seats},
     tls::Tls,
-    ways::{Shared as SharedConnections, Upstreams, Way},
+    ways::{Shared, Upstreams, Way},
 };
 use self::{
     endpoints::{Endpoints, Registry},

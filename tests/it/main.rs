@@ -26,6 +26,7 @@ mod injection;
 mod lifetime;
 mod linger;
 mod listeners;
+mod live;
 mod logs;
 mod memory;
 mod multiplexed;
