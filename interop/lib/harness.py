@@ -266,9 +266,13 @@ class Proxy(Process):
         self.address = (await self.ready(json_line(message="listening"), '"listening"'))["address"]
         return self
 
+    async def admin(self) -> str:
+        """Where its admin listener is."""
+        return (await self.wait_for_line(json_line(message="admin listening"), '"admin listening"'))["address"]
+
     async def command(self, *arguments: str) -> str:
         """What a subcommand that asks this process by way of its admin listener prints."""
-        admin = (await self.wait_for_line(json_line(message="admin listening"), '"admin listening"'))["address"]
+        admin = await self.admin()
         child = await asyncio.create_subprocess_exec(
             self.binary(), *arguments, "--admin", admin, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )

@@ -33,6 +33,7 @@ from harness import (
     run,
 )
 from multiplexed import multiplexed
+from page import page
 from slow import slow
 from smuggling import smuggling
 from tls import Authority, tls
@@ -385,6 +386,7 @@ GROUPS = {
     "tomcat": tomcat,
     "demo": demo,
     "examples": examples,
+    "page": page,
     "multiplexed": multiplexed,
     "tls": tls,
     "smuggling": smuggling,

@@ -18,6 +18,10 @@ const page = await context.newPage();
 const frames = [];
 page.on('websocket', (websocket) => websocket.on('framereceived', ({ payload }) => frames.push(String(payload))));
 const script = readFileSync(new URL('./socket.js', import.meta.url), 'utf8');
+// What a page has to complain about: errors of its script, what its policy forbids, what it could not load.
+const complaints = [];
+page.on('console', (message) => { if (['error', 'warning'].includes(message.type())) complaints.push(message.text()); });
+page.on('pageerror', (error) => complaints.push(String(error)));
 
 const operations = {
     async page({ url }) {
@@ -44,7 +48,30 @@ const operations = {
     async fill({ selector, value }) { await page.fill(selector, value, { timeout: 5000 }); },
     async press({ selector, key }) { await page.press(selector, key, { timeout: 5000 }); },
     async click({ selector }) { await page.click(selector, { timeout: 5000 }); },
-    async screenshot({ path }) { await page.screenshot({ path }); },
+    async screenshot({ path, full }) { await page.screenshot({ path, fullPage: full ?? false }); },
+    async look({ width, height, scheme }) {
+        await page.setViewportSize({ width, height });
+        await page.emulateMedia({ colorScheme: scheme });
+    },
+    // The texts of a table's body, row by row.
+    async rows({ selector }) {
+        return page.evaluate((s) => [...document.querySelectorAll(`${s} tbody tr`)].map(
+            (row) => [...row.cells].map((cell) => cell.innerText.trim())), selector);
+    },
+    async count({ selector }) { return page.locator(selector).count(); },
+    async attribute({ selector, name }) { return page.getAttribute(selector, name, { timeout: 5000 }); },
+    async isVisible({ selector }) { return page.isVisible(selector); },
+    // How far it can be scrolled sideways.
+    async sideways() { return page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth); },
+    async complaints() { return complaints.splice(0); },
+    // What axe-core finds that is serious or critical: the rule, and where.
+    async axe() {
+        // By the debugger, since the page's own policy lets no other script in.
+        await page.evaluate(readFileSync(new URL('../node_modules/axe-core/axe.min.js', import.meta.url), 'utf8'));
+        const { violations, passes } = await page.evaluate(() => globalThis.axe.run());
+        const found = violations.map(({ id, impact, nodes }) => `${impact} ${id}: ${nodes.map(({ target }) => target.join(' ')).join(', ')}`);
+        return { serious: found.filter((text) => /^(serious|critical)/.test(text)), all: found, passes: passes.length };
+    },
 };
 for (const op of ['open', 'send', 'receive', 'echo', 'burst', 'close', 'closed']) {
     operations[op] = (fields) => page.evaluate(([op, fields]) => globalThis.operations[op](fields), [op, fields]);
