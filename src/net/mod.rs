@@ -195,6 +195,11 @@ impl Stream {
         self.protocol() == Some(b"h2")
     }
 
+    /// Its TLS is broken. Nothing more is read or written; the socket is as it was.
+    pub fn is_broken_tls(&self) -> bool {
+        matches!(self, Self::Tls(tls) if tls.is_broken())
+    }
+
     /// What was agreed on with a client, if it is encrypted.
     pub fn secured(&self) -> Option<Secured> {
         match self {

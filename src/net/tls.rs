@@ -72,6 +72,12 @@ const TURN_BYTES: usize = 20 << 10;
 /// socket, in four records.
 const BULK_BYTES: usize = 66 << 10;
 
+/// What rustls is given of it at once.
+const PIECE: usize = 4 << 10;
+
+/// Records that one key of AES-GCM is good for in TLS 1.2, which has no key updates; less some for the end (ring, as RFC 8446 5.5 counts).
+const MOST_RECORDS: u64 = (1 << 24) - 1024;
+
 /// What is read beyond the room that its reader has, since not all of it is data.
 const MORE: usize = 4 << 10;
 
@@ -101,6 +107,8 @@ pub struct Tls {
     /// Bytes that were encrypted and whose writer was not told so, since not all of them are in the kernel. It comes again with the
     /// same bytes.
     owed: usize,
+    /// That were encrypted.
+    records: u64,
     /// Why nothing more can be read or written, though the socket may be as it should.
     broken: Option<rustls::Error>,
     /// The client was asked for a certificate.
@@ -633,7 +641,7 @@ impl fmt::Debug for Accepting {
 
 impl Tls {
     fn of(stream: TlsStream<Raw>, asks: bool) -> Stream {
-        Stream::Tls(Box::new(Self { stream, owed: 0, broken: None, asks }))
+        Stream::Tls(Box::new(Self { stream, owed: 0, records: 0, broken: None, asks }))
     }
 
     /// What was agreed on; `None`: not as a server.
@@ -701,10 +709,18 @@ impl Tls {
     }
 
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
         if let Some(broken) = &self.broken {
+            // What came before, and had no room.
+            let drained = match &mut self.stream {
+                TlsStream::Client(stream) => drain(stream.get_mut().1, buffer),
+                TlsStream::Server(stream) => drain(stream.get_mut().1, buffer),
+            };
+            if drained.is_ok() && buffer.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, broken.clone())));
         }
-        let before = buffer.filled().len();
         let raw = self.raw();
         raw.turn = raw.look;
         let read = match &mut self.stream {
@@ -746,7 +762,26 @@ impl Tls {
 
     /// An alert may be waiting, for a peer that is still there to have it.
     fn tell(&mut self, cx: &mut Context<'_>) {
-        let _ = Pin::new(&mut self.stream).poll_flush(cx);
+        match &mut self.stream {
+            TlsStream::Client(stream) => {
+                let (raw, session) = stream.get_mut();
+                send_waiting(raw, session, cx);
+            }
+            TlsStream::Server(stream) => {
+                let (raw, session) = stream.get_mut();
+                send_waiting(raw, session, cx);
+            }
+        }
+    }
+
+    /// It is of no more use: what goes wrong with it is TLS's, not the socket's.
+    pub(super) const fn is_broken(&self) -> bool {
+        self.broken.is_some()
+    }
+
+    /// rustls would take what is written from then on for sent, and send none of it.
+    fn is_worn(&self) -> bool {
+        self.records >= MOST_RECORDS && self.stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_2)
     }
 
     /// Takes a record at most, or a frame with a payload as long. Whoever gets `Pending` is to come again with the same bytes, more may be behind them.
@@ -786,7 +821,12 @@ impl Tls {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         if self.owed == 0 {
+            if self.is_worn() {
+                self.broken = Some(rustls::Error::General("TLS 1.2 has no keys for more records".to_owned()));
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
             self.owed = ready!(write(Pin::new(&mut self.stream), cx))?;
+            self.records += self.owed.div_ceil(RECORD) as u64;
         }
         debug_assert!(length >= self.owed, "not the bytes that were written before");
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
@@ -826,14 +866,17 @@ fn poll_decrypted<D: SideData>(
             raw.look = TURN_BYTES;
             loop {
                 // Nothing at all is its end. What is behind close_notify is not taken.
-                let count = session.read_tls(&mut bytes)?;
+                // rustls decrypts all that it is given, and keeps a place for each record of it: so little at a time.
+                let mut piece = &bytes[..bytes.len().min(PIECE)];
+                let count = session.read_tls(&mut piece)?;
+                bytes = &bytes[count..];
                 let processed = session.process_new_packets();
                 drain(session, buffer)?;
                 if let Err(error) = processed {
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, error)));
                 }
                 let (taken, data) = (all - bytes.len(), buffer.filled().len() - before);
-                let is_mostly_data = data > taken / 2;
+                let is_mostly_data = data > taken / 16 * 15;
                 if count == 0 || bytes.is_empty() {
                     if is_mostly_data && all >= TURN_BYTES {
                         raw.look = BULK_BYTES;
@@ -848,6 +891,34 @@ fn poll_decrypted<D: SideData>(
                 }
             }
         }))?;
+    }
+}
+
+/// Whatever the error is for which nothing else goes out: `flush` would only say that one again.
+fn send_waiting<D: SideData>(raw: &mut Raw, session: &mut ConnectionCommon<D>, cx: &mut Context<'_>) {
+    while session.wants_write() {
+        if session.write_tls(&mut AtOnce { raw, cx }).is_err() {
+            return;
+        }
+    }
+}
+
+/// What a socket takes without a wait.
+struct AtOnce<'a, 'b> {
+    raw: &'a mut Raw,
+    cx: &'a mut Context<'b>,
+}
+
+impl io::Write for AtOnce<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match Pin::new(&mut *self.raw).poll_write(self.cx, bytes) {
+            Poll::Ready(written) => written,
+            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -1027,6 +1098,29 @@ mod tests {
         assert_eq!((wrote, read), (message.len(), message.len()));
     }
 
+    /// A good record, and behind it one that is none: the first is read to its end, whatever room there is for it, and the peer is sent
+    /// the alert at once.
+    #[tokio::test]
+    async fn what_came_before_a_broken_record_is_read() {
+        let (mut near, mut far) = pair(SocketType::STREAM).await;
+        let message: Vec<u8> = (0..9000_u32).map(|at| at.to_le_bytes()[0]).collect();
+        let wrote = poll_fn(|cx| Pin::new(&mut near).poll_write(cx, &message)).await.expect("room");
+        assert_eq!(wrote, message.len());
+        let Stream::Tls(tls) = &mut near else { panic!("no TLS") };
+        // Application data that nobody has encrypted.
+        let forged = [&[23, 3, 3, 0, 32][..], &[7; 32]].concat();
+        let written = poll_fn(|cx| Pin::new(tls.raw()).poll_write(cx, &forged)).await.expect("room");
+        assert_eq!(written, forged.len());
+        let (mut read, mut bytes) = (Vec::new(), [0; 4000]);
+        // The stream's own kind of end, behind all that was good.
+        while let Ok(count @ 1..) = poll_fn(|cx| far.poll_read_slice(cx, &mut bytes)).await {
+            read.extend_from_slice(&bytes[..count]);
+        }
+        assert!(read == message && far.is_broken_tls(), "{} bytes", read.len());
+        let ended = timeout(Duration::from_mins(1), poll_fn(|cx| near.poll_read_slice(cx, &mut bytes))).await;
+        assert!(near.is_broken_tls(), "no alert: {ended:?}");
+    }
+
     /// Who had no room comes again with the same bytes and more behind them: exactly those that were encrypted count as written. The
     /// socket is filled, emptied, and the last write made once more.
     #[tokio::test]
@@ -1035,11 +1129,10 @@ mod tests {
         let message = vec![4; 3 * RECORD];
         let frame = RECORD + FRAME_HEADER;
         let mut written = 0;
-        loop {
-            match poll_fn(|cx| Poll::Ready(Pin::new(&mut near).poll_write(cx, &message[..frame]))).await {
-                Poll::Ready(count) => written += count.expect("a peer"),
-                Poll::Pending => break,
-            }
+        while let Poll::Ready(count) =
+            poll_fn(|cx| Poll::Ready(Pin::new(&mut near).poll_write(cx, &message[..frame]))).await
+        {
+            written += count.expect("a peer");
         }
         let mut bytes = vec![0; 4 * RECORD];
         let mut read = 0;

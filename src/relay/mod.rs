@@ -564,7 +564,9 @@ impl Relay {
                 Ok(0) | Err(_) => {
                     self.read_done[index] = true;
                     // After a failed write the kernel has reported the reset already and reads give a plain EOF.
-                    let how = if fresh.is_err() || is_broken { Gone::Reset } else { Gone::Fin };
+                    // TLS that is broken is not: its socket is as it was, and ended in order.
+                    let is_reset = fresh.is_err() || (is_broken && !stream.is_broken_tls());
+                    let how = if is_reset { Gone::Reset } else { Gone::Fin };
                     let inside_frame = lane.inside_frame;
                     self.ending.heard_gone(side, how, inside_frame, now);
                 }
