@@ -336,6 +336,7 @@ impl Server {
     /// # Errors
     ///
     /// The workers ended by themselves.
+    #[expect(clippy::too_many_lines, reason = "a list of what may happen")]
     pub async fn run(mut self, signals: &mut Signals, restarts: &mut Restarts) -> anyhow::Result<()> {
         let mut phases = Phases::new(&self.drain.config(), ending(self.reload.settings()), Instant::now());
         let mut has_ended = false;

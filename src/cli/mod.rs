@@ -6,6 +6,8 @@
 mod connections;
 mod log;
 mod operate;
+mod status;
+mod table;
 
 use std::{
     io::{self, Write as _},
@@ -136,8 +138,16 @@ enum Command {
         #[command(flatten)]
         admin: AdminAt,
     },
-    /// Print what the proxy that runs here is doing: its phase, sessions, sockets, as JSON
+    /// Show what the proxy that runs here is doing, on one screen: what is wrong, who ended how, what is full
+    #[command(after_help = "It asks the admin listener (GET /live.json).\n\
+                            Exit codes: 0 done, 1 it can't be reached")]
     Status {
+        /// Once in a second, until Ctrl-C
+        #[arg(long, conflicts_with = "format")]
+        watch: bool,
+        /// In which format; JSON is one line
+        #[arg(long, value_enum, default_value_t = Form::Text)]
+        format: Form,
         #[command(flatten)]
         admin: AdminAt,
     },
@@ -239,7 +249,11 @@ pub fn main() -> ExitCode {
                 Ok(())
             }
         })),
-        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::look(&admin, "/status")?))),
+        Command::Status { watch, format, admin } => Ok(admin.find().and_then(|admin| match format {
+            _ if watch => status::watch(&admin),
+            Form::Text => print(&status::screen(&admin)?),
+            Form::Json => print(&status::json(&admin)?),
+        })),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),

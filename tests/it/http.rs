@@ -756,7 +756,7 @@ fn metrics_are_openmetrics() {
             let mut words = described.split(' ');
             match (words.next(), words.next()) {
                 (Some("HELP" | "TYPE" | "UNIT"), Some(name)) => {
-                    assert!(name.starts_with("tidegate_"), "{line}");
+                    assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{line}");
                     name.clone_into(&mut family);
                 }
                 (Some("EOF"), None) => {}

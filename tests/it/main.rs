@@ -30,6 +30,7 @@ mod live;
 mod logs;
 mod memory;
 mod multiplexed;
+mod night;
 mod pod;
 mod pool_bursts;
 mod proxied;
