@@ -7,7 +7,8 @@
 //! ```text
 //! 6  main.rs  cli/                                     process, subcommands, exit codes
 //! 5  server.rs  reload.rs                              assembly, signals, phases; the configuration, read again
-//! 4  admin/  config/  demo/  doctor/  restart.rs       probes, metrics, live page, TOML, the demo's backend, diagnosis, succession
+//! 4  admin/  config/  demo/  doctor/  notify.rs        probes, metrics, live page, TOML, the demo's backend, diagnosis, what a service
+//!    restart.rs                                       manager is told, succession
 //! 3  session/                                          the one place that knows the order of a session
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission/  budget.rs  drain/  gate.rs
@@ -31,6 +32,7 @@ pub mod gate;
 pub mod listen;
 pub mod metrics;
 pub mod net;
+pub mod notify;
 pub mod pool;
 pub mod relay;
 pub mod reload;

@@ -1,5 +1,4 @@
-//! Restarts: one process takes the place of another, and no client finds the door closed. And what a service manager is told
-//! of it.
+//! Restarts: one process takes the place of another, and no client finds the door closed.
 //!
 //! ```text
 //! old  SIGUSR2 -- starts the binary -> listens on --------------------> go -> lets go, drains, ends
@@ -12,7 +11,8 @@
 //! between wait in the accept queues, which both hold. `LISTEN_PID` is not set: it would have to be made between `fork` and
 //! `exec`.
 //!
-//! Not in here: what a process does when it was replaced (`server.rs`, [`crate::drain`]), and starting another path, other
+//! Not in here: what a process does when it was replaced (`server.rs`, [`crate::drain`]), what a service manager is told of it
+//! ([`crate::notify`]), and starting another path, other
 //! arguments or another environment than this process was started with.
 
 use std::{
@@ -23,12 +23,7 @@ use std::{
     io::{self, Write as _},
     os::{
         fd::OwnedFd,
-        linux::net::SocketAddrExt as _,
-        unix::{
-            ffi::OsStrExt as _,
-            net::{SocketAddr, UnixDatagram, UnixStream as StdUnixStream},
-            process::CommandExt as _,
-        },
+        unix::{ffi::OsStrExt as _, net::UnixStream as StdUnixStream, process::CommandExt as _},
     },
     path::{self, Path, PathBuf},
     pin::Pin,
@@ -213,6 +208,8 @@ impl Image {
         let mut command = Command::new(&self.program);
         command.arg0(&self.name).args(&self.arguments);
         command.env_remove("LISTEN_PID").env_remove("LISTEN_FDS_FIRST_FD");
+        // The watchdog is the new process's, too: it is for whoever serves.
+        command.env_remove("WATCHDOG_PID");
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         // Done in the child: nothing else that this process might start gets them, and all others are closed by its `exec`.
         command.fd_mappings(mappings.collect()).map_err(io::Error::other)?;
@@ -331,37 +328,6 @@ impl Predecessor {
         let mut byte = [0];
         // An error of a stream between two processes is its end.
         let _ = self.stream.read(&mut byte).await;
-    }
-}
-
-/// What a service manager wants to know (`sd_notify(3)`), where there is one: `$NOTIFY_SOCKET`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
-    /// The service is served by this process.
-    Ready(u32),
-    /// It is to end.
-    Stopping,
-}
-
-/// Tells it. Not by a crate: sd-notify (0.5) does not know the abstract sockets that systemd may give.
-pub fn notify(word: Word) {
-    let Some(place) = env::var_os("NOTIFY_SOCKET").filter(|place| !place.is_empty()) else { return };
-    let text = match word {
-        Word::Ready(pid) => format!("READY=1\nMAINPID={pid}\n"),
-        Word::Stopping => "STOPPING=1\n".to_owned(),
-    };
-    let tell = || {
-        let address = match place.as_bytes() {
-            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
-            _ => SocketAddr::from_pathname(&place)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        // A manager that does not listen must not hold up what it is told of.
-        socket.set_nonblocking(true)?;
-        socket.send_to_addr(text.as_bytes(), &address)
-    };
-    if let Err(error) = tell() {
-        warn!(%error, ?word, "the service manager cannot be told ($NOTIFY_SOCKET)");
     }
 }
 

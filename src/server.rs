@@ -34,8 +34,9 @@ use crate::{
     listen::{self, Accepted, Balancer, Door},
     metrics::{Counted, Metrics},
     net::{self, Inherited, Listener, Origin, Wish},
+    notify::{self, Manager, Pulse, Word},
     reload::{self, Parts, Reload},
-    restart::{self, Predecessor, Restarts, Successor, Word},
+    restart::{self, Predecessor, Restarts, Successor},
     session::{Context, Current},
     side::Side,
     system::{self, MemoryWatch, System},
@@ -72,6 +73,7 @@ pub struct Server {
     /// What can be changed while it runs.
     reload: Box<Reload>,
     succession: Succession,
+    manager: Box<Manager>,
 }
 
 /// What this process has from the one before, and leaves to the next.
@@ -194,6 +196,7 @@ impl Server {
         for (index, listener) in listeners.into_iter().enumerate() {
             queues[index % workers].push(listener);
         }
+        let mut pulse = Pulse::default();
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let (drain, tracker, last) = (drain.clone(), TaskTracker::new(), linger.clone());
@@ -234,12 +237,13 @@ impl Server {
             let (balancer, go) = (balancer.clone(), go.clone());
             let accepts = accepts.clone();
             let worker = Worker { index, context, balancer, listeners, go, accepted, accepts };
-            let (abort, alive) = (abort.clone(), alive.clone());
+            let (abort, alive, heart) = (abort.clone(), alive.clone(), pulse.heart());
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 runtime.block_on(async {
                     tokio::select! {
                         () = worker.run() => {}
                         () = abort.cancelled() => {}
+                        () = heart.run() => {}
                     }
                 });
                 // Not waiting for a name that is still being looked up.
@@ -328,6 +332,7 @@ impl Server {
             alive: all_ended,
             reload,
             succession,
+            manager: Box::new(Manager::new(pulse)),
         })
     }
 
@@ -336,12 +341,12 @@ impl Server {
     /// # Errors
     ///
     /// The workers ended by themselves.
-    #[expect(clippy::too_many_lines, reason = "a list of what may happen")]
+    #[expect(clippy::too_many_lines, reason = "the one loop that sees everything that happens")]
     pub async fn run(mut self, signals: &mut Signals, restarts: &mut Restarts) -> anyhow::Result<()> {
         let mut phases = Phases::new(&self.drain.config(), ending(self.reload.settings()), Instant::now());
         let mut has_ended = false;
         if self.succession.predecessor.is_none() {
-            restart::notify(Word::Ready(process::id()));
+            notify::notify(Word::Ready(process::id()));
         }
         loop {
             while let Some(act) = phases.next(Instant::now()) {
@@ -374,13 +379,18 @@ impl Server {
             }
             self.tell(phases.status());
             let (wake, is_open) = (phases.wake(), phases.status().phase == Phase::Window);
+            let is_believed = !self.succession.is_replaced && self.succession.predecessor.is_none();
+            if is_believed {
+                let (phase, metrics, address) = (phases.status().phase, &self.metrics, self.address);
+                self.manager.tell(Instant::now(), phase, || doing(phase, metrics, address));
+            }
             if phases.status().phase != Phase::Running {
                 restarts.give_up();
             }
             tokio::select! {
                 () = signals.next() => {
                     if !self.succession.is_replaced {
-                        restart::notify(Word::Stopping);
+                        self.manager.stopping();
                     }
                     phases.signal(Instant::now());
                     // The delay may be none, and its beginning is the drain's.
@@ -434,6 +444,7 @@ impl Server {
                     has_ended = true;
                     phases.all_ended(Instant::now());
                 }
+                () = self.manager.due(), if is_believed => {}
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
                 () = sleep(LOOK), if is_open && self.is_anybody_served() => {}
                 () = future::ready(()), if is_open && !self.is_anybody_served() => {
@@ -505,9 +516,9 @@ impl Succession {
         let Successor { has_clients, has_admin, .. } = successor;
         let pid = successor.pid();
         // A service manager believes the process that it knows: so this one has to say it, and before the other speaks.
-        restart::notify(Word::Ready(pid));
+        notify::notify(Word::Ready(pid));
         if let Err(error) = successor.go().await {
-            restart::notify(Word::Ready(process::id()));
+            notify::notify(Word::Ready(process::id()));
             warn!(%error, pid, "no restart: the new process is gone; this process goes on");
             return false;
         }
@@ -530,7 +541,19 @@ impl Succession {
         self.listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.take_over());
         self.go.cancel();
         info!(pid = process::id(), "this process has taken over");
-        restart::notify(Word::Ready(process::id()));
+        notify::notify(Word::Ready(process::id()));
+    }
+}
+
+/// For people who ask the service manager.
+fn doing(phase: Phase, metrics: &Metrics, address: SocketAddr) -> String {
+    let sessions = metrics.sessions.get();
+    match phase {
+        Phase::Running => format!("serving on {address}, sessions: {sessions}"),
+        Phase::Delay => format!("draining, still accepting on {address}, sessions: {sessions}"),
+        Phase::Window => format!("draining, sessions left: {sessions}"),
+        Phase::Lingering => format!("draining, sockets in their last wait: {}", metrics.lingering.get()),
+        Phase::Drained => "drained".to_owned(),
     }
 }
 

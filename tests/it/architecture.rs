@@ -12,7 +12,7 @@ const FLOORS: [&[&str]; 7] = [
     &["admission", "budget", "drain", "gate", "metrics", "net", "pool", "slots", "system", "token"],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session"],
-    &["admin", "config", "demo", "doctor", "restart"],
+    &["admin", "config", "demo", "doctor", "notify", "restart"],
     &["server", "reload"],
     &["main", "cli"],
 ];

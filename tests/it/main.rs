@@ -31,6 +31,7 @@ mod logs;
 mod memory;
 mod multiplexed;
 mod night;
+mod notify;
 mod pod;
 mod pool_bursts;
 mod proxied;

@@ -68,10 +68,14 @@ pub struct Surroundings<'a> {
     pub listener: Option<OwnedFd>,
     /// `NOTIFY_SOCKET`.
     pub notify: Option<String>,
+    /// `WATCHDOG_USEC`.
+    pub watchdog: Option<Duration>,
     /// It leads a process group of its own: whatever it starts is ended with it.
     pub leads: bool,
     /// A Ping with this payload makes its session panic.
     pub fault: Option<&'static str>,
+    /// A Ping with this payload makes the worker of its session stand still.
+    pub stuck: Option<&'static str>,
 }
 
 impl Surroundings<'_> {
@@ -150,11 +154,17 @@ impl Proxy {
         if let Some(path) = surroundings.notify {
             command.env("NOTIFY_SOCKET", path);
         }
+        if let Some(time) = surroundings.watchdog {
+            command.env("WATCHDOG_USEC", time.as_micros().to_string());
+        }
         if surroundings.leads {
             command.process_group(0);
         }
         if let Some(payload) = surroundings.fault {
             command.env("FAULT_PING", payload);
+        }
+        if let Some(payload) = surroundings.stuck {
+            command.env("FAULT_STUCK", payload);
         }
         only_its_file(&mut command);
         Self::spawn(lab, command, base, folder, surroundings.leads, started)
