@@ -5,6 +5,8 @@
 
 mod connections;
 mod log;
+#[cfg(feature = "manual")]
+mod manual;
 mod operate;
 mod status;
 mod table;
@@ -17,6 +19,8 @@ use std::{
 };
 
 use anyhow::Context as _;
+#[cfg(feature = "manual")]
+use clap::CommandFactory as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio_util::sync::CancellationToken;
 
@@ -161,9 +165,28 @@ enum Command {
         /// Print what `run` would use, and where each value comes from [the default]
         #[arg(long)]
         effective: bool,
+        /// Print a JSON schema of proxy.toml, for editors
+        #[arg(long, conflicts_with_all = ["default", "effective", "config", "format"])]
+        schema: bool,
         /// In which format
         #[arg(long, value_enum, default_value_t = Format::Toml)]
         format: Format,
+    },
+    /// Print what a shell needs to complete this command
+    #[cfg(feature = "manual")]
+    Completions {
+        /// For which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, for `man -l -`
+    #[cfg(feature = "manual")]
+    Man {
+        /// That of a subcommand
+        command: Option<String>,
+        /// Write all pages into this folder instead
+        #[arg(long, value_name = "FOLDER", conflicts_with = "command")]
+        to: Option<PathBuf>,
     },
 }
 
@@ -254,6 +277,7 @@ pub fn main() -> ExitCode {
             Form::Text => print(&status::screen(&admin)?),
             Form::Json => print(&status::json(&admin)?),
         })),
+        Command::Config { schema: true, .. } => Ok(print(&json(&config::schema()))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),
             Format::Json => json(&Settings::shipped()),
@@ -264,6 +288,16 @@ pub fn main() -> ExitCode {
                 Format::Json => json(&loaded.settings),
             })
         }),
+        #[cfg(feature = "manual")]
+        Command::Completions { shell } => {
+            Ok(manual::completions(Cli::command(), shell).and_then(|script| print(&script)))
+        }
+        #[cfg(feature = "manual")]
+        Command::Man { to: Some(folder), .. } => Ok(manual::pages(Cli::command(), &folder)),
+        #[cfg(feature = "manual")]
+        Command::Man { command, .. } => {
+            Ok(manual::page(Cli::command(), command.as_deref()).and_then(|page| print(&page)))
+        }
     };
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

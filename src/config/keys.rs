@@ -128,7 +128,7 @@ pub(super) enum Time<'a> {
 }
 
 /// `PATH_MAX` (include/uapi/linux/limits.h), without the NUL.
-const PATH_BYTES: usize = 4095;
+pub(super) const PATH_BYTES: usize = 4095;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -157,11 +157,11 @@ const REASON_BYTES: usize = 123;
 /// No control frame may be refused for its size.
 const CONTROL_FRAME_BYTES: u64 = 125;
 const FILTER_BYTES: usize = 4096;
-const MAX_NETWORKS: usize = 1024;
-const MAX_ADDRESSES: usize = 256;
-const MAX_ORIGINS: usize = 256;
-const MAX_BACKENDS: usize = 64;
-const MAX_FILES: usize = 64;
+pub(super) const MAX_NETWORKS: usize = 1024;
+pub(super) const MAX_ADDRESSES: usize = 256;
+pub(super) const MAX_ORIGINS: usize = 256;
+pub(super) const MAX_BACKENDS: usize = 64;
+pub(super) const MAX_FILES: usize = 64;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
 

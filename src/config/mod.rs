@@ -10,6 +10,7 @@ mod checks;
 mod finding;
 mod keys;
 mod reload;
+mod schema;
 mod units;
 mod written;
 
@@ -30,6 +31,7 @@ use self::keys::{Name, OVERRIDES, PATH, POOL, ROUTE};
 pub use self::{
     finding::{Finding, Findings, Level, Place},
     reload::{Change, Read, Rejected, Reloaded, read, read_no_more, reload},
+    schema::schema,
     written::Seen,
 };
 use crate::{

@@ -384,7 +384,7 @@ fn ends(output: &Output) -> (Option<i32>, String, String) {
 #[test]
 fn help() {
     let directory = tempfile::tempdir().unwrap();
-    for command in ["", "run", "demo", "check", "doctor", "config"] {
+    for command in ["", "run", "demo", "check", "doctor", "config", "completions", "man"] {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|argument| !argument.is_empty()).collect();
         let (code, stdout, stderr) = ends(&tidegate(directory.path(), &[], &arguments));
         assert_eq!((code, stderr.as_str()), (Some(0), ""));
@@ -405,9 +405,14 @@ fn exit_codes() {
     write("bad.toml", "[close]\ndelay = 0\n");
 
     // Usage.
-    for arguments in
-        [&[][..], &["fly"], &["run", "--fast"], &["config", "--default", "--effective"], &["check", "--config"]]
-    {
+    for arguments in [
+        &[][..],
+        &["fly"],
+        &["run", "--fast"],
+        &["config", "--default", "--effective"],
+        &["config", "--schema", "--default"],
+        &["check", "--config"],
+    ] {
         let (code, stdout, stderr) = run(&[], arguments);
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}: {stderr}");
         assert!(!stderr.is_empty());
