@@ -1,6 +1,7 @@
 //! `tidegate completions` and `tidegate man`: made from the command line itself, so they say what it takes.
 //!
-//! Only with the feature `manual`: packages want both, and an image without a shell has no use for either.
+//! Only with the feature `manual`: packages want both, and an image without a shell has no use for either. The schema of
+//! `tidegate config --schema` belongs to it for the same reason.
 
 use std::{fs, io, path::Path};
 
@@ -72,13 +73,13 @@ pub(super) fn completions(mut command: Command, shell: Shell) -> anyhow::Result<
 }
 
 /// The page of a subcommand, or that of the whole.
-pub(super) fn page(mut command: Command, of: Option<&str>) -> anyhow::Result<String> {
-    command.build();
+pub(super) fn page(command: Command, of: Option<&str>) -> anyhow::Result<String> {
+    let command = built(command);
     let page = match of {
         None => whole(&command)?,
         Some(name) => {
-            let known = || subcommands(&command).map(Command::get_name).collect::<Vec<_>>().join(", ");
-            let found = subcommands(&command).find(|found| found.get_name() == name);
+            let known = || command.get_subcommands().map(Command::get_name).collect::<Vec<_>>().join(", ");
+            let found = command.get_subcommands().find(|found| found.get_name() == name);
             part(found.with_context(|| format!("there is no page of {name:?}: there are those of {}", known()))?)?
         }
     };
@@ -86,22 +87,24 @@ pub(super) fn page(mut command: Command, of: Option<&str>) -> anyhow::Result<Str
 }
 
 /// All pages, each in a file that is named as `man` looks for it.
-pub(super) fn pages(mut command: Command, folder: &Path) -> anyhow::Result<()> {
-    command.build();
+pub(super) fn pages(command: Command, folder: &Path) -> anyhow::Result<()> {
+    let command = built(command);
     let write = |name: &str, page: Vec<u8>| {
         let file = folder.join(format!("{name}.1"));
         fs::write(&file, page).with_context(|| format!("cannot write {}", file.display()))
     };
     write(command.get_name(), whole(&command)?)?;
-    for subcommand in subcommands(&command) {
+    for subcommand in command.get_subcommands() {
         write(&full_name(subcommand), part(subcommand)?)?;
     }
     Ok(())
 }
 
-/// Without clap's own `help`.
-fn subcommands(command: &Command) -> impl Iterator<Item = &Command> {
-    command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help")
+/// Without clap's own `help`, and with all names in full.
+fn built(command: Command) -> Command {
+    let mut command = command.disable_help_subcommand(true);
+    command.build();
+    command
 }
 
 /// As in "tidegate-run".
@@ -110,9 +113,7 @@ fn full_name(command: &Command) -> String {
 }
 
 fn man(command: &Command) -> Man {
-    Man::new(command.clone().disable_help_subcommand(true))
-        .source(format!("tidegate {}", env!("CARGO_PKG_VERSION")))
-        .manual("User Commands")
+    Man::new(command.clone()).source(format!("tidegate {}", env!("CARGO_PKG_VERSION"))).manual("User Commands")
 }
 
 fn whole(command: &Command) -> io::Result<Vec<u8>> {
@@ -131,7 +132,7 @@ fn whole(command: &Command) -> io::Result<Vec<u8>> {
             roff.control("TP", []).text([bold(*term)]).text([roman(*meaning)]);
         }
     }
-    let pages: Vec<String> = subcommands(command).map(full_name).collect();
+    let pages: Vec<String> = command.get_subcommands().map(full_name).collect();
     see_also(&mut roff, &pages);
     roff.to_writer(&mut page)?;
     Ok(page)
@@ -182,9 +183,9 @@ mod tests {
         pages(Cli::command(), folder.path()).unwrap();
         let read = |name: &str| fs::read_to_string(folder.path().join(format!("{name}.1"))).unwrap();
         let whole = read("tidegate");
-        let mut command = Cli::command();
-        command.build();
-        let names: Vec<&str> = subcommands(&command).map(Command::get_name).collect();
+        let command = built(Cli::command());
+        let names: Vec<&str> = command.get_subcommands().map(Command::get_name).collect();
+        assert!(!whole.contains("help(1)"), "{whole}");
         assert!(names.contains(&"run") && names.contains(&"man"), "{names:?}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), names.len() + 1);
         for name in names {

@@ -166,6 +166,7 @@ enum Command {
         #[arg(long)]
         effective: bool,
         /// Print a JSON schema of proxy.toml, for editors
+        #[cfg(feature = "manual")]
         #[arg(long, conflicts_with_all = ["default", "effective", "config", "format"])]
         schema: bool,
         /// In which format
@@ -277,6 +278,8 @@ pub fn main() -> ExitCode {
             Form::Text => print(&status::screen(&admin)?),
             Form::Json => print(&status::json(&admin)?),
         })),
+        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(&admin)?))),
+        #[cfg(feature = "manual")]
         Command::Config { schema: true, .. } => Ok(print(&json(&config::schema()))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {
             Format::Toml => config::SHIPPED.to_owned(),

@@ -10,6 +10,7 @@ mod checks;
 mod finding;
 mod keys;
 mod reload;
+#[cfg(feature = "manual")]
 mod schema;
 mod units;
 mod written;
@@ -28,10 +29,11 @@ use serde::{
 };
 
 use self::keys::{Name, OVERRIDES, PATH, POOL, ROUTE};
+#[cfg(feature = "manual")]
+pub use self::schema::schema;
 pub use self::{
     finding::{Finding, Findings, Level, Place},
     reload::{Change, Read, Rejected, Reloaded, read, read_no_more, reload},
-    schema::schema,
     written::Seen,
 };
 use crate::{
