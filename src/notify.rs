@@ -26,7 +26,7 @@ use std::{
 };
 
 use tokio::{
-    sync::watch,
+    sync::Notify,
     time::{Instant, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -176,51 +176,52 @@ fn watchdog(time: Option<String>, pid: Option<String>) -> Option<Duration> {
 
 /// Whether all workers come to their turn.
 #[derive(Debug, Default)]
-pub struct Pulse {
-    /// Which beat it is.
-    beat: watch::Sender<u64>,
-    /// The last one that each has answered, as long as it runs.
-    answered: Vec<Weak<AtomicU64>>,
-}
+pub struct Pulse(Vec<Weak<Beats>>);
 
 /// A worker's part in it.
 #[derive(Debug)]
-pub struct Heart {
-    beat: watch::Receiver<u64>,
-    answered: Arc<AtomicU64>,
+pub struct Heart(Arc<Beats>);
+
+/// How often a worker was asked, and which of these it has answered last. Gone with the worker.
+#[derive(Debug, Default)]
+struct Beats {
+    asked: AtomicU64,
+    answered: AtomicU64,
+    wake: Notify,
 }
 
 impl Pulse {
     /// Of one more worker.
     pub fn heart(&mut self) -> Heart {
-        let answered = Arc::default();
-        self.answered.push(Arc::downgrade(&answered));
-        Heart { beat: self.beat.subscribe(), answered }
+        let beats = Arc::default();
+        self.0.push(Arc::downgrade(&beats));
+        Heart(beats)
     }
 
     fn beat(&self) {
-        self.beat.send_modify(|beat| *beat += 1);
+        for beats in self.0.iter().filter_map(Weak::upgrade) {
+            beats.asked.fetch_add(1, Ordering::Relaxed);
+            beats.wake.notify_one();
+        }
     }
 
     /// Those that have not answered the last beat, or have ended though they may not.
     fn silent(&self, may_end: bool) -> Vec<usize> {
-        let beat = *self.beat.borrow();
-        let is_silent = |answered: &Weak<AtomicU64>| match answered.upgrade() {
-            Some(answered) => answered.load(Ordering::Relaxed) < beat,
+        let is_silent = |beats: &Weak<Beats>| match beats.upgrade() {
+            Some(beats) => beats.answered.load(Ordering::Relaxed) < beats.asked.load(Ordering::Relaxed),
             None => !may_end,
         };
-        self.answered.iter().enumerate().filter(|(_, answered)| is_silent(answered)).map(|(index, _)| index).collect()
+        self.0.iter().enumerate().filter(|(_, beats)| is_silent(beats)).map(|(index, _)| index).collect()
     }
 }
 
 impl Heart {
     /// Answers, for as long as it is polled: on the worker's thread, and so only between the turns of what else is there.
-    pub async fn run(mut self) {
-        while self.beat.changed().await.is_ok() {
-            self.answered.store(*self.beat.borrow_and_update(), Ordering::Relaxed);
+    pub async fn run(self) {
+        loop {
+            self.0.wake.notified().await;
+            self.0.answered.store(self.0.asked.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        // Nobody asks any more.
-        future::pending::<()>().await;
     }
 }
 
