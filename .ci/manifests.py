@@ -9,12 +9,16 @@
                                              dashboard.plain.yaml into DIR
     manifests.py versions                    the Dockerfile has the version of Cargo.toml
     manifests.py proxy-toml RENDERED FILE    writes the ConfigMap's proxy.toml to FILE
+    manifests.py metrics BINARY FILE         writes what /metrics of a running BINARY says to FILE, in the older format that promtool reads
 """
 
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import urllib.request
 
 import yaml
 
@@ -280,7 +284,35 @@ def monitoring(rendered, folder):
     return wrong
 
 
+def metrics(binary, file):
+    env = {**os.environ, "TIDEGATE_ADMIN__ADDRESS": "127.0.0.1:0", "TIDEGATE_LOG__FORMAT": "json", "TIDEGATE_DRAIN__DELAY": "0s"}
+    command = [binary, "run", "--listen", "127.0.0.1:0", "--upstream", "127.0.0.1:9"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            lines = map(json.loads, process.stdout)
+            address = next(line["address"] for line in lines if line.get("message") == "admin listening")
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+                text = response.read().decode()
+        finally:
+            process.terminate()
+            process.communicate()
+    # There a counter's family has the name of its samples, and there is no info and no unit.
+    kinds = dict(re.findall(r"^# TYPE (\S+) (counter|info)$", text, re.MULTILINE))
+    suffix = {"counter": "_total", "info": "_info"}
+    out = []
+    for line in text.splitlines():
+        if described := re.match(r"# (HELP|TYPE) (\S+)(.*)", line):
+            word, name, rest = described.groups()
+            line = f"# {word} {name}{suffix.get(kinds.get(name), '')}{rest.replace(' info', ' gauge') if word == 'TYPE' else rest}"
+        if not line.startswith("# UNIT") and line != "# EOF":
+            out.append(line)
+    pathlib.Path(file).write_text("\n".join(out) + "\n")
+    return []
+
+
 def main(command, *paths):
+    if command == "metrics":
+        return metrics(*paths)
     if command == "alike":
         return alike(*paths)
     if command == "proxy-toml":

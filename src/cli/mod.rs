@@ -278,7 +278,6 @@ pub fn main() -> ExitCode {
             Form::Text => print(&status::screen(&admin)?),
             Form::Json => print(&status::json(&admin)?),
         })),
-        Command::Status { admin } => Ok(admin.find().and_then(|admin| print(&operate::status(&admin)?))),
         #[cfg(feature = "manual")]
         Command::Config { schema: true, .. } => Ok(print(&json(&config::schema()))),
         Command::Config { default: true, format, .. } => Ok(print(&match format {

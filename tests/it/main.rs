@@ -29,6 +29,7 @@ mod listeners;
 mod live;
 mod logs;
 mod memory;
+mod metrics;
 mod multiplexed;
 mod night;
 mod notify;
