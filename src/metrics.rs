@@ -8,7 +8,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -301,7 +301,8 @@ pub struct Metrics {
     /// 0: running; 1: draining, still accepting; 2: draining, listeners closed.
     pub drain_state: Gauge,
     /// What the last look of `/readyz` at the backend found: 1 or 0.
-    pub backend_up: Gauge,
+    backend_up: Gauge,
+    backend_was_asked: AtomicBool,
     /// Data messages that came from a client after its session's end had begun; they were not forwarded.
     pub crossed_messages: Counter,
     /// Sessions whose `close.delay` was cut short.
@@ -394,6 +395,7 @@ impl Metrics {
             lingering: Gauge::default(),
             drain_state: Gauge::default(),
             backend_up: Gauge::default(),
+            backend_was_asked: AtomicBool::new(false),
             crossed_messages: Counter::default(),
             delays_cut: Counter::default(),
             restart_required: Gauge::default(),
@@ -636,6 +638,17 @@ impl Metrics {
     /// Endpoints that take connections, and those that are left alone.
     pub fn endpoints(&self) -> [i64; 2] {
         self.upstream_endpoints.each_ref().map(Gauge::get)
+    }
+
+    /// The backend took no connection when it was last looked at.
+    pub fn is_backend_down(&self) -> bool {
+        self.backend_was_asked.load(Ordering::Relaxed) && self.backend_up.get() == 0
+    }
+
+    /// What came of a look at the backend.
+    pub fn saw_backend(&self, is_up: bool) {
+        self.backend_up.set(is_up.into());
+        self.backend_was_asked.store(true, Ordering::Relaxed);
     }
 
     /// Whether what was read last of the configuration is what runs.
@@ -955,6 +968,7 @@ impl Collector for Ends {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let help = "Sessions that ended, by who began it, the code, and whether both Close handshakes were completed";
         let mut closes = encoder.encode_descriptor("closes", help, None, MetricType::Counter)?;
+        // All of them, so that none begins at 1.
         for (Close { initiator, clean, code }, count) in self.closes.all() {
             let labels =
                 [("initiator", initiator), ("code_class", code), ("clean", if clean { "true" } else { "false" })];

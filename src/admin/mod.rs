@@ -11,15 +11,18 @@ mod live;
 use std::{
     convert::Infallible,
     net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -62,6 +65,9 @@ const READINESS_AGE: Duration = Duration::from_secs(5);
 const MAX_WAITING: usize = 64;
 const NO_DRAIN: Duration = Duration::from_secs(3);
 
+/// Answers of megabytes that are made or under way at once, for this host and for others: they are in nobody's budget.
+const MAX_LARGE: usize = 4;
+
 /// That are listed: a name may have hundreds.
 const MAX_ENDPOINTS: usize = 64;
 
@@ -81,6 +87,8 @@ pub struct Admin {
     control: Control,
     linger: Linger,
     waiting: [Semaphore; 2],
+    /// See [`MAX_LARGE`].
+    large: [Arc<Semaphore>; 2],
     live: Arc<Live>,
     /// What came of the last dial of a backend.
     readiness: Mutex<Option<Dialled>>,
@@ -155,8 +163,9 @@ impl Admin {
         tracker: TaskTracker,
     ) -> Self {
         let waiting = [(); 2].map(|()| Semaphore::new(MAX_WAITING));
+        let large = [(); 2].map(|()| Arc::new(Semaphore::new(MAX_LARGE)));
         let live = Live::new(Arc::clone(&metrics), parts.clone(), control.watch());
-        Self { metrics, parts, rosters, control, linger, waiting, live, readiness: Mutex::new(None), tracker }
+        Self { metrics, parts, rosters, control, linger, waiting, large, live, readiness: Mutex::new(None), tracker }
     }
 
     /// Serves until the runtime ends. Nobody is let in any more from `closed` on; who was, is still answered. What goes on without
@@ -204,11 +213,29 @@ impl Admin {
                 let (this, is_waiting, farewell) = (Arc::clone(&this), Arc::clone(&is_waiting), farewell.clone());
                 Box::pin(async move {
                     let is_here = is_here(peer.ip(), local);
+                    let tells = ["/", "/live", "/live.json", "/connections", "/status"].contains(&request.uri().path());
+                    if tells && local.is_some_and(|local| local.is_loopback()) && !is_meant(request.headers()) {
+                        let why =
+                            "here Host is an address or localhost: this may be a page whose name was bound anew\n";
+                        return Ok(plain(StatusCode::MISDIRECTED_REQUEST, why).map(BodyExt::boxed_unsync));
+                    }
+                    let slot = match request.uri().path() {
+                        "/connections" | "/live.json" => {
+                            let Ok(slot) = Arc::clone(&this.large[usize::from(is_here)]).try_acquire_owned() else {
+                                let mut busy = plain(StatusCode::SERVICE_UNAVAILABLE, "too many ask for it at once\n");
+                                busy.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                                return Ok(busy.map(BodyExt::boxed_unsync));
+                            };
+                            Some(slot)
+                        }
+                        _ => None,
+                    };
                     if let Some(answer) = this.live.answer(&request, is_here, &is_waiting, &farewell) {
-                        return Ok(answer);
+                        return Ok(answer.map(|body| Held { body, _slot: slot }.boxed_unsync()));
                     }
                     let asked = Asked { request: &request, peer, local, is_waiting: &is_waiting };
-                    Ok::<_, Infallible>(this.answer(asked).await.map(BodyExt::boxed_unsync))
+                    let answer = this.answer(asked).await;
+                    Ok::<_, Infallible>(answer.map(|body| Held { body, _slot: slot }.boxed_unsync()))
                 })
             })
         };
@@ -287,15 +314,13 @@ impl Admin {
                 let Some(filter) = request.uri().query().and_then(|query| query.strip_prefix("filter=")) else {
                     return plain(StatusCode::BAD_REQUEST, "say which: POST /log?filter=info,tidegate=debug\n");
                 };
+                // At a level that most filters let through, and before this one may not.
+                warn!(%peer, filter, "the log gets another filter, until log.filter is changed or the process ends");
                 match self.control.filter(filter.to_owned()).await {
-                    Some(Ok(())) => {
-                        // At a level that most filters let through.
-                        warn!(%peer, filter, "the log has another filter, until log.filter is changed or the process ends");
-                        plain(
-                            StatusCode::OK,
-                            format!("log.filter is {filter:?}, until the file says another, or a restart\n"),
-                        )
-                    }
+                    Some(Ok(())) => plain(
+                        StatusCode::OK,
+                        format!("log.filter is {filter:?}, until the file says another, or a restart\n"),
+                    ),
                     Some(Err(error)) => plain(StatusCode::BAD_REQUEST, format!("{filter:?} is no filter: {error}\n")),
                     None => plain(StatusCode::SERVICE_UNAVAILABLE, "the process is about to end\n"),
                 }
@@ -397,7 +422,7 @@ impl Admin {
                         Ok(()) if !was => info!("ready again"),
                         _ => {}
                     }
-                    this.metrics.backend_up.set(result.is_ok().into());
+                    this.metrics.saw_backend(result.is_ok());
                     *readiness = Some(Dialled { upstreams, at: Instant::now(), result: result.clone() });
                     result
                 }
@@ -427,8 +452,42 @@ impl Admin {
     }
 }
 
-const PATHS: &str = "/ in a browser, /live.json /livez /readyz /metrics /status /connections /drain/wait; \
+const PATHS: &str = "/ in a browser, /live /live.json /livez /readyz /metrics /status /connections /drain/wait; \
                      POST /drain /undrain /reload /log";
+
+/// A body that holds a place until it is gone.
+struct Held<B> {
+    body: B,
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl<B: Body<Data = Bytes, Error = Infallible> + Unpin> Body for Held<B> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Host is no name that anybody can bind to a loopback address: a browser would let a page of that name read what comes.
+fn is_meant(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST) else { return true };
+    let Ok(host) = host.to_str() else { return false };
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name.is_empty() || name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+}
 
 /// What is said to be the token (RFC 6750 2.1).
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
@@ -453,4 +512,27 @@ fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = typed("text/plain; charset=utf-8", text);
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_that_cannot_be_bound_anew() {
+        let of = |host: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_static(host));
+            is_meant(&headers)
+        };
+        assert!(is_meant(&HeaderMap::new()));
+        for host in
+            ["", "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "[::1]", "[::1]:9090", "10.0.0.1:80"]
+        {
+            assert!(of(host), "{host}");
+        }
+        for host in ["evil.example", "evil.example:9090", "localhost.evil.example", "127.0.0.1.evil.example:9090"] {
+            assert!(!of(host), "{host}");
+        }
+    }
 }

@@ -121,7 +121,7 @@ enum Command {
         #[command(flatten)]
         admin: AdminAt,
     },
-    /// Give the log of the proxy that runs here another filter, until its file says one, or a restart: "info,tidegate=debug"
+    /// Give the log of the proxy that runs here another filter, until log.filter is changed, or a restart: "info,tidegate=debug"
     #[command(after_help = "It asks the admin listener (POST /log).\n\
                             Exit codes: 0 done, 1 it is no filter, or the proxy can't be reached")]
     Log {

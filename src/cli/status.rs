@@ -64,6 +64,13 @@ fn text(value: &Value) -> String {
     }
 }
 
+fn amount(number: &Value, unit: &Value) -> String {
+    match number.as_u64().filter(|_| unit == "bytes") {
+        Some(bytes) => format!("{} MiB", grouped(bytes >> 20)),
+        None => text(number),
+    }
+}
+
 /// "12,345".
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
@@ -89,12 +96,16 @@ fn render(all: &Value) -> String {
     for problem in list("problems") {
         line(format_args!("\n{}: {}\n    {}", text(&problem["level"]), text(&problem["what"]), text(&problem["fix"])));
     }
+    if list("problems").is_empty() {
+        line(format_args!("\nnothing that tidegate can see is wrong"));
+    }
     let windows = ["1m", "15m"].map(|name| &all["windows"][name]);
     let rows = [
         ("handshakes", windows.map(accepted)),
         ("not served", windows.map(not_served)),
         ("closed, clean", windows.map(|window| closed(window, true))),
         ("closed, cut", windows.map(|window| closed(window, false))),
+        ("what cut them short", windows.map(cut_by)),
         ("messages of clients", windows.map(|window| text(&window["messages"][0]))),
         ("messages of backends", windows.map(|window| text(&window["messages"][1]))),
         ("connect p50, p99, longest", windows.map(|window| latency(&window["connect"]))),
@@ -105,8 +116,9 @@ fn render(all: &Value) -> String {
     line(format_args!("\n{}", columns(&[head].into_iter().chain(rows).collect::<Vec<_>>()).trim_end()));
     let head = ["LIMIT", "USED", "OF", "SET BY"].map(str::to_owned);
     let limits = list("limits").iter().map(|limit| {
-        let of = if limit["most"] == 0 { Value::Null } else { limit["most"].clone() };
-        [text(&limit["name"]), text(&limit["used"]), text(&of), text(&limit["set_by"])]
+        let [used, of] = ["used", "most"].map(|key| amount(&limit[key], &limit["unit"]));
+        let of = if limit["most"] == 0 { "-".to_owned() } else { of };
+        [text(&limit["name"]), used, of, text(&limit["set_by"])]
     });
     line(format_args!("\n{}", columns(&[head].into_iter().chain(limits).collect::<Vec<_>>()).trim_end()));
     let head = ["BACKEND", "STATE", "SESSIONS"].map(str::to_owned);
@@ -137,8 +149,9 @@ fn accepted(window: &Value) -> String {
 }
 
 fn not_served(window: &Value) -> String {
-    let results = counts(&window["handshakes"]).filter(|(name, _)| *name != "accepted");
-    // Those who got no handshake at all are told by the reason alone.
+    // As the page counts them: by the backend's fault, or turned away; the latter by their reason alone.
+    let failed = ["unreachable", "timeout", "bad_backend"];
+    let results = counts(&window["handshakes"]).filter(|(name, _)| failed.contains(&name.as_str()));
     with_parts(results.chain(counts(&window["refused"])).map(|(name, count)| (name.clone(), count)).collect())
 }
 
@@ -151,11 +164,16 @@ fn closed(window: &Value, is_clean: bool) -> String {
     with_parts(by.collect())
 }
 
+fn cut_by(window: &Value) -> String {
+    with_parts(counts(&window["abnormal"]).map(|(name, count)| (name.clone(), count)).collect())
+}
+
 /// The sum, and the three largest parts of it.
 fn with_parts(mut parts: Vec<(String, u64)>) -> String {
     parts.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     let sum = grouped(parts.iter().map(|(_, count)| count).sum());
-    let told: Vec<_> = parts.iter().take(3).map(|(name, count)| format!("{name}: {}", grouped(*count))).collect();
+    let told: Vec<_> =
+        parts.iter().take(3).map(|(name, count)| format!("{}: {}", name.escape_debug(), grouped(*count))).collect();
     let more = if parts.len() > 3 { ", ..." } else { "" };
     if told.is_empty() { sum } else { format!("{sum} ({}{more})", told.join(", ")) }
 }
@@ -200,7 +218,7 @@ mod tests {
             "windows": {"1m": window, "15m": window},
             "limits": [
                 {"name": "client connections", "set_by": "limits.max_connections", "used": 1004, "most": 9705},
-                {"name": "memory", "set_by": "limits.memory", "used": 19_931_136, "most": 0},
+                {"name": "memory", "set_by": "limits.memory", "used": 19_931_136, "most": 0, "unit": "bytes"},
             ],
             "endpoints": [{"address": "127.0.0.1:9000", "state": "active", "sessions": 1003}], "more_endpoints": 2,
         });

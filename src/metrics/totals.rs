@@ -108,8 +108,7 @@ impl Closes {
 
     /// Those of which there are any.
     pub(super) fn all(&self) -> impl Iterator<Item = (Close, u64)> + '_ {
-        let all = self.0.iter().enumerate().map(|(index, count)| (Close::at(index), count.load(Relaxed)));
-        all.filter(|(_, count)| *count > 0)
+        self.0.iter().enumerate().map(|(index, count)| (Close::at(index), count.load(Relaxed)))
     }
 }
 

@@ -57,6 +57,12 @@ pub(super) struct Asked {
     pub(super) early: Bytes,
 }
 
+/// Of a path, what is told of it: at most 256 bytes, and nothing that a terminal or a log would obey.
+fn told(path: &str) -> String {
+    let path = &path[..path.floor_char_boundary(256)];
+    if path.bytes().all(|byte| byte.is_ascii_graphic()) { path.to_owned() } else { path.escape_debug().to_string() }
+}
+
 /// A client's connection as long as it speaks HTTP.
 #[derive(Debug)]
 pub(super) struct Stage {
@@ -378,7 +384,7 @@ impl Context {
                 return (Handshake::Shed, self.refusal(reason), None);
             }
         }
-        let mut path = request.uri().path().to_owned();
+        let path = request.uri().path().to_owned();
         let way = match self.upstreams.choose(&path) {
             Ok(way) => way,
             Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client.address, &path, &ambiguous), None),
@@ -390,7 +396,7 @@ impl Context {
         let Some(seat) = seats.take(upstream.config().rules.max_sessions) else {
             return (Handshake::Shed, self.refuse_session(client, route), None);
         };
-        path.truncate(path.floor_char_boundary(256));
+        let path = told(&path);
         let request_id = downstream::request_id(request.headers());
         let trace_id = downstream::trace_id(request.headers());
         let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };
@@ -442,7 +448,7 @@ impl Context {
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<BoxError>,
     {
-        let mut path = request.uri().path().to_owned();
+        let path = request.uri().path().to_owned();
         let way = match self.upstreams.choose(&path) {
             Ok(way) => way,
             Err(ambiguous) => return self.refuse_path(client.address, &path, &ambiguous),
@@ -451,7 +457,7 @@ impl Context {
             return response;
         }
         let Way { route, upstream, .. } = way;
-        path.truncate(path.floor_char_boundary(256));
+        let path = told(&path);
         let request_id = downstream::request_id(request.headers());
         let trace_id = downstream::trace_id(request.headers());
         let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };

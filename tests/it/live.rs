@@ -37,7 +37,7 @@ impl Listener {
     /// And the status. By HTTP/1.0, so that nothing stands between the events, or by what is said.
     fn new(t: &Scene, version: &str) -> (u16, Self) {
         let mut this = Self::connect(t, None);
-        write!(this.0.get_mut(), "GET /live HTTP/{version}\r\nHost: here\r\n\r\n").expect("it reads");
+        write!(this.0.get_mut(), "GET /live HTTP/{version}\r\nHost: localhost\r\n\r\n").expect("it reads");
         let status = this.line().split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
         while !this.line().is_empty() {}
         (status, this)
@@ -345,6 +345,30 @@ fn the_page_is_alone() {
     for path in ["/", "/live", "/live.json"] {
         assert_eq!(post(t.proxy(), path), 405, "{path}");
     }
-    let head = Message::line("HEAD /live HTTP/1.1").header("Host", "here");
+    let head = Message::line("HEAD /live HTTP/1.1").header("Host", "localhost");
     assert_eq!(t.proxy().admin(&head).expect("an answer").code(), 200);
+}
+
+/// On loopback nobody is told anything under a name that may have been bound anew to it, as that of a page; probes are.
+#[test]
+fn a_page_of_another_name_reads_nothing() {
+    let t = Scene::new("").start();
+    let ask = |path: &str, host: &str| {
+        let request = Message::line(&format!("GET {path} HTTP/1.1")).header("Host", host).header("Connection", "close");
+        t.lab().place(Side::Proxy).run(|| {
+            let mut stream = TcpStream::connect(t.proxy().admin).expect("the admin listener");
+            stream.write_all(&request.bytes()).expect("an open connection");
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).expect("an answer");
+            Message::parse_head(&bytes).expect("an answer").0.code()
+        })
+    };
+    for path in ["/", "/live.json", "/connections", "/status"] {
+        assert_eq!(
+            [ask(path, "evil.example:9090"), ask(path, "localhost:9090"), ask(path, "127.0.0.1")],
+            [421, 200, 200],
+            "{path}"
+        );
+    }
+    assert_eq!([ask("/livez", "evil.example"), ask("/metrics", "evil.example")], [200, 200]);
 }

@@ -606,7 +606,10 @@ fn slow_readers_harm_nobody_else() {
 fn shared_connections_are_shown() {
     let settings = "listen.workers = 1\npool = { mode = 'multiplexed', max_streams = 10, idle_timeout = '1h' }\n";
     let t = Scene::new(settings).front(Manners::default()).start();
-    let shown = || serde_json::from_slice::<serde_json::Value>(&t.proxy().get("/connections").body).expect("JSON");
+    let shown = || {
+        let all: serde_json::Value = serde_json::from_slice(&t.proxy().get("/connections").body).expect("JSON");
+        serde_json::json!({ "shared": all["shared"], "more": all["more"] })
+    };
     assert_eq!(shown(), serde_json::json!({ "shared": [], "more": 0 }));
     let with = |state: &str, references: u32| {
         let connection = serde_json::json!({ "state": state, "references": references, "capacity": 10 });

@@ -63,6 +63,13 @@ fn post(t: &Front<'_>, path: &str) {
     assert!((200..300).contains(&response.code()), "{response:?}");
 }
 
+/// Whoever looks at the page while the backend is away is told so.
+#[track_caller]
+fn assert_tells_of_it(page: &Value) {
+    let problems = page["problems"].as_array().expect("a list");
+    assert!(problems.iter().any(|it| it["what"].as_str().is_some_and(|what| what.contains("502"))), "{problems:?}");
+}
+
 fn live(t: &Front<'_>) -> Value {
     serde_json::from_slice(&t.get("/live.json").body).expect("JSON")
 }
@@ -85,6 +92,7 @@ fn a_bad_night_can_be_told() {
         for _ in 0..KNOCKS {
             assert_eq!(visit(t.address, Errand::Echo).await.outcome, Outcome::Status(502));
         }
+        assert_tells_of_it(&live(&t));
         backend.again(&stage);
         let mut night = open(&t, SESSIONS).await;
 
@@ -200,9 +208,6 @@ fn by_the_page(t: &Front<'_>) {
         assert_eq!(count(initiator, clean), wanted as u64, "{initiator} {clean}: {window}");
     }
     assert_eq!((&page["phase"], &page["sessions"]), (&"drained".into(), &0.into()));
-    let problems: Vec<_> =
-        page["problems"].as_array().expect("a list").iter().map(|it| it["what"].to_string()).collect();
-    assert!(problems.iter().any(|what| what.contains("502")), "{problems:?}");
 }
 
 /// Each session has one line at its beginning and one at its end, which says what its client saw; and the lines stand in the order

@@ -262,6 +262,7 @@ impl Live {
             came: &minute.0,
             limits: &limits,
             endpoints: metrics.endpoints(),
+            is_backend_down: metrics.is_backend_down(),
             is_reload_good: metrics.is_reload_good(),
             restart_required: metrics.restart_required.get(),
             doubtful_certificates: metrics.doubtful_certificates.get(),

@@ -4,7 +4,10 @@
 
 use serde::Serialize;
 
-use crate::metrics::{Part, Totals};
+use crate::{
+    admission::Reason,
+    metrics::{Part, Totals},
+};
 
 /// One thing that is wrong.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -40,6 +43,8 @@ pub(super) struct Seen<'a> {
     /// Endpoints that take connections, and that are left alone.
     pub endpoints: [i64; 2],
     pub is_reload_good: bool,
+    /// As far as /readyz knows.
+    pub is_backend_down: bool,
     /// Keys that take a restart, certificates that expire, and mistakes in the pool.
     pub restart_required: i64,
     pub doubtful_certificates: i64,
@@ -56,17 +61,21 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
         let place = ["error", "warning"].iter().position(|worse| *worse == level).unwrap_or(2);
         found[place].push(Problem { level, what, fix });
     };
+    if seen.is_backend_down {
+        let what = "the backend took no connection when /readyz last looked".to_owned();
+        say("error", what, "no clients are sent here: look at the backend; the line `not ready` of the log says why");
+    }
     let [active, ejected] = seen.endpoints;
     if ejected > 0 {
         let level = if active == 0 { "error" } else { "warning" };
         let what = format!("endpoints of backends that take no connections: {ejected} of {}", active + ejected);
-        say(level, what, "see Backends below; look at the backend itself");
+        say(level, what, "tidegate status names them; look at the backend itself");
     }
     for (name, what, fix) in [
         (
             "unreachable",
             "that could not be connected to the backend (502)",
-            "is the backend there? see upstream.address below",
+            "is the backend there, where upstream.address says?",
         ),
         ("timeout", "without an answer of the backend in time (504)", "the backend is slow or hangs: look at it"),
         ("bad_backend", "without a valid answer of the backend (502)", "the log names what is wrong with it"),
@@ -77,15 +86,7 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
         }
     }
     for (reason, count) in came.named(Part::Refused) {
-        let fix = match reason {
-            "max_connections" | "route_sessions" => "raise the limit, or run more of these",
-            "memory" => "raise the memory limit, or run more of these",
-            "descriptors" => "raise RLIMIT_NOFILE: tidegate doctor",
-            "ports" => "name more addresses in upstream.source_addresses",
-            "max_waiting" | "queue_timeout" | "pool_full" => "the backend does not keep up: look at it",
-            "rate" => "a spike: limits.handshakes_per_second is reached",
-            _ => "one address asks too much: the log names it",
-        };
+        let fix = Reason::ALL.into_iter().find(|known| known.as_str() == reason).map_or("", Reason::fix);
         say("error", minute("clients that were turned away (", reason, ")", count), fix);
     }
     for (cause, count) in came.named(Part::Causes) {
@@ -93,9 +94,13 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
             "backend_reset" | "backend_fin" => ("error", "clients got Close 1012; did the backend crash or restart?"),
             "backend_silent" | "backend_stalled" | "backend_no_answer" => ("error", "the backend hangs: look at it"),
             "backend_violation" => ("error", "the backend breaks the protocol: the log says how"),
-            "drain_cut" => ("error", "drain.timeout was over: raise it, or drain.window"),
+            "drain_cut" => ("error", "drain.timeout was over: raise it, and the grace period with it"),
             "cut_inside_frame" => ("warning", "a side died inside a large frame: see websocket.hold_frame"),
             "panic" => ("error", "a bug in tidegate: please report it, with the log"),
+            "client_violation" => ("warning", "a client broke the protocol or a limit: `why` in the log says which"),
+            "client_silent" | "client_stalled" | "client_no_answer" => {
+                ("note", "clients that were gone, or read nothing: normal on bad networks, unless there are many")
+            }
             // Clients come and go as they like: a browser that is closed, a phone in a tunnel.
             _ => ("note", "clients left without a word: normal, unless there are many"),
         };
@@ -121,11 +126,11 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
     }
     if seen.restart_required > 0 {
         let what = format!("keys of the configuration that are not in force yet: {}", seen.restart_required);
-        say("note", what, "restart when it suits: SIGUSR2");
+        say("note", what, "restart when it suits: SIGUSR2; a container is replaced");
     }
     if seen.doubtful_certificates > 0 {
         let what = format!("certificates for clients that have expired, or soon will: {}", seen.doubtful_certificates);
-        say("warning", what, "renew them; the log names the files");
+        say("warning", what, "renew them: who comes after their end is not served; `tidegate check` names the files");
     }
     if seen.pool_violations > 0 {
         say("error", "the pool of connections made a mistake".to_owned(), "a bug in tidegate: please report it");
@@ -153,6 +158,7 @@ mod tests {
             limits,
             endpoints: [1, 0],
             is_reload_good: true,
+            is_backend_down: false,
             restart_required: 0,
             doubtful_certificates: 0,
             pool_violations: 0,

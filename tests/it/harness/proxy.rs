@@ -373,7 +373,7 @@ impl Proxy {
         self.place.run(|| {
             let mut stream = TcpStream::connect_timeout(&self.admin, within)?;
             stream.set_read_timeout(Some(within))?;
-            stream.write_all(&request.clone().set("Connection", "close").bytes())?;
+            stream.write_all(&request.clone().set("Connection", "close").set("Host", "localhost").bytes())?;
             let mut bytes = Vec::new();
             stream.read_to_end(&mut bytes)?;
             let (mut response, length) = Message::parse_head(&bytes)
