@@ -189,7 +189,7 @@ impl Settings {
             },
             downstream: downstream::Config {
                 header_timeout: seconds(10),
-                body_rate: 100,
+                body_rate: 500,
                 header_bytes: 32 << 10,
                 header_count: 100,
                 retry_after: seconds(1),
