@@ -146,6 +146,8 @@ struct Socket {
     side: Side,
     wait: Wait,
     keeps: Keeps,
+    /// It sent something after our FIN: since then it is looked at for much, for its FIN, and when it is time.
+    is_chatty: bool,
     _port: Option<Port>,
     _counted: Option<Counted>,
 }
@@ -171,6 +173,9 @@ const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_sec
 
 /// Reads of one socket before others have their turn.
 const READS: usize = 4;
+
+/// What a look at a socket that still sends is worth, in bytes; the kernel makes it half of its buffer if that is less.
+const LOW_WATER: i32 = 64 * 1024;
 
 /// Sockets of one look at the kernel.
 const EVENTS: usize = 256;
@@ -248,7 +253,7 @@ impl Linger {
         let is_first = sockets.due.first().is_none_or(|(first, _)| wait.due < *first);
         sockets.due.insert((wait.due, id));
         let counted = self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering));
-        let socket = Socket { fd, unsent, side, wait, keeps, _port: port, _counted: counted };
+        let socket = Socket { fd, unsent, side, wait, keeps, is_chatty: false, _port: port, _counted: counted };
         if matches!(&socket.keeps, Keeps::Place(place) if place.refused.is_none()) {
             sockets.spare.insert(id);
         }
@@ -422,6 +427,11 @@ impl Socket {
     fn look(&mut self, now: Instant, has_news: bool) -> Option<Lingered> {
         // Also when it is only time: what came just now must not be what it is reset for.
         let found = discard(&self.fd);
+        if matches!(found, Discarded::Bytes) && !self.is_chatty {
+            // Who goes on a byte at a time must not cost a wake for each. If it fails it does.
+            self.is_chatty = true;
+            let _ = net::set_low_water(&self.fd, LOW_WATER);
+        }
         if !has_news && !self.unsent.is_empty() {
             self.unsent = send_some(&self.fd, std::mem::take(&mut self.unsent));
             if self.unsent.is_empty() && shutdown(&self.fd, Shutdown::Write).is_err() {

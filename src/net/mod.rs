@@ -5,6 +5,7 @@
 
 mod dial;
 mod identity;
+mod kept;
 mod lent;
 mod listener;
 mod poller;
@@ -17,7 +18,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     pin::{Pin, pin},
     task::{Context, Poll, ready},
@@ -29,11 +30,11 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
-    time::{Sleep, sleep},
 };
 
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
+    kept::Kept,
     lent::{Back, Lent, lend},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     poller::Poller,
@@ -152,6 +153,12 @@ pub fn unacked(fd: impl AsFd) -> io::Result<usize> {
     sys::out_queue(fd.as_fd())
 }
 
+/// Whoever watches a socket hears nothing of fewer bytes from now on, but of its FIN or RST. A read takes whatever is there. With 1 it hears at
+/// once of what has come meanwhile.
+pub fn set_low_water(fd: impl AsFd, bytes: i32) -> io::Result<()> {
+    sys::set_low_water(fd.as_fd(), bytes)
+}
+
 impl Stream {
     /// Takes it away from whoever wrote and read.
     pub fn into_last(self) -> io::Result<Last> {
@@ -244,17 +251,27 @@ impl Stream {
                 return false;
             }
         }
-        let below = match self {
-            Self::Tls(tls) => tls.below(),
-            _ => Some(&*self),
-        };
-        let fd = match below {
-            Some(Self::Tcp(stream) | Self::Dialled(stream, _)) => stream.as_fd(),
-            Some(Self::Unix(stream)) => stream.as_fd(),
-            Some(Self::Tls(_) | Self::Multiplexed(_)) | None => return false,
-        };
+        let Some(fd) = self.socket() else { return false };
         let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
         matches!(rustix::net::recv(fd, &mut [0; 1], flags), Err(rustix::io::Errno::AGAIN))
+    }
+
+    /// The socket that is below it, if it has one of its own.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        let below = match self {
+            Self::Tls(tls) => tls.below()?,
+            _ => self,
+        };
+        match below {
+            Self::Tcp(stream) | Self::Dialled(stream, _) => Some(stream.as_fd()),
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tls(_) | Self::Multiplexed(_) => None,
+        }
+    }
+
+    /// See [`unacked`]; `None`: it has no socket of its own.
+    fn unacked(&self) -> Option<usize> {
+        unacked(self.socket()?).ok()
     }
 
     /// How long others bear with it when nobody takes what comes from it; `None`: it is nobody else's.
@@ -333,126 +350,6 @@ impl AsyncWrite for Stream {
 
 fn first<'a>(bytes: &'a [io::IoSlice<'_>]) -> &'a [u8] {
     bytes.iter().find(|bytes| !bytes.is_empty()).map_or(&[], |bytes| bytes)
-}
-
-/// A stream in the hands of hyper: it can't be ended, and does not wait for ever for a reader.
-///
-/// hyper flushes what it has when it ends a connection, and with a `shutdown` that does nothing it gives the socket back
-/// open, for whoever ends it in order.
-#[derive(Debug)]
-pub struct Kept {
-    stream: Stream,
-    /// How long the peer may take nothing of what waits for it.
-    write_timeout: Duration,
-    stalled: Option<Pin<Box<Sleep>>>,
-    /// What was read already.
-    early: Bytes,
-    has_read: bool,
-}
-
-impl Kept {
-    /// Of a connected stream.
-    pub const fn new(stream: Stream, write_timeout: Duration) -> Self {
-        Self { stream, write_timeout, stalled: None, early: Bytes::new(), has_read: false }
-    }
-
-    /// What was read already is read again.
-    #[must_use]
-    pub fn rewind(mut self, early: Bytes) -> Self {
-        self.early = early;
-        self
-    }
-
-    /// Something was read of it.
-    pub const fn has_read(&self) -> bool {
-        self.has_read
-    }
-
-    /// Its peer does not take what was written last, which waits for that.
-    pub const fn is_stalled(&self) -> bool {
-        self.stalled.is_some()
-    }
-
-    /// The stream itself.
-    pub fn into_inner(self) -> Stream {
-        self.stream
-    }
-
-    /// What comes next, at most [`READ_AHEAD`] bytes; none: the peer has ended.
-    pub fn poll_some(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
-        with_scratch(|buffer| {
-            let length = ready!(self.stream.poll_read_slice(cx, &mut buffer[..READ_AHEAD]))?;
-            Poll::Ready(Ok(Bytes::copy_from_slice(&buffer[..length])))
-        })
-    }
-
-    /// Waits for epoll's first word about a socket. Until then a write would be one that has to wait, which hyper does not
-    /// do for an answer to a broken request.
-    pub async fn writable(&self) {
-        if let Stream::Tcp(stream) | Stream::Dialled(stream, _) = &self.stream {
-            let _ = stream.writable().await;
-        }
-    }
-
-    /// The stream, and what was read already and not read again.
-    pub fn into_parts(self) -> (Stream, Bytes) {
-        (self.stream, self.early)
-    }
-
-    fn poll_patiently(
-        &mut self,
-        cx: &mut Context<'_>,
-        write: impl FnOnce(Pin<&mut Stream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
-    ) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(result) = write(Pin::new(&mut self.stream), cx) {
-            self.stalled = None;
-            return Poll::Ready(result);
-        }
-        let timeout = self.write_timeout;
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(timeout)));
-        ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing")))
-    }
-}
-
-impl AsyncRead for Kept {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if !this.early.is_empty() {
-            buffer.put_slice(&this.early.split_to(this.early.len().min(buffer.remaining())));
-            return Poll::Ready(Ok(()));
-        }
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-        this.has_read |= buffer.filled().len() > before;
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Kept {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write(cx, bytes))
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_patiently(cx, |stream, cx| stream.poll_write_vectored(cx, bytes))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
 }
 
 /// What is read at once of a client's first request: most are shorter.

@@ -69,32 +69,30 @@ pub(super) fn accept_queue(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
 /// Gives a socket's buffers back to autotuning, after a size was set (`SO_BUF_LOCK`, Linux 5.15, include/uapi/asm-generic/socket.h).
 pub(super) fn unlock_buffers(fd: BorrowedFd<'_>) -> io::Result<()> {
     const SO_BUF_LOCK: libc::c_int = 72;
-    let nothing: libc::c_int = 0;
-    // SAFETY: the kernel reads one int from its argument, which outlives the call; the descriptor is open while borrowed.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_BUF_LOCK,
-            (&raw const nothing).cast::<libc::c_void>(),
-            libc::socklen_t::try_from(mem::size_of_val(&nothing)).expect("an int"),
-        )
-    };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    set_int(fd, libc::SOL_SOCKET, SO_BUF_LOCK, 0)
 }
 
 /// The port is chosen by `connect()`, when the peer is known, rather than by `bind()`: so one address has all its ports
 /// toward each peer, and not once for all (`IP_BIND_ADDRESS_NO_PORT` in ip(7), also for IPv6).
 pub(super) fn bind_without_port(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let yes: libc::c_int = 1;
+    set_int(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// epoll says nothing of a socket with fewer unread bytes, but of its FIN or RST (`SO_RCVLOWAT` in socket(7); `tcp_data_ready` and
+/// `tcp_set_rcvlowat`, net/ipv4/tcp*.c). At most half of its buffer. A read takes whatever is there, as ever.
+pub(super) fn set_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    set_int(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes)
+}
+
+fn set_int(fd: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the kernel reads one int from its argument, which outlives the call; the descriptor is open while borrowed.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const yes).cast::<libc::c_void>(),
-            libc::socklen_t::try_from(mem::size_of_val(&yes)).expect("an int"),
+            level,
+            option,
+            (&raw const value).cast::<libc::c_void>(),
+            libc::socklen_t::try_from(mem::size_of_val(&value)).expect("an int"),
         )
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -188,6 +188,8 @@ impl Context {
         deadline: Option<Instant>,
     ) {
         stream.writable().await;
+        // An answer must be taken as a request must come: whoever takes it holds a place.
+        let stream = stream.at_pace(self.downstream.body_rate, self.downstream.header_timeout);
         let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, permit, is_asked: false }));
         let service = {
             let (this, shared, whose) = (Arc::clone(&self), Arc::clone(&stage), client.clone());

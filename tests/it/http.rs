@@ -612,6 +612,43 @@ fn bodies_must_keep_a_pace() {
     assert!(backend.leftover.len() < LENGTH, "{} bytes", backend.leftover.len());
 }
 
+/// An answer that its client takes by a few bytes now and then is ended, and its backend is not held up by it; one that is taken at its
+/// pace is whole, also where the kernel takes nothing more for longer than `header_timeout`, since it waits for a third of its buffer.
+#[test]
+fn answers_must_be_taken_at_a_pace() {
+    const LENGTH: usize = 1 << 20;
+    let cut = Gate::new("the backend's connection has ended");
+    let is_cut = cut.clone();
+    let script = async move |c: &mut Peer| {
+        let target = c.read_head().await.target().to_owned();
+        c.pump(&Message::status(200, "OK", &"x".repeat(LENGTH)).bytes()).await;
+        c.until_end().await;
+        if target == "/drip" {
+            is_cut.open();
+        }
+    };
+    let t = Scene::new("http = { header_timeout = '1s', body_rate = 1000 }").backend(script).start();
+    let dial = Dial { recv_buffer: Some(16 << 10), ..Dial::default() };
+    let seen = t.client_with(dial, async |c| {
+        c.send_bytes(&Message::get("/drip").bytes()).await;
+        let mut passed = std::pin::pin!(cut.passed());
+        while tokio::time::timeout(Duration::from_millis(20), &mut passed).await.is_err() {
+            c.sip(4).await;
+        }
+        c.until_end().await
+    });
+    assert!(seen.raw.len() < LENGTH, "{} bytes", seen.raw.len());
+    let response = t.client_with(dial, async |c| {
+        c.send_bytes(&Message::get("/").bytes()).await;
+        while c.received_bytes() < LENGTH {
+            c.sip(8 << 10).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        c.read_response().await
+    });
+    assert_eq!((response.code(), response.body.len()), (200, LENGTH));
+}
+
 /// SIGTERM during an exchange: it is finished, its connection told to close and closed by FIN; an idle connection gets FIN.
 #[test]
 fn an_exchange_survives_sigterm() {

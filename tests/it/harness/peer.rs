@@ -404,10 +404,15 @@ impl Peer {
     }
 
     async fn fill(&mut self) {
+        self.sip(64 * 1024).await;
+    }
+
+    /// Reads once, as much as this at most.
+    pub async fn sip(&mut self, most: usize) {
         let Some(stream) = &mut self.stream else {
             return self.ended(End::Left);
         };
-        let mut chunk = vec![0; 64 * 1024];
+        let mut chunk = vec![0; most];
         let read = stream.read(&mut chunk).await;
         self.received(read.map(|n| &chunk[..n]));
     }
