@@ -222,6 +222,8 @@ impl Linger {
             Ok(Last::Socket { fd, port, unsent }) => (fd, port, unsent),
             // It takes no descriptor, so it needs no place.
             Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, peer_is_done, *patience),
+            // Nobody is there to be waited for.
+            Ok(Last::Nothing) => return,
             Err(error) => {
                 tracing::warn!(%error, "a socket cannot be taken from its runtime: it is closed at once");
                 return self.inner.count(side, Lingered::Evicted);

@@ -8,6 +8,7 @@ mod identity;
 mod kept;
 mod lent;
 mod listener;
+mod local;
 mod poller;
 mod sys;
 mod tls;
@@ -37,6 +38,7 @@ pub use self::{
     kept::Kept,
     lent::{Back, Lent, lend},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
+    local::{Fault, Local, fault},
     poller::Poller,
     tls::{
         Accepting, ClientCertificate, Secured, TLS_FILE_BYTES, Tls, TlsClient, TlsFile, TlsFileError, TlsServer,
@@ -130,6 +132,8 @@ pub enum Stream {
     Tls(Box<Tls>),
     /// A stream of an HTTP/2 connection.
     Multiplexed(Box<Tunnel>),
+    /// An end within this process.
+    Local(Box<dyn Local>),
 }
 
 /// What is left of a leg when nothing more is said on it.
@@ -146,6 +150,8 @@ pub enum Last {
     },
     /// Its stream.
     Tunnel(Box<Tunnel>),
+    /// It was within this process, and is gone.
+    Nothing,
 }
 
 /// Bytes that the peer's kernel has not acknowledged, a FIN of ours counted as one (`SIOCOUTQ` in tcp(7)).
@@ -168,6 +174,7 @@ impl Stream {
             Self::Unix(stream) => (stream.into_std()?.into(), None),
             Self::Tls(tls) => return tls.into_last(),
             Self::Multiplexed(tunnel) => return Ok(Last::Tunnel(tunnel)),
+            Self::Local(_) => return Ok(Last::Nothing),
         };
         Ok(Last::Socket { fd, port, unsent: Box::default() })
     }
@@ -193,7 +200,7 @@ impl Stream {
     pub fn protocol(&self) -> Option<&[u8]> {
         match self {
             Self::Tls(tls) => tls.protocol(),
-            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) | Self::Local(_) => None,
         }
     }
 
@@ -211,7 +218,7 @@ impl Stream {
     pub fn secured(&self) -> Option<Secured> {
         match self {
             Self::Tls(tls) => tls.secured(),
-            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) => None,
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Multiplexed(_) | Self::Local(_) => None,
         }
     }
 
@@ -220,19 +227,29 @@ impl Stream {
         let mut other = pin!(other);
         poll_fn(|cx| {
             let found = other.as_mut().poll(cx);
-            if found.is_pending() {
-                self.wait(cx);
+            if found.is_pending()
+                && let Self::Multiplexed(tunnel) = self
+            {
+                tunnel.take_in(cx);
             }
             found
         })
         .await
     }
 
-    /// What is to be done when it can't be read, since what was read before is not passed on yet.
-    pub fn wait(&mut self, cx: &mut Context<'_>) {
-        if let Self::Multiplexed(tunnel) = self {
-            tunnel.take_in(cx);
+    /// What is to be done when it can't be read, since what was read before is not passed on yet. An error is a [`Fault`].
+    pub fn wait(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self {
+            Self::Multiplexed(tunnel) => tunnel.take_in(cx),
+            Self::Local(local) => return local.wait(cx),
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) => {}
         }
+        Ok(())
+    }
+
+    /// It ends within this process, where nobody has to be asked whether he is there.
+    pub fn is_local(&self) -> bool {
+        matches!(self, Self::Local(_))
     }
 
     /// Nobody takes what comes from it: it is to end soon.
@@ -265,7 +282,7 @@ impl Stream {
         match below {
             Self::Tcp(stream) | Self::Dialled(stream, _) => Some(stream.as_fd()),
             Self::Unix(stream) => Some(stream.as_fd()),
-            Self::Tls(_) | Self::Multiplexed(_) => None,
+            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => None,
         }
     }
 
@@ -277,7 +294,7 @@ impl Stream {
     /// How long others bear with it when nobody takes what comes from it; `None`: it is nobody else's.
     pub fn stall_timeout(&self) -> Option<Duration> {
         match self {
-            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) => None,
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) | Self::Tls(_) | Self::Local(_) => None,
             Self::Multiplexed(tunnel) => tunnel.stall_timeout(),
         }
     }
@@ -299,6 +316,11 @@ impl AsyncRead for Stream {
                 buffer.advance(count);
                 Poll::Ready(Ok(()))
             }
+            Self::Local(local) => {
+                let count = ready!(local.poll_read(cx, buffer.initialize_unfilled()))?;
+                buffer.advance(count);
+                Poll::Ready(Ok(()))
+            }
         }
     }
 }
@@ -310,6 +332,7 @@ impl AsyncWrite for Stream {
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             Self::Tls(tls) => tls.poll_write(cx, bytes),
             Self::Multiplexed(tunnel) => tunnel.poll_write(cx, bytes),
+            Self::Local(local) => local.poll_write(cx, bytes),
         }
     }
 
@@ -323,6 +346,7 @@ impl AsyncWrite for Stream {
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Self::Tls(tls) => tls.poll_write_vectored(cx, bytes),
             Self::Multiplexed(tunnel) => tunnel.poll_write(cx, first(bytes)),
+            Self::Local(local) => local.poll_write(cx, first(bytes)),
         }
     }
 
@@ -342,6 +366,10 @@ impl AsyncWrite for Stream {
             Self::Tls(tls) => tls.poll_shutdown(cx),
             Self::Multiplexed(tunnel) => {
                 tunnel.finish();
+                Poll::Ready(Ok(()))
+            }
+            Self::Local(local) => {
+                local.finish();
                 Poll::Ready(Ok(()))
             }
         }

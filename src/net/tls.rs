@@ -704,7 +704,7 @@ impl Tls {
         let stream = raw.stream.take().ok_or(io::ErrorKind::NotConnected)?;
         Ok(match stream.into_last()? {
             Last::Socket { fd, port, .. } => Last::Socket { unsent: send_some(&fd, unsent.into()), fd, port },
-            tunnel @ Last::Tunnel(_) => tunnel,
+            other @ (Last::Tunnel(_) | Last::Nothing) => other,
         })
     }
 

@@ -53,7 +53,8 @@ pub enum Cause {
     Age,
     /// Nothing was said for `websocket.idle_timeout`.
     Idle,
-    /// The client took nothing for `pool.stall_timeout`, and what waits for it waits in a connection that others share.
+    /// The client took nothing for `pool.stall_timeout`, and what waits for it waits in a connection that others share; or it is behind by
+    /// more than is kept for those who share a WebSocket.
     Slow,
     /// A bug of ours: a panic.
     Fault,

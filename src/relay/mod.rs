@@ -42,7 +42,7 @@ use crate::{
     admission::{Delay, Delays},
     drain::{Drain, Moments},
     metrics::Traffic,
-    net::{Stream, with_scratch},
+    net::{self, Fault, Stream, with_scratch},
     side::Side,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
@@ -481,9 +481,13 @@ impl Relay {
             self.is_unsure[side as usize] = false;
             match written {
                 Poll::Ready(Ok(count)) => lane.take(count, now),
-                Poll::Ready(Err(_)) => {
+                Poll::Ready(Err(error)) => {
                     lane.drop_pending();
-                    self.broken[side as usize] = true;
+                    match net::fault(&error) {
+                        Some(fault) => self.find_fault(fault, now),
+                        None => self.broken[side as usize] = true,
+                    }
+                    return true;
                 }
                 Poll::Pending => break,
             }
@@ -514,8 +518,11 @@ impl Relay {
                     lane.progress = now;
                     bytes = &bytes[count..];
                 }
-                Poll::Ready(Err(_)) => {
-                    self.broken[side as usize] = true;
+                Poll::Ready(Err(error)) => {
+                    match net::fault(&error) {
+                        Some(fault) => self.find_fault(fault, now),
+                        None => self.broken[side as usize] = true,
+                    }
                     return;
                 }
                 Poll::Pending => {
@@ -536,10 +543,12 @@ impl Relay {
         }
         // Back-pressure; but of a side that is gone the last word is heard.
         if self.lanes[index].has_pending() && self.ending.forwards(side) && !is_broken {
-            if let Some(stream) = &mut self.streams[index] {
-                stream.wait(cx);
+            let waited = self.streams[index].as_mut().map_or(Ok(()), |stream| stream.wait(cx));
+            let fault = waited.as_ref().err().and_then(net::fault);
+            if let Some(fault) = fault {
+                self.find_fault(fault, now);
             }
-            return false;
+            return fault.is_some();
         }
         with_scratch(|scratch| {
             let Some(stream) = &mut self.streams[index] else { return false };
@@ -560,6 +569,10 @@ impl Relay {
                 scratch[held..held + count].copy_from_slice(&lane.early.split_to(count));
                 Ok(count)
             };
+            if let Some(fault) = fresh.as_ref().err().and_then(net::fault) {
+                self.find_fault(fault, now);
+                return true;
+            }
             match fresh {
                 Ok(0) | Err(_) => {
                     self.read_done[index] = true;
@@ -588,6 +601,18 @@ impl Relay {
             }
             true
         })
+    }
+
+    /// A leg within this process finds that the client is at fault. The leg goes on until it has its Close, whatever it took of a frame.
+    fn find_fault(&mut self, fault: Fault, now: Instant) {
+        match fault {
+            Fault::Slow => self.ending.leave(CloseFrame::new(Code::TRY_AGAIN, SLOW), Cause::Slow, now),
+            Fault::Broke(violation) => {
+                self.lanes[Side::Client as usize].inside_frame = false;
+                self.ending.heard_gone(Side::Client, Gone::Broke(violation), false, now);
+            }
+        }
+        self.timer_is_late = true;
     }
 
     /// Goes through the frames of `bytes`, of which the first `seen` were held and have been tracked, passes them on,
@@ -906,7 +931,7 @@ impl Relay {
 
     /// Asks a silent side for a sign of life, or finds that it gave none.
     fn probe(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) {
-        if self.config.ping_interval.is_zero() || self.ending.has_begun() {
+        if self.config.ping_interval.is_zero() || self.ending.has_begun() || self.is_local(side) {
             return;
         }
         let is_read = !self.lanes[side as usize].has_pending();
@@ -939,6 +964,11 @@ impl Relay {
         }
     }
 
+    /// Whoever is on this side is known to be there.
+    fn is_local(&self, side: Side) -> bool {
+        self.streams[side as usize].as_ref().is_some_and(Stream::is_local)
+    }
+
     /// When [`Self::check_due`] or [`Self::leave`] has something to do.
     fn next_due(&self, now: Instant) -> Option<Instant> {
         if self.ending.has_begun() {
@@ -953,7 +983,8 @@ impl Relay {
             let held = lane.held_since.map(|since| since + self.config.hold_timeout);
             [stalled, held]
         });
-        let probes = self.probes.iter().filter(|_| pings).map(|probe| {
+        let probes = Side::BOTH.into_iter().filter(|side| pings && !self.is_local(*side)).map(|side| {
+            let probe = &self.probes[side as usize];
             let due = probe.deadline.unwrap_or(probe.heard + self.config.ping_interval);
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
             Some(if due <= now { now + self.config.ping_interval } else { due })

@@ -1,6 +1,15 @@
 //! How long sessions last, and how long the Close of a client is held for its FIN.
 
+use std::{
+    collections::VecDeque,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
 use super::*;
+use crate::net::Local;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{io::AsyncWriteExt as _, net::UnixStream};
 
@@ -121,5 +130,179 @@ fn who_has_its_answer_is_not_held() {
         scene.backend.write_all(&[0x82, 1, b'!']).await.expect("an open session");
         assert_eq!(scene.heard().await, b"");
         assert_eq!(scene.says(CLOSE).await, CLOSE);
+    });
+}
+
+/// A leg within this process, and what it is told to say.
+#[derive(Debug, Default)]
+struct Said {
+    /// What it has to be read, each part or fault once; then nothing, or its end.
+    reads: Mutex<VecDeque<Result<Vec<u8>, Fault>>>,
+    has_ended: AtomicBool,
+    /// What it says to the next bytes that it gets.
+    refuses: Mutex<Option<Fault>>,
+    got: Mutex<Vec<u8>>,
+    waker: Mutex<Option<Waker>>,
+}
+
+#[derive(Debug, Clone)]
+struct Within(Arc<Said>);
+
+impl Within {
+    fn says(&self, what: Result<Vec<u8>, Fault>) {
+        self.0.reads.lock().expect("no panic").push_back(what);
+        self.wake();
+    }
+
+    fn ends(&self) {
+        self.0.has_ended.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.0.waker.lock().expect("no panic").take() {
+            waker.wake();
+        }
+    }
+
+    fn got(&self) -> Vec<u8> {
+        std::mem::take(&mut *self.0.got.lock().expect("no panic"))
+    }
+}
+
+impl Local for Within {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<std::io::Result<usize>> {
+        match self.0.reads.lock().expect("no panic").pop_front() {
+            Some(Ok(bytes)) => {
+                buffer[..bytes.len()].copy_from_slice(&bytes);
+                Poll::Ready(Ok(bytes.len()))
+            }
+            Some(Err(fault)) => Poll::Ready(Err(fault.into())),
+            None if self.0.has_ended.load(Ordering::Relaxed) => Poll::Ready(Ok(0)),
+            None => {
+                *self.0.waker.lock().expect("no panic") = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    fn poll_write(&mut self, _: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        if let Some(fault) = self.0.refuses.lock().expect("no panic").take() {
+            return Poll::Ready(Err(fault.into()));
+        }
+        self.0.got.lock().expect("no panic").extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn finish(&mut self) {}
+}
+
+/// A session whose backend's leg ends within this process.
+struct Inside {
+    client: UnixStream,
+    within: Within,
+    relay: tokio::task::JoinHandle<Report>,
+}
+
+impl Inside {
+    fn new() -> Self {
+        let (client, of_client) = UnixStream::pair().expect("descriptors");
+        let within = Within(Arc::default());
+        let settings = crate::config::Settings::default();
+        let leg = |stream| Leg { stream: Some(stream), early: Bytes::new() };
+        let (config, traffic) = (Arc::new(settings.relay), crate::metrics::Metrics::new().traffic());
+        let (drain, delays) = (Drain::new(settings.drain), Arc::default());
+        let backend = leg(Stream::Local(Box::new(within.clone())));
+        let mut relay = Relay::new(config, traffic, drain, delays, Rsv::None, leg(Stream::Unix(of_client)), backend);
+        let relay = tokio::task::spawn_local(async move {
+            let first = relay.next_ended().await;
+            drop((relay.next_ended().await, first));
+            relay.report()
+        });
+        Self { client, within, relay }
+    }
+
+    /// What the client gets, once everybody has had his turn.
+    async fn heard(&mut self) -> Vec<u8> {
+        let mut heard = Vec::new();
+        for _ in 0..1000 {
+            yield_now().await;
+            let mut buffer = [0; 256];
+            if let Ok(count) = self.client.try_read(&mut buffer) {
+                heard.extend_from_slice(&buffer[..count]);
+            }
+        }
+        heard
+    }
+}
+
+fn close(code: u16, reason: &str) -> Vec<u8> {
+    CloseFrame::new(Code::new(code).expect("one that may be sent"), reason).to_frame(None).as_bytes().to_vec()
+}
+
+/// What a leg within this process has goes to the client as it is, and its end without a Close is a backend's.
+#[test]
+fn a_leg_within_this_process_is_a_backend() {
+    alone(async {
+        let mut scene = Inside::new();
+        scene.within.says(Ok(vec![0x81, 2, b'h', b'i']));
+        assert_eq!(scene.heard().await, [0x81, 2, b'h', b'i']);
+        scene.client.write_all(ASK).await.expect("an open session");
+        assert_eq!(scene.heard().await, b"");
+        assert_eq!(scene.within.got(), ASK);
+        scene.within.ends();
+        assert_eq!(scene.heard().await, close(1012, ""));
+        scene.client.write_all(CLOSE).await.expect("an open session");
+        let report = scene.relay.await.expect("no panic");
+        assert_eq!((report.initiator, report.cause), (Initiator::Backend, Cause::Gone(Side::Backend, Gone::Fin)));
+    });
+}
+
+/// A client that is too slow for it gets 1013 at once, and the leg a Close; what it says after that is not heard.
+#[test]
+fn a_leg_may_find_its_client_too_slow() {
+    alone(async {
+        let mut scene = Inside::new();
+        scene.within.says(Err(Fault::Slow));
+        assert_eq!(scene.heard().await, close(1013, SLOW));
+        assert_eq!(scene.within.got().first(), Some(&0x88));
+        scene.within.says(Ok(vec![0x88, 0]));
+        scene.within.ends();
+        scene.client.write_all(CLOSE).await.expect("an open session");
+        let report = scene.relay.await.expect("no panic");
+        assert_eq!((report.initiator, report.cause), (Initiator::Tidegate, Cause::Slow));
+    });
+}
+
+/// A client that says what it may not gets the code of that, behind the leg's answer to its Close; also in the middle of a frame
+/// that is passed on as it comes.
+#[test]
+fn a_leg_may_refuse_what_its_client_says() {
+    for said in [ASK.to_vec(), [&[0x82, 0xfe, 0x7f, 0xff, 0, 0, 0, 0][..], &[7; 5000]].concat()] {
+        alone(async {
+            let mut scene = Inside::new();
+            *scene.within.0.refuses.lock().expect("no panic") = Some(Fault::Broke(Violation::Uninvited));
+            scene.client.write_all(&said).await.expect("an open session");
+            assert_eq!(scene.heard().await, b"");
+            assert_eq!(scene.within.got().first(), Some(&0x88));
+            scene.within.says(Ok(vec![0x81, 2, b'h', b'i', 0x88, 0]));
+            scene.within.ends();
+            let expected = [&[0x81, 2, b'h', b'i'][..], &close(1008, Violation::Uninvited.as_str())].concat();
+            assert_eq!(scene.heard().await, expected);
+            let report = scene.relay.await.expect("no panic");
+            assert_eq!(report.cause, Cause::Gone(Side::Client, Gone::Broke(Violation::Uninvited)));
+        });
+    }
+}
+
+/// Nobody is asked whether he is there who is a part of this process; the client still is.
+#[test]
+fn no_pings_go_to_a_leg_within_this_process() {
+    alone(async {
+        let mut scene = Inside::new();
+        assert_eq!(scene.heard().await, b"");
+        after(Duration::from_secs(26)).await;
+        assert_eq!(scene.heard().await.first(), Some(&0x89));
+        assert_eq!(scene.within.got(), b"");
     });
 }

@@ -10,10 +10,14 @@ use super::{
 pub struct Code(u16);
 
 impl Code {
+    /// What it was for is done.
+    pub const NORMAL: Self = Self(1000);
     /// An endpoint goes away: a server that shuts down, a browser that leaves the page.
     pub const GOING_AWAY: Self = Self(1001);
     /// The peer broke the protocol.
     pub const PROTOCOL: Self = Self(1002);
+    /// Data of a kind that is not taken.
+    pub const UNSUPPORTED: Self = Self(1003);
     /// Data that is not what it says it is, such as text that is no UTF-8.
     pub const INVALID: Self = Self(1007);
     /// A rule of ours that no other code is for.

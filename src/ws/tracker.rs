@@ -67,6 +67,12 @@ pub enum Violation {
     MessageTooBig,
     /// More control frames than anybody needs. The tracker has no clock: the relay counts.
     ControlFlood,
+    /// A message where clients only listen. No tracker says this nor what follows: whoever reads the messages does.
+    Uninvited,
+    /// A binary message where only text is understood.
+    Binary,
+    /// A text that is no UTF-8.
+    Text,
 }
 
 impl std::fmt::Display for Violation {
@@ -93,6 +99,9 @@ impl Violation {
             Self::FrameTooBig => "frame over the limit (websocket.max_frame)",
             Self::MessageTooBig => "message over the limit (websocket.max_message)",
             Self::ControlFlood => "too many control frames (websocket.max_control_rate)",
+            Self::Uninvited => "no messages are taken here (pool.allow_client_messages)",
+            Self::Binary => "only text is understood here",
+            Self::Text => "text is not UTF-8",
         }
     }
 
@@ -100,8 +109,9 @@ impl Violation {
     pub const fn code(self) -> Code {
         match self {
             Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
-            Self::CloseReason => Code::INVALID,
-            Self::ControlFlood => Code::POLICY,
+            Self::CloseReason | Self::Text => Code::INVALID,
+            Self::ControlFlood | Self::Uninvited => Code::POLICY,
+            Self::Binary => Code::UNSUPPORTED,
             _ => Code::PROTOCOL,
         }
     }
