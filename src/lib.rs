@@ -9,7 +9,7 @@
 //! 5  server.rs  reload.rs                              assembly, signals, phases; the configuration, read again
 //! 4  admin/  config/  demo/  doctor/  notify.rs        probes, metrics, live page, TOML, the demo's backend, diagnosis, what a service
 //!    restart.rs                                       manager is told, succession
-//! 3  session/                                          the one place that knows the order of a session
+//! 3  session/  hub/                                    the one place that knows the order of a session; WebSockets that clients share
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission/  budget.rs  drain/  gate.rs
 //!    metrics.rs  net/  pool/  slots.rs
@@ -29,6 +29,7 @@ pub mod downstream;
 pub mod drain;
 pub mod fields;
 pub mod gate;
+pub mod hub;
 pub mod listen;
 pub mod metrics;
 pub mod net;

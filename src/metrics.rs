@@ -255,6 +255,80 @@ impl ReloadResult {
     }
 }
 
+/// Why clients that share a WebSocket missed something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gap {
+    /// One was too slow.
+    Slow,
+    /// The backend was lost, for all of them.
+    Lost,
+}
+
+/// By the name of the label.
+const GAPS: [&str; 2] = ["slow", "lost"];
+
+/// What became of the search for a backend that was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reconnect {
+    /// It is back.
+    Connected,
+    /// It says no, or is another one.
+    Refused,
+    /// It was not back in time.
+    Expired,
+    /// Nobody waits for it.
+    Unused,
+}
+
+impl Reconnect {
+    const ALL: [Self; 4] = [Self::Connected, Self::Refused, Self::Expired, Self::Unused];
+
+    /// For labels and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connected => "connected",
+            Self::Refused => "refused",
+            Self::Expired => "expired",
+            Self::Unused => "unused",
+        }
+    }
+}
+
+/// What became of a JSON-RPC request on a WebSocket that clients share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RpcResult {
+    /// The backend's result.
+    Answered,
+    /// The backend's error.
+    Error,
+    /// No answer in time.
+    Timeout,
+    /// The backend was lost before it.
+    Lost,
+    /// Its client has left.
+    Left,
+    /// It was not passed on.
+    Refused,
+}
+
+impl RpcResult {
+    const ALL: [Self; 6] = [Self::Answered, Self::Error, Self::Timeout, Self::Lost, Self::Left, Self::Refused];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Error => "error",
+            Self::Timeout => "timeout",
+            Self::Lost => "lost",
+            Self::Left => "left",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// What is done about slow clients, in the order of `upstream::SlowClient`.
+const SLOW_CLIENTS: [&str; 3] = ["disconnect", "drop_oldest", "conflate"];
+
 /// All of it.
 pub struct Metrics {
     registry: Registry,
@@ -311,6 +385,18 @@ pub struct Metrics {
     pub restart_required: Gauge,
     /// Certificates for clients that have expired, or soon will.
     pub doubtful_certificates: Gauge,
+    /// Messages of backends whose WebSockets clients share.
+    pub shared_messages: Counter,
+    /// Bytes that are kept of them.
+    pub shared_queue_bytes: Gauge,
+    shared_gaps: [Counter; GAPS.len()],
+    shared_slow_clients: [Counter; SLOW_CLIENTS.len()],
+    shared_reconnects: [Counter; Reconnect::ALL.len()],
+    rpc_requests: [Counter; RpcResult::ALL.len()],
+    /// JSON-RPC requests that wait for their answer.
+    pub rpc_outstanding: Gauge,
+    /// Subscriptions of clients.
+    pub rpc_subscriptions: Gauge,
     pool_fallbacks: Family<Labels<1>, Counter>,
     /// Of all pools of upstream connections.
     pub pools: Arc<Stats>,
@@ -361,8 +447,8 @@ impl Metrics {
         let idle: Family<Labels<1>, Gauge> = Family::default();
         let idle_uses: Family<Labels<2>, Counter> = Family::default();
         // A series that alerts are built on must be there before it counts: all of a family are made at once.
-        let families: [Family<Labels<1>, Counter>; 3] = Default::default();
-        let [handshakes, requests, abnormal] = &families;
+        let families: [Family<Labels<1>, Counter>; 7] = Default::default();
+        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc] = &families;
         let ends = Ends::default();
         registry.register_collector(Box::new(ends.clone()));
         let metrics = Self {
@@ -400,6 +486,15 @@ impl Metrics {
             delays_cut: Counter::default(),
             restart_required: Gauge::default(),
             doubtful_certificates: Gauge::default(),
+            shared_messages: Counter::default(),
+            shared_queue_bytes: Gauge::default(),
+            shared_gaps: GAPS.map(|cause| gaps.get_or_create(&[("cause", cause)]).clone()),
+            shared_slow_clients: SLOW_CLIENTS.map(|action| slow_clients.get_or_create(&[("action", action)]).clone()),
+            shared_reconnects: Reconnect::ALL
+                .map(|result| reconnects.get_or_create(&[("result", result.as_str())]).clone()),
+            rpc_requests: RpcResult::ALL.map(|result| rpc.get_or_create(&[("result", result.as_str())]).clone()),
+            rpc_outstanding: Gauge::default(),
+            rpc_subscriptions: Gauge::default(),
             pool_fallbacks: Family::default(),
             pools,
             reload_is_good: Gauge::default(),
@@ -416,7 +511,7 @@ impl Metrics {
             accept_errors: Family::default(),
         };
         let Self { sessions, connections, lingering, crossed_messages, .. } = &metrics;
-        let [handshakes, requests, abnormal] = families;
+        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc] = families;
         registry.register("connections_active", "WebSocket sessions that are being relayed", sessions.clone());
         registry.register(
             "client_connections",
@@ -469,6 +564,21 @@ impl Metrics {
         for why in FALLBACKS {
             drop(metrics.pool_fallbacks.get_or_create(&[("why", why)]));
         }
+        let help = "Messages of backends on WebSockets that clients share, each counted once";
+        registry.register("shared_messages", help, metrics.shared_messages.clone());
+        let help = "Bytes of those messages that are kept for clients that are behind, or join";
+        registry.register("shared_queue_bytes", help, metrics.shared_queue_bytes.clone());
+        let help = "Times that clients who share a WebSocket missed messages: one that was slow, or all of them when the backend was lost";
+        registry.register("shared_gaps", help, gaps);
+        let help = "Times that a client was behind by more than is kept, by what was done about it (pool.slow_client)";
+        registry.register("shared_slow_clients", help, slow_clients);
+        let help = "Searches for a backend that was lost and whose WebSocket clients share, by result; unused: nobody waited for it";
+        registry.register("shared_reconnects", help, reconnects);
+        let help = "JSON-RPC requests on WebSockets that clients share, by what became of them";
+        registry.register("rpc_requests", help, rpc);
+        registry.register("rpc_outstanding", "Of them, those that wait for an answer", metrics.rpc_outstanding.clone());
+        let help = "Subscriptions of clients on WebSockets that they share";
+        registry.register("rpc_subscriptions", help, metrics.rpc_subscriptions.clone());
         let help = "TCP connections to the backend, each with a port of this host";
         registry.register("upstream_ports_in_use", help, metrics.upstream_ports.clone());
         let help = "Ports for connections to the backend; 0: no limit is known";
@@ -534,6 +644,26 @@ impl Metrics {
         let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         workers.push(Arc::clone(&traffic));
         traffic
+    }
+
+    /// A client was behind by more than is kept.
+    pub fn slow_client(&self, action: usize) {
+        self.shared_slow_clients[action].inc();
+    }
+
+    /// Clients that share a WebSocket missed something.
+    pub fn gap(&self, cause: Gap) {
+        self.shared_gaps[cause as usize].inc();
+    }
+
+    /// The search for a backend came to its end.
+    pub fn reconnect(&self, result: Reconnect) {
+        self.shared_reconnects[result as usize].inc();
+    }
+
+    /// A JSON-RPC request came to its end.
+    pub fn rpc(&self, result: RpcResult) {
+        self.rpc_requests[result as usize].inc();
     }
 
     /// How the lines are counted that the log has lost; to be said once.
@@ -806,6 +936,7 @@ pub struct Traffic {
     refused: [AtomicU64; Reason::ALL.len()],
     bytes: [AtomicU64; 2],
     messages: [[AtomicU64; OPCODES.len()]; 2],
+    delivered: AtomicU64,
 }
 
 const OPCODES: [&str; 5] = ["text", "binary", "close", "ping", "pong"];
@@ -842,6 +973,11 @@ impl Traffic {
         };
         add(&self.messages[side as usize][index], 1);
     }
+
+    /// Messages of a WebSocket that clients share were read for one of them.
+    pub fn deliver(&self, messages: u64) {
+        add(&self.delivered, messages);
+    }
 }
 
 /// Without a locked instruction: there is one writer.
@@ -874,6 +1010,9 @@ impl Collector for TrafficCollector {
                 value.encode(messages.encode_family(&[("direction", direction), ("opcode", opcode)])?)?;
             }
         }
+        let help = "Messages of backends on WebSockets that clients share, counted for each client";
+        let delivered = encoder.encode_descriptor("shared_deliveries", help, None, MetricType::Counter)?;
+        sum(&|worker| &worker.delivered).encode(delivered)?;
         let help = "Client connections that were accepted";
         let mut accepted = encoder.encode_descriptor("accepted", help, None, MetricType::Counter)?;
         for (index, worker) in workers.iter().enumerate() {

@@ -32,11 +32,12 @@ use crate::{
     admission::connection_bytes,
     close,
     config::{self, Change, FileSource, Finding, Findings, Level, Loaded, Place, Rejected, Seen, Settings, Sources},
+    hub::Hubs,
     metrics::ReloadResult,
     net::{self, Listener},
     session::Context,
     slots,
-    upstream::Upstreams,
+    upstream::{Home, Upstreams},
 };
 
 /// Those that may wait for the reading; as many as may ask at the admin listener, and one signal.
@@ -231,6 +232,8 @@ pub struct Reload {
 pub struct Parts {
     /// One of each worker, one at least.
     pub contexts: Vec<Arc<Context>>,
+    /// Where each of them is.
+    pub homes: Arc<[Home]>,
     /// All that clients connect to.
     pub listeners: Vec<Weak<Listener>>,
     /// Of sockets in their last wait.
@@ -418,7 +421,7 @@ impl Reload {
     /// Puts new settings in the place of the old ones, each where it is in use.
     fn apply(&mut self, new: Settings) {
         let Self { settings: old, parts, log, reader } = self;
-        let Parts { contexts, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
+        let Parts { contexts, homes, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
         let first = contexts.first().expect("there is a worker").latest();
         let is_same = new.upstream == old.upstream && new.ways().eq(old.ways()) && new.socket == old.socket;
         let upstreams = if is_same {
@@ -454,6 +457,12 @@ impl Reload {
             if !is_same {
                 first.upstreams.retire(&upstreams);
             }
+            // Clients who have joined stay; whoever comes now finds others.
+            let hubs = if is_same && new.relay == old.relay {
+                first.hubs.clone()
+            } else {
+                Hubs::new(&upstreams, homes, &new.relay, &first.metrics)
+            };
             for context in contexts {
                 let context = context.latest();
                 if !is_same {
@@ -465,11 +474,14 @@ impl Reload {
                     close: new.close.patience,
                     log_sample: new.log.sample,
                     upstreams: upstreams.clone(),
+                    hubs: hubs.clone(),
                     ..Context::clone(&context)
                 }));
             }
             // Nobody may be there to see it.
-            admin.send_modify(|parts| (parts.upstreams, parts.close) = (upstreams, new.close.patience));
+            admin.send_modify(|parts| {
+                (parts.upstreams, parts.hubs, parts.close) = (upstreams, hubs, new.close.patience);
+            });
         }
         bounds.reconfigure(new.close.max_lingering);
         let has_tls = new.downstream.tls.server.is_some();

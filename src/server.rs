@@ -31,6 +31,7 @@ use crate::{
     config::Settings,
     drain::{Act, Drain, Phase, Phases, Status},
     gate::Gate,
+    hub::Hubs,
     listen::{self, Accepted, Balancer, Door},
     metrics::{Counted, Metrics},
     net::{self, Inherited, Listener, Origin, Wish},
@@ -197,19 +198,23 @@ impl Server {
             queues[index % workers].push(listener);
         }
         let mut pulse = Pulse::default();
+        let homes: Arc<[Home]> = runtimes
+            .0
+            .iter()
+            .zip(&lingers)
+            .enumerate()
+            .map(|(worker, (runtime, linger))| {
+                let (last, patience) = (linger.clone(), settings.close.patience);
+                let end = Arc::new(move |stream| last.add(Side::Backend, stream, false, &patience, Keeps::Nothing));
+                let (runtime, tracker, drain) = (runtime.handle().clone(), TaskTracker::new(), drain.clone());
+                Home { worker, workers, runtime, tracker, drain, end }
+            })
+            .collect();
+        let hubs = Hubs::new(&upstreams, &homes, &relay, &metrics);
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
-            let (drain, tracker, last) = (drain.clone(), TaskTracker::new(), linger.clone());
-            let patience = settings.close.patience;
-            let end = Arc::new(move |stream| last.add(Side::Backend, stream, false, &patience, Keeps::Nothing));
-            let home = Home {
-                worker: index,
-                workers,
-                runtime: runtime.handle().clone(),
-                tracker: tracker.clone(),
-                drain: drain.clone(),
-                end,
-            };
+            let (drain, home) = (drain.clone(), homes[index].clone());
+            let tracker = home.tracker.clone();
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
@@ -219,6 +224,7 @@ impl Server {
                 linger,
                 upstreams: upstreams.clone(),
                 home,
+                hubs: hubs.clone(),
                 metrics: Arc::clone(&metrics),
                 traffic: metrics.traffic(),
                 drain,
@@ -271,6 +277,7 @@ impl Server {
         let (control, orders) = admin::Control::new(drain.clone());
         let for_admin = watch::Sender::new(admin::Parts {
             upstreams,
+            hubs,
             close: settings.close.patience,
             settings: Arc::new(settings.clone()),
             address,
@@ -301,7 +308,8 @@ impl Server {
             None => None,
         };
         let most_orphans = budget.spare / 4;
-        let in_use = Parts { contexts, listeners: bound, bounds, admin: for_admin, ports, most_orphans, tracker };
+        let in_use =
+            Parts { contexts, homes, listeners: bound, bounds, admin: for_admin, ports, most_orphans, tracker };
         let reload = Box::new(Reload::new(settings.clone(), in_use));
         let drained = (Instant::now(), 0);
         // Now that nothing can fail any more.

@@ -8,10 +8,10 @@ use ipnet::IpNet;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::MAX_ENDPOINTS;
+use super::{MAX_ENDPOINTS, Parts};
 use crate::{
     session::{Entry, Roster, Session},
-    upstream::{Shared, Upstreams},
+    upstream::Shared,
 };
 
 /// Sessions of an answer, and the most that may be asked for: each is some 300 bytes.
@@ -38,9 +38,9 @@ enum Sort {
 
 #[derive(Debug, Serialize)]
 struct Connections<'a> {
-    /// Toward endpoints, so many at most.
+    /// Toward endpoints, or for those who share one WebSocket; so many at most.
     shared: Vec<Shared>,
-    /// Endpoints besides.
+    /// Endpoints and keys besides.
     more: usize,
     /// All that there are.
     total: usize,
@@ -50,7 +50,7 @@ struct Connections<'a> {
 }
 
 /// The answer, or what is wrong with the query.
-pub(super) fn connections(query: &str, rosters: &[Arc<Roster>], upstreams: &Upstreams) -> Result<String, String> {
+pub(super) fn connections(query: &str, rosters: &[Arc<Roster>], parts: &Parts) -> Result<String, String> {
     let query = Query::read(query)?;
     let mut sessions: Vec<Arc<Entry>> = rosters.iter().flat_map(|roster| roster.sessions()).collect();
     let (total, now) = (sessions.len(), Instant::now());
@@ -62,7 +62,7 @@ pub(super) fn connections(query: &str, rosters: &[Arc<Roster>], upstreams: &Upst
         Sort::Route => sessions.sort_by(|a, b| (a.route(), a.begun()).cmp(&(b.route(), b.begun()))),
         Sort::Endpoint => sessions.sort_by(|a, b| (a.endpoint(), a.begun()).cmp(&(b.endpoint(), b.begun()))),
     }
-    let (shared, more) = upstreams.shared(MAX_ENDPOINTS);
+    let (shared, more) = parts.shared(MAX_ENDPOINTS);
     let matching = sessions.len();
     let told = sessions.iter().take(query.limit).map(|session| session.told(now)).collect();
     let all = Connections { shared, more, total, matching, sessions: told };

@@ -41,6 +41,7 @@ use crate::{
     close::{Keeps, Linger, Patience},
     config::Settings,
     drain::Phase,
+    hub::Hubs,
     metrics::Metrics,
     net::{Kept, Stream},
     session::Roster,
@@ -100,6 +101,8 @@ pub struct Admin {
 pub struct Parts {
     /// The ways to backends.
     pub upstreams: Upstreams,
+    /// The WebSockets to them that clients share.
+    pub hubs: Hubs,
     /// The last wait of a socket.
     pub close: Patience,
     /// What runs.
@@ -108,6 +111,17 @@ pub struct Parts {
     pub address: SocketAddr,
     /// Descriptors that were open when the process began; not known everywhere.
     pub inherited: Option<u64>,
+}
+
+impl Parts {
+    /// What sessions share toward backends: connections to `most` endpoints, or WebSockets of as many keys; and what there is besides.
+    fn shared(&self, most: usize) -> (Vec<upstream::Shared>, usize) {
+        let ((mut shared, more), (hubs, more_hubs)) = (self.upstreams.shared(most), self.hubs.shared(most));
+        shared.extend(hubs);
+        let beyond = shared.len().saturating_sub(most);
+        shared.truncate(most);
+        (shared, more + more_hubs + beyond)
+    }
 }
 
 #[derive(Debug)]
@@ -368,7 +382,7 @@ impl Admin {
     }
 
     fn connections(&self, query: &str) -> Response<Full<Bytes>> {
-        match connections::connections(query, &self.rosters, &self.parts.borrow().upstreams) {
+        match connections::connections(query, &self.rosters, &self.parts.borrow()) {
             Ok(text) => typed("application/json", text),
             Err(what) => plain(StatusCode::BAD_REQUEST, format!("{what}\n")),
         }

@@ -78,6 +78,8 @@ pub enum Reason {
     QueueTimeout,
     /// It waited as long for one of the connections that WebSockets share.
     PoolFull,
+    /// Its route has as many WebSockets that clients share as `pool.max_keys` allows.
+    PoolKeys,
     /// Its address has as many connections as `limits.max_connections_per_address` allows.
     AddressConnections,
     /// Its address has begun as many handshakes as `limits.handshakes_per_address` allows.
@@ -88,7 +90,7 @@ pub enum Reason {
 
 impl Reason {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::MaxConnections,
         Self::Memory,
         Self::Descriptors,
@@ -97,6 +99,7 @@ impl Reason {
         Self::MaxWaiting,
         Self::QueueTimeout,
         Self::PoolFull,
+        Self::PoolKeys,
         Self::AddressConnections,
         Self::AddressRate,
         Self::RouteSessions,
@@ -113,6 +116,7 @@ impl Reason {
             Self::MaxWaiting => "max_waiting",
             Self::QueueTimeout => "queue_timeout",
             Self::PoolFull => "pool_full",
+            Self::PoolKeys => "pool_keys",
             Self::AddressConnections => "address_connections",
             Self::AddressRate => "address_rate",
             Self::RouteSessions => "route_sessions",
@@ -134,6 +138,7 @@ impl Reason {
                 "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
             }
             Self::PoolFull => "raise pool.max_connections or pool.max_streams",
+            Self::PoolKeys => "raise pool.max_keys of the route, if its backend can bear as many WebSockets",
             Self::RouteSessions => "raise max_sessions of the route, if its backend can bear more",
             Self::AddressConnections => {
                 "limits.max_connections_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
@@ -153,7 +158,9 @@ impl Reason {
             Self::Rate | Self::AddressRate => "too many handshakes at once",
             Self::AddressConnections => "too many connections of one address",
             Self::RouteSessions => "too many sessions for this path",
-            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull => "too many requests are waiting for the backend",
+            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull | Self::PoolKeys => {
+                "too many requests are waiting for the backend"
+            }
         }
     }
 }

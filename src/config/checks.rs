@@ -18,7 +18,7 @@ use super::{
 use crate::{
     downstream::{ClientAuth, ProxyProtocol},
     net::{Address, TlsFile, TlsFileError, TlsServer},
-    upstream::{Addresses, Mode, Pool},
+    upstream::{Addresses, Mode, Pool, Replay, SharedKind},
 };
 
 /// Where the values came from.
@@ -52,6 +52,9 @@ const WRITE_TIMEOUT: Name = name("websocket", "write_timeout");
 const STALL_TIMEOUT: Name = name("pool", "stall_timeout");
 const MAX_STREAMS: Name = name("pool", "max_streams");
 const MAX_USES: Name = name("pool", "max_uses");
+const POOL_MODE: Name = name("pool", "mode");
+const QUEUE_MESSAGES: Name = name("pool", "queue_messages");
+const REPLAY_MESSAGES: Name = name("pool", "replay_messages");
 const DELAY: Name = name("drain", "delay");
 const WINDOW: Name = name("drain", "window");
 const TIMEOUT: Name = name("drain", "timeout");
@@ -101,6 +104,7 @@ pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut V
     client_auth(settings, origins, findings);
     limits(settings, origins, findings);
     routes(settings, origins, findings);
+    shared(settings, origins, findings);
     grace(settings, origins, findings);
 }
 
@@ -144,6 +148,53 @@ fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
                     pattern.to_string()
                 ),
             ));
+        }
+    }
+}
+
+/// Routes whose clients share one WebSocket.
+fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    if settings.upstream.pool.mode == Mode::Shared {
+        findings.push(Finding::error(
+            "`pool.mode` is \"shared\" for all paths",
+            origins.place(POOL_MODE),
+            "set it for the paths where clients may share one WebSocket: pool.mode = \"shared\" in a [[route]]",
+        ));
+        return;
+    }
+    let own = |index, key| Name { section: ROUTE, route: Some(index), key };
+    for (index, route) in settings.routes.iter().enumerate().filter(|(_, route)| route.pool.mode == Mode::Shared) {
+        let sharing = &route.pool.sharing;
+        let (mode, kind) = (own(index, "pool.mode"), own(index, "pool.shared"));
+        let path = route.path.as_ref().map(ToString::to_string);
+        let of = named_route(index, path.as_deref());
+        if !origins.judged(&[mode, kind]) {
+            continue;
+        }
+        match sharing.kind {
+            Some(SharedKind::Broadcast) => {}
+            Some(SharedKind::Rpc) => findings.push(Finding::error(
+                format!("`pool.shared` of {of} is \"rpc\", which is not there yet"),
+                origins.place(kind),
+                "use \"broadcast\", or another pool.mode",
+            )),
+            None => findings.push(Finding::error(
+                format!("`pool.mode` of {of} is \"shared\", and `pool.shared` says nothing"),
+                origins.place(mode),
+                "set pool.shared to \"broadcast\": each message of the backend goes to all clients",
+            )),
+        }
+        let place = |name: Name, route: &'static str| {
+            let own = own(index, route);
+            if origins.written.contains_key(&own) { own } else { name }
+        };
+        let (replayed, kept) =
+            (place(REPLAY_MESSAGES, "pool.replay_messages"), place(QUEUE_MESSAGES, "pool.queue_messages"));
+        let is_more = sharing.replay == Replay::LastN && sharing.replay_messages > sharing.queue_messages;
+        if is_more && origins.judged(&[replayed, kept]) {
+            let values = (sharing.replay_messages.to_string(), sharing.queue_messages.to_string());
+            let (what, place) = origins.pair((replayed, &values.0), "is more than", (kept, &values.1));
+            findings.push(Finding::error(what, place, "no more can be replayed than is kept: raise queue_messages"));
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use http::HeaderName;
 use ipnet::IpNet;
 use tracing_subscriber::filter::Targets;
 
@@ -28,7 +29,10 @@ use crate::{
     listen,
     net::{Address, SocketConfig, is_server_name},
     relay,
-    upstream::{self, Addresses, Mode, Pattern, Pool, Rules, Tls},
+    upstream::{
+        self, Addresses, Authorize, Mode, Pattern, Pool, Replay, Rules, SharedKind, Sharing, SlowClient, Subscription,
+        Tls,
+    },
 };
 
 /// What a key is called.
@@ -59,7 +63,7 @@ pub(super) const BACKEND: &str = "upstream";
 /// What its keys begin with that are those of `[pool]`.
 pub(super) const POOL: &str = "pool.";
 /// How many it may have in place of what is for all.
-pub(super) const OVERRIDES: usize = 15;
+pub(super) const OVERRIDES: usize = 31;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -71,8 +75,14 @@ pub(super) enum Slot<'a> {
     Backends(&'a mut Addresses),
     /// Which paths a route is for.
     Path(&'a mut Option<Pattern>),
-    /// "dedicated" or "multiplexed".
+    /// "dedicated", "multiplexed" or, of a route, "shared".
     Mode(&'a mut Mode),
+    /// One of a few words.
+    Word(&'a mut dyn Words),
+    /// Names of header fields.
+    HeaderNames(&'a mut Vec<HeaderName>),
+    /// Each the names of three methods.
+    Subscriptions(&'a mut Vec<Subscription>),
     /// A whole number.
     Count(Number<'a>, RangeInclusive<u64>),
     /// Bytes. An optional number also takes 0, which means none.
@@ -127,6 +137,55 @@ pub(super) enum Time<'a> {
     OrOff(&'a mut Option<Duration>),
 }
 
+/// A value that is one of a few words.
+pub(super) trait Words {
+    /// All of them.
+    fn words(&self) -> Vec<&'static str>;
+    /// The one that it is.
+    fn word(&self) -> &'static str;
+    /// Another one; false: there is none like that.
+    fn choose(&mut self, word: &str) -> bool;
+}
+
+/// What has a word for each of its values.
+trait Spelled: Copy + PartialEq + 'static {
+    const SPELLED: &'static [(&'static str, Self)];
+}
+
+impl<T: Spelled> Words for T {
+    fn words(&self) -> Vec<&'static str> {
+        Self::SPELLED.iter().map(|(word, _)| *word).collect()
+    }
+
+    fn word(&self) -> &'static str {
+        Self::SPELLED.iter().find(|(_, value)| value == self).map_or("", |(word, _)| word)
+    }
+
+    fn choose(&mut self, word: &str) -> bool {
+        let found = Self::SPELLED.iter().find(|(spelled, _)| *spelled == word);
+        found.map(|(_, value)| *self = *value).is_some()
+    }
+}
+
+impl Spelled for Option<SharedKind> {
+    const SPELLED: &'static [(&'static str, Self)] =
+        &[("", None), ("broadcast", Some(SharedKind::Broadcast)), ("rpc", Some(SharedKind::Rpc))];
+}
+
+impl Spelled for Authorize {
+    const SPELLED: &'static [(&'static str, Self)] = &[("first", Self::First), ("always", Self::Always)];
+}
+
+impl Spelled for SlowClient {
+    const SPELLED: &'static [(&'static str, Self)] =
+        &[("disconnect", Self::Disconnect), ("drop_oldest", Self::DropOldest), ("conflate", Self::Conflate)];
+}
+
+impl Spelled for Replay {
+    const SPELLED: &'static [(&'static str, Self)] =
+        &[("none", Self::None), ("last", Self::Last), ("last_n", Self::LastN)];
+}
+
 /// `PATH_MAX` (include/uapi/linux/limits.h), without the NUL.
 pub(super) const PATH_BYTES: usize = 4095;
 
@@ -162,6 +221,8 @@ pub(super) const MAX_ADDRESSES: usize = 256;
 pub(super) const MAX_ORIGINS: usize = 256;
 pub(super) const MAX_BACKENDS: usize = 64;
 pub(super) const MAX_FILES: usize = 64;
+pub(super) const MAX_HEADER_NAMES: usize = 64;
+pub(super) const MAX_SUBSCRIPTIONS: usize = 16;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
 
@@ -213,6 +274,28 @@ impl Settings {
                     idle_timeout: seconds(10),
                     stall_timeout: seconds(10),
                     ping_interval: Some(seconds(15)),
+                    sharing: Sharing {
+                        kind: None,
+                        authorize: Authorize::First,
+                        key_headers: Vec::new(),
+                        ignore_headers: Vec::new(),
+                        max_keys: 1024,
+                        reconnect_grace: seconds(10),
+                        queue_messages: 1024,
+                        queue_bytes: 1 << 20,
+                        slow_client: SlowClient::Disconnect,
+                        replay: Replay::None,
+                        replay_messages: 16,
+                        allow_client_messages: false,
+                        request_timeout: seconds(30),
+                        max_requests: 256,
+                        max_subscriptions: 256,
+                        subscriptions: vec![Subscription {
+                            subscribe: "eth_subscribe".to_owned(),
+                            unsubscribe: "eth_unsubscribe".to_owned(),
+                            notification: "eth_subscription".to_owned(),
+                        }],
+                    },
                 },
                 rules: Rules::default(),
                 tls: Tls::OFF,
@@ -423,7 +506,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 }
 
 /// `[pool]`, and what a route has of its own.
-fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 11] {
+fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 27] {
     let Pool {
         mode,
         prewarm,
@@ -436,7 +519,26 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 11] {
         idle_timeout,
         stall_timeout,
         ping_interval,
+        sharing,
     } = pool;
+    let Sharing {
+        kind,
+        authorize,
+        key_headers,
+        ignore_headers,
+        max_keys,
+        reconnect_grace,
+        queue_messages,
+        queue_bytes,
+        slow_client,
+        replay,
+        replay_messages,
+        allow_client_messages,
+        request_timeout,
+        max_requests,
+        max_subscriptions,
+        subscriptions,
+    } = sharing;
     let time = |to, range| Slot::Time(Time::Always(to), range, MS);
     let count = |to, range| Slot::Count(Number::Usize(to), range);
     [
@@ -451,6 +553,22 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 11] {
         ("pool.idle_timeout", time(idle_timeout, Duration::ZERO..=HOUR)),
         ("pool.stall_timeout", time(stall_timeout, MS..=HOUR)),
         ("pool.ping_interval", Slot::Time(Time::OrOff(ping_interval), SECOND..=HOUR, MS)),
+        ("pool.shared", Slot::Word(kind)),
+        ("pool.authorize", Slot::Word(authorize)),
+        ("pool.key_headers", Slot::HeaderNames(key_headers)),
+        ("pool.ignore_headers", Slot::HeaderNames(ignore_headers)),
+        ("pool.max_keys", count(max_keys, 1..=65_536)),
+        ("pool.reconnect_grace", time(reconnect_grace, Duration::ZERO..=HOUR)),
+        ("pool.queue_messages", count(queue_messages, 1..=65_536)),
+        ("pool.queue_bytes", Slot::Size(Number::Usize(queue_bytes), KIB..=GIB)),
+        ("pool.slow_client", Slot::Word(slow_client)),
+        ("pool.replay", Slot::Word(replay)),
+        ("pool.replay_messages", count(replay_messages, 1..=65_536)),
+        ("pool.allow_client_messages", Slot::Switch(allow_client_messages)),
+        ("pool.request_timeout", time(request_timeout, MS..=HOUR)),
+        ("pool.max_requests", count(max_requests, 1..=65_536)),
+        ("pool.max_subscriptions", count(max_subscriptions, 1..=65_536)),
+        ("pool.subscriptions", Slot::Subscriptions(subscriptions)),
     ]
 }
 
@@ -513,12 +631,28 @@ impl Slot<'_> {
                 **to = match value.text("a text", "dedicated")? {
                     "dedicated" => Mode::Dedicated,
                     "multiplexed" => Mode::Multiplexed,
-                    "shared" => {
-                        let what = "is not there yet: \"shared\"";
-                        return refuse(what, r#"use "dedicated", or "multiplexed" where the backend speaks RFC 8441"#);
+                    "shared" => Mode::Shared,
+                    text => {
+                        let fix = r#"use "dedicated" or "multiplexed", or "shared" in a route"#;
+                        return refuse(format!("is no mode: {text:?}"), fix);
                     }
-                    text => return refuse(format!("is no mode: {text:?}"), r#"use "dedicated" or "multiplexed""#),
                 };
+            }
+            Slot::Word(to) => {
+                let words = to.words();
+                let example = words.iter().find(|word| !word.is_empty()).copied().unwrap_or_default();
+                let text = value.text("a text", example)?;
+                if !to.choose(text) {
+                    let words: Vec<_> = words.iter().map(|word| format!("{word:?}")).collect();
+                    return refuse(format!("is none of them: {text:?}"), format!("use {}", either(&words)));
+                }
+            }
+            Slot::HeaderNames(to) => {
+                **to = items(value, "names", r#"["X-Tenant"]"#, MAX_HEADER_NAMES, parse_header_name)?;
+            }
+            Slot::Subscriptions(to) => {
+                let example = r#"["eth_subscribe eth_unsubscribe eth_subscription"]"#;
+                **to = items(value, "subscriptions", example, MAX_SUBSCRIPTIONS, parse_subscription)?;
             }
             Slot::Count(to, range) => {
                 let fix = format!("use a number from {} to {}", range.start(), range.end());
@@ -746,6 +880,9 @@ impl Slot<'_> {
             },
             Slot::Path(from) => Plain::Text(from.as_ref().map_or_else(String::new, ToString::to_string)),
             Slot::Mode(from) => Plain::Text(from.as_str().to_owned()),
+            Slot::Word(from) => Plain::Text(from.word().to_owned()),
+            Slot::HeaderNames(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
+            Slot::Subscriptions(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Count(from, _) => Plain::Integer(from.get()),
             Slot::Size(from, _) => Plain::Text(format_size(from.get())),
             Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
@@ -809,6 +946,47 @@ fn items<T>(
         parsed.map_err(|refusal| Refusal { item: Some(index), ..refusal })
     });
     items.collect()
+}
+
+/// The name of a field that may be the same in the handshakes of several clients.
+fn parse_header_name(text: &str) -> Result<HeaderName, Refusal> {
+    const OWN: [&str; 9] = [
+        "host",
+        "connection",
+        "upgrade",
+        "content-length",
+        "transfer-encoding",
+        "te",
+        "trailer",
+        "keep-alive",
+        "proxy-connection",
+    ];
+    let Ok(name) = HeaderName::from_bytes(text.as_bytes()) else {
+        return refuse(
+            format!("contains an item that is no name of a header field: {text:?}"),
+            "write it without a colon: \"X-Tenant\"",
+        );
+    };
+    if OWN.contains(&name.as_str()) || name.as_str().starts_with("sec-websocket-") {
+        return refuse(
+            format!("contains a field that is not for this: {text:?}"),
+            "leave it out: what belongs to a connection or to its handshake is tidegate's own, and Host and the subprotocols always count",
+        );
+    }
+    Ok(name)
+}
+
+fn parse_subscription(text: &str) -> Result<Subscription, Refusal> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let [subscribe, unsubscribe, notification] = words[..] else {
+        return refuse(
+            format!("contains an item that is not three methods: {text:?}"),
+            "write the method that subscribes, the one that unsubscribes, and that of the notifications: \"eth_subscribe eth_unsubscribe \
+             eth_subscription\"",
+        );
+    };
+    let [subscribe, unsubscribe, notification] = [subscribe, unsubscribe, notification].map(str::to_owned);
+    Ok(Subscription { subscribe, unsubscribe, notification })
 }
 
 fn parse_origin(text: &str) -> Result<Origin, Refusal> {

@@ -328,7 +328,7 @@ mod tests {
             r#"route."/chat".upstream: ["127.0.0.1:9001", "127.0.0.1:9002"] -> []"#,
         ];
         assert_eq!(said, expected);
-        assert_eq!((restart_required, settings.routes.len()), (Vec::new(), 4));
+        assert_eq!((restart_required, settings.routes.len()), (Vec::new(), 5));
         assert_eq!(changes(&settings, &settings), []);
     }
 }

@@ -121,7 +121,10 @@ impl Value {
         };
         let fits = |value: &Self| match slot {
             keys::Slot::Count(..) | keys::Slot::Code(..) => matches!(value, Self::Integer(_)),
-            keys::Slot::Networks(_) | keys::Slot::Addresses(_) => matches!(value, Self::List(_)),
+            keys::Slot::Networks(_)
+            | keys::Slot::Addresses(_)
+            | keys::Slot::HeaderNames(_)
+            | keys::Slot::Subscriptions(_) => matches!(value, Self::List(_)),
             keys::Slot::Switch(_) => matches!(value, Self::Switch(_)),
             keys::Slot::Backends(_) | keys::Slot::Files(_) => matches!(value, Self::Text(_) | Self::List(_)),
             _ => matches!(value, Self::Text(_)),
@@ -130,7 +133,13 @@ impl Value {
         if let Some(value) = parsed.filter(fits) {
             return value;
         }
-        if !matches!(slot, keys::Slot::Networks(_) | keys::Slot::Addresses(_)) {
+        if !matches!(
+            slot,
+            keys::Slot::Networks(_)
+                | keys::Slot::Addresses(_)
+                | keys::Slot::HeaderNames(_)
+                | keys::Slot::Subscriptions(_)
+        ) {
             return Self::Text(text);
         }
         let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());

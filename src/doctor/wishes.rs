@@ -55,8 +55,8 @@ impl From<&Settings> for Wishes {
             admin: admin.address,
             backend: backends.remove(0),
             other_backends,
-            all_share: upstream.pool.mode == Mode::Multiplexed
-                && settings.ways().all(|(_, way)| way.pool.mode == Mode::Multiplexed),
+            all_share: upstream.pool.mode != Mode::Dedicated
+                && settings.ways().all(|(_, way)| way.pool.mode != Mode::Dedicated),
             backlog: listen.backlog,
             max_sockets: listen.max_sockets,
             accept_loops: listen.accept_loops,

@@ -206,6 +206,16 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         self.shared.look(key, core::Entry::has_room)
     }
 
+    /// Anything is remembered of the key.
+    pub fn knows(&self, key: &K) -> bool {
+        self.shared.look(key, |entry| !entry.is_empty())
+    }
+
+    /// Keys of which anything is remembered.
+    pub fn keys(&self) -> usize {
+        self.shared.keys()
+    }
+
     /// A connection is being opened.
     pub fn is_opening(&self, key: &K) -> bool {
         self.shared.look(key, core::Entry::is_opening)

@@ -150,6 +150,10 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
         lock(&self.shards[self.hasher.hash_one(key) as usize % SHARDS])
     }
 
+    pub(super) fn keys(&self) -> usize {
+        self.keys.load(Ordering::Relaxed)
+    }
+
     pub(super) fn look(&self, key: &K, at: impl Fn(&Entry<Arc<C::Error>>) -> bool) -> bool {
         self.shard(key).cells.get(key).is_some_and(|cell| at(&cell.entry))
     }

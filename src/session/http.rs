@@ -11,8 +11,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, header::SEC_WEBSOCKET_EXTENSIONS};
-use http_body_util::{BodyExt, Empty};
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    header::{SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL},
+};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -20,6 +23,7 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
 use tracing::{debug, field::display, info};
 
@@ -31,16 +35,17 @@ use super::{
 use crate::{
     admission::{Extra, Reason},
     close::Keeps,
-    downstream::{self, Body, BoxError, Intent, TimedBody},
+    downstream::{self, Body, BoxError, Intent, TimedBody, answer_later},
     fields::tokens,
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
+    hub::{Fault, Joined, Refusal, Refused},
     listen::Accounting,
     metrics::{Handshake, Metrics},
     net::{Kept, Stream, concat},
     relay::Leg,
     side::Side,
     sparse::Sparse,
-    upstream::{Answer, Error, Placed, Reply, Way},
+    upstream::{Answer, At, Error, Mode, Placed, Reply, Seat, Way},
     ws::Rsv,
 };
 
@@ -406,13 +411,17 @@ impl Context {
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, true) {
             self.doubt(client.ip());
         }
+        if upstream.config().pool.mode == Mode::Shared {
+            return self.join(request, about, seat).await;
+        }
         let exchange = upstream.websocket(request, &self.home);
         let at = exchange.at();
         match self.carried_out(exchange).await {
             Ok(Placed { what: Answer::Tunnel { stream, early, mut response }, load }) => {
                 downstream::forward_response(&mut response, true);
                 let backend = Leg { stream: Some(stream), early };
-                let tunnel = Tunnel { backend, load, rsv: rsv(response.headers()), about, seat };
+                let (endpoint, load, rsv) = (Arc::clone(load.endpoint()), Some(load), rsv(response.headers()));
+                let tunnel = Tunnel { backend, load, endpoint, rsv, about, seat };
                 (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
@@ -427,19 +436,74 @@ impl Context {
                 }
                 (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
-            Err(error) => {
-                complain(&error, &about, &at);
-                let result = match error {
-                    Error::Unreachable { .. } => Handshake::Unreachable,
-                    Error::Shortage { .. } | Error::QueueTimeout | Error::PoolFull => Handshake::Shed,
-                    Error::Timeout(_) => Handshake::Timeout,
-                    Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => {
-                        Handshake::BadBackend
-                    }
-                    Error::Busy => Handshake::Refused,
-                    Error::Body(_) => Handshake::Invalid,
-                };
-                (result, self.blame(&error, client.address, &about.route, &at), None)
+            Err(error) => self.fail(&error, &about, &at),
+        }
+    }
+
+    /// What becomes of a handshake to which the backend gave no answer.
+    fn fail(&self, error: &Error, about: &About, at: &At) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        complain(error, about, at);
+        let result = match error {
+            Error::Unreachable { .. } => Handshake::Unreachable,
+            Error::Shortage { .. } | Error::QueueTimeout | Error::PoolFull => Handshake::Shed,
+            Error::Timeout(_) => Handshake::Timeout,
+            Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => Handshake::BadBackend,
+            Error::Busy => Handshake::Refused,
+            Error::Body(_) => Handshake::Invalid,
+        };
+        (result, self.blame(error, about.client.address, &about.route, at), None)
+    }
+
+    /// A handshake where those who are alike share one WebSocket. Of the backend's 101 a client gets what is for all of them.
+    async fn join(
+        self: &Arc<Self>,
+        request: Request<()>,
+        about: About,
+        seat: Seat,
+    ) -> (Handshake, Response<Body>, Option<Tunnel>) {
+        let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
+        let (client, at) = (about.client.address, At::default());
+        let shed = |reason| {
+            self.refuse_for(reason, client);
+            (Handshake::Shed, self.refusal(reason), None)
+        };
+        match self.hubs.join(&about.route, request, &self.home, &self.traffic).await {
+            Ok(Joined { leg, protocol, endpoint }) => {
+                let mut response = Response::new(empty());
+                *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+                let headers = response.headers_mut();
+                if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(&key)) {
+                    headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+                }
+                if let Some(protocol) = protocol {
+                    headers.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
+                }
+                downstream::forward_response(&mut response, true);
+                let backend = Leg { stream: Some(leg), early: Bytes::new() };
+                let tunnel = Tunnel { backend, load: None, endpoint, rsv: Rsv::None, about, seat };
+                (Handshake::Accepted, response, Some(tunnel))
+            }
+            Err(Refusal::Backend(Fault::Refused(refused))) => {
+                let Refused { status, headers, body } = &*refused;
+                let About { path, request_id, route, .. } = &about;
+                let status_code = status.as_u16();
+                if let Some(unsaid) = REFUSED.is_due() {
+                    info!(%client, path, request_id, %route, status = status_code, unsaid, "the backend refused a handshake");
+                } else {
+                    debug!(%client, path, request_id, %route, status = status_code, "the backend refused a handshake");
+                }
+                let mut response = Response::new(Full::new(body.clone()).map_err(|never| match never {}).boxed());
+                (*response.status_mut(), *response.headers_mut()) = (*status, headers.clone());
+                downstream::forward_response(&mut response, false);
+                (Handshake::Refused, response, None)
+            }
+            Err(Refusal::Backend(Fault::Upstream(error))) => self.fail(&error, &about, &at),
+            Err(Refusal::Keys) => shed(Reason::PoolKeys),
+            Err(Refusal::Busy) => shed(Reason::QueueTimeout),
+            Err(Refusal::Closing) => {
+                let what = "the server is going away";
+                let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, what, self.downstream.retry_after);
+                (Handshake::Shed, response, None)
             }
         }
     }

@@ -45,12 +45,13 @@ use crate::{
     downstream::{self, ProxyProtocol, TraceId},
     drain::Drain,
     gate::{Gate, PendingQueue, Permit},
+    hub::Hubs,
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
     metrics::{Counted, Metrics, Traffic},
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
     side::Side,
-    upstream::{Home, Load, Seat, Upstreams},
+    upstream::{Home, Load, Mode, Seat, Upstreams},
     ws::Rsv,
 };
 
@@ -80,6 +81,8 @@ pub struct Context {
     pub upstreams: Upstreams,
     /// Where those of their connections live that sessions share.
     pub home: Home,
+    /// The WebSockets that sessions share, of all workers.
+    pub hubs: Hubs,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What this worker counts with every message.
@@ -124,7 +127,9 @@ struct About {
 #[derive(Debug)]
 struct Tunnel {
     backend: Leg,
-    load: Load,
+    /// Its own; where WebSockets are shared it is that of the one.
+    load: Option<Load>,
+    endpoint: Arc<str>,
     rsv: Rsv,
     about: About,
     /// Of its route.
@@ -351,10 +356,13 @@ impl Context {
 
     /// A session from its 101 to the FINs on both legs, and its log lines.
     async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
-        let Tunnel { backend, load, rsv, about, seat: _seat } = tunnel;
-        let is_shared = matches!(backend.stream, Some(Stream::Multiplexed(_)));
-        let way = if is_shared { "multiplexed" } else { "dedicated" };
-        let mut open = Open::new(&self, about, load, way);
+        let Tunnel { backend, load, endpoint, rsv, about, seat: _seat } = tunnel;
+        let way = match backend.stream {
+            Some(Stream::Multiplexed(_)) => Mode::Multiplexed,
+            Some(Stream::Local(_)) => Mode::Shared,
+            _ => Mode::Dedicated,
+        };
+        let mut open = Open::new(&self, about, (endpoint, load), way.as_str());
         let traffic = Arc::clone(&self.traffic);
         let mut relay = Relay::new(
             Arc::clone(&self.relay),

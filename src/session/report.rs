@@ -13,7 +13,7 @@ use crate::{
     metrics::{Counted, Metrics},
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
-    upstream::Load,
+    upstream::{Load, Mode},
 };
 
 impl Context {
@@ -94,14 +94,19 @@ pub(super) struct Open<'a> {
     is_told: bool,
     is_closed: bool,
     /// The endpoint has one more until both legs have ended.
-    _load: Load,
+    _load: Option<Load>,
     _counted: Counted,
 }
 
 impl<'a> Open<'a> {
-    pub(super) fn new(context: &'a Context, about: About, load: Load, way: &'static str) -> Self {
+    pub(super) fn new(
+        context: &'a Context,
+        about: About,
+        (endpoint, load): (Arc<str>, Option<Load>),
+        way: &'static str,
+    ) -> Self {
         let Context { metrics, roster, log_sample: sample, .. } = context;
-        let entry = Arc::new(Entry { about, endpoint: Arc::clone(load.endpoint()), way, begun: Instant::now() });
+        let entry = Arc::new(Entry { about, endpoint, way, begun: Instant::now() });
         let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
             let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, .. } = &*entry;
@@ -126,6 +131,7 @@ impl<'a> Open<'a> {
             Cause::Drain => "drain".to_owned(),
             Cause::Age => "websocket.max_age".to_owned(),
             Cause::Idle => "websocket.idle_timeout".to_owned(),
+            Cause::Slow if self.entry.way == Mode::Shared.as_str() => "pool.slow_client".to_owned(),
             Cause::Slow => "pool.stall_timeout".to_owned(),
             Cause::Fault => BUG.to_owned(),
             _ => String::new(),

@@ -45,7 +45,7 @@ use tokio::{
 };
 
 pub use self::{
-    config::{Addresses, Mode, Pool},
+    config::{Addresses, Authorize, Kind as SharedKind, Mode, Pool, Replay, Sharing, SlowClient, Subscription},
     endpoints::{Load, State as EndpointState},
     multiplexed::{End, Home, StreamBody, extended_connect},
     routes::{Ambiguous, Pattern, Routes},
@@ -110,7 +110,7 @@ pub struct Config {
 impl Config {
     /// Connections that are to wait for their use, a name counted as one endpoint.
     pub fn idle(&self) -> usize {
-        let prewarm = if self.pool.mode == Mode::Dedicated { self.pool.prewarm } else { 0 };
+        let prewarm = if self.pool.mode == Mode::Multiplexed { 0 } else { self.pool.prewarm };
         self.address.as_slice().len() * (prewarm + self.pool.keep_alive)
     }
 }
@@ -176,7 +176,8 @@ pub enum Error {
 
 impl Error {
     /// The same for another one who waited for it.
-    fn again(&self) -> Self {
+    #[must_use]
+    pub fn again(&self) -> Self {
         let copy = |error: &io::Error| io::Error::new(error.kind(), error.to_string());
         match self {
             Self::Unreachable { address, source } => {
@@ -390,8 +391,8 @@ impl Control {
     }
 }
 
-/// Which endpoint an exchange is with, also after its end.
-#[derive(Clone)]
+/// Which endpoint an exchange is with, also after its end; by default none.
+#[derive(Clone, Default)]
 pub struct At(Arc<Control>);
 
 impl At {

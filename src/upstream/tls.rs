@@ -30,7 +30,7 @@ impl Speaks {
     /// What WebSockets are to have of a backend.
     pub(super) const fn with(pool: &Pool) -> Self {
         match pool.mode {
-            Mode::Dedicated => Self::Http1,
+            Mode::Dedicated | Mode::Shared => Self::Http1,
             Mode::Multiplexed => Self::Http2,
         }
     }

@@ -11,7 +11,7 @@ const FLOORS: [&[&str]; 7] = [
     &["ws", "side", "fields", "sparse"],
     &["admission", "budget", "drain", "gate", "metrics", "net", "pool", "slots", "system", "token"],
     &["listen", "downstream", "upstream", "relay", "close"],
-    &["session"],
+    &["session", "hub"],
     &["admin", "config", "demo", "doctor", "notify", "restart"],
     &["server", "reload"],
     &["main", "cli"],

@@ -14,7 +14,7 @@ use std::{
 
 use tidegate::{
     config::{self, FileSource, Findings, Level, Loaded, Settings, Sources},
-    upstream::Mode,
+    upstream::{Mode, SharedKind},
 };
 
 /// Relative, as cargo runs tests at the root of the package: so messages are the same on every machine.
@@ -251,14 +251,15 @@ fn routes() {
     let ways: Vec<_> = loaded.settings.ways().collect();
     let all = &loaded.settings.upstream;
     let pattern: Vec<_> = ways.iter().map(|(pattern, _)| pattern.to_string()).collect();
-    assert_eq!(pattern, ["/chat/*", "/chat", "/caf%C3%A9/a.b", "/*"]);
-    let [(_, chat), (_, exact), (_, of_pool), (_, rest)] = &ways[..] else { panic!("{ways:?}") };
+    assert_eq!(pattern, ["/chat/*", "/chat", "/caf%C3%A9/a.b", "/prices", "/*"]);
+    let [(_, chat), (_, exact), (_, of_pool), (_, shared), (_, rest)] = &ways[..] else { panic!("{ways:?}") };
     assert_eq!(
         (chat.address.to_string().as_str(), chat.pool.mode, chat.pool.prewarm),
         ("127.0.0.1:9001", Mode::Multiplexed, 0)
     );
     assert_eq!((exact.address.to_string().as_str(), &exact.pool), ("127.0.0.1:9001, 127.0.0.1:9002", &all.pool));
     assert_eq!((of_pool.pool.keep_alive, of_pool.pool.prewarm, &of_pool.address), (0, 2, &all.address));
+    assert_eq!((shared.pool.mode, shared.pool.sharing.kind), (Mode::Shared, Some(SharedKind::Broadcast)));
     assert_eq!(rest, all);
 
     let many = |count: usize| {
@@ -352,7 +353,7 @@ fn effective_forms() {
     insta::assert_snapshot!("effective_routes_toml", written.split_once("[[route]]").unwrap().1);
     let json = serde_json::to_value(&routes.settings).unwrap();
     insta::assert_snapshot!("effective_routes_json", serde_json::to_string_pretty(&json["route"]).unwrap());
-    assert!(routes.settings.summary().ends_with(" routes=4"), "{}", routes.settings.summary());
+    assert!(routes.settings.summary().ends_with(" routes=5"), "{}", routes.settings.summary());
     let finding = load_text("[close]\n  delay = 1\n", &[]).unwrap_err().0.remove(0);
     assert!(
         finding

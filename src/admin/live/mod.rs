@@ -249,7 +249,7 @@ impl Live {
         let (now, drain, parts) = (Instant::now(), *self.drain.borrow(), self.parts.borrow().clone());
         let totals = metrics.totals(self.system.net_counters().as_ref());
         let (endpoints, more_endpoints) = parts.upstreams.endpoints(MAX_ENDPOINTS);
-        let (shared, more_shared) = parts.upstreams.shared(MAX_ENDPOINTS);
+        let (shared, more_shared) = parts.shared(MAX_ENDPOINTS);
         let pool = metrics.pools.census();
         let limits = self.limits(&parts);
         let mut state = self.state();

@@ -1,0 +1,239 @@
+//! The task behind a hub: what comes of the backend goes into the ring, and when the backend is lost it is looked for again.
+
+use std::{
+    future::{Future as _, poll_fn},
+    pin::pin,
+    sync::{Arc, PoisonError},
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{debug, info, warn};
+
+use super::{
+    super::{
+        Opener,
+        key::Key,
+        line::{Fault, Heard, Line, Lines},
+    },
+    Hub,
+    ring::{End, encode},
+};
+use crate::{
+    metrics::{Gap, Reconnect},
+    pool::Reports,
+    sparse::Sparse,
+    upstream::Home,
+    ws::{CloseFrame, Code},
+};
+
+/// Messages, and bytes of them, that are taken before clients are woken, and others have their turn.
+const BATCH: (usize, usize) = (256, 256 << 10);
+
+/// Between two tries, the first and the longest; half of it at least, at random.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// A backend that stays for so long has come back for good: for the next loss all begins anew.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub(super) struct Feed {
+    hub: Arc<Hub>,
+    lines: Lines,
+    route: Arc<str>,
+    key: Key,
+    home: Home,
+    _reports: Reports,
+}
+
+/// Why a line is not served any longer.
+enum Over {
+    /// Nobody needs it.
+    Asked,
+    /// The backend's Close, for all.
+    Close(Bytes),
+    /// It may come back.
+    Lost,
+}
+
+/// For how long a backend that was lost is looked for.
+struct Grace {
+    until: Instant,
+    pause: Duration,
+}
+
+impl Feed {
+    pub(super) fn new(hub: &Arc<Hub>, opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Self {
+        Self {
+            hub: Arc::clone(hub),
+            lines: opener.lines.clone(),
+            route: Arc::clone(&opener.route),
+            key: key.clone(),
+            home: home.clone(),
+            _reports: reports,
+        }
+    }
+
+    /// Serves until nobody needs it, or the backend has ended for good.
+    pub(super) async fn run(self, mut line: Line) {
+        let Self { hub, route, key, home, .. } = &self;
+        debug!(%route, %key, endpoint = %line.endpoint, "a shared WebSocket is open");
+        let mut grace = None;
+        loop {
+            let since = Instant::now();
+            let over = self.serve(&mut line).await;
+            let endpoint = Arc::clone(&line.endpoint);
+            match over {
+                Over::Asked => {
+                    let code = if home.drain.has_begun() { Code::GOING_AWAY } else { Code::NORMAL };
+                    line.end(code).await;
+                    debug!(%route, %key, %endpoint, "a shared WebSocket is closed: nobody uses it");
+                    return;
+                }
+                Over::Close(frame) => {
+                    hub.finish(End::Close(frame));
+                    line.end(Code::NORMAL).await;
+                    debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend");
+                    return;
+                }
+                Over::Lost => {
+                    // The backend's Close is owed an answer.
+                    home.tracker.spawn(line.end(Code::NORMAL));
+                }
+            }
+            if since.elapsed() >= STEADY {
+                grace = None;
+            }
+            let Some(found) = self.reconnect(&endpoint, &mut grace).await else { return };
+            line = found;
+        }
+    }
+
+    /// Passes on what comes, in both directions.
+    async fn serve(&self, line: &mut Line) -> Over {
+        let hub = &self.hub;
+        let mut asked = pin!(hub.end.cancelled());
+        poll_fn(|cx| {
+            if asked.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Over::Asked);
+            }
+            if let Some(inbound) = &hub.inbound {
+                while line.poll_ready(cx) == Poll::Ready(true)
+                    && let Poll::Ready((is_text, payload)) = inbound.poll_pop(cx)
+                {
+                    line.send(is_text, payload);
+                }
+                line.poll_flush(cx);
+            }
+            let (mut frames, mut bytes, mut over) = (Vec::new(), 0, None);
+            while frames.len() < BATCH.0
+                && bytes < BATCH.1
+                && over.is_none()
+                && let Poll::Ready(heard) = line.poll_heard(cx)
+            {
+                match heard {
+                    Heard::Message(is_text, payload) => {
+                        let frame = encode(is_text, &payload);
+                        bytes += frame.len();
+                        frames.push(frame);
+                    }
+                    Heard::Close(close) => over = Some(judge(close)),
+                    Heard::Lost => over = Some(Over::Lost),
+                }
+            }
+            let is_full = frames.len() >= BATCH.0 || bytes >= BATCH.1;
+            hub.push(frames);
+            if let Some(over) = over {
+                return Poll::Ready(over);
+            }
+            if is_full {
+                // Behind those who have just been woken.
+                cx.waker().wake_by_ref();
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost.
+    async fn reconnect(&self, endpoint: &str, grace: &mut Option<Grace>) -> Option<Line> {
+        static SAID: Sparse = Sparse::new();
+        let Self { hub, lines, route, key, home, .. } = self;
+        if hub.is_alone() {
+            hub.metrics.reconnect(Reconnect::Unused);
+            return None;
+        }
+        hub.metrics.gap(Gap::Lost);
+        let lost = Instant::now();
+        let begin = || Grace { until: lost + hub.sharing.reconnect_grace, pause: BACKOFF.0 };
+        let Grace { until, pause } = grace.get_or_insert_with(begin);
+        let clients = hub.present.load(std::sync::atomic::Ordering::Relaxed);
+        if let Some(unsaid) = SAID.is_due() {
+            warn!(%route, %key, endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
+        }
+        let mut asked = pin!(hub.end.cancelled());
+        let result = loop {
+            let wait = pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
+            *pause = (*pause * 2).min(BACKOFF.1);
+            if Instant::now() + wait >= *until {
+                break Err(Reconnect::Expired);
+            }
+            let open = async {
+                sleep(wait).await;
+                timeout_at(*until, lines.open(key.request(), home)).await
+            };
+            let opened = tokio::select! {
+                biased;
+                () = &mut asked => break Err(Reconnect::Unused),
+                opened = open => opened,
+            };
+            match opened {
+                Err(_) => break Err(Reconnect::Expired),
+                Ok(Ok(line)) if line.protocol == hub.protocol => break Ok(line),
+                Ok(Ok(line)) => {
+                    // Its clients were told another subprotocol.
+                    home.tracker.spawn(line.end(Code::GOING_AWAY));
+                    break Err(Reconnect::Refused);
+                }
+                Ok(Err(Fault::Refused(refused))) if refused.is_final() => break Err(Reconnect::Refused),
+                Ok(Err(error)) => debug!(%route, %key, %error, "the backend of a shared WebSocket is not back"),
+            }
+            if hub.is_alone() {
+                break Err(Reconnect::Unused);
+            }
+        };
+        let lost_ms = u64::try_from(lost.elapsed().as_millis()).unwrap_or(u64::MAX);
+        match result {
+            Ok(line) => {
+                hub.metrics.reconnect(Reconnect::Connected);
+                *hub.endpoint.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&line.endpoint);
+                info!(%route, %key, endpoint = %line.endpoint, lost_ms, "a shared WebSocket is open again");
+                Some(line)
+            }
+            Err(result) => {
+                hub.metrics.reconnect(result);
+                info!(%route, %key, endpoint, lost_ms, why = result.as_str(), "a shared WebSocket is given up");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Feed {
+    /// Whatever came of it, a panic too, its clients hear of it.
+    fn drop(&mut self) {
+        self.hub.finish(End::Lost);
+    }
+}
+
+/// A backend that restarts, or fails, comes back; any other Close is meant for the clients.
+fn judge(close: Option<(u16, String)>) -> Over {
+    let frame = match close {
+        Some((1001 | 1006 | 1011 | 1012 | 1013, _)) => return Over::Lost,
+        Some((code, reason)) => Code::new(code).map(|code| CloseFrame::new(code, &reason)),
+        None => None,
+    };
+    Over::Close(Bytes::copy_from_slice(frame.unwrap_or(CloseFrame::EMPTY).to_frame(None).as_bytes()))
+}

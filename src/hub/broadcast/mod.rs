@@ -1,0 +1,204 @@
+//! One WebSocket of the backend for many clients: each of its messages goes to all of them.
+//!
+//! ```text
+//! backend -> relay -> feed.rs -> ring.rs: each message once -> leg.rs: a place in the ring per client -> relay -> client
+//!                                         ward.rs: wakes those of a worker there
+//! backend <- relay <- feed.rs <- inbound.rs <- leg.rs, if allow_client_messages
+//! ```
+//!
+//! Nobody is waited for: neither a client that does not read, nor a worker that is busy.
+
+mod feed;
+mod inbound;
+mod leg;
+mod ring;
+mod ward;
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use http::HeaderValue;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    feed::Feed,
+    inbound::Inbound,
+    leg::Leg,
+    ring::{End, Ring},
+    ward::Ward,
+};
+use super::{Opener, key::Key, line::Fault};
+use crate::{
+    metrics::{Metrics, Traffic},
+    net::Local,
+    pool::Reports,
+    upstream::{Home, Replay, Sharing},
+};
+
+/// What all clients of a key have in common.
+pub(super) struct Hub {
+    ring: Ring,
+    /// By worker.
+    wards: Box<[Ward]>,
+    /// Of a route where clients may say something.
+    inbound: Option<Inbound>,
+    sharing: Arc<Sharing>,
+    /// Of a client's message, in bytes.
+    max_message: u64,
+    metrics: Arc<Metrics>,
+    /// Nobody needs it any more.
+    end: CancellationToken,
+    /// Clients, those in their handshake included.
+    present: AtomicUsize,
+    /// Of legs.
+    numbers: AtomicU64,
+    opened_at: Instant,
+    protocol: Option<HeaderValue>,
+    endpoint: Mutex<Arc<str>>,
+}
+
+/// A client's presence, until it is dropped.
+pub(super) struct Present(Arc<Hub>);
+
+impl Hub {
+    /// Opens one on this worker. `reports` are dropped with its end.
+    pub(super) async fn open(opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Result<Arc<Self>, Fault> {
+        let line = opener.lines.open(key.request(), home).await?;
+        let Sharing { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
+        let hub = Arc::new(Self {
+            ring: Ring::new(queue_messages, queue_bytes),
+            wards: (0..home.workers).map(|_| Ward::default()).collect(),
+            inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
+            sharing: Arc::clone(&opener.sharing),
+            max_message: opener.max_message,
+            metrics: Arc::clone(&opener.metrics),
+            end: CancellationToken::new(),
+            present: AtomicUsize::new(0),
+            numbers: AtomicU64::new(0),
+            opened_at: Instant::now(),
+            protocol: line.protocol.clone(),
+            endpoint: Mutex::new(Arc::clone(&line.endpoint)),
+        });
+        let feed = Feed::new(&hub, opener, key, home, reports);
+        home.tracker.spawn_on(feed.run(line), &home.runtime);
+        Ok(hub)
+    }
+
+    /// Nobody needs it any more: it ends in order.
+    pub(super) fn close(&self) {
+        self.end.cancel();
+    }
+
+    /// When the backend's 101 came.
+    pub(super) fn opened_at(&self) -> Instant {
+        self.opened_at
+    }
+
+    /// The subprotocol that the backend has chosen.
+    pub(super) fn protocol(&self) -> Option<HeaderValue> {
+        self.protocol.clone()
+    }
+
+    /// Where it leads.
+    pub(super) fn endpoint(&self) -> Arc<str> {
+        Arc::clone(&self.endpoint.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Somebody is there for whom it is to stay.
+    pub(super) fn enter(self: &Arc<Self>) -> Present {
+        self.present.fetch_add(1, Ordering::Relaxed);
+        Present(Arc::clone(self))
+    }
+
+    /// A client's leg, on its worker. `lease` is given back with it.
+    pub(super) fn leg(
+        self: &Arc<Self>,
+        present: Present,
+        home: &Home,
+        traffic: &Arc<Traffic>,
+        lease: impl fmt::Debug + Send + Sync + 'static,
+    ) -> Box<dyn Local> {
+        let at = self.ring.behind(match self.sharing.replay {
+            Replay::None => 0,
+            Replay::Last => 1,
+            Replay::LastN => self.sharing.replay_messages,
+        });
+        if self.wards[home.worker].begin() {
+            let (hub, worker) = (Arc::clone(self), home.worker);
+            home.tracker.spawn_on(hub.watch(worker), &home.runtime);
+        }
+        Box::new(Leg::new(present, at, home.worker, Arc::clone(traffic), Box::new(lease)))
+    }
+
+    /// Wakes the clients of a worker, on that worker, until it is over.
+    async fn watch(self: Arc<Self>, worker: usize) {
+        let (ward, mut woken) = (&self.wards[worker], Vec::new());
+        loop {
+            ward.called().await;
+            let is_over = self.ring.is_over();
+            ward.wake(self.ring.first(), is_over, &mut woken);
+            if is_over {
+                return;
+            }
+        }
+    }
+
+    /// Messages came.
+    fn push(&self, frames: Vec<Bytes>) {
+        if frames.is_empty() {
+            return;
+        }
+        self.metrics.shared_messages.inc_by(frames.len() as u64);
+        self.metrics.shared_queue_bytes.inc_by(self.ring.push(frames));
+        for ward in self.wards.iter().filter(|ward| ward.is_watched()) {
+            ward.call();
+        }
+    }
+
+    /// Nothing more comes. The first end counts.
+    fn finish(&self, end: End) {
+        self.ring.finish(end);
+        // Also those whose watch is about to begin.
+        self.wards.iter().for_each(Ward::call);
+    }
+
+    fn is_alone(&self) -> bool {
+        self.present.load(Ordering::Relaxed) == 0
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self.metrics.shared_queue_bytes.dec_by(i64::try_from(self.ring.bytes()).unwrap_or(i64::MAX));
+    }
+}
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").field("present", &self.present).finish_non_exhaustive()
+    }
+}
+
+impl Present {
+    fn hub(&self) -> &Arc<Hub> {
+        &self.0
+    }
+
+    /// One that nobody else has.
+    fn number(&self) -> u64 {
+        self.0.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.0.present.fetch_sub(1, Ordering::Relaxed);
+    }
+}

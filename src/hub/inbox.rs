@@ -1,0 +1,185 @@
+//! What a client says to its leg within this process: frames into messages and answers.
+//!
+//! The relay has looked at the frames before, and passes control frames on whole. Kept is at most one message, as far as it has come.
+
+use bytes::{Bytes, BytesMut};
+
+use crate::ws::{
+    CloseFrame, Header, Limits, Opcode, Rsv, Sender, Step, Tracker, Violation,
+    frame::{ControlFrame, MAX_CONTROL, apply_mask},
+};
+
+/// What a client says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Said {
+    /// A whole message; true: text, which is UTF-8.
+    Message(bool, Bytes),
+    /// Its Ping is to be answered by this.
+    Answer(Box<[u8]>),
+    /// Its Close, and the answer to that: the last.
+    Close(Box<[u8]>),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    tracker: Tracker,
+    takes: Takes,
+    /// Of the frame that is being read, as far as it has come; unmasked when it is whole.
+    frame: BytesMut,
+    /// Its fragments before.
+    message: BytesMut,
+    is_text: bool,
+}
+
+/// Which messages a client may send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Takes {
+    Nothing,
+    Anything,
+    #[allow(dead_code, reason = "for JSON-RPC")]
+    Text,
+}
+
+impl Inbox {
+    /// At a client's first frame. `limit`: of a message, in bytes.
+    pub(super) fn new(takes: Takes, limit: u64) -> Self {
+        let tracker = Tracker::new(Sender::Client, Rsv::None, Limits { frame: limit, message: limit });
+        Self { tracker, takes, frame: BytesMut::new(), message: BytesMut::new(), is_text: false }
+    }
+
+    /// The next thing in `bytes` that is whole, which are moved on behind it; `None`: more is to come.
+    ///
+    /// After an error it must not be asked again.
+    pub(super) fn next(&mut self, bytes: &mut &[u8]) -> Result<Option<Said>, Violation> {
+        loop {
+            let is_payload = self.tracker.payload_begun().is_some();
+            let (used, step) = self.tracker.step(bytes)?;
+            let (chunk, rest) = bytes.split_at(used);
+            *bytes = rest;
+            if is_payload {
+                self.frame.extend_from_slice(chunk);
+            }
+            match step {
+                Step::More => return Ok(None),
+                Step::Header(header) => self.begin(header)?,
+                Step::End(header) => {
+                    let said = self.end(header)?;
+                    if said.is_some() {
+                        return Ok(said);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Refuses what is not for it before it is kept.
+    fn begin(&mut self, header: Header) -> Result<(), Violation> {
+        match (header.opcode, self.takes) {
+            (Opcode::Text | Opcode::Binary, Takes::Nothing) => Err(Violation::Uninvited),
+            (Opcode::Binary, Takes::Text) => Err(Violation::Binary),
+            (Opcode::Text | Opcode::Binary, _) => {
+                self.is_text = header.opcode == Opcode::Text;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end(&mut self, header: Header) -> Result<Option<Said>, Violation> {
+        let mut payload = std::mem::take(&mut self.frame);
+        if let Some(mask) = header.mask {
+            apply_mask(&mut payload, mask);
+        }
+        match header.opcode {
+            Opcode::Ping => Ok(Some(Said::Answer(ControlFrame::new(Opcode::Pong, &payload, None).as_bytes().into()))),
+            Opcode::Pong => Ok(None),
+            Opcode::Close => {
+                let close = CloseFrame::read(&payload, None)?;
+                Ok(Some(Said::Close(CloseFrame::answer(close.code()).to_frame(None).as_bytes().into())))
+            }
+            Opcode::Text | Opcode::Binary | Opcode::Continuation => {
+                if self.message.is_empty() {
+                    self.message = payload;
+                } else {
+                    self.message.extend_from_slice(&payload);
+                }
+                if !header.fin {
+                    return Ok(None);
+                }
+                let message = std::mem::take(&mut self.message).freeze();
+                if self.is_text && std::str::from_utf8(&message).is_err() {
+                    return Err(Violation::Text);
+                }
+                Ok(Some(Said::Message(self.is_text, message)))
+            }
+        }
+    }
+}
+
+/// The answer to the Close in a write of the relay's after a fault: from then on that is all that counts.
+pub(super) fn answer_to_close(bytes: &[u8]) -> Option<Box<[u8]>> {
+    let is_close = bytes.first().is_some_and(|first| first & 0x0f == Opcode::Close.bits());
+    let mut inbox = Inbox::new(Takes::Nothing, MAX_CONTROL as u64);
+    match inbox.next(&mut &*bytes) {
+        Ok(Some(Said::Close(answer))) if is_close => Some(answer),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+        let mask = [1, 2, 3, 4];
+        let length = u8::try_from(payload.len()).expect("a short one");
+        let payload = payload.iter().zip(mask.iter().cycle()).map(|(byte, key)| byte ^ key);
+        [first, 0x80 | length].into_iter().chain(mask).chain(payload).collect()
+    }
+
+    /// Whatever the portions, the same is said: fragments are joined, pings answered in between, a Close is the last. Method: all of it
+    /// in portions of each length.
+    #[test]
+    fn frames_become_messages() {
+        let all = [
+            frame(0x01, b"he"),
+            frame(0x89, b"you"),
+            frame(0x80, b"llo"),
+            frame(0x8a, b""),
+            frame(0x82, &[0xff, 0]),
+            frame(0x88, &[0x03, 0xe8, b'x']),
+        ]
+        .concat();
+        let expected = [
+            Said::Answer([0x8a, 3, b'y', b'o', b'u'].into()),
+            Said::Message(true, Bytes::from_static(b"hello")),
+            Said::Message(false, Bytes::from_static(&[0xff, 0])),
+            Said::Close([0x88, 2, 0x03, 0xe8].into()),
+        ];
+        for portion in 1..=all.len() {
+            let (mut inbox, mut said) = (Inbox::new(Takes::Anything, 100), Vec::new());
+            for mut bytes in all.chunks(portion) {
+                while let Some(more) = inbox.next(&mut bytes).expect("nothing wrong") {
+                    said.push(more);
+                }
+                assert!(bytes.is_empty());
+            }
+            assert_eq!(said, expected, "{portion}");
+        }
+    }
+
+    /// What a client may not say is refused at its header, control frames never are; text has to be UTF-8.
+    #[test]
+    fn what_is_not_for_it_is_refused() {
+        let next = |takes, bytes: &[u8]| Inbox::new(takes, 100).next(&mut &*bytes);
+        assert_eq!(next(Takes::Nothing, &frame(0x81, b"hi")[..6]), Err(Violation::Uninvited));
+        assert_eq!(next(Takes::Nothing, &frame(0x02, b"hi")), Err(Violation::Uninvited));
+        assert!(matches!(next(Takes::Nothing, &frame(0x89, b"hi")), Ok(Some(Said::Answer(_)))));
+        assert_eq!(next(Takes::Text, &frame(0x82, b"hi")), Err(Violation::Binary));
+        assert_eq!(next(Takes::Anything, &frame(0x81, &[0xff])), Err(Violation::Text));
+        assert_eq!(answer_to_close(&frame(0x88, &[3, 0xe9])).as_deref(), Some(&[0x88, 2, 3, 0xe9][..]));
+        assert_eq!(answer_to_close(&frame(0x81, b"hi")), None);
+        assert_eq!(answer_to_close(b"x"), None);
+    }
+}

@@ -1,0 +1,264 @@
+//! The WebSocket to the backend that clients share: a client of ours, whose frames go through an ordinary relay.
+//!
+//! So what a backend's leg is owed, it gets from whom it always gets it: pings, deadlines, limits, the Close handshake, the last wait. The
+//! other end of that relay is a pipe within this process. Its session is nobody's: it is in no count of clients or of what they sent.
+
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{Sink as _, StreamExt as _};
+use http::{
+    HeaderMap, HeaderValue, Request, StatusCode,
+    header::{CONTENT_LENGTH, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING},
+};
+use http_body_util::{BodyExt as _, Limited};
+use tokio::{
+    io::{DuplexStream, duplex},
+    sync::oneshot,
+    time::timeout,
+};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Message, Utf8Bytes,
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
+    },
+};
+
+use crate::{
+    drain::Drain,
+    net::Stream,
+    relay::{self, Leg, Relay},
+    side::Side,
+    upstream::{Answer, Error, Failure, Home, Load, Placed, Reply, Upstream},
+    ws::{Code, Rsv},
+};
+
+/// Bytes on their way between the relay and us, in each direction.
+const PIPE: usize = 32 << 10;
+
+/// Of the backend's reasons for a refusal, what is passed on to all who wait.
+const REFUSAL_BYTES: usize = 64 << 10;
+
+/// Until all of them are here.
+pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The way there.
+#[derive(Debug, Clone)]
+pub(super) struct Lines {
+    upstream: Upstream,
+    relay: Arc<relay::Config>,
+    socket: WebSocketConfig,
+}
+
+/// Why there is no WebSocket.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The backend gave no answer.
+    #[error(transparent)]
+    Upstream(#[from] Error),
+    /// It said no.
+    #[error("the backend refused it with {}", .0.status)]
+    Refused(Arc<Refused>),
+}
+
+/// What a backend said in place of 101.
+#[derive(Debug)]
+pub struct Refused {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its header fields, without the length.
+    pub headers: HeaderMap,
+    /// All of what it said; nothing, if that is too long.
+    pub body: Bytes,
+}
+
+/// A WebSocket to the backend. Dropped, it is ended as that of a client which has vanished.
+#[derive(Debug)]
+pub(super) struct Line {
+    socket: WebSocketStream<DuplexStream>,
+    /// The subprotocol that the backend has chosen.
+    pub(super) protocol: Option<HeaderValue>,
+    /// Where it is.
+    pub(super) endpoint: Arc<str>,
+}
+
+/// What comes of a backend.
+#[derive(Debug)]
+pub(super) enum Heard {
+    /// A message; true: text.
+    Message(bool, Bytes),
+    /// Its Close, with the code and the reason, if it gave any.
+    Close(Option<(u16, String)>),
+    /// It is gone.
+    Lost,
+}
+
+impl Lines {
+    /// To this backend, by these rules.
+    pub(super) fn new(upstream: &Upstream, relay: &relay::Config) -> Self {
+        let lost = Code::RESTART.get();
+        let relay = relay::Config {
+            // What its sessions are given is theirs.
+            max_age: None,
+            idle_timeout: None,
+            max_control_rate: 0,
+            close_delay: Duration::ZERO,
+            // Whatever went wrong, the next one may go well.
+            backend_lost_code: lost,
+            backend_error_code: lost,
+            ..relay.clone()
+        };
+        let limit = usize::try_from(relay.max_message).unwrap_or(usize::MAX);
+        let socket = WebSocketConfig::default()
+            .read_buffer_size(PIPE)
+            .write_buffer_size(0)
+            .max_write_buffer_size(limit.saturating_add(PIPE))
+            .max_message_size(Some(limit))
+            .max_frame_size(Some(limit));
+        Self { upstream: upstream.clone(), relay: Arc::new(relay), socket }
+    }
+
+    /// Opens one on a worker. What is under way when this is dropped is ended in order.
+    pub(super) async fn open(&self, request: Request<()>, home: &Home) -> Result<Line, Fault> {
+        let (done, opened) = oneshot::channel();
+        home.tracker.spawn_on(self.clone().dial(request, home.clone(), done), &home.runtime);
+        // It is dropped unanswered only when the process ends.
+        opened.await.unwrap_or(Err(Fault::Upstream(Error::Timeout("the process ends"))))
+    }
+
+    /// The handshake, and then the relay until its end.
+    async fn dial(self, request: Request<()>, home: Home, mut done: oneshot::Sender<Result<Line, Fault>>) {
+        let mut exchange = self.upstream.websocket(request, &home);
+        let answer = tokio::select! {
+            biased;
+            answer = &mut exchange => answer,
+            () = done.closed() => {
+                if !exchange.has_begun() {
+                    return;
+                }
+                exchange.end_turn();
+                // A 101 obliges us to a Close; for anything less nobody waits.
+                if !exchange.is_connected() {
+                    exchange.give_up();
+                }
+                exchange.await
+            }
+        };
+        let (stream, early, response, load) = match answer {
+            Ok(Placed { what: Answer::Tunnel { stream, early, response }, load }) => (stream, early, response, load),
+            Ok(Placed { what: Answer::Refusal(reply), load }) => {
+                let refused = refused(reply, load, &home).await;
+                drop(done.send(Err(Fault::Refused(Arc::new(refused)))));
+                return;
+            }
+            Err(Failure { error, stream }) => {
+                if let Some(stream) = stream {
+                    (home.end)(stream);
+                }
+                drop(done.send(Err(error.into())));
+                return;
+            }
+        };
+        let (ours, theirs) = duplex(PIPE);
+        let line = Line {
+            socket: WebSocketStream::from_raw_socket(ours, Role::Client, Some(self.socket)).await,
+            protocol: response.headers().get(SEC_WEBSOCKET_PROTOCOL).cloned(),
+            endpoint: Arc::clone(load.endpoint()),
+        };
+        // Nobody may be there any more: then it is dropped here, and the backend gets its Close.
+        drop(done.send(Ok(line)));
+        let client = Leg { stream: Some(Stream::Local(Box::new(theirs))), early: Bytes::new() };
+        let backend = Leg { stream: Some(stream), early };
+        relayed(self.relay, &home, client, backend).await;
+        drop(load);
+    }
+}
+
+/// Relays until both legs have ended. It does not follow a drain, which ends its clients first, but hurries with it.
+async fn relayed(config: Arc<relay::Config>, home: &Home, client: Leg, backend: Leg) {
+    let drain = Drain::new((*home.drain.config()).clone());
+    let mut relay = Relay::new(config, Arc::default(), drain.clone(), Arc::default(), Rsv::None, client, backend);
+    let mut hurried = pin!(home.drain.hurried());
+    for _ in Side::BOTH {
+        let ended = loop {
+            tokio::select! {
+                biased;
+                ended = relay.next_ended() => break ended,
+                () = &mut hurried, if !drain.is_hurried() => drain.hurry(),
+            }
+        };
+        if let (Side::Backend, Some(stream)) = (ended.side, ended.stream) {
+            (home.end)(stream);
+        }
+    }
+}
+
+/// Reads all of a refusal, as far as it is short.
+async fn refused(reply: Reply, load: Load, home: &Home) -> Refused {
+    let Reply { response, connection } = reply;
+    let end = Arc::clone(&home.end);
+    home.tracker.spawn(async move {
+        if let Some(stream) = connection.await {
+            end(stream);
+        }
+        drop(load);
+    });
+    let (head, body) = response.into_parts();
+    let body = timeout(REFUSAL_TIMEOUT, Limited::new(body, REFUSAL_BYTES).collect()).await;
+    let body = body.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let mut headers = head.headers;
+    for name in [CONTENT_LENGTH, TRANSFER_ENCODING] {
+        headers.remove(name);
+    }
+    Refused { status: head.status, headers, body }
+}
+
+impl Line {
+    /// What comes next. Pings of the backend are answered meanwhile.
+    pub(super) fn poll_heard(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+        loop {
+            let heard = match std::task::ready!(self.socket.poll_next_unpin(cx)) {
+                Some(Ok(Message::Text(text))) => Heard::Message(true, text.into()),
+                Some(Ok(Message::Binary(bytes))) => Heard::Message(false, bytes),
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+                Some(Ok(Message::Close(close))) => {
+                    Heard::Close(close.map(|close| (close.code.into(), close.reason.to_string())))
+                }
+                Some(Err(_)) | None => Heard::Lost,
+            };
+            return Poll::Ready(heard);
+        }
+    }
+
+    /// It takes another message. An end is heard by [`Line::poll_heard`].
+    pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        Pin::new(&mut self.socket).poll_ready(cx).map(|ready| ready.is_ok())
+    }
+
+    /// Sends a message, of which text is UTF-8; after [`Line::poll_ready`].
+    pub(super) fn send(&mut self, is_text: bool, payload: Bytes) {
+        let message = match Utf8Bytes::try_from(payload.clone()) {
+            Ok(text) if is_text => Message::Text(text),
+            _ => Message::Binary(payload),
+        };
+        let _ = Pin::new(&mut self.socket).start_send(message);
+    }
+
+    /// Has what was sent go out.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) {
+        let _ = Pin::new(&mut self.socket).poll_flush(cx);
+    }
+
+    /// Ends it: a Close, unless the backend has sent one, and then whatever it still says. The relay has the deadlines.
+    pub(super) async fn end(mut self, code: Code) {
+        let close = CloseFrame { code: CloseCode::from(code.get()), reason: Utf8Bytes::default() };
+        let _ = self.socket.close(Some(close)).await;
+        while let Some(Ok(_)) = self.socket.next().await {}
+    }
+}

@@ -1,0 +1,248 @@
+//! WebSockets to a backend that many clients share (`pool.mode = "shared"`): one for those who are alike.
+//!
+//! A client's session is one like all others; only its backend's leg is no socket but an end within this process ([`Joined::leg`]). Which
+//! clients are alike says `key.rs`; that there is one WebSocket for them, opened by the first and closed after the last, is the pool's work
+//! (`crate::pool`); what goes over it is that of `broadcast/`. Not here: the order of a session, and answers to clients.
+
+mod broadcast;
+mod inbox;
+mod key;
+mod line;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use http::{HeaderValue, Request};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub use self::line::{Fault, Refused};
+use self::{
+    key::Key,
+    line::{Lines, REFUSAL_TIMEOUT},
+};
+use crate::{
+    metrics::{Metrics, Traffic},
+    net::Stream,
+    pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
+    relay,
+    upstream::{Authorize, Config, Error, Home, Mode, Shared, Sharing, Upstreams},
+    ws::Code,
+};
+
+/// After an open that failed, until the next one.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// More than there are clients: all who are alike share one.
+const EVERYBODY: usize = 1 << 30;
+
+/// Those of all routes, for all workers. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Hubs {
+    ways: Arc<HashMap<Arc<str>, Way>>,
+}
+
+/// A client's part of one.
+#[derive(Debug)]
+pub struct Joined {
+    /// Its backend's leg.
+    pub leg: Stream,
+    /// The subprotocol that the backend has chosen.
+    pub protocol: Option<HeaderValue>,
+    /// Where the backend is.
+    pub endpoint: Arc<str>,
+}
+
+/// Why a client can't join.
+#[derive(Debug)]
+pub enum Refusal {
+    /// That is what the backend said, or did.
+    Backend(Fault),
+    /// As many keys as `pool.max_keys` allows.
+    Keys,
+    /// As many wait as may, or it has waited for too long.
+    Busy,
+    /// The process is about to end.
+    Closing,
+}
+
+/// Those of one route.
+#[derive(Debug)]
+struct Way {
+    pool: Pool<Key, Opener>,
+    lines: Lines,
+    sharing: Arc<Sharing>,
+    /// Nobody comes any more.
+    gone: CancellationToken,
+}
+
+/// Opens them.
+#[derive(Debug)]
+struct Opener {
+    lines: Lines,
+    route: Arc<str>,
+    sharing: Arc<Sharing>,
+    /// Of a client's message, in bytes.
+    max_message: u64,
+    /// By worker.
+    homes: Arc<[Home]>,
+    metrics: Arc<Metrics>,
+}
+
+impl Hubs {
+    /// None is open. `homes`: of all workers, in their order.
+    pub fn new(upstreams: &Upstreams, homes: &Arc<[Home]>, relay: &relay::Config, metrics: &Arc<Metrics>) -> Self {
+        let shared = upstreams.ways().filter(|way| way.upstream.config().pool.mode == Mode::Shared);
+        let ways = shared.filter_map(|way| {
+            let lines = Lines::new(&way.upstream, relay);
+            let sharing = Arc::new(way.upstream.config().pool.sharing.clone());
+            let opener = Opener {
+                lines: lines.clone(),
+                route: Arc::clone(&way.route),
+                sharing: Arc::clone(&sharing),
+                max_message: relay.max_message,
+                homes: Arc::clone(homes),
+                metrics: Arc::clone(metrics),
+            };
+            let home = homes.first()?;
+            let pool = Pool::new(
+                limits(way.upstream.config()),
+                opener,
+                Arc::clone(&metrics.pools),
+                &home.tracker,
+                &home.runtime,
+            );
+            let gone = CancellationToken::new();
+            let (of, over, drain) = (pool.clone(), gone.clone(), home.drain.clone());
+            let watch = async move {
+                tokio::select! {
+                    () = drain.begun() => {}
+                    () = over.cancelled() => {}
+                }
+                of.close();
+            };
+            home.tracker.spawn_on(watch, &home.runtime);
+            Some((Arc::clone(&way.route), Way { pool, lines, sharing, gone }))
+        });
+        Self { ways: Arc::new(ways.collect()) }
+    }
+
+    /// Makes a client one of those who are alike: its handshake, as it would be passed on to the backend of `route`. To be called on its
+    /// worker, whose `home` and `traffic` these are.
+    ///
+    /// # Errors
+    ///
+    /// What it is to be told.
+    pub async fn join(
+        &self,
+        route: &str,
+        request: Request<()>,
+        home: &Home,
+        traffic: &Arc<Traffic>,
+    ) -> Result<Joined, Refusal> {
+        let Way { pool, lines, sharing, .. } = self.ways.get(route).ok_or(Refusal::Closing)?;
+        let key = Key::new(route, &request, sharing);
+        let asked_at = Instant::now();
+        // One that ends in this very moment is no answer to anybody.
+        for _ in 0..2 {
+            if !pool.knows(&key) && pool.keys() >= sharing.max_keys {
+                return Err(Refusal::Keys);
+            }
+            let lease = pool.acquire(&key).await.map_err(refusal)?;
+            let hub = Arc::clone(&lease);
+            let present = hub.enter();
+            if lease.is_closed() {
+                continue;
+            }
+            // What the backend has said since is said of this one too, if nothing is left out.
+            let is_shown = key.is_whole() && hub.opened_at() >= asked_at;
+            if sharing.authorize == Authorize::Always && !is_shown {
+                let mut own = request.clone();
+                own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
+                let probe = lines.open(own, home).await.map_err(Refusal::Backend)?;
+                home.tracker.spawn_on(probe.end(Code::NORMAL), &home.runtime);
+            }
+            let (protocol, endpoint) = (hub.protocol(), hub.endpoint());
+            let leg = hub.leg(present, home, traffic, lease);
+            return Ok(Joined { leg: Stream::Local(leg), protocol, endpoint });
+        }
+        Err(Refusal::Backend(Error::BadAccept("the backend ends WebSockets as soon as they are open").into()))
+    }
+
+    /// What there is, for people: of `most` keys, by their hashes; and how many there are besides.
+    pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
+        let now = std::time::Instant::now();
+        let keys =
+            self.ways.iter().flat_map(|(route, way)| way.pool.snapshot().into_iter().map(move |key| (route, key)));
+        let mut all: Vec<_> = keys.map(|(route, key)| Shared::new(route, key, now)).collect();
+        all.sort_by(|a, b| (&a.route, &a.endpoint).cmp(&(&b.route, &b.endpoint)));
+        let more = all.len().saturating_sub(most);
+        all.truncate(most);
+        (all, more)
+    }
+}
+
+/// One for each key, however many use it.
+fn limits(config: &Config) -> pool::Config {
+    let Config { pool, connect_timeout, handshake_timeout, queue_timeout, max_waiting, .. } = config;
+    // Each of its parts has a deadline of its own, after which it ends in order.
+    let patience = *queue_timeout + *connect_timeout + *handshake_timeout + REFUSAL_TIMEOUT + Duration::from_secs(5);
+    pool::Config {
+        limits: pool::Limits {
+            max_connections: 1,
+            max_waiters: *max_waiting,
+            idle_timeout: pool.idle_timeout,
+            backoff: BACKOFF.0,
+            max_backoff: BACKOFF.1,
+        },
+        open_timeout: patience,
+        max_wait: patience,
+    }
+}
+
+fn refusal(error: AcquireError<Fault>) -> Refusal {
+    match error {
+        AcquireError::Open(OpenError::Failed(fault)) => Refusal::Backend(match &*fault {
+            Fault::Upstream(error) => Fault::Upstream(error.again()),
+            Fault::Refused(refused) => Fault::Refused(Arc::clone(refused)),
+        }),
+        AcquireError::Open(OpenError::TimedOut) => {
+            Refusal::Backend(Error::Timeout("backend did not answer in time").into())
+        }
+        AcquireError::Open(OpenError::Stillborn | OpenError::Panicked) => {
+            Refusal::Backend(Error::BadAccept("the backend ends WebSockets as soon as they are open").into())
+        }
+        AcquireError::Full | AcquireError::Timeout => Refusal::Busy,
+        AcquireError::Open(OpenError::Aborted) | AcquireError::Closing => Refusal::Closing,
+    }
+}
+
+impl Drop for Way {
+    /// Those who use one have it until they end.
+    fn drop(&mut self) {
+        self.gone.cancel();
+    }
+}
+
+impl Connector<Key> for Opener {
+    type Connection = Arc<broadcast::Hub>;
+    type Error = Fault;
+
+    async fn open(&self, key: &Key, reports: Reports) -> Result<Opened<Self::Connection>, Fault> {
+        let home = &self.homes[key.share(self.homes.len())];
+        let connection = broadcast::Hub::open(self, key, home, reports).await?;
+        Ok(Opened { connection, capacity: EVERYBODY })
+    }
+
+    fn close(&self, _: &Key, connection: &Self::Connection) {
+        connection.close();
+    }
+}
+
+impl Refused {
+    /// It would say the same again.
+    fn is_final(&self) -> bool {
+        use http::StatusCode;
+        self.status.is_client_error()
+            && ![StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&self.status)
+    }
+}

@@ -1,0 +1,575 @@
+//! One WebSocket of the backend for many clients: who shares it, what they get, and what becomes of them when it ends.
+
+use crate::harness::{
+    Board, DEADLINE, Frame, Gate, LIMIT, Message, NO_CODE, Peer, Scene,
+    transcript::End,
+    ws::{CLOSE, PING, PONG},
+};
+
+/// What a backend is told to do on each of its connections.
+#[derive(Clone, Debug)]
+enum Word {
+    Say(Frame),
+    Close(u16, &'static str),
+    /// It ends without a Close.
+    Fin,
+    Rst,
+}
+
+/// A backend that says to all of its connections what it is told, from then on.
+#[derive(Clone)]
+struct Feed {
+    words: Board<Vec<Word>>,
+    /// Of each connection that was accepted.
+    heads: Board<Vec<Message>>,
+    /// What clients have said, in order of arrival.
+    heard: Board<Vec<String>>,
+}
+
+impl Feed {
+    fn new() -> Self {
+        Self { words: Board::new(Vec::new()), heads: Board::new(Vec::new()), heard: Board::new(Vec::new()) }
+    }
+
+    fn say(&self, word: Word) {
+        self.words.change(|words| words.push(word));
+    }
+
+    fn text(&self, text: &str) {
+        self.say(Word::Say(Frame::text(text)));
+    }
+
+    /// What each connection does.
+    fn script(&self) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static {
+        let feed = self.clone();
+        async move |c: &mut Peer| {
+            let request = c.read_head().await;
+            let mut next = feed.words.read(Vec::len);
+            feed.heads.change(|heads| heads.push(request.clone()));
+            let mut response = Message::switching(&request);
+            if let Some(protocols) = request.field("Sec-WebSocket-Protocol") {
+                let first = protocols.split(',').next().unwrap_or_default();
+                response = response.header("Sec-WebSocket-Protocol", first).header("Set-Cookie", "first=1");
+            }
+            c.reply(response).await;
+            loop {
+                let word = tokio::select! {
+                    word = feed.words.until(LIMIT, |words| words.get(next).cloned()) => word.expect("a word in time"),
+                    frame = c.next_frame(LIMIT) => {
+                        let Ok(frame) = frame else { return };
+                        match frame.opcode {
+                            CLOSE => {
+                                c.answer_close().await;
+                                return;
+                            }
+                            PING => _ = c.send(&Frame::new(PONG, &frame.payload)).await,
+                            PONG => feed.heard.change(|heard| heard.push("pong".to_owned())),
+                            _ => feed.heard.change(|heard| heard.push(frame.text())),
+                        }
+                        continue;
+                    }
+                };
+                next += 1;
+                match word {
+                    Word::Say(frame) => _ = c.send(&frame).await,
+                    Word::Close(code, reason) => {
+                        c.send_close(code, reason).await;
+                        c.until_end().await;
+                        return;
+                    }
+                    Word::Fin => return,
+                    Word::Rst => return c.rst(),
+                }
+            }
+        }
+    }
+
+    /// As soon as there are so many connections.
+    async fn has_accepted(&self, count: usize) {
+        let accepted = self.heads.until(DEADLINE, |heads| (heads.len() >= count).then_some(())).await;
+        accepted.unwrap_or_else(|| panic!("{count} connections"));
+    }
+}
+
+/// Settings of the route that all clients use, and others.
+fn settings(pool: &str, others: &str) -> String {
+    format!("{others}\nroute = [{{ path = '/feed/*', pool = {{ mode = 'shared', shared = 'broadcast', {pool} }} }}]\n")
+}
+
+fn scene(feed: &Feed, pool: &str) -> Scene {
+    Scene::new(&settings(pool, "")).backend(feed.script()).start()
+}
+
+async fn leave(c: &mut Peer) {
+    c.send_close(1000, "").await;
+    c.until_end().await.assert_closed_with(1000);
+}
+
+/// Those who are there, for each other.
+struct Meeting {
+    count: usize,
+    here: Board<usize>,
+}
+
+impl Meeting {
+    fn of(count: usize) -> Self {
+        Self { count, here: Board::new(0) }
+    }
+
+    /// Waits for all the others; true for the last of them.
+    async fn join(&self) -> bool {
+        let is_last = self.here.change(|here| {
+            *here += 1;
+            here.is_multiple_of(self.count)
+        });
+        let rounds = self.here.read(|here| here.div_ceil(self.count));
+        let all = self.here.until(DEADLINE, |here| (*here >= rounds * self.count).then_some(())).await;
+        all.expect("all the others");
+        is_last
+    }
+}
+
+/// Three clients have one WebSocket at the backend, and each gets all of its messages, in order and whole, whatever their size. The last
+/// one gone it is closed with its Close handshake; the next client opens another.
+#[test]
+fn one_upstream_feeds_all() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s'");
+    let all = Meeting::of(3);
+    let large = "x".repeat(200_000);
+    let told = || ["one", "two", &large, "", "four"];
+    t.clients(3, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        if all.join().await {
+            for text in told() {
+                feed.text(text);
+            }
+        }
+        for text in told() {
+            assert!(c.read_text().await == text);
+        }
+        // A ping is answered, by nobody else.
+        c.send(&Frame::new(PING, "there?")).await;
+        let pong = c.read_frame().await;
+        assert_eq!((pong.opcode, pong.text().as_str()), (PONG, "there?"));
+        leave(c).await;
+    });
+    let seen = t.connection(0).seen();
+    seen.assert_closed_with(1000);
+    assert_eq!(t.backend().count(), 1);
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        feed.text("again");
+        assert_eq!(c.read_text().await, "again");
+        leave(c).await;
+    });
+    t.connection(1).seen().assert_closed_with(1000);
+    assert_eq!(t.backend().count(), 2);
+    let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.get("tidegate_pool_keys") == 0.0);
+    assert_eq!(metrics.count("tidegate_shared_messages_total"), 6);
+    assert_eq!(metrics.count("tidegate_shared_deliveries_total"), 16);
+    assert_eq!(metrics.count("tidegate_shared_queue_bytes"), 0);
+    assert_eq!(metrics.count("tidegate_pool_opens_total{result=\"opened\"}"), 2);
+    let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
+    assert_eq!((&close["way"], &close["clean"]), (&"shared".into(), &true.into()), "{close}");
+    assert_eq!(close["endpoint"], t.backend().address.to_string().as_str());
+    t.no_rst();
+}
+
+/// Clients that are not alike never share, and the backend hears nothing of a client but what all who share have in common.
+#[test]
+fn only_those_who_are_alike_share() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', key_headers = ['X-Region']");
+    let all = Meeting::of(9);
+    let others = [
+        ("/feed/a", ""),
+        ("/feed/b", ""),
+        ("/feed/a?x", ""),
+        ("/feed/a", "Authorization: Bearer a"),
+        ("/feed/a", "Cookie: id=a"),
+        ("/feed/a", "Origin: https://app.example"),
+        ("/feed/a", "X-Auth-Request-User: a"),
+        ("/feed/a", "X-Region: eu"),
+        ("/feed/a", "Sec-WebSocket-Protocol: chat"),
+    ];
+    t.clients(9, async |c: &mut Peer| {
+        let (path, field) = others[c.index()];
+        let mut request = Message::websocket(path).header("User-Agent", "mine").header("X-Request-Id", "mine");
+        if let Some((name, value)) = field.split_once(": ") {
+            request = request.header(name, value);
+        }
+        let request = request.header("X-Own", "mine").header("Sec-WebSocket-Extensions", "permessage-deflate");
+        let response = c.handshake_with(request).await;
+        assert_eq!(response.field("Sec-WebSocket-Extensions"), None);
+        // What the backend said to the one who asked is for nobody else.
+        assert_eq!(response.field("Set-Cookie"), None);
+        assert_eq!(response.field("Sec-WebSocket-Protocol").is_some(), field.starts_with("Sec-"));
+        all.join().await;
+        leave(c).await;
+    });
+    assert_eq!(t.backend().count(), others.len());
+    for head in feed.heads.read(Clone::clone) {
+        let text = format!("{head:?}");
+        for (name, value) in [("User-Agent", "mine"), ("X-Request-Id", "mine"), ("X-Own", "mine")] {
+            assert_ne!(head.field(name), Some(value), "{text}");
+        }
+        for name in ["X-Forwarded-For", "Sec-WebSocket-Extensions"] {
+            assert_eq!(head.field(name), None, "{text}");
+        }
+        assert_eq!(head.field("Host"), Some("tidegate.test"), "{text}");
+    }
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_pool_invariant_violations_total"), 0);
+    t.no_rst();
+}
+
+/// A backend that ends without a Close, or says that it restarts, is looked for; its clients notice that they missed something only by
+/// what they miss.
+#[test]
+fn a_lost_backend_is_found_again() {
+    for word in [Word::Fin, Word::Rst, Word::Close(1001, "bye"), Word::Close(1012, "")] {
+        let feed = Feed::new();
+        let t = scene(&feed, "idle_timeout = '0s'");
+        let all = Meeting::of(2);
+        t.clients(2, async |c: &mut Peer| {
+            c.handshake("/feed/a").await;
+            if all.join().await {
+                feed.text("before");
+                feed.say(word.clone());
+                feed.has_accepted(2).await;
+                feed.text("after");
+            }
+            assert_eq!(c.read_text().await, "before");
+            assert_eq!(c.read_text().await, "after");
+            all.join().await;
+            leave(c).await;
+        });
+        t.connection(1).seen().assert_closed_with(1000);
+        let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.get("tidegate_pool_keys") == 0.0);
+        assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 1, "{word:?}");
+        assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 1, "{word:?}");
+        assert_eq!(t.backend().count(), 2);
+        t.no_rst();
+    }
+}
+
+/// One that is not back within `reconnect_grace`, or then says no, is lost: 1012.
+#[test]
+fn a_backend_that_does_not_come_back_is_lost() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', reconnect_grace = '300ms'");
+    let opened = Board::new(0);
+    let clients = [(); 2].map(|()| {
+        let opened = opened.clone();
+        t.start_client(async move |c| {
+            c.handshake("/feed/a").await;
+            opened.change(|opened| *opened += 1);
+            assert_eq!(c.read_close().await, 1012);
+            c.answer_close().await;
+        })
+    });
+    opened.wait(DEADLINE, |opened| (*opened == 2).then_some(())).expect("both");
+    t.backend().stop_listening();
+    feed.say(Word::Fin);
+    for client in clients {
+        client.join();
+    }
+    let metrics = t.proxy().metrics_when("the end", |metrics| metrics.get("tidegate_connections_active") == 0.0);
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"expired\"}"), 1);
+    let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
+    assert_eq!((&close["initiator"], &close["code"]), (&"backend".into(), &1012.into()), "{close}");
+    t.no_rst();
+
+    let (count, joined) = (Board::new(0), Gate::new("the client has joined"));
+    let t = Scene::new(&settings("idle_timeout = '0s', reconnect_grace = '45s'", ""))
+        .backend({
+            let joined = joined.clone();
+            async move |c: &mut Peer| {
+                let request = c.read_head().await;
+                if count.change(|count| std::mem::replace(count, 1)) > 0 {
+                    c.reply(Message::status(403, "Forbidden", "no more")).await;
+                    return;
+                }
+                c.reply(Message::switching(&request)).await;
+                joined.passed().await;
+            }
+        })
+        .start();
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        joined.open();
+        assert_eq!(c.read_close().await, 1012);
+        c.answer_close().await;
+    });
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"refused\"}"), 1);
+    t.no_rst();
+}
+
+/// A Close of the backend that is about its clients is theirs, as it was.
+#[test]
+fn a_close_of_the_backend_is_for_all() {
+    for (code, reason) in [(1000, "done"), (1008, ""), (4001, "bye, all"), (NO_CODE, "")] {
+        let feed = Feed::new();
+        let t = scene(&feed, "idle_timeout = '0s'");
+        let all = Meeting::of(2);
+        t.clients(2, async |c: &mut Peer| {
+            c.handshake("/feed/a").await;
+            if all.join().await {
+                feed.text("last");
+                feed.say(Word::Close(code, reason));
+            }
+            assert_eq!(c.read_text().await, "last");
+            let close = c.read_frame().await;
+            assert_eq!((close.code(), close.payload.get(2..)), (code, Some(reason.as_bytes()).filter(|_| code > 0)));
+            c.answer_close().await;
+            assert_eq!(c.until_end().await.end, End::Fin);
+        });
+        assert_eq!(t.connection(0).seen().closes(), [code]);
+        t.no_rst();
+    }
+}
+
+/// What the backend answers in place of a 101 is the answer for all who wait; one that is not there is 502.
+#[test]
+fn a_refusal_is_for_all_who_wait() {
+    let waiting = Board::new(0);
+    let asked = waiting.clone();
+    let t = Scene::new(&settings("idle_timeout = '0s'", ""))
+        .backend(async move |c: &mut Peer| {
+            c.read_head().await;
+            asked.until(DEADLINE, |waiting| (*waiting == 3).then_some(())).await.expect("all three");
+            c.reply(Message::status(401, "Unauthorized", "who are you?").header("WWW-Authenticate", "Bearer")).await;
+        })
+        .start();
+    t.clients(3, async |c: &mut Peer| {
+        c.send_bytes(&Message::websocket("/feed/a").bytes()).await;
+        waiting.change(|waiting| *waiting += 1);
+        let response = c.read_response().await;
+        assert_eq!((response.code(), response.text().as_str()), (401, "who are you?"));
+        assert_eq!(response.field("WWW-Authenticate"), Some("Bearer"));
+    });
+    // Those who came late got the same without being asked for.
+    assert_eq!(t.backend().count(), 1);
+    t.backend().stop_listening();
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/feed/b")).await.code(), 502));
+    t.no_rst();
+}
+
+/// Who may not speak gets 1008, and the others notice nothing of it.
+#[test]
+fn messages_of_clients_are_refused() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s'");
+    let all = Meeting::of(2);
+    t.clients(2, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        all.join().await;
+        if c.index() == 0 {
+            c.send_text("hello?").await;
+            assert_eq!(c.read_close().await, 1008);
+            c.answer_close().await;
+            assert_eq!(c.until_end().await.end, End::Fin);
+            all.join().await;
+        } else {
+            all.join().await;
+            feed.text("on");
+            assert_eq!(c.read_text().await, "on");
+            leave(c).await;
+        }
+    });
+    assert_eq!(feed.heard.read(Vec::len), 0);
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"client_violation\"}"), 1);
+    t.no_rst();
+}
+
+/// Where clients may speak, the backend gets all of it, each client's in its order, fragments joined, and its text as text.
+#[test]
+fn messages_of_clients_are_passed_on() {
+    const EACH: usize = 50;
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', allow_client_messages = true, queue_messages = 4");
+    let all = Meeting::of(3);
+    t.clients(3, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        let name = c.index();
+        for number in 0..EACH {
+            c.send(&Frame::text(&format!("{name} ")).fin(false)).await;
+            c.send(&Frame::new(0, number.to_string())).await;
+        }
+        let heard = feed.heard.until(DEADLINE, |heard| (heard.len() == 3 * EACH).then_some(())).await;
+        heard.expect("all of it");
+        all.join().await;
+        leave(c).await;
+    });
+    let heard = feed.heard.read(Clone::clone);
+    for name in 0..3 {
+        let own: Vec<_> = heard.iter().filter_map(|text| text.strip_prefix(&format!("{name} "))).collect();
+        assert_eq!(own, (0..EACH).map(|number| number.to_string()).collect::<Vec<_>>());
+    }
+    t.no_rst();
+}
+
+/// What a client gets of what was before it: nothing, the last message, or some.
+#[test]
+fn who_comes_late_gets_what_was() {
+    for (replay, expected) in [
+        ("replay = 'none'", &["new"][..]),
+        ("replay = 'last'", &["four", "new"]),
+        ("replay = 'last_n', replay_messages = 3", &["two", "three", "four", "new"]),
+        ("replay = 'last_n', replay_messages = 9, queue_messages = 9", &["one", "two", "three", "four", "new"]),
+    ] {
+        let feed = Feed::new();
+        let t = scene(&feed, &format!("idle_timeout = '0s', {replay}"));
+        let all = Meeting::of(2);
+        t.clients(2, async |c: &mut Peer| {
+            if c.index() == 0 {
+                c.handshake("/feed/a").await;
+                for text in ["one", "two", "three", "four"] {
+                    feed.text(text);
+                    assert_eq!(c.read_text().await, text);
+                }
+                all.join().await;
+                all.join().await;
+                feed.text("new");
+                assert_eq!(c.read_text().await, "new");
+            } else {
+                all.join().await;
+                c.handshake("/feed/a").await;
+                all.join().await;
+                for text in expected {
+                    assert_eq!(c.read_text().await, *text, "{replay}");
+                }
+            }
+            leave(c).await;
+        });
+        t.no_rst();
+    }
+}
+
+/// A client that stops reading holds up nobody. It is disconnected, or goes on with what is kept; what it missed is counted.
+#[test]
+fn a_slow_client_harms_nobody() {
+    const COUNT: usize = 3000;
+    for policy in ["disconnect", "drop_oldest", "conflate"] {
+        let feed = Feed::new();
+        let pool = format!("idle_timeout = '0s', queue_messages = 16, slow_client = '{policy}'");
+        // Small buffers, so that what is not read is soon more than is kept.
+        let others = "websocket.send_buffer = '8KiB'";
+        let t = Scene::new(&settings(&pool, others)).backend(feed.script()).start();
+        let all = Meeting::of(2);
+        let text = |number: usize| format!("{number:06}{}", "x".repeat(2000));
+        let number = |text: &str| text[..6].parse::<usize>().expect("a number");
+        t.clients(2, async |c: &mut Peer| {
+            let is_slow = c.index() == 0;
+            if is_slow {
+                c.set_recv_buffer(4096);
+            }
+            c.handshake("/feed/a").await;
+            all.join().await;
+            if !is_slow {
+                for at in 0..COUNT {
+                    feed.text(&text(at));
+                    assert!(c.read_text().await == text(at), "{policy}: {at}");
+                }
+                all.join().await;
+                all.join().await;
+                return leave(c).await;
+            }
+            all.join().await;
+            if policy == "disconnect" {
+                assert_eq!(c.read_close().await, 1013);
+                c.answer_close().await;
+                assert_eq!(c.until_end().await.end, End::Fin);
+                all.join().await;
+                return;
+            }
+            let mut seen = vec![number(&c.read_text().await)];
+            while seen.last() != Some(&(COUNT - 1)) {
+                seen.push(number(&c.read_text().await));
+            }
+            assert!(seen.is_sorted_by(|a, b| a < b) && seen.len() < COUNT, "{policy}: {seen:?}");
+            let kept = seen.iter().rev().zip(seen.iter().rev().skip(1)).take_while(|(b, a)| *b - *a == 1).count();
+            assert_eq!(kept > 8, policy == "drop_oldest", "{policy}: {seen:?}");
+            all.join().await;
+            leave(c).await;
+        });
+        let metrics = t.proxy().metrics_when("the end", |metrics| metrics.get("tidegate_connections_active") == 0.0);
+        let slow = metrics.count(&format!("tidegate_shared_slow_clients_total{{action=\"{policy}\"}}"));
+        assert!(slow >= 1, "{policy}");
+        let gaps = metrics.count("tidegate_shared_gaps_total{cause=\"slow\"}");
+        assert_eq!(gaps, if policy == "disconnect" { 0 } else { slow }, "{policy}");
+        if policy == "disconnect" {
+            let close = t.proxy().log_where("its end", |line| line["message"] == "close" && line["code"] == 1013);
+            assert_eq!((&close["why"], &close["initiator"]), (&"pool.slow_client".into(), &"tidegate".into()));
+        }
+        t.no_rst();
+    }
+}
+
+/// With `authorize = "always"` the backend judges each who joins, by a handshake of its own that comes to nothing.
+#[test]
+fn each_who_joins_is_judged() {
+    let feed = Feed::new();
+    let judge = feed.script();
+    let pool = "idle_timeout = '0s', authorize = 'always', ignore_headers = ['Authorization']";
+    let t = Scene::new(&settings(pool, "")).backend(judge).start();
+    t.client(async |c| {
+        c.handshake_with(Message::websocket("/feed/a").header("Authorization", "Bearer a")).await;
+        feed.text("hello");
+        assert_eq!(c.read_text().await, "hello");
+        leave(c).await;
+    });
+    let heads = feed.heads.read(Clone::clone);
+    let shown: Vec<_> = heads.iter().map(|head| head.field("Authorization").is_some()).collect();
+    // The shared one carries what is in its key; the other is the client's own.
+    assert_eq!(shown, [false, true]);
+    t.connection(1).seen().assert_closed_with(1000);
+    t.no_rst();
+}
+
+/// A drain ends clients one by one, as ever, and the WebSocket that they share after the last of them.
+#[test]
+fn a_drain_ends_what_is_shared() {
+    let feed = Feed::new();
+    let t = Scene::new(&settings("", "drain.delay = '0s'\ndrain.window = '100ms'")).backend(feed.script()).start();
+    let all = Meeting::of(3);
+    t.clients(3, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        if all.join().await {
+            t.proxy().sigterm();
+        }
+        assert_eq!(c.read_close().await, 1001);
+        c.answer_close().await;
+        assert_eq!(c.until_end().await.end, End::Fin);
+    });
+    t.connection(0).seen().assert_closed_with(1001);
+    assert!(t.proxy().wait_exit(DEADLINE).success());
+    assert_eq!(t.backend().count(), 1);
+}
+
+/// As many keys as may be; beyond that 503, but not for those who join one that is there.
+#[test]
+fn keys_are_bounded() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', max_keys = 2");
+    let all = Meeting::of(4);
+    t.clients(4, async |c: &mut Peer| {
+        let path = ["/feed/a", "/feed/b", "/feed/a", "/feed/c"][c.index()];
+        if c.index() == 3 {
+            all.join().await;
+            assert_eq!(c.request(Message::websocket(path)).await.code(), 503);
+            all.join().await;
+        } else {
+            c.handshake(path).await;
+            all.join().await;
+            all.join().await;
+            leave(c).await;
+        }
+    });
+    let metrics = t.proxy().metrics();
+    assert!(metrics.sum_with("tidegate_refused_total", "reason=\"pool_keys\"") > 0.0);
+    t.no_rst();
+}
