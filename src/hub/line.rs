@@ -13,8 +13,11 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Sink as _, StreamExt as _};
 use http::{
-    HeaderMap, HeaderValue, Request, StatusCode,
-    header::{CONTENT_LENGTH, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING},
+    HeaderMap, HeaderName, HeaderValue, Request, StatusCode,
+    header::{
+        ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_TYPE, LOCATION, RETRY_AFTER,
+        SEC_WEBSOCKET_PROTOCOL, UPGRADE, WWW_AUTHENTICATE,
+    },
 };
 use http_body_util::{BodyExt as _, Limited};
 use tokio::{
@@ -45,6 +48,19 @@ const PIPE: usize = 32 << 10;
 /// Of the backend's reasons for a refusal, what is passed on to all who wait.
 const REFUSAL_BYTES: usize = 64 << 10;
 
+/// The fields of a refusal that are for whoever gets it. A Set-Cookie, say, would be one session for all of them.
+const FOR_ALL: [HeaderName; 9] = [
+    CONTENT_TYPE,
+    CONTENT_ENCODING,
+    CONTENT_LANGUAGE,
+    CACHE_CONTROL,
+    WWW_AUTHENTICATE,
+    RETRY_AFTER,
+    LOCATION,
+    ALLOW,
+    UPGRADE,
+];
+
 /// Until all of them are here.
 pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -72,7 +88,7 @@ pub enum Fault {
 pub struct Refused {
     /// Its status.
     pub status: StatusCode,
-    /// Its header fields, without the length.
+    /// Of its header fields those that are for all who get it.
     pub headers: HeaderMap,
     /// All of what it said; nothing, if that is too long.
     pub body: Bytes,
@@ -108,6 +124,8 @@ impl Lines {
             max_age: None,
             idle_timeout: None,
             max_control_rate: 0,
+            // Of clients' messages the fragments are joined, and for them each message is cut anew.
+            max_frame: relay.max_message,
             close_delay: Duration::ZERO,
             // Whatever went wrong, the next one may go well.
             backend_lost_code: lost,
@@ -212,9 +230,9 @@ async fn refused(reply: Reply, load: Load, home: &Home) -> Refused {
     let (head, body) = response.into_parts();
     let body = timeout(REFUSAL_TIMEOUT, Limited::new(body, REFUSAL_BYTES).collect()).await;
     let body = body.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).unwrap_or_default();
-    let mut headers = head.headers;
-    for name in [CONTENT_LENGTH, TRANSFER_ENCODING] {
-        headers.remove(name);
+    let mut headers = HeaderMap::new();
+    for (name, value) in head.headers.iter().filter(|(name, _)| FOR_ALL.contains(name)) {
+        headers.append(name.clone(), value.clone());
     }
     Refused { status: head.status, headers, body }
 }

@@ -26,7 +26,7 @@ use crate::{
     pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
     relay,
     upstream::{Authorize, Config, Error, Home, Mode, Shared, Sharing, Upstreams},
-    ws::Code,
+    ws::{Code, Limits},
 };
 
 /// After an open that failed, until the next one.
@@ -81,8 +81,8 @@ struct Opener {
     lines: Lines,
     route: Arc<str>,
     sharing: Arc<Sharing>,
-    /// Of a client's message, in bytes.
-    max_message: u64,
+    /// What clients may send, and are sent.
+    limits: Limits,
     /// By worker.
     homes: Arc<[Home]>,
     metrics: Arc<Metrics>,
@@ -99,7 +99,7 @@ impl Hubs {
                 lines: lines.clone(),
                 route: Arc::clone(&way.route),
                 sharing: Arc::clone(&sharing),
-                max_message: relay.max_message,
+                limits: Limits { frame: relay.max_frame, message: relay.max_message },
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
             };

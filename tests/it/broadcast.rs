@@ -2,6 +2,8 @@
 
 use crate::harness::{
     Board, DEADLINE, Frame, Gate, LIMIT, Message, NO_CODE, Peer, Scene,
+    proxy::Metrics,
+    scene::{encrypted, secure, streams},
     transcript::End,
     ws::{CLOSE, PING, PONG},
 };
@@ -165,14 +167,13 @@ fn one_upstream_feeds_all() {
     });
     t.connection(1).seen().assert_closed_with(1000);
     assert_eq!(t.backend().count(), 2);
-    let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.get("tidegate_pool_keys") == 0.0);
+    let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.count("tidegate_pool_keys") == 0);
     assert_eq!(metrics.count("tidegate_shared_messages_total"), 6);
     assert_eq!(metrics.count("tidegate_shared_deliveries_total"), 16);
     assert_eq!(metrics.count("tidegate_shared_queue_bytes"), 0);
     assert_eq!(metrics.count("tidegate_pool_opens_total{result=\"opened\"}"), 2);
     let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
     assert_eq!((&close["way"], &close["clean"]), (&"shared".into(), &true.into()), "{close}");
-    assert_eq!(close["endpoint"], t.backend().address.to_string().as_str());
     t.no_rst();
 }
 
@@ -246,7 +247,7 @@ fn a_lost_backend_is_found_again() {
             leave(c).await;
         });
         t.connection(1).seen().assert_closed_with(1000);
-        let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.get("tidegate_pool_keys") == 0.0);
+        let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.count("tidegate_pool_keys") == 0);
         assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 1, "{word:?}");
         assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 1, "{word:?}");
         assert_eq!(t.backend().count(), 2);
@@ -275,7 +276,7 @@ fn a_backend_that_does_not_come_back_is_lost() {
     for client in clients {
         client.join();
     }
-    let metrics = t.proxy().metrics_when("the end", |metrics| metrics.get("tidegate_connections_active") == 0.0);
+    let metrics = t.proxy().metrics_when("the end", |metrics| metrics.count("tidegate_connections_active") == 0);
     assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"expired\"}"), 1);
     let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
     assert_eq!((&close["initiator"], &close["code"]), (&"backend".into(), &1012.into()), "{close}");
@@ -340,7 +341,8 @@ fn a_refusal_is_for_all_who_wait() {
         .backend(async move |c: &mut Peer| {
             c.read_head().await;
             asked.until(DEADLINE, |waiting| (*waiting == 3).then_some(())).await.expect("all three");
-            c.reply(Message::status(401, "Unauthorized", "who are you?").header("WWW-Authenticate", "Bearer")).await;
+            let response = Message::status(401, "Unauthorized", "who are you?").header("WWW-Authenticate", "Bearer");
+            c.reply(response.header("Set-Cookie", "session=1")).await;
         })
         .start();
     t.clients(3, async |c: &mut Peer| {
@@ -348,7 +350,7 @@ fn a_refusal_is_for_all_who_wait() {
         waiting.change(|waiting| *waiting += 1);
         let response = c.read_response().await;
         assert_eq!((response.code(), response.text().as_str()), (401, "who are you?"));
-        assert_eq!(response.field("WWW-Authenticate"), Some("Bearer"));
+        assert_eq!((response.field("WWW-Authenticate"), response.field("Set-Cookie")), (Some("Bearer"), None));
     });
     // Those who came late got the same without being asked for.
     assert_eq!(t.backend().count(), 1);
@@ -496,7 +498,7 @@ fn a_slow_client_harms_nobody() {
             all.join().await;
             leave(c).await;
         });
-        let metrics = t.proxy().metrics_when("the end", |metrics| metrics.get("tidegate_connections_active") == 0.0);
+        let metrics = t.proxy().metrics_when("the end", |metrics| metrics.count("tidegate_connections_active") == 0);
         let slow = metrics.count(&format!("tidegate_shared_slow_clients_total{{action=\"{policy}\"}}"));
         assert!(slow >= 1, "{policy}");
         let gaps = metrics.count("tidegate_shared_gaps_total{cause=\"slow\"}");
@@ -571,5 +573,130 @@ fn keys_are_bounded() {
     });
     let metrics = t.proxy().metrics();
     assert!(metrics.sum_with("tidegate_refused_total", "reason=\"pool_keys\"") > 0.0);
+    t.no_rst();
+}
+
+/// Messages may be larger than frames may be: what comes in fragments goes on in fragments, in both directions, each within the limit.
+#[test]
+fn messages_may_be_larger_than_frames() {
+    let feed = Feed::new();
+    let pool = "idle_timeout = '0s', allow_client_messages = true";
+    let others = "websocket.max_message = '64KiB'\nwebsocket.max_frame = '1KiB'";
+    let t = Scene::new(&settings(pool, others)).backend(feed.script()).start();
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        let parts = ["a", "b", "c"].map(|letter| letter.repeat(1000));
+        for (index, part) in parts.iter().enumerate() {
+            let frame = if index == 0 { Frame::text(part) } else { Frame::new(0, part) };
+            feed.say(Word::Say(frame.clone().fin(index == 2)));
+            c.send(&frame.fin(index == 2)).await;
+        }
+        let (mut text, mut is_whole) = (String::new(), false);
+        while !is_whole {
+            let frame = c.read_frame().await;
+            assert!(frame.payload.len() <= 1024);
+            (text, is_whole) = (text + &frame.text(), frame.fin);
+        }
+        assert!(text == parts.concat());
+        let heard = feed.heard.until(DEADLINE, |heard| heard.first().cloned()).await;
+        assert!(heard.expect("it all") == parts.concat());
+        leave(c).await;
+    });
+    t.no_rst();
+}
+
+/// A reload leaves those who share as they are; whoever comes then shares with others who come then.
+#[test]
+fn a_reload_leaves_those_who_share() {
+    let feed = Feed::new();
+    let t = Scene::new(&settings("idle_timeout = '0s'", "reload.watch = '0s'")).backend(feed.script()).start();
+    let (joined, reloaded) = (Gate::new("the first has joined"), Gate::new("the reload"));
+    let first = t.start_client({
+        let (feed, joined, reloaded) = (feed.clone(), joined.clone(), reloaded.clone());
+        async move |c| {
+            c.handshake("/feed/a").await;
+            joined.open();
+            reloaded.passed().await;
+            feed.text("still there");
+            assert_eq!(c.read_text().await, "still there");
+            leave(c).await;
+        }
+    });
+    joined.pass();
+    t.proxy().configure(&settings("idle_timeout = '0s', replay = 'last'", "reload.watch = '0s'"));
+    let request = Message::line("POST /reload HTTP/1.1").header("Host", "localhost").header("Content-Length", "0");
+    assert_eq!(t.proxy().admin(&request).expect("an answer").code(), 200);
+    let all = Meeting::of(2);
+    t.clients(2, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        if all.join().await {
+            assert_eq!(feed.heads.read(Vec::len), 2);
+            reloaded.open();
+        }
+        assert_eq!(c.read_text().await, "still there");
+        leave(c).await;
+    });
+    first.join();
+    for index in 0..2 {
+        t.connection(index).seen().assert_closed_with(1000);
+    }
+    t.no_rst();
+}
+
+/// Clients on streams of HTTP/2, and a backend with TLS: it is all the same.
+#[test]
+fn streams_and_tls_share_as_well() {
+    for run in [streams, encrypted, secure] {
+        run(one_upstream_feeds_all);
+    }
+}
+
+/// What is shared is told of to people: a route, a hash, how many.
+#[test]
+fn keys_are_told_by_a_hash() {
+    let feed = Feed::new();
+    let t = scene(&feed, "");
+    t.client(async |c| {
+        let request = Message::websocket("/feed/a?token=swordfish");
+        c.handshake_with(request.header("Authorization", "Bearer swordfish")).await;
+        let told = t.proxy().get("/connections").text();
+        let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+        let shared = &told["shared"][0];
+        assert_eq!(shared["route"], "/feed/*");
+        assert_eq!(shared["endpoint"].as_str().map(str::len), Some(12), "{shared}");
+        assert_eq!(shared["connections"][0]["references"], 1, "{shared}");
+        assert_eq!(shared["connections"][0]["state"], "open", "{shared}");
+        leave(c).await;
+    });
+    for target in ["/connections", "/live.json", "/metrics", "/status"] {
+        assert!(!t.proxy().get(target).text().contains("swordfish"), "{target}");
+    }
+    let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
+    assert_eq!(close["endpoint"], t.backend().address.to_string().as_str());
+    let told = t.proxy().printed().iter().any(|(_, line)| line.contains("swordfish"));
+    assert!(!told, "the log tells a secret");
+}
+
+/// Within `idle_timeout` after the last client the next one finds it open. When it is lost in that time, nobody looks for it.
+#[test]
+fn what_nobody_uses_is_kept_for_a_while() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '1h'");
+    for text in ["one", "two"] {
+        t.client(async |c| {
+            c.handshake("/feed/a").await;
+            feed.text(text);
+            assert_eq!(c.read_text().await, text);
+            leave(c).await;
+        });
+        let is_idle = |metrics: &Metrics| metrics.count("tidegate_pool_connections{state=\"idle\"}") == 1;
+        t.proxy().metrics_when("nobody uses it", is_idle);
+    }
+    assert_eq!(t.backend().count(), 1);
+    feed.say(Word::Fin);
+    let metrics = t.proxy().metrics_when("nothing is left", |metrics| metrics.count("tidegate_pool_keys") == 0);
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"unused\"}"), 1);
+    assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 0);
+    assert_eq!((t.backend().count(), metrics.count("tidegate_pool_invariant_violations_total")), (1, 0));
     t.no_rst();
 }

@@ -135,7 +135,7 @@ impl Feed {
             {
                 match heard {
                     Heard::Message(is_text, payload) => {
-                        let frame = encode(is_text, &payload);
+                        let frame = encode(is_text, &payload, hub.max_frame);
                         bytes += frame.len();
                         frames.push(frame);
                     }

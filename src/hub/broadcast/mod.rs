@@ -52,6 +52,8 @@ pub(super) struct Hub {
     sharing: Arc<Sharing>,
     /// Of a client's message, in bytes.
     max_message: u64,
+    /// Of a frame to a client.
+    max_frame: u64,
     metrics: Arc<Metrics>,
     /// Nobody needs it any more.
     end: CancellationToken,
@@ -77,7 +79,8 @@ impl Hub {
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
             inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
             sharing: Arc::clone(&opener.sharing),
-            max_message: opener.max_message,
+            max_message: opener.limits.message,
+            max_frame: opener.limits.frame,
             metrics: Arc::clone(&opener.metrics),
             end: CancellationToken::new(),
             present: AtomicUsize::new(0),
