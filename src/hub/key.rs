@@ -21,8 +21,8 @@ use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 
 use crate::{fields::tokens, upstream::Sharing};
 
-/// Fields that say who somebody is, or what he may do, beside those that browsers send. The first ones are tidegate's own.
-const NAMES: [&str; 37] = [
+/// Fields that say who somebody is, what he may do, or where he has come in, beside those that browsers send.
+const NAMES: [&str; 52] = [
     "x-forwarded-client-cert",
     "x-forwarded-proto",
     "x-forwarded-host",
@@ -37,6 +37,10 @@ const NAMES: [&str; 37] = [
     "proxy-authorization",
     "client-cert",
     "client-cert-chain",
+    "x-client-cert",
+    "x-client-dn",
+    "x-client-id",
+    "x-device-id",
     "remote-user",
     "remote-email",
     "remote-groups",
@@ -46,41 +50,66 @@ const NAMES: [&str; 37] = [
     "x-api-key",
     "x-api-token",
     "x-apikey",
+    "x-auth",
     "x-access-token",
     "x-id-token",
     "x-token",
+    "x-vault-token",
+    "private-token",
+    "dpop",
+    "eppn",
     "x-email",
+    "x-login",
+    "x-principal",
+    "x-subject",
+    "x-identity",
+    "x-group",
+    "x-groups",
+    "x-team",
+    "x-workspace",
+    "x-realm",
     "x-jwt-assertion",
     "x-jwt-payload",
     "x-endpoint-api-userinfo",
     "x-amz-security-token",
     "x-csrf-token",
     "x-xsrf-token",
-    "x-client-cert",
-    "x-client-dn",
     "x-anonymous-consumer",
-    "dpop",
 ];
 
-/// What such fields begin with: of oauth2-proxy, Authelia, authentik, Pomerium, Vouch, Kong, Envoy, Google, AWS, Azure, Cloudflare, Teleport,
-/// nginx and Apache; and what applications call them.
-const PREFIXES: [&str; 28] = [
+/// What such fields begin with: of oauth2-proxy, Authelia, authentik, Ory, Okta, Pomerium, Vouch, Kong, Hasura, Teleport, Google, AWS, Azure,
+/// Cloudflare, Grafana, Shibboleth, `mod_auth_openidc` and `mod_auth_mellon`, `SiteMinder`, `WebSEAL`, Kubernetes, nginx and Apache; and what applications
+/// call them.
+const PREFIXES: [&str; 42] = [
     "x-auth-",
     "x-authenticated-",
     "x-authentik-",
     "x-authelia-",
+    "x-ory-",
+    "x-kratos-",
+    "x-okta-",
     "x-pomerium-",
     "x-vouch-",
     "x-consumer-",
     "x-credential-",
+    "x-hasura-",
+    "teleport-",
     "x-goog-",
+    "x-appengine-user-",
     "x-amzn-oidc-",
     "x-amzn-mtls-",
     "x-ms-client-principal",
     "x-ms-token-",
     "cf-access-",
-    "teleport-",
+    "x-webauth-",
+    "shib-",
+    "oidc-",
+    "mellon-",
+    "sm-",
+    "iv-",
+    "impersonate-",
     "x-remote-",
+    "x-sso-",
     "x-ssl-",
     "ssl-client-",
     "x-tls-client-",
@@ -93,6 +122,7 @@ const PREFIXES: [&str; 28] = [
     "x-scope",
     "x-session",
     "x-permission",
+    "x-impersonate-",
 ];
 
 /// The secret of this process: what it makes of a handshake can't be made of guesses elsewhere.

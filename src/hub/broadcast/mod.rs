@@ -75,7 +75,7 @@ impl Hub {
         let line = opener.lines.open(key.request(), home).await?;
         let Sharing { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
         let hub = Arc::new(Self {
-            ring: Ring::new(queue_messages, queue_bytes),
+            ring: Ring::new(queue_bytes),
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
             inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
             sharing: Arc::clone(&opener.sharing),
@@ -128,11 +128,7 @@ impl Hub {
         traffic: &Arc<Traffic>,
         lease: impl fmt::Debug + Send + Sync + 'static,
     ) -> Box<dyn Local> {
-        let at = self.ring.behind(match self.sharing.replay {
-            Replay::None => 0,
-            Replay::Last => 1,
-            Replay::LastN => self.sharing.replay_messages,
-        });
+        let at = self.ring.behind(self.replayed());
         if self.wards[home.worker].begin() {
             let (hub, worker) = (Arc::clone(self), home.worker);
             home.tracker.spawn_on(hub.watch(worker), &home.runtime);
@@ -153,13 +149,24 @@ impl Hub {
         }
     }
 
+    /// What a client gets of what was before it.
+    fn replayed(&self) -> usize {
+        match self.sharing.replay {
+            Replay::None => 0,
+            Replay::Last => 1,
+            Replay::LastN => self.sharing.replay_messages,
+        }
+    }
+
     /// Messages came.
     fn push(&self, frames: Vec<Bytes>) {
         if frames.is_empty() {
             return;
         }
         self.metrics.shared_messages.inc_by(frames.len() as u64);
-        self.metrics.shared_queue_bytes.inc_by(self.ring.push(frames));
+        // Where nobody is behind, what is kept is for whoever joins.
+        let most = if self.is_alone() { self.replayed() } else { self.sharing.queue_messages };
+        self.metrics.shared_queue_bytes.inc_by(self.ring.push(frames, most));
         for ward in self.wards.iter().filter(|ward| ward.is_watched()) {
             ward.call();
         }

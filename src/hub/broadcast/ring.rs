@@ -16,9 +16,7 @@ use crate::ws::{Opcode, frame::MAX_HEADER};
 #[derive(Debug)]
 pub(super) struct Ring {
     state: RwLock<State>,
-    /// As many are kept at most.
-    most: usize,
-    /// As many bytes, unless a single message has more.
+    /// As many bytes are kept at most, unless a single message has more.
     most_bytes: usize,
 }
 
@@ -84,13 +82,13 @@ pub(super) fn encode(is_text: bool, payload: &[u8], most: u64) -> Bytes {
 }
 
 impl Ring {
-    /// Empty; it keeps `most` messages, of `most_bytes` together.
-    pub(super) fn new(most: usize, most_bytes: usize) -> Self {
-        Self { state: RwLock::default(), most, most_bytes }
+    /// Empty; of more than one message it keeps so many bytes together.
+    pub(super) fn new(most_bytes: usize) -> Self {
+        Self { state: RwLock::default(), most_bytes }
     }
 
-    /// Takes new messages, and lets go of the oldest. Gives by how many bytes it became larger.
-    pub(super) fn push(&self, frames: impl IntoIterator<Item = Bytes>) -> i64 {
+    /// Takes new messages, and lets go of the oldest but `most`. Gives by how many bytes it became larger.
+    pub(super) fn push(&self, frames: impl IntoIterator<Item = Bytes>, most: usize) -> i64 {
         let mut dropped = Vec::new();
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let before = state.bytes;
@@ -98,7 +96,7 @@ impl Ring {
             state.bytes += frame.len();
             state.messages.push_back(frame);
             let is_full = |state: &State| {
-                state.messages.len() > self.most || (state.bytes > self.most_bytes && state.messages.len() > 1)
+                state.messages.len() > most || (state.bytes > self.most_bytes && state.messages.len() > 1)
             };
             while is_full(&state)
                 && let Some(oldest) = state.messages.pop_front()
@@ -204,30 +202,32 @@ mod tests {
     /// As many messages as may be are kept, and as many bytes; one that is larger than that alone is kept alone.
     #[test]
     fn the_newest_messages_are_kept() {
-        let ring = Ring::new(3, 100);
-        assert_eq!(ring.push(texts(0..5)), 9);
+        let ring = Ring::new(100);
+        assert_eq!(ring.push(texts(0..5), 3), 9);
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (2, 5, 9));
         assert_eq!((ring.behind(0), ring.behind(1), ring.behind(2), ring.behind(9)), (5, 4, 3, 2));
-        assert_eq!(ring.push([Bytes::from(vec![b'x'; 99])]), 90);
+        assert_eq!(ring.push([Bytes::from(vec![b'x'; 99])], 3), 90);
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (5, 6, 99));
-        ring.push([Bytes::from(vec![b'y'; 200])]);
+        ring.push([Bytes::from(vec![b'y'; 200])], 3);
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (6, 7, 200));
-        ring.push(texts(7..8));
+        ring.push(texts(7..8), 3);
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (7, 8, 3));
+        assert_eq!(ring.push(texts(8..9), 0), -3);
+        assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (9, 9, 0));
     }
 
     /// A reader gets what there is, then nothing, then the end; who is behind is told so first, and a large message comes in parts.
     #[test]
     fn a_reader_reads_at_its_own_pace() {
-        let (ring, mut at, mut rest, mut buffer) = (Ring::new(3, 1000), 0, Bytes::new(), [0; 8]);
+        let (ring, mut at, mut rest, mut buffer) = (Ring::new(1000), 0, Bytes::new(), [0; 8]);
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Nothing);
-        ring.push(texts(0..3));
+        ring.push(texts(0..3), 3);
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Bytes(6, 2));
         assert_eq!((&buffer[..6], at), (&b"<0><1>"[..], 2));
-        ring.push(texts(3..6));
+        ring.push(texts(3..6), 3);
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Behind);
         at = ring.first();
-        ring.push([Bytes::from_static(b"0123456789")]);
+        ring.push([Bytes::from_static(b"0123456789")], 3);
         at += 3;
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Bytes(8, 1));
         assert_eq!((&rest[..], at), (&b"89"[..], 7));
@@ -243,11 +243,11 @@ mod tests {
         /// dropped while he was behind.
         #[test]
         fn nothing_is_torn_or_out_of_order(steps in proptest::collection::vec((any::<bool>(), 1..40_usize), 1..100)) {
-            let ring = Ring::new(8, 60);
+            let ring = Ring::new(60);
             let (mut at, mut rest, mut pushed, mut got) = (0, Bytes::new(), 0, Vec::new());
             for (pushes, size) in steps {
                 if pushes {
-                    ring.push(texts(pushed..pushed + size / 4));
+                    ring.push(texts(pushed..pushed + size / 4), 8);
                     pushed += size / 4;
                     continue;
                 }
