@@ -120,13 +120,12 @@ impl Meeting {
 
     /// Waits for all the others; true for the last of them.
     async fn join(&self) -> bool {
-        let is_last = self.here.change(|here| {
+        let (is_last, all) = self.here.change(|here| {
             *here += 1;
-            here.is_multiple_of(self.count)
+            (here.is_multiple_of(self.count), here.next_multiple_of(self.count))
         });
-        let rounds = self.here.read(|here| here.div_ceil(self.count));
-        let all = self.here.until(DEADLINE, |here| (*here >= rounds * self.count).then_some(())).await;
-        all.expect("all the others");
+        let met = self.here.until(DEADLINE, |here| (*here >= all).then_some(())).await;
+        met.expect("all the others");
         is_last
     }
 }
