@@ -166,10 +166,12 @@ fn one_upstream_feeds_all() {
     });
     t.connection(1).seen().assert_closed_with(1000);
     assert_eq!(t.backend().count(), 2);
-    let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.count("tidegate_pool_keys") == 0);
+    let is_over = |metrics: &Metrics| {
+        metrics.count("tidegate_pool_keys") == 0 && metrics.count("tidegate_shared_queue_bytes") == 0
+    };
+    let metrics = t.proxy().metrics_when("nothing is left", is_over);
     assert_eq!(metrics.count("tidegate_shared_messages_total"), 6);
     assert_eq!(metrics.count("tidegate_shared_deliveries_total"), 16);
-    assert_eq!(metrics.count("tidegate_shared_queue_bytes"), 0);
     assert_eq!(metrics.count("tidegate_pool_opens_total{result=\"opened\"}"), 2);
     let close = t.proxy().log_where("a session's end", |line| line["message"] == "close");
     assert_eq!((&close["way"], &close["clean"]), (&"shared".into(), &true.into()), "{close}");
@@ -531,11 +533,16 @@ fn each_who_joins_is_judged() {
     t.no_rst();
 }
 
-/// A drain ends clients one by one, as ever, and the WebSocket that they share after the last of them.
+/// A drain ends clients one by one, as ever, and the WebSocket that they share after the last of them; one that nobody uses at once.
 #[test]
 fn a_drain_ends_what_is_shared() {
     let feed = Feed::new();
-    let t = Scene::new(&settings("", "drain.delay = '0s'\ndrain.window = '100ms'")).backend(feed.script()).start();
+    let others = "drain.delay = '0s'\ndrain.window = '100ms'";
+    let t = Scene::new(&settings("idle_timeout = '1h'", others)).backend(feed.script()).start();
+    t.client(async |c| {
+        c.handshake("/feed/unused").await;
+        leave(c).await;
+    });
     let all = Meeting::of(3);
     t.clients(3, async |c: &mut Peer| {
         c.handshake("/feed/a").await;
@@ -546,9 +553,11 @@ fn a_drain_ends_what_is_shared() {
         c.answer_close().await;
         assert_eq!(c.until_end().await.end, End::Fin);
     });
-    t.connection(0).seen().assert_closed_with(1001);
+    for index in 0..2 {
+        t.connection(index).seen().assert_closed_with(1001);
+    }
     assert!(t.proxy().wait_exit(DEADLINE).success());
-    assert_eq!(t.backend().count(), 1);
+    assert_eq!(t.backend().count(), 2);
 }
 
 /// As many keys as may be; beyond that 503, but not for those who join one that is there.
