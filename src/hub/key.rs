@@ -150,10 +150,11 @@ impl Key {
             if sharing.ignore_headers.contains(name) {
                 is_whole = false;
             } else {
-                names.push(name);
+                // In the order of their names, whatever that of the client: there are a few.
+                let at = names.iter().position(|known: &&HeaderName| known.as_str() > name.as_str());
+                names.insert(at.unwrap_or(names.len()), name);
             }
         }
-        names.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
         let mut headers = HeaderMap::new();
         for host in from.get_all(HOST) {
             headers.append(HOST, host.clone());

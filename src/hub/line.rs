@@ -65,7 +65,7 @@ const FOR_ALL: [HeaderName; 9] = [
 pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The way there.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Lines {
     upstream: Upstream,
     relay: Arc<relay::Config>,
@@ -95,7 +95,6 @@ pub struct Refused {
 }
 
 /// A WebSocket to the backend. Dropped, it is ended as that of a client which has vanished.
-#[derive(Debug)]
 pub(super) struct Line {
     socket: WebSocketStream<DuplexStream>,
     /// The subprotocol that the backend has chosen.
@@ -105,7 +104,6 @@ pub(super) struct Line {
 }
 
 /// What comes of a backend.
-#[derive(Debug)]
 pub(super) enum Heard {
     /// A message; true: text.
     Message(bool, Bytes),
@@ -145,7 +143,7 @@ impl Lines {
     /// Opens one on a worker. What is under way when this is dropped is ended in order.
     pub(super) async fn open(&self, request: Request<()>, home: &Home) -> Result<Line, Fault> {
         let (done, opened) = oneshot::channel();
-        home.tracker.spawn_on(self.clone().dial(request, home.clone(), done), &home.runtime);
+        home.spawn(self.clone().dial(request, home.clone(), done));
         // It is dropped unanswered only when the process ends.
         opened.await.unwrap_or(Err(Fault::Upstream(Error::Timeout("the process ends"))))
     }
@@ -221,7 +219,7 @@ async fn relayed(config: Arc<relay::Config>, home: &Home, client: Leg, backend: 
 async fn refused(reply: Reply, load: Load, home: &Home) -> Refused {
     let Reply { response, connection } = reply;
     let end = Arc::clone(&home.end);
-    home.tracker.spawn(async move {
+    home.spawn(async move {
         if let Some(stream) = connection.await {
             end(stream);
         }

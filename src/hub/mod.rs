@@ -9,7 +9,7 @@ mod inbox;
 mod key;
 mod line;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request};
 use tokio::time::Instant;
@@ -36,9 +36,9 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 const EVERYBODY: usize = 1 << 30;
 
 /// Those of all routes, for all workers. Clones are the same.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Hubs {
-    ways: Arc<HashMap<Arc<str>, Way>>,
+    ways: Arc<Vec<Way>>,
 }
 
 /// A client's part of one.
@@ -66,8 +66,8 @@ pub enum Refusal {
 }
 
 /// Those of one route.
-#[derive(Debug)]
 struct Way {
+    route: Arc<str>,
     pool: Pool<Key, Opener>,
     lines: Lines,
     sharing: Arc<Sharing>,
@@ -76,7 +76,6 @@ struct Way {
 }
 
 /// Opens them.
-#[derive(Debug)]
 struct Opener {
     lines: Lines,
     route: Arc<str>,
@@ -91,39 +90,33 @@ struct Opener {
 impl Hubs {
     /// None is open. `homes`: of all workers, in their order.
     pub fn new(upstreams: &Upstreams, homes: &Arc<[Home]>, relay: &relay::Config, metrics: &Arc<Metrics>) -> Self {
-        let shared = upstreams.ways().filter(|way| way.upstream.config().pool.mode == Mode::Shared);
-        let ways = shared.filter_map(|way| {
+        let mut ways = Vec::new();
+        for way in upstreams.ways() {
+            let config = way.upstream.config();
+            let Some(home) = homes.first().filter(|_| config.pool.mode == Mode::Shared) else { continue };
             let lines = Lines::new(&way.upstream, relay);
-            let sharing = Arc::new(way.upstream.config().pool.sharing.clone());
+            let (route, sharing) = (Arc::clone(&way.route), Arc::new(config.pool.sharing.clone()));
             let opener = Opener {
                 lines: lines.clone(),
-                route: Arc::clone(&way.route),
+                route: Arc::clone(&route),
                 sharing: Arc::clone(&sharing),
                 limits: Limits { frame: relay.max_frame, message: relay.max_message },
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
             };
-            let home = homes.first()?;
-            let pool = Pool::new(
-                limits(way.upstream.config()),
-                opener,
-                Arc::clone(&metrics.pools),
-                &home.tracker,
-                &home.runtime,
-            );
+            let pool = Pool::new(limits(config), opener, Arc::clone(&metrics.pools), &home.tracker, &home.runtime);
             let gone = CancellationToken::new();
             let (of, over, drain) = (pool.clone(), gone.clone(), home.drain.clone());
-            let watch = async move {
+            home.spawn(async move {
                 tokio::select! {
                     () = drain.begun() => {}
                     () = over.cancelled() => {}
                 }
                 of.close();
-            };
-            home.tracker.spawn_on(watch, &home.runtime);
-            Some((Arc::clone(&way.route), Way { pool, lines, sharing, gone }))
-        });
-        Self { ways: Arc::new(ways.collect()) }
+            });
+            ways.push(Way { route, pool, lines, sharing, gone });
+        }
+        Self { ways: Arc::new(ways) }
     }
 
     /// Makes a client one of those who are alike: its handshake, as it would be passed on to the backend of `route`. To be called on its
@@ -139,7 +132,8 @@ impl Hubs {
         home: &Home,
         traffic: &Arc<Traffic>,
     ) -> Result<Joined, Refusal> {
-        let Way { pool, lines, sharing, .. } = self.ways.get(route).ok_or(Refusal::Closing)?;
+        let way = self.ways.iter().find(|way| *way.route == *route);
+        let Way { pool, lines, sharing, .. } = way.ok_or(Refusal::Closing)?;
         let key = Key::new(route, &request, sharing);
         let asked_at = Instant::now();
         // One that ends in this very moment is no answer to anybody.
@@ -159,7 +153,7 @@ impl Hubs {
                 let mut own = request.clone();
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
                 let probe = lines.open(own, home).await.map_err(Refusal::Backend)?;
-                home.tracker.spawn_on(probe.end(Code::NORMAL), &home.runtime);
+                home.spawn(probe.end(Code::NORMAL));
             }
             let (protocol, endpoint) = (hub.protocol(), hub.endpoint());
             let leg = hub.leg(present, home, traffic, lease);
@@ -170,14 +164,23 @@ impl Hubs {
 
     /// What there is, for people: of `most` keys, by their hashes; and how many there are besides.
     pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
-        let now = std::time::Instant::now();
-        let keys =
-            self.ways.iter().flat_map(|(route, way)| way.pool.snapshot().into_iter().map(move |key| (route, key)));
-        let mut all: Vec<_> = keys.map(|(route, key)| Shared::new(route, key, now)).collect();
-        all.sort_by(|a, b| (&a.route, &a.endpoint).cmp(&(&b.route, &b.endpoint)));
-        let more = all.len().saturating_sub(most);
-        all.truncate(most);
+        let (now, mut all, mut more) = (std::time::Instant::now(), Vec::new(), 0);
+        for way in self.ways.iter() {
+            for key in way.pool.snapshot() {
+                if all.len() < most {
+                    all.push(Shared::new(&way.route, key, now));
+                } else {
+                    more += 1;
+                }
+            }
+        }
         (all, more)
+    }
+}
+
+impl fmt::Debug for Hubs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hubs").finish_non_exhaustive()
     }
 }
 

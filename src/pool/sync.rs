@@ -29,6 +29,8 @@ pub(super) struct Tasks {
 impl Tasks {
     /// From any thread.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        // Boxed, or each kind of pool would have the runtime's code for tasks once more.
+        let task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(task);
         self.tracker.spawn_on(task, &self.runtime);
     }
 }

@@ -426,14 +426,7 @@ impl Context {
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
-                let About { path, request_id, trace_id, route, .. } = &about;
-                let endpoint = load.endpoint();
-                let trace_id = trace_id.map(display);
-                if let Some(unsaid) = REFUSED.is_due() {
-                    info!(%client, path, request_id, trace_id, %route, %endpoint, status, unsaid, "the backend refused a handshake");
-                } else {
-                    debug!(%client, path, request_id, trace_id, %route, %endpoint, status, "the backend refused a handshake");
-                }
+                say_refused(&about, Some(load.endpoint()), status);
                 (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
             Err(error) => self.fail(&error, &about, &at),
@@ -485,13 +478,7 @@ impl Context {
             }
             Err(Refusal::Backend(Fault::Refused(refused))) => {
                 let Refused { status, headers, body } = &*refused;
-                let About { path, request_id, route, .. } = &about;
-                let status_code = status.as_u16();
-                if let Some(unsaid) = REFUSED.is_due() {
-                    info!(%client, path, request_id, %route, status = status_code, unsaid, "the backend refused a handshake");
-                } else {
-                    debug!(%client, path, request_id, %route, status = status_code, "the backend refused a handshake");
-                }
+                say_refused(&about, None, status.as_u16());
                 let mut response = Response::new(Full::new(body.clone()).map_err(|never| match never {}).boxed());
                 (*response.status_mut(), *response.headers_mut()) = (*status, headers.clone());
                 downstream::forward_response(&mut response, false);
@@ -587,6 +574,16 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 fn empty() -> Body {
     Empty::new().map_err(|never| match never {}).boxed()
+}
+
+fn say_refused(about: &About, endpoint: Option<&str>, status: u16) {
+    let About { client, path, request_id, trace_id, route } = about;
+    let trace_id = trace_id.map(display);
+    if let Some(unsaid) = REFUSED.is_due() {
+        info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "the backend refused a handshake");
+    } else {
+        debug!(%client, path, request_id, trace_id, %route, endpoint, status, "the backend refused a handshake");
+    }
 }
 
 /// Which reserved bits the extensions of a 101 allow.

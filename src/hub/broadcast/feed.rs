@@ -100,7 +100,7 @@ impl Feed {
                 }
                 Over::Lost => {
                     // The backend's Close is owed an answer.
-                    home.tracker.spawn(line.end(Code::NORMAL));
+                    home.spawn(line.end(Code::NORMAL));
                 }
             }
             if since.elapsed() >= STEADY {
@@ -194,7 +194,7 @@ impl Feed {
                 Ok(Ok(line)) if line.protocol == hub.protocol => break Ok(line),
                 Ok(Ok(line)) => {
                     // Its clients were told another subprotocol.
-                    home.tracker.spawn(line.end(Code::GOING_AWAY));
+                    home.spawn(line.end(Code::GOING_AWAY));
                     break Err(Reconnect::Refused);
                 }
                 Ok(Err(Fault::Refused(refused))) if refused.is_final() => break Err(Reconnect::Refused),

@@ -9,14 +9,13 @@ use std::{
 use bytes::Bytes;
 
 /// See the module. Whoever finds it full waits, and holds up nobody else.
-#[derive(Debug)]
 pub(super) struct Inbound {
     queue: Mutex<Queue>,
     most: usize,
     most_bytes: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Queue {
     messages: VecDeque<(bool, Bytes)>,
     bytes: usize,

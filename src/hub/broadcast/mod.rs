@@ -90,7 +90,7 @@ impl Hub {
             endpoint: Mutex::new(Arc::clone(&line.endpoint)),
         });
         let feed = Feed::new(&hub, opener, key, home, reports);
-        home.tracker.spawn_on(feed.run(line), &home.runtime);
+        home.spawn(feed.run(line));
         Ok(hub)
     }
 
@@ -130,8 +130,7 @@ impl Hub {
     ) -> Box<dyn Local> {
         let at = self.ring.behind(self.replayed());
         if self.wards[home.worker].begin() {
-            let (hub, worker) = (Arc::clone(self), home.worker);
-            home.tracker.spawn_on(hub.watch(worker), &home.runtime);
+            home.spawn(Arc::clone(self).watch(home.worker));
         }
         Box::new(Leg::new(present, at, home.worker, Arc::clone(traffic), Box::new(lease)))
     }

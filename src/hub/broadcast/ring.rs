@@ -13,14 +13,13 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::ws::{Opcode, frame::MAX_HEADER};
 
 /// See the module.
-#[derive(Debug)]
 pub(super) struct Ring {
     state: RwLock<State>,
     /// As many bytes are kept at most, unless a single message has more.
     most_bytes: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     /// Each as the frames that it is sent in.
     messages: VecDeque<Bytes>,

@@ -14,7 +14,7 @@ use slab::Slab;
 use tokio::sync::Notify;
 
 /// See the module. Its lock is contended by nobody: all who take it are of the same thread.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Ward {
     waiting: Mutex<Slab<Waiting>>,
     /// Something came.
@@ -23,7 +23,6 @@ pub(super) struct Ward {
     is_watched: AtomicBool,
 }
 
-#[derive(Debug)]
 struct Waiting {
     /// Whose it is: the place may be somebody else's by now.
     leg: u64,

@@ -85,6 +85,15 @@ pub struct Home {
     pub end: Arc<End>,
 }
 
+impl Home {
+    /// A task of its worker, from any thread. Boxed, since each kind of future has the runtime's code for tasks once more, and those that
+    /// are no sessions are rare.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(task);
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+}
+
 impl fmt::Debug for Home {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Home").finish_non_exhaustive()
