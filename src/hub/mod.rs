@@ -8,6 +8,7 @@ mod broadcast;
 mod inbox;
 mod key;
 mod line;
+pub mod rpc;
 
 use std::{fmt, sync::Arc, time::Duration};
 

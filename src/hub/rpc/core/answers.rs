@@ -1,0 +1,196 @@
+//! What the backend says, and whom it is for.
+
+use std::time::Instant;
+
+use super::{
+    super::{
+        message::{Fault, Message, Parts, is_id, splice, string, subscription_id, subscription_of},
+        methods::Names,
+    },
+    Action, Asker, Client, Core, Key, Kind, Number, Request, list,
+};
+
+/// Elements of a backend's batch.
+const MAX_BACKEND_BATCH: usize = 1 << 16;
+
+impl Core {
+    /// A message of the backend's. `random` makes ids of subscriptions that nobody can guess.
+    pub fn backend_says(
+        &mut self,
+        text: &str,
+        now: Instant,
+        random: &mut dyn FnMut() -> u128,
+        actions: &mut Vec<Action>,
+    ) {
+        match Message::read(text, MAX_BACKEND_BATCH) {
+            Ok(Message::One(text)) => self.dispatch(text, now, random, actions),
+            Ok(Message::Batch(elements)) => {
+                for element in elements {
+                    self.dispatch(element, now, random, actions);
+                }
+            }
+            Err(_) => self.counts.malformed += 1,
+        }
+    }
+
+    fn dispatch(&mut self, text: &str, now: Instant, random: &mut dyn FnMut() -> u128, actions: &mut Vec<Action>) {
+        let parts = match Parts::read(text) {
+            Ok(parts) if !parts.is_ambiguous => parts,
+            Ok(_) | Err(_) => return self.counts.malformed += 1,
+        };
+        match (parts.method, parts.id) {
+            // With a null there are notifications of servers that began with JSON-RPC 1.0.
+            (Some(method), None | Some("null")) => match string(method) {
+                Some(method) => self.notify(&method, text, &parts, actions),
+                None => self.counts.malformed += 1,
+            },
+            (Some(_), Some(id)) if is_id(id) => {
+                self.counts.backend_requests += 1;
+                actions.push(Action::ToBackend { text: Fault::NO_METHOD.answer(id) });
+            }
+            (None, Some("null")) => self.counts.without_id += 1,
+            (None, Some(id)) => self.answer(id, text, &parts, now, random, actions),
+            (Some(_), Some(_)) | (None, None) => self.counts.malformed += 1,
+        }
+    }
+
+    fn notify(&mut self, method: &str, text: &str, parts: &Parts<'_>, actions: &mut Vec<Action>) {
+        let about = parts.params.and_then(subscription_of);
+        if !self.methods.is_notification(method) {
+            // Of somebody's subscription, of which nothing is known here: to all would be to the wrong ones.
+            if about.is_some() && parts.params.is_some_and(|params| params.starts_with('{')) {
+                self.counts.unheard += 1;
+            } else {
+                actions.push(Action::ToAll { text: text.to_owned() });
+            }
+            return;
+        }
+        let key = about.and_then(|id| Some((id, Key { id: subscription_id(id)?.into(), notification: method.into() })));
+        let Some((id, key)) = key else { return self.counts.unheard += 1 };
+        if self.subscriptions.notify(&key, text, id, actions) {
+            return;
+        }
+        if self.awaited.contains_key(method) {
+            self.subscriptions.keep(key, text);
+        } else {
+            self.counts.unheard += 1;
+        }
+    }
+
+    fn answer(
+        &mut self,
+        id: &str,
+        text: &str,
+        parts: &Parts<'_>,
+        now: Instant,
+        random: &mut dyn FnMut() -> u128,
+        actions: &mut Vec<Action>,
+    ) {
+        // As it was sent: a number without a sign, a fraction or an exponent.
+        let Ok(hub_id) = id.parse() else { return self.counts.strays += 1 };
+        let key = |names: &Names| {
+            let id = parts.result.filter(|_| !parts.is_error()).and_then(subscription_id)?;
+            Some(Key { id: id.into(), notification: names.notification.clone() })
+        };
+        if let Some(names) = self.late.remove(&hub_id) {
+            self.counts.strays += 1;
+            if let Some(key) = key(&names) {
+                self.subscriptions.forget_key(&key);
+                if self.subscriptions.holders(&key) == 0 && !self.ends(&key, hub_id) {
+                    self.unsubscribe(key, &names.unsubscribe, now, actions);
+                }
+            }
+            return;
+        }
+        let Some(Request { asker, kind, .. }) = self.take(hub_id) else { return self.counts.strays += 1 };
+        if let Kind::Unsubscribe(_, Some(number)) = kind {
+            if !parts.is_error() && parts.result.is_some_and(|result| result != "false") {
+                self.forget(number);
+            } else if let Some(one) = self.subscriptions.get_mut(number) {
+                one.is_ending = false;
+            }
+        }
+        let Some(asker) = asker else { return };
+        *(if parts.is_error() { &mut self.counts.failed } else { &mut self.counts.answered }) += 1;
+        let Kind::Subscribe(names) = kind else {
+            let text = splice(text, [(id, &asker.id)]);
+            return self.deliver(&asker, text, None, actions);
+        };
+        let notification = names.notification.clone();
+        match (key(&names), parts.result) {
+            // An unsubscribe that was sent behind this one ends what this one has just found.
+            (Some(key), _) if self.ends(&key, hub_id) => {
+                self.subscriptions.forget_key(&key);
+                let text = Fault::ENDED.answer(&asker.id);
+                self.deliver(&asker, text, None, actions);
+            }
+            (Some(key), Some(result)) => {
+                let client = asker.client;
+                let (number, seen) = self.subscriptions.add(client, key, names, random);
+                self.clients.entry(client).or_default().subscriptions.insert(number);
+                let text = splice(text, [(id, &asker.id), (result, &seen)]);
+                if self.has_room(&asker, &text) {
+                    self.deliver(&asker, text, Some(number), actions);
+                } else {
+                    let text = Fault::TOO_LARGE.answer(&asker.id);
+                    self.deliver(&asker, text, None, actions);
+                    self.end(number, now, actions);
+                }
+            }
+            (..) => {
+                let text = splice(text, [(id, &asker.id)]);
+                self.deliver(&asker, text, None, actions);
+            }
+        }
+        self.is_told(&notification);
+    }
+
+    /// An unsubscribe is at the backend that was sent after the request `hub_id`.
+    pub(super) fn ends(&self, key: &Key, hub_id: u64) -> bool {
+        self.ending.range((key.clone(), hub_id)..=(key.clone(), u64::MAX)).next().is_some()
+    }
+
+    /// The answer is for a batch that is not too large with it, or for none.
+    pub(super) fn has_room(&self, asker: &Asker, text: &str) -> bool {
+        asker.place.is_none() || self.batch_bytes(asker.client) + text.len() <= self.limits.max_batch_bytes
+    }
+
+    pub(super) fn batch_bytes(&self, client: Client) -> usize {
+        self.clients.get(&client).map_or(0, |holding| holding.bytes)
+    }
+
+    /// The answer goes to whoever asked: at once, or when their batch is whole. What it begins, if anything, is theirs from then on.
+    pub(super) fn deliver(&mut self, asker: &Asker, text: String, begins: Option<Number>, actions: &mut Vec<Action>) {
+        let client = asker.client;
+        let Some(place) = asker.place else {
+            actions.push(Action::ToClient { client, text });
+            if let Some(number) = begins {
+                self.subscriptions.announce(number, actions);
+            }
+            return self.tidy(client);
+        };
+        let text = if self.has_room(asker, &text) { text } else { Fault::TOO_LARGE.answer(&asker.id) };
+        let Some(batch) = self.batches.get_mut(&place.batch) else { return };
+        if let Some(holding) = self.clients.get_mut(&client) {
+            holding.bytes += text.len();
+        }
+        batch.bytes += text.len();
+        batch.subscriptions.extend(begins);
+        batch.answers[place.index] = Some(text);
+        batch.missing -= 1;
+        if batch.missing > 0 {
+            return;
+        }
+        let Some(batch) = self.batches.remove(&place.batch) else { return };
+        if let Some(holding) = self.clients.get_mut(&client) {
+            holding.bytes -= batch.bytes;
+            holding.batches.remove(&place.batch);
+        }
+        let answers: Vec<_> = batch.answers.into_iter().flatten().collect();
+        actions.push(Action::ToClient { client: batch.client, text: list(&answers) });
+        for number in batch.subscriptions {
+            self.subscriptions.announce(number, actions);
+        }
+        self.tidy(client);
+    }
+}

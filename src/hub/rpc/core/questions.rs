@@ -1,0 +1,194 @@
+//! What clients say: what of it goes to the backend, and what the hub answers itself.
+
+use std::time::Instant;
+
+use super::{
+    super::{
+        message::{Fault, MAX_ID_BYTES, Message, Parts, is_id, only_value, splice, string, subscription_id},
+        methods::Role,
+    },
+    Action, Asker, Batch, Client, Core, Kind, Place, list,
+};
+
+/// Elements of a client's batch, as geth has it: each may be answered by an error of a hundred bytes.
+pub(super) const MAX_BATCH: usize = 1000;
+
+/// What becomes of a client's message.
+enum Verdict {
+    /// To the backend, from which an answer is to come.
+    Ask(String),
+    /// To the backend, and that is all.
+    Tell(String),
+    Answer(String),
+    Nothing,
+}
+
+impl Core {
+    /// A client's message. Moments never go back.
+    pub fn client_says(&mut self, client: Client, text: &str, now: Instant, actions: &mut Vec<Action>) {
+        let elements = match Message::read(text, MAX_BATCH) {
+            Ok(Message::One(text)) => {
+                match self.judge(client, text, None, now) {
+                    Verdict::Ask(text) | Verdict::Tell(text) => actions.push(Action::ToBackend { text }),
+                    Verdict::Answer(text) => actions.push(Action::ToClient { client, text }),
+                    Verdict::Nothing => {}
+                }
+                return;
+            }
+            // What is here already is bounded, but what comes with each further batch would not be.
+            Ok(Message::Batch(_)) if self.batch_bytes(client) >= self.limits.max_batch_bytes => {
+                self.counts.refused += 1;
+                return actions.push(Action::ToClient { client, text: Fault::TOO_MANY_REQUESTS.answer("null") });
+            }
+            Ok(Message::Batch(elements)) => elements,
+            Err(fault) => {
+                self.counts.refused += 1;
+                return actions.push(Action::ToClient { client, text: fault.answer("null") });
+            }
+        };
+        self.last_batch += 1;
+        let number = self.last_batch;
+        let mut batch = Batch { client, answers: Vec::new(), missing: 0, bytes: 0, subscriptions: Vec::new() };
+        let mut passed = Vec::new();
+        for element in elements {
+            let place = Place { batch: number, index: batch.answers.len() };
+            match self.judge(client, element, Some(place), now) {
+                Verdict::Ask(text) => {
+                    batch.answers.push(None);
+                    batch.missing += 1;
+                    passed.push(text);
+                }
+                Verdict::Tell(text) => passed.push(text),
+                Verdict::Answer(text) => {
+                    batch.bytes += text.len();
+                    batch.answers.push(Some(text));
+                }
+                Verdict::Nothing => {}
+            }
+        }
+        if !passed.is_empty() {
+            actions.push(Action::ToBackend { text: list(&passed) });
+        }
+        if batch.missing > 0 {
+            let holding = self.clients.entry(client).or_default();
+            holding.batches.insert(number);
+            holding.bytes += batch.bytes;
+            self.batches.insert(number, batch);
+        } else if !batch.answers.is_empty() {
+            // "The Server MUST NOT return an empty Array and should return nothing at all" (JSON-RPC 2.0, 6).
+            let answers: Vec<_> = batch.answers.into_iter().flatten().collect();
+            actions.push(Action::ToClient { client, text: list(&answers) });
+        }
+    }
+
+    /// What a client's message is, and what becomes of it. Its place is in a batch that is being read.
+    fn judge(&mut self, client: Client, text: &str, place: Option<Place>, now: Instant) -> Verdict {
+        let verdict = self.try_judge(client, text, place, now);
+        verdict.unwrap_or_else(|(fault, id)| {
+            self.counts.refused += 1;
+            Verdict::Answer(fault.answer(id))
+        })
+    }
+
+    fn try_judge<'a>(
+        &mut self,
+        client: Client,
+        text: &'a str,
+        place: Option<Place>,
+        now: Instant,
+    ) -> Result<Verdict, (Fault, &'a str)> {
+        // "If there was an error in detecting the id in the Request object, it MUST be Null" (JSON-RPC 2.0, 5).
+        let parts = Parts::read(text).map_err(|fault| (fault, "null"))?;
+        if parts.is_ambiguous {
+            return Err((Fault::AMBIGUOUS, "null"));
+        }
+        let responds = parts.result.is_some() || parts.error.is_some();
+        if responds && parts.method.is_none() {
+            self.counts.client_responses += 1;
+            return Ok(Verdict::Nothing);
+        }
+        let id = match parts.id {
+            Some(id) if id.len() > MAX_ID_BYTES => return Err((Fault::LONG_ID, "null")),
+            Some(id) if !is_id(id) => return Err((Fault::INVALID, "null")),
+            id => id,
+        };
+        let refuse = |fault| (fault, id.unwrap_or("null"));
+        // What the backend would not understand it might answer without the id, and nobody would know whose that is.
+        let is_valid = !responds
+            && parts.jsonrpc.and_then(string).is_some_and(|version| version == "2.0")
+            && parts.params.is_none_or(|params| params == "null" || params.starts_with(['{', '[']));
+        let Some(method) = parts.method.and_then(string).filter(|_| is_valid) else {
+            return Err(refuse(Fault::INVALID));
+        };
+        match (self.methods.role(&method), id) {
+            (Role::Other, None) => Ok(Verdict::Tell(text.to_owned())),
+            // Nobody would hear of the id, and so nobody could end it.
+            (Role::Subscribe(_), None) => Err(refuse(Fault::INVALID)),
+            (Role::Other, Some(id)) => {
+                let asked = self.ask(client, id, place, Kind::Call, now).map_err(refuse)?;
+                Ok(Verdict::Ask(splice(text, [(id, &asked)])))
+            }
+            (Role::Subscribe(names), Some(id)) => {
+                let holding = self.clients.get(&client);
+                let count = holding.map_or(0, |holding| holding.subscriptions.len() + holding.subscribing);
+                if count >= self.limits.max_subscriptions {
+                    return Err(refuse(Fault::TOO_MANY_SUBSCRIPTIONS));
+                }
+                let asked = self.ask(client, id, place, Kind::Subscribe(names), now).map_err(refuse)?;
+                Ok(Verdict::Ask(splice(text, [(id, &asked)])))
+            }
+            (Role::Unsubscribe, id) => {
+                let seen = parts.params.and_then(only_value);
+                let found = seen.and_then(|seen| {
+                    let (number, one) = self.subscriptions.find(client, &subscription_id(seen)?)?;
+                    Some((seen, number, one.key.clone()))
+                });
+                let Some((seen, number, key)) = found else { return Err(refuse(Fault::NO_SUBSCRIPTION)) };
+                let Some(id) = id else {
+                    let mut actions = Vec::new();
+                    self.end(number, now, &mut actions);
+                    return Ok(match actions.pop() {
+                        Some(Action::ToBackend { text }) => Verdict::Tell(text),
+                        _ => Verdict::Nothing,
+                    });
+                };
+                // The others want to keep it.
+                if self.subscriptions.holders(&key) > 1 {
+                    self.forget(number);
+                    self.counts.answered += 1;
+                    return Ok(Verdict::Answer(format!(r#"{{"jsonrpc":"2.0","id":{id},"result":true}}"#)));
+                }
+                let kind = Kind::Unsubscribe(key.clone(), Some(number));
+                let asked = self.ask(client, id, place, kind, now).map_err(refuse)?;
+                if let Some(one) = self.subscriptions.get_mut(number) {
+                    one.is_ending = true;
+                }
+                Ok(Verdict::Ask(splice(text, [(id, &asked), (seen, &key.id)])))
+            }
+        }
+    }
+
+    /// One more of a client's requests, and its id at the backend.
+    fn ask(
+        &mut self,
+        client: Client,
+        id: &str,
+        place: Option<Place>,
+        kind: Kind,
+        now: Instant,
+    ) -> Result<String, Fault> {
+        let holding = self.clients.get(&client);
+        if holding.map_or(0, |holding| holding.requests.len()) >= self.limits.max_requests {
+            return Err(Fault::TOO_MANY_REQUESTS);
+        }
+        if let Kind::Subscribe(names) = &kind {
+            *self.awaited.entry(names.notification.clone()).or_default() += 1;
+        }
+        let is_subscribe = matches!(kind, Kind::Subscribe(_));
+        let asked = self.send(Some(Asker { client, id: id.into(), place }), kind, now);
+        let holding = self.clients.entry(client).or_default();
+        holding.requests.insert(asked);
+        holding.subscribing += usize::from(is_subscribe);
+        Ok(asked.to_string())
+    }
+}
