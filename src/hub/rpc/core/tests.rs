@@ -416,11 +416,16 @@ fn an_id_of_the_backend_may_be_held_by_two() {
         [r#"1: {"jsonrpc":"2.0","id":"u","result":true}"#]
     );
     assert_eq!(hub.backend(&news("77")), [format!("2: {}", news("2"))]);
+    // One who has left asked for the same: the second one keeps it.
+    hub.client(4, r#"{"jsonrpc":"2.0","id":"s","method":"slotSubscribe"}"#);
+    assert_eq!(hub.left(4), NOTHING);
+    assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":3,"result":77}"#), NOTHING);
+    assert_eq!(hub.core.references(), 1);
     // A third one asks, and the second one leaves before it is answered: what the answer names is gone.
     hub.client(3, r#"{"jsonrpc":"2.0","id":"s","method":"slotSubscribe"}"#);
-    assert_eq!(hub.left(2), [r#">: {"jsonrpc":"2.0","id":4,"method":"slotUnsubscribe","params":[77]}"#]);
-    fault(3, "\"s\"", -32055)(&hub.backend(r#"{"jsonrpc":"2.0","id":3,"result":77}"#));
-    assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":4,"result":true}"#), NOTHING);
+    assert_eq!(hub.left(2), [r#">: {"jsonrpc":"2.0","id":5,"method":"slotUnsubscribe","params":[77]}"#]);
+    fault(3, "\"s\"", -32055)(&hub.backend(r#"{"jsonrpc":"2.0","id":4,"result":77}"#));
+    assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":5,"result":true}"#), NOTHING);
     assert!(hub.core.is_at_rest());
 }
 

@@ -168,6 +168,12 @@ impl World {
         assert_eq!(self.core.references(), self.outs.len() + self.subs.len());
         assert_eq!(self.core.deadline(), self.outs.values().map(|out| out.at + TIMEOUT).min());
         assert_eq!(self.core.is_at_rest(), self.outs.is_empty() && self.subs.is_empty());
+        for sub in self.subs.values() {
+            let is_own =
+                |out: &Out| out.client == Some(sub.client) && out.what == What::Unsubscribe(sub.backend.clone());
+            let is_live = self.live.contains_key(&sub.backend);
+            assert!(is_live || self.outs.values().any(is_own), "{sub:?} was ended by somebody else");
+        }
     }
 
     /// A new question of this client, and what is to become of it; `taken` are those before it in its batch.
