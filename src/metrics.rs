@@ -661,9 +661,9 @@ impl Metrics {
         self.shared_reconnects[result as usize].inc();
     }
 
-    /// A JSON-RPC request came to its end.
-    pub fn rpc(&self, result: RpcResult) {
-        self.rpc_requests[result as usize].inc();
+    /// So many JSON-RPC requests came to their end.
+    pub fn rpc(&self, result: RpcResult, count: u64) {
+        self.rpc_requests[result as usize].inc_by(count);
     }
 
     /// How the lines are counted that the log has lost; to be said once.

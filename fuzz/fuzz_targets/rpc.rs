@@ -21,7 +21,7 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 
 fuzz_target!(|input: &str| {
     let limits =
-        Limits { max_requests: 8, max_subscriptions: 3, request_timeout: TIMEOUT, max_batch_bytes: 512 };
+        Limits { max_requests: 8, max_subscriptions: 3, request_timeout: TIMEOUT, max_message_bytes: 512 };
     let triples = ["s u n", "*Sub *Un *News"].map(|triple| triple.parse().expect("three words"));
     let mut core = Core::new(limits, Methods::new(triples.to_vec()));
     let mut now = Instant::now();

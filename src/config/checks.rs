@@ -172,16 +172,12 @@ fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
             continue;
         }
         match sharing.kind {
-            Some(SharedKind::Broadcast) => {}
-            Some(SharedKind::Rpc) => findings.push(Finding::error(
-                format!("`pool.shared` of {of} is \"rpc\", which is not there yet"),
-                origins.place(kind),
-                "use \"broadcast\", or another pool.mode",
-            )),
+            Some(SharedKind::Broadcast | SharedKind::Rpc) => {}
             None => findings.push(Finding::error(
                 format!("`pool.mode` of {of} is \"shared\", and `pool.shared` says nothing"),
                 origins.place(mode),
-                "set pool.shared to \"broadcast\": each message of the backend goes to all clients",
+                "set pool.shared to \"broadcast\": each message of the backend goes to all clients; or to \"rpc\": JSON-RPC 2.0, each answer goes to who \
+                 has asked",
             )),
         }
         let place = |name: Name, route: &'static str| {

@@ -26,6 +26,7 @@ use crate::{
     close,
     downstream::{self, BadOrigin, ClientAuth, Origin, ProxyProtocol},
     drain::{self, Readiness},
+    hub::rpc::methods::Triple,
     listen,
     net::{Address, SocketConfig, is_server_name},
     relay,
@@ -985,6 +986,12 @@ fn parse_subscription(text: &str) -> Result<Subscription, Refusal> {
              eth_subscription\"",
         );
     };
+    if let Err(error) = text.parse::<Triple>() {
+        return refuse(
+            format!("contains an item with {error}: {text:?}"),
+            "one * in a name stands for what is the same in all three: \"*Subscribe *Unsubscribe *Notification\"",
+        );
+    }
     let [subscribe, unsubscribe, notification] = [subscribe, unsubscribe, notification].map(str::to_owned);
     Ok(Subscription { subscribe, unsubscribe, notification })
 }

@@ -37,7 +37,6 @@ pub(super) struct Inbox {
 pub(super) enum Takes {
     Nothing,
     Anything,
-    #[allow(dead_code, reason = "for JSON-RPC")]
     Text,
 }
 

@@ -39,7 +39,7 @@ use crate::{
     relay::{self, Leg, Relay},
     side::Side,
     upstream::{Answer, Error, Failure, Home, Load, Placed, Reply, Upstream},
-    ws::{Code, Rsv},
+    ws::{self, Code, Rsv},
 };
 
 /// Bytes on their way between the relay and us, in each direction.
@@ -111,6 +111,16 @@ pub(super) enum Heard {
     Close(Option<(u16, String)>),
     /// It is gone.
     Lost,
+}
+
+/// A Close of the backend's, as the frame that all of its clients get. `None`: it restarts or fails, and comes back.
+pub(super) fn for_all(close: Option<(u16, String)>) -> Option<Bytes> {
+    let frame = match close {
+        Some((1001 | 1006 | 1011 | 1012 | 1013, _)) => return None,
+        Some((code, reason)) => Code::new(code).map(|code| ws::CloseFrame::new(code, &reason)),
+        None => None,
+    };
+    Some(Bytes::copy_from_slice(frame.unwrap_or(ws::CloseFrame::EMPTY).to_frame(None).as_bytes()))
 }
 
 impl Lines {

@@ -2,7 +2,7 @@
 //!
 //! A client's session is one like all others; only its backend's leg is no socket but an end within this process ([`Joined::leg`]). Which
 //! clients are alike says `key.rs`; that there is one WebSocket for them, opened by the first and closed after the last, is the pool's work
-//! (`crate::pool`); what goes over it is that of `broadcast/`. Not here: the order of a session, and answers to clients.
+//! (`crate::pool`); what goes over it is that of `broadcast/` or `rpc/`. Not here: the order of a session, and answers to clients.
 
 mod broadcast;
 mod inbox;
@@ -26,7 +26,7 @@ use crate::{
     net::Stream,
     pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
     relay,
-    upstream::{Authorize, Config, Error, Home, Mode, Shared, Sharing, Upstreams},
+    upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
     ws::{Code, Limits},
 };
 
@@ -72,6 +72,8 @@ struct Way {
     pool: Pool<Key, Opener>,
     lines: Lines,
     sharing: Arc<Sharing>,
+    /// Who asks there, if that is what is shared.
+    callers: Option<Arc<rpc::Callers>>,
     /// Nobody comes any more.
     gone: CancellationToken,
 }
@@ -79,6 +81,7 @@ struct Way {
 /// Opens them.
 struct Opener {
     lines: Lines,
+    callers: Option<Arc<rpc::Callers>>,
     route: Arc<str>,
     sharing: Arc<Sharing>,
     /// What clients may send, and are sent.
@@ -97,25 +100,33 @@ impl Hubs {
             let Some(home) = homes.first().filter(|_| config.pool.mode == Mode::Shared) else { continue };
             let lines = Lines::new(&way.upstream, relay);
             let (route, sharing) = (Arc::clone(&way.route), Arc::new(config.pool.sharing.clone()));
+            let message_limits = Limits { frame: relay.max_frame, message: relay.max_message };
+            let callers = (sharing.kind == Some(SharedKind::Rpc))
+                .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics));
             let opener = Opener {
                 lines: lines.clone(),
+                callers: callers.clone(),
                 route: Arc::clone(&route),
                 sharing: Arc::clone(&sharing),
-                limits: Limits { frame: relay.max_frame, message: relay.max_message },
+                limits: message_limits,
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
             };
             let pool = Pool::new(limits(config), opener, Arc::clone(&metrics.pools), &home.tracker, &home.runtime);
             let gone = CancellationToken::new();
-            let (of, over, drain) = (pool.clone(), gone.clone(), home.drain.clone());
+            let (of, over, drain, of_callers) = (pool.clone(), gone.clone(), home.drain.clone(), callers.clone());
             home.spawn(async move {
                 tokio::select! {
                     () = drain.begun() => {}
                     () = over.cancelled() => {}
                 }
+                if let Some(callers) = of_callers {
+                    // Whoever is there may ask until his own end.
+                    callers.left().await;
+                }
                 of.close();
             });
-            ways.push(Way { route, pool, lines, sharing, gone });
+            ways.push(Way { route, pool, lines, sharing, callers, gone });
         }
         Self { ways: Arc::new(ways) }
     }
@@ -134,30 +145,43 @@ impl Hubs {
         traffic: &Arc<Traffic>,
     ) -> Result<Joined, Refusal> {
         let way = self.ways.iter().find(|way| *way.route == *route);
-        let Way { pool, lines, sharing, .. } = way.ok_or(Refusal::Closing)?;
+        let Way { pool, lines, sharing, callers, .. } = way.ok_or(Refusal::Closing)?;
         let key = Key::new(route, &request, sharing);
         let asked_at = Instant::now();
+        // Before anything is opened: what is opened then is for whoever is there.
+        let mut guest = match callers {
+            Some(callers) => Some(callers.enter(&key).ok_or(Refusal::Keys)?),
+            None => None,
+        };
         // One that ends in this very moment is no answer to anybody.
         for _ in 0..2 {
             if !pool.knows(&key) && pool.keys() >= sharing.max_keys {
                 return Err(Refusal::Keys);
             }
             let lease = pool.acquire(&key).await.map_err(refusal)?;
-            let hub = Arc::clone(&lease);
-            let present = hub.enter();
+            let (present, opened_at, protocol, endpoint) = match &*lease {
+                Connected::Feed(hub) => {
+                    (Some((Arc::clone(hub), hub.enter())), hub.opened_at(), hub.protocol(), hub.endpoint())
+                }
+                Connected::Calls(link) => (None, link.opened_at, link.protocol.clone(), Arc::clone(&link.endpoint)),
+            };
             if lease.is_closed() {
                 continue;
             }
             // What the backend has said since is said of this one too, if nothing is left out.
-            let is_shown = key.is_whole() && hub.opened_at() >= asked_at;
+            let is_shown = key.is_whole() && opened_at >= asked_at;
             if sharing.authorize == Authorize::Always && !is_shown {
                 let mut own = request.clone();
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
                 let probe = lines.open(own, home).await.map_err(Refusal::Backend)?;
                 home.spawn(probe.end(Code::NORMAL));
             }
-            let (protocol, endpoint) = (hub.protocol(), hub.endpoint());
-            let leg = hub.leg(present, home, traffic, lease);
+            let leg = match (present, guest.take()) {
+                (Some((hub, present)), _) => hub.leg(present, home, traffic, lease),
+                // It holds a lease itself as long as anybody asks.
+                (None, Some(guest)) => guest.leg(pool.clone(), traffic),
+                (None, None) => break,
+            };
             return Ok(Joined { leg: Stream::Local(leg), protocol, endpoint });
         }
         Err(Refusal::Backend(Error::BadAccept("the backend ends WebSockets as soon as they are open").into()))
@@ -227,18 +251,38 @@ impl Drop for Way {
     }
 }
 
+/// What one is for.
+#[derive(Debug)]
+enum Connected {
+    /// What the backend says goes to all.
+    Feed(Arc<broadcast::Hub>),
+    /// Each gets what they asked for.
+    Calls(Arc<rpc::Link>),
+}
+
 impl Connector<Key> for Opener {
-    type Connection = Arc<broadcast::Hub>;
+    type Connection = Connected;
     type Error = Fault;
 
     async fn open(&self, key: &Key, reports: Reports) -> Result<Opened<Self::Connection>, Fault> {
         let home = &self.homes[key.share(self.homes.len())];
-        let connection = broadcast::Hub::open(self, key, home, reports).await?;
+        let connection = match &self.callers {
+            None => Connected::Feed(broadcast::Hub::open(self, key, home, reports).await?),
+            Some(callers) => {
+                // Not for a client: those who asked may be gone.
+                let guest = callers.enter(key).ok_or(Fault::Upstream(Error::PoolFull))?;
+                let line = self.lines.open(key.request(), home).await?;
+                Connected::Calls(guest.opened(line, reports))
+            }
+        };
         Ok(Opened { connection, capacity: EVERYBODY })
     }
 
     fn close(&self, _: &Key, connection: &Self::Connection) {
-        connection.close();
+        match connection {
+            Connected::Feed(hub) => hub.close(),
+            Connected::Calls(link) => link.close(),
+        }
     }
 }
 

@@ -42,6 +42,7 @@ mod resources;
 mod restart;
 mod rollout;
 mod routes;
+mod rpc;
 mod secure;
 mod shared_endpoints;
 mod spike;

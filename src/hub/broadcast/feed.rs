@@ -16,7 +16,7 @@ use super::{
     super::{
         Opener,
         key::Key,
-        line::{Fault, Heard, Line, Lines},
+        line::{Fault, Heard, Line, Lines, for_all},
     },
     Hub,
     ring::{End, encode},
@@ -26,7 +26,7 @@ use crate::{
     pool::Reports,
     sparse::Sparse,
     upstream::Home,
-    ws::{CloseFrame, Code},
+    ws::Code,
 };
 
 /// Messages, and bytes of them, that are taken before clients are woken, and others have their turn.
@@ -139,7 +139,7 @@ impl Feed {
                         bytes += frame.len();
                         frames.push(frame);
                     }
-                    Heard::Close(close) => over = Some(judge(close)),
+                    Heard::Close(close) => over = Some(for_all(close).map_or(Over::Lost, Over::Close)),
                     Heard::Lost => over = Some(Over::Lost),
                 }
             }
@@ -226,14 +226,4 @@ impl Drop for Feed {
     fn drop(&mut self) {
         self.hub.finish(End::Lost);
     }
-}
-
-/// A backend that restarts, or fails, comes back; any other Close is meant for the clients.
-fn judge(close: Option<(u16, String)>) -> Over {
-    let frame = match close {
-        Some((1001 | 1006 | 1011 | 1012 | 1013, _)) => return Over::Lost,
-        Some((code, reason)) => Code::new(code).map(|code| CloseFrame::new(code, &reason)),
-        None => None,
-    };
-    Over::Close(Bytes::copy_from_slice(frame.unwrap_or(CloseFrame::EMPTY).to_frame(None).as_bytes()))
 }

@@ -27,6 +27,7 @@ use http::HeaderValue;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::ring::encode;
 use self::{
     feed::Feed,
     inbound::Inbound,

@@ -52,7 +52,7 @@ pub(super) enum Found {
 }
 
 /// A message to a client: one frame, or fragments of at most `most` bytes each.
-pub(super) fn encode(is_text: bool, payload: &[u8], most: u64) -> Bytes {
+pub(in crate::hub) fn encode(is_text: bool, payload: &[u8], most: u64) -> Bytes {
     let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
     let mut opcode = if is_text { Opcode::Text } else { Opcode::Binary };
     let mut frames = BytesMut::with_capacity(payload.len() + MAX_HEADER * (payload.len() / most + 1));

@@ -49,8 +49,8 @@ pub struct Limits {
     pub max_subscriptions: usize,
     /// After which a request gets an error object for an answer.
     pub request_timeout: Duration,
-    /// Of one client's answers that wait for the rest of their batch.
-    pub max_batch_bytes: usize,
+    /// Of a message that the hub makes of another one; and of one client's answers that wait for the rest of their batch.
+    pub max_message_bytes: usize,
 }
 
 /// What is to be done, in this order.
@@ -158,7 +158,6 @@ enum Kind {
 /// A client's batch that is at the backend.
 #[derive(Debug)]
 struct Batch {
-    client: Client,
     answers: Vec<Option<String>>,
     missing: usize,
     bytes: usize,

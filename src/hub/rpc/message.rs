@@ -35,6 +35,7 @@ impl Fault {
     pub const AMBIGUOUS: Self = Self::new(-32600, "Invalid Request", "a member is there twice, or spelt differently");
     pub const LONG_ID: Self = Self::new(-32600, "Invalid Request", "the id is too long");
     pub const EMPTY_BATCH: Self = Self::new(-32600, "Invalid Request", "an empty batch");
+    pub const LONG_REQUEST: Self = Self::new(-32600, "Invalid Request", "websocket.max_message");
     pub const LONG_BATCH: Self = Self::new(-32600, "Invalid Request", "the batch is too long");
     pub const NO_METHOD: Self =
         Self::new(-32601, "Method not found", "clients of a shared connection take no requests");
@@ -44,7 +45,7 @@ impl Fault {
     pub const TIMEOUT: Self = Self::open(-32051, "the backend did not answer in time", "timeout");
     pub const TOO_MANY_REQUESTS: Self = Self::new(-32052, "too many requests outstanding", "pool.max_requests");
     pub const TOO_MANY_SUBSCRIPTIONS: Self = Self::new(-32053, "too many subscriptions", "pool.max_subscriptions");
-    pub const TOO_LARGE: Self = Self::open(-32054, "the answers of the batch are too large", "batch too large");
+    pub const TOO_LARGE: Self = Self::open(-32054, "the answer is too large", "websocket.max_message");
     pub const ENDED: Self = Self::new(-32055, "the subscription ended while it began", "ended by another client");
 
     const fn new(code: i32, message: &'static str, reason: &'static str) -> Self {

@@ -150,9 +150,10 @@ impl Core {
         self.ending.range((key.clone(), hub_id)..=(key.clone(), u64::MAX)).next().is_some()
     }
 
-    /// The answer is for a batch that is not too large with it, or for none.
+    /// The answer is not too large, or its batch with it.
     pub(super) fn has_room(&self, asker: &Asker, text: &str) -> bool {
-        asker.place.is_none() || self.batch_bytes(asker.client) + text.len() <= self.limits.max_batch_bytes
+        let before = if asker.place.is_some() { self.batch_bytes(asker.client) } else { 0 };
+        before + text.len() + "[]".len() <= self.limits.max_message_bytes
     }
 
     pub(super) fn batch_bytes(&self, client: Client) -> usize {
@@ -162,6 +163,7 @@ impl Core {
     /// The answer goes to whoever asked: at once, or when their batch is whole. What it begins, if anything, is theirs from then on.
     pub(super) fn deliver(&mut self, asker: &Asker, text: String, begins: Option<Number>, actions: &mut Vec<Action>) {
         let client = asker.client;
+        let text = if self.has_room(asker, &text) { text } else { Fault::TOO_LARGE.answer(&asker.id) };
         let Some(place) = asker.place else {
             actions.push(Action::ToClient { client, text });
             if let Some(number) = begins {
@@ -169,12 +171,12 @@ impl Core {
             }
             return self.tidy(client);
         };
-        let text = if self.has_room(asker, &text) { text } else { Fault::TOO_LARGE.answer(&asker.id) };
         let Some(batch) = self.batches.get_mut(&place.batch) else { return };
         if let Some(holding) = self.clients.get_mut(&client) {
-            holding.bytes += text.len();
+            holding.bytes += text.len() + 1;
         }
-        batch.bytes += text.len();
+        // With the comma behind it.
+        batch.bytes += text.len() + 1;
         batch.subscriptions.extend(begins);
         batch.answers[place.index] = Some(text);
         batch.missing -= 1;
@@ -187,9 +189,15 @@ impl Core {
             holding.batches.remove(&place.batch);
         }
         let answers: Vec<_> = batch.answers.into_iter().flatten().collect();
-        actions.push(Action::ToClient { client: batch.client, text: list(&answers) });
-        for number in batch.subscriptions {
-            self.subscriptions.announce(number, actions);
+        let text = list(&answers);
+        if text.len() > self.limits.max_message_bytes {
+            // By the errors in it. What has begun in it is given back when its client leaves.
+            actions.push(Action::ToClient { client, text: Fault::TOO_LARGE.answer("null") });
+        } else {
+            actions.push(Action::ToClient { client, text });
+            for number in batch.subscriptions {
+                self.subscriptions.announce(number, actions);
+            }
         }
         self.tidy(client);
     }

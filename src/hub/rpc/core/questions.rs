@@ -12,6 +12,8 @@ use super::{
 
 /// Elements of a client's batch, as geth has it: each may be answered by an error of a hundred bytes.
 pub(super) const MAX_BATCH: usize = 1000;
+/// Of an id of the hub's.
+const ID_BYTES: usize = 20;
 
 /// What becomes of a client's message.
 enum Verdict {
@@ -36,9 +38,13 @@ impl Core {
                 return;
             }
             // What is here already is bounded, but what comes with each further batch would not be.
-            Ok(Message::Batch(_)) if self.batch_bytes(client) >= self.limits.max_batch_bytes => {
+            Ok(Message::Batch(_)) if self.batch_bytes(client) >= self.limits.max_message_bytes => {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::TOO_MANY_REQUESTS.answer("null") });
+            }
+            Ok(Message::Batch(elements)) if text.len() + elements.len() * ID_BYTES > self.limits.max_message_bytes => {
+                self.counts.refused += 1;
+                return actions.push(Action::ToClient { client, text: Fault::LONG_BATCH.answer("null") });
             }
             Ok(Message::Batch(elements)) => elements,
             Err(fault) => {
@@ -48,7 +54,7 @@ impl Core {
         };
         self.last_batch += 1;
         let number = self.last_batch;
-        let mut batch = Batch { client, answers: Vec::new(), missing: 0, bytes: 0, subscriptions: Vec::new() };
+        let mut batch = Batch { answers: Vec::new(), missing: 0, bytes: 0, subscriptions: Vec::new() };
         let mut passed = Vec::new();
         for element in elements {
             let place = Place { batch: number, index: batch.answers.len() };
@@ -60,7 +66,7 @@ impl Core {
                 }
                 Verdict::Tell(text) => passed.push(text),
                 Verdict::Answer(text) => {
-                    batch.bytes += text.len();
+                    batch.bytes += text.len() + 1;
                     batch.answers.push(Some(text));
                 }
                 Verdict::Nothing => {}
@@ -77,7 +83,10 @@ impl Core {
         } else if !batch.answers.is_empty() {
             // "The Server MUST NOT return an empty Array and should return nothing at all" (JSON-RPC 2.0, 6).
             let answers: Vec<_> = batch.answers.into_iter().flatten().collect();
-            actions.push(Action::ToClient { client, text: list(&answers) });
+            let text = list(&answers);
+            let is_small = text.len() <= self.limits.max_message_bytes;
+            let text = if is_small { text } else { Fault::TOO_LARGE.answer("null") };
+            actions.push(Action::ToClient { client, text });
         }
     }
 
@@ -120,6 +129,9 @@ impl Core {
         let Some(method) = parts.method.and_then(string).filter(|_| is_valid) else {
             return Err(refuse(Fault::INVALID));
         };
+        if id.is_some_and(|id| text.len() - id.len() + ID_BYTES > self.limits.max_message_bytes) {
+            return Err(refuse(Fault::LONG_REQUEST));
+        }
         match (self.methods.role(&method), id) {
             (Role::Other, None) => Ok(Verdict::Tell(text.to_owned())),
             // Nobody would hear of the id, and so nobody could end it.

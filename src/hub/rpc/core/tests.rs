@@ -9,7 +9,7 @@ use crate::hub::rpc::{message::MAX_ID_BYTES, methods::Methods};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 const LIMITS: Limits =
-    Limits { max_requests: 4, max_subscriptions: 2, request_timeout: TIMEOUT, max_batch_bytes: 4096 };
+    Limits { max_requests: 4, max_subscriptions: 2, request_timeout: TIMEOUT, max_message_bytes: 16 << 20 };
 
 /// A hub at a moment, and what its random numbers are.
 struct Hub {
@@ -20,9 +20,13 @@ struct Hub {
 
 impl Hub {
     fn new() -> Self {
+        Self::with(LIMITS)
+    }
+
+    fn with(limits: Limits) -> Self {
         let methods = ["eth_subscribe eth_unsubscribe eth_subscription", "*Subscribe *Unsubscribe *Notification"];
         let methods = Methods::new(methods.iter().map(|triple| triple.parse().unwrap()).collect());
-        Self { core: Core::new(LIMITS, methods), now: Instant::now(), random: 0xa0 }
+        Self { core: Core::new(limits, methods), now: Instant::now(), random: 0xa0 }
     }
 
     fn client(&mut self, client: u64, text: &str) -> Vec<String> {
@@ -243,21 +247,21 @@ fn a_client_has_so_many_requests_at_once() {
     assert_eq!(hub.core.outstanding(), 2);
 }
 
-/// Answers that wait for the rest of their batch are bounded: what is too much is an error object in its place, and while it is, no batch more
-/// is taken.
+/// Answers that wait for the rest of their batch are bounded: what is too much is an error object in its place, or in that of all, and while it
+/// is, no batch more is taken.
 #[test]
 fn a_batch_takes_no_more_than_its_room() {
-    let mut hub = Hub::new();
+    let limits = Limits { max_message_bytes: 4096, ..LIMITS };
+    let mut hub = Hub::with(limits);
     let request = r#"{"jsonrpc":"2.0","id":"a","method":"m"}"#;
     hub.client(1, &format!("[{request},{request},{request}]"));
-    let large = "x".repeat(LIMITS.max_batch_bytes - 50);
+    let large = "x".repeat(limits.max_message_bytes - 50);
     assert_eq!(hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":1,"result":"{large}"}}"#)), NOTHING);
     assert_eq!(hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":2,"result":"{large}"}}"#)), NOTHING);
     fault(1, "null", -32052)(&hub.client(1, "[1]"));
     assert_eq!(hub.client(1, request).len(), 1, "what is no batch is not concerned");
-    let told = hub.backend(r#"{"jsonrpc":"2.0","id":3,"error":{}}"#);
-    assert_eq!((told.len(), told[0].matches("-32054").count()), (1, 2));
-    assert!(told[0].contains(&large));
+    // What fits does not with the errors in place of what does not: one error for all of it.
+    fault(1, "null", -32054)(&hub.backend(r#"{"jsonrpc":"2.0","id":3,"error":{}}"#));
     assert_eq!(hub.client(1, "[1]").len(), 1);
     // A subscription that can't be told is given back.
     hub.client(1, r#"[{"jsonrpc":"2.0","id":"a","method":"eth_subscribe"}]"#);
@@ -265,6 +269,31 @@ fn a_batch_takes_no_more_than_its_room() {
     assert!(told[0].contains("-32054"), "{told:?}");
     assert_eq!(told[1], r#">: {"jsonrpc":"2.0","id":6,"method":"eth_unsubscribe","params":["0x1"]}"#);
     assert_eq!((told.len(), hub.core.subscriptions()), (2, 0));
+}
+
+/// What the hub makes of a message is no longer than a message may be: a request is refused, an answer an error, at the first byte too many.
+#[test]
+fn no_message_becomes_too_long() {
+    let limits = Limits { max_message_bytes: 1000, ..LIMITS };
+    let request = |bytes: usize| {
+        let text = format!(r#"{{"jsonrpc":"2.0","id":"0123456789","method":"m","params":["{}"]}}"#, "x".repeat(bytes));
+        (text.len(), text)
+    };
+    let (length, _) = request(0);
+    let mut hub = Hub::with(limits);
+    let fits = 1000 - 20 + 12 - length;
+    assert!(hub.client(1, &request(fits).1)[0].starts_with('>'));
+    fault(1, "\"0123456789\"", -32600)(&hub.client(1, &request(fits + 1).1));
+    fault(1, "null", -32600)(&hub.client(1, &format!("[{}]", request(fits - 1).1)));
+    assert!(hub.client(1, &format!("[{}]", request(fits - 14).1))[0].starts_with('>'));
+    let answer = |id: usize, bytes: usize| format!(r#"{{"jsonrpc":"2.0","id":{id},"result":"{}"}}"#, "x".repeat(bytes));
+    let fits = 1000 - 2 - answer(1, 0).len() - 11;
+    assert!(hub.backend(&answer(1, fits))[0].contains("xxx"));
+    let told = hub.backend(&answer(2, fits + 1));
+    assert!(told[0].starts_with("1: [") && told[0].contains("-32054"), "{told:?}");
+    // Errors alone may be too much for one list.
+    fault(1, "null", -32054)(&hub.client(1, "[1,1,1,1,1,1,1,1,1,1]"));
+    assert!(hub.core.is_at_rest());
 }
 
 /// What the backend says to nobody goes to nobody: ids of others, none, malformed, questions of its own.

@@ -22,7 +22,7 @@ use crate::hub::rpc::methods::Methods;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 const LIMITS: Limits =
-    Limits { max_requests: 6, max_subscriptions: 3, request_timeout: TIMEOUT, max_batch_bytes: 1 << 20 };
+    Limits { max_requests: 6, max_subscriptions: 3, request_timeout: TIMEOUT, max_message_bytes: 1 << 20 };
 /// Many are the same, or would be for who reads them as numbers or strings.
 const IDS: [&str; 12] =
     ["1", "1", "2", "\"1\"", "null", "1.0", "-0", "1e0", r#""\u0031""#, "18446744073709551617", "\"\"", "\"\u{e9}\""];

@@ -1,0 +1,482 @@
+//! The task behind a hub: between its clients, the core, and whatever WebSocket there is just now.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::HeaderValue;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+use tracing::{debug, info, warn};
+
+use super::{
+    super::{
+        BACKOFF, Opener,
+        broadcast::encode,
+        key::Key,
+        line::{Fault, Heard, Line, for_all},
+    },
+    Callers, Hub, Opened,
+    core::{Action, Client, Core, Counts},
+    mailbox::{End, Mailbox},
+    queue::Word,
+};
+use crate::{
+    metrics::{Gap, Metrics, Reconnect, RpcResult},
+    pool::{AcquireError, Lease, OpenError, Pool, Reports},
+    sparse::Sparse,
+    upstream::Home,
+    ws::Code,
+};
+
+/// Messages of each side, after which others have their turn.
+const BATCH: usize = 256;
+
+type Acquiring = Pin<Box<dyn Future<Output = Result<Lease<Key, Opener>, AcquireError<Fault>>> + Send>>;
+
+/// See the module.
+pub(super) struct Server {
+    hub: Arc<Hub>,
+    callers: Arc<Callers>,
+    key: Key,
+    home: Home,
+    core: Core,
+    clients: HashMap<Client, Arc<Mailbox>>,
+    /// Where WebSockets come from; known while there are clients.
+    pool: Option<Pool<Key, Opener>>,
+    open: Option<Open>,
+    /// The subprotocol that its clients were told.
+    protocol: Option<HeaderValue>,
+    /// Held while something is outstanding, subscribed or unsent.
+    lease: Option<Lease<Key, Opener>>,
+    acquiring: Option<Acquiring>,
+    search: Option<Search>,
+    /// Messages for the backend.
+    unsent: VecDeque<String>,
+    unsent_bytes: usize,
+    timer: Option<(Instant, Pin<Box<Sleep>>)>,
+    begun: Pin<Box<WaitForCancellationFutureOwned>>,
+    told: Told,
+}
+
+/// A WebSocket.
+struct Open {
+    line: Line,
+    endpoint: Arc<str>,
+    /// Nobody needs it any more.
+    end: Pin<Box<WaitForCancellationFutureOwned>>,
+    _reports: Reports,
+}
+
+/// For a backend that was lost, or can't be reached.
+struct Search {
+    since: Instant,
+    until: Instant,
+    /// The next one, at most.
+    pause: Duration,
+    /// Under way.
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+/// What the metrics know of the core.
+struct Told {
+    metrics: Arc<Metrics>,
+    counts: Counts,
+    outstanding: usize,
+    subscriptions: usize,
+}
+
+impl Server {
+    pub(super) fn new(hub: &Arc<Hub>, callers: &Arc<Callers>, key: &Key, home: &Home) -> Self {
+        Self {
+            hub: Arc::clone(hub),
+            callers: Arc::clone(callers),
+            key: key.clone(),
+            home: home.clone(),
+            core: Core::new(callers.core_limits(), callers.methods.clone()),
+            clients: HashMap::new(),
+            pool: None,
+            open: None,
+            protocol: None,
+            lease: None,
+            acquiring: None,
+            search: None,
+            unsent: VecDeque::new(),
+            unsent_bytes: 0,
+            timer: None,
+            begun: Box::pin(home.drain.begun()),
+            told: Told {
+                metrics: Arc::clone(&callers.metrics),
+                counts: Counts::default(),
+                outstanding: 0,
+                subscriptions: 0,
+            },
+        }
+    }
+
+    /// Serves until nobody is there and nothing is open.
+    pub(super) async fn run(mut self) {
+        poll_fn(|cx| self.poll(cx)).await;
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // Before anything is looked at, or what comes in between would be missed.
+        self.hub.queue.listen(cx.waker());
+        self.take_opened();
+        let mut is_busy = self.hear_backend(cx);
+        is_busy |= self.hear_clients();
+        self.look_at_time(cx);
+        is_busy |= self.get_lease(cx);
+        is_busy |= self.send(cx);
+        self.end_unused(cx);
+        self.told.tell(&self.core);
+        if is_busy {
+            // Behind those who have just been woken.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let is_idle = self.clients.is_empty() && self.open.is_none() && !self.is_needed();
+        if is_idle && self.callers.leave(&self.key, &self.hub) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// The backend is needed.
+    fn is_needed(&self) -> bool {
+        self.core.references() > 0 || !self.unsent.is_empty() || self.search.is_some()
+    }
+
+    fn take_opened(&mut self) {
+        let Some(Opened { line, link, reports }) = self.hub.queue.take_opened() else { return };
+        debug!(route = %self.callers.route, key = %self.key, endpoint = %link.endpoint, "a shared WebSocket is open");
+        if !self.clients.is_empty() && self.protocol != link.protocol {
+            // Its clients were told another subprotocol.
+            self.give_up(Reconnect::Refused);
+        }
+        self.protocol.clone_from(&link.protocol);
+        let end = Box::pin(link.end.clone().cancelled_owned());
+        let open = Open { line, endpoint: Arc::clone(&link.endpoint), end, _reports: reports };
+        if let Some(old) = self.open.replace(open) {
+            self.home.tracker.spawn(old.line.end(Code::NORMAL));
+        }
+    }
+
+    /// Whether there may be more.
+    fn hear_backend(&mut self, cx: &mut Context<'_>) -> bool {
+        for _ in 0..BATCH {
+            let Some(open) = &mut self.open else { return false };
+            let Poll::Ready(heard) = open.line.poll_heard(cx) else { return false };
+            match heard {
+                Heard::Message(true, text) => {
+                    self.told.metrics.shared_messages.inc();
+                    let mut actions = Vec::new();
+                    let text = std::str::from_utf8(&text).unwrap_or_default();
+                    let now = Instant::now().into_std();
+                    self.core.backend_says(text, now, &mut rand::random::<u128>, &mut actions);
+                    self.carry_out(actions);
+                }
+                // JSON is text; whose this is can't be known.
+                Heard::Message(false, _) => {}
+                Heard::Close(close) => self.lose(for_all(close)),
+                Heard::Lost => self.lose(None),
+            }
+        }
+        true
+    }
+
+    /// Whether there may be more, for which there is room.
+    fn hear_clients(&mut self) -> bool {
+        for _ in 0..BATCH {
+            if !self.has_room() {
+                return false;
+            }
+            let mut actions = Vec::new();
+            match self.hub.queue.pop() {
+                Some(Word::Joined(client, mailbox, pool)) => {
+                    self.clients.insert(client, mailbox);
+                    self.pool = Some(pool);
+                }
+                Some(Word::Text(client, text)) => {
+                    let text = std::str::from_utf8(&text).unwrap_or_default();
+                    self.core.client_says(client, text, Instant::now().into_std(), &mut actions);
+                }
+                Some(Word::Left(client)) => {
+                    self.clients.remove(&client);
+                    self.core.client_left(client, Instant::now().into_std(), &mut actions);
+                }
+                None => return false,
+            }
+            self.carry_out(actions);
+        }
+        true
+    }
+
+    /// For what a client says.
+    fn has_room(&self) -> bool {
+        let sharing = &self.callers.sharing;
+        self.unsent.is_empty() || self.unsent.len() < sharing.queue_messages && self.unsent_bytes < sharing.queue_bytes
+    }
+
+    fn look_at_time(&mut self, cx: &mut Context<'_>) {
+        loop {
+            let Some(deadline) = self.core.deadline().map(Instant::from_std) else {
+                self.timer = None;
+                return;
+            };
+            let (_, timer) = match &mut self.timer {
+                Some(timer) if timer.0 == deadline => timer,
+                other => other.insert((deadline, Box::pin(sleep_until(deadline)))),
+            };
+            if timer.as_mut().poll(cx).is_pending() {
+                return;
+            }
+            let mut actions = Vec::new();
+            self.core.due(Instant::now().into_std(), &mut actions);
+            self.carry_out(actions);
+        }
+    }
+
+    /// Holds a lease while it is needed. Whether something has changed.
+    fn get_lease(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_needed() {
+            self.lease = None;
+            self.acquiring = None;
+            return false;
+        }
+        if self.lease.is_some() {
+            return false;
+        }
+        if let Some(Search { sleep: Some(sleep), .. }) = &mut self.search
+            && sleep.as_mut().poll(cx).is_pending()
+        {
+            return false;
+        }
+        let Some(pool) = &self.pool else { return false };
+        let acquiring = self.acquiring.get_or_insert_with(|| {
+            let (pool, key) = (pool.clone(), self.key.clone());
+            Box::pin(async move { pool.acquire(&key).await })
+        });
+        let Poll::Ready(acquired) = acquiring.as_mut().poll(cx) else { return false };
+        self.acquiring = None;
+        match acquired {
+            Ok(lease) => {
+                self.take_opened();
+                // It may have ended in this very moment: then another one is asked for.
+                if self.open.is_some() && !lease.is_closed() {
+                    self.lease = Some(lease);
+                    self.find();
+                }
+            }
+            Err(error) => self.miss(&error),
+        }
+        true
+    }
+
+    /// Whether there is room again for what clients wait to say.
+    fn send(&mut self, cx: &mut Context<'_>) -> bool {
+        let had_room = self.has_room();
+        let Some(open) = &mut self.open else { return false };
+        if self.lease.is_some() {
+            while !self.unsent.is_empty()
+                && open.line.poll_ready(cx) == Poll::Ready(true)
+                && let Some(text) = self.unsent.pop_front()
+            {
+                self.unsent_bytes -= text.len();
+                open.line.send(true, Bytes::from(text));
+            }
+        }
+        open.line.poll_flush(cx);
+        !had_room && self.has_room()
+    }
+
+    /// Ends a WebSocket that is not used: when the pool says so, or nobody is to come any more.
+    fn end_unused(&mut self, cx: &mut Context<'_>) {
+        let has_begun = self.begun.as_mut().poll(cx).is_ready();
+        let is_needed = self.is_needed() || self.acquiring.is_some();
+        let Some(open) = &mut self.open else { return };
+        let is_over = open.end.as_mut().poll(cx).is_ready() || has_begun && !is_needed;
+        if is_over && let Some(open) = self.open.take() {
+            let code = if has_begun { Code::GOING_AWAY } else { Code::NORMAL };
+            debug!(
+                route = %self.callers.route, key = %self.key, endpoint = %open.endpoint,
+                "a shared WebSocket is closed: nobody uses it"
+            );
+            self.home.tracker.spawn(open.line.end(code));
+        }
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        let limits = self.callers.limits;
+        for action in actions {
+            match action {
+                Action::ToClient { client, text } => {
+                    // A notification may have become too long by the id that its client knows.
+                    if let Some(mailbox) = self.clients.get(&client).filter(|_| text.len() as u64 <= limits.message) {
+                        mailbox.push(encode(true, text.as_bytes(), limits.frame));
+                    }
+                }
+                Action::ToAll { text } => {
+                    let frame = encode(true, text.as_bytes(), limits.frame);
+                    self.clients.values().for_each(|mailbox| mailbox.push(frame.clone()));
+                }
+                Action::ToBackend { text } => {
+                    self.unsent_bytes += text.len();
+                    self.unsent.push_back(text);
+                }
+                Action::EndClient { client } => {
+                    if let Some(mailbox) = self.clients.get(&client) {
+                        mailbox.finish(End::Lost);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The backend has ended the WebSocket, by a Close that is for all, or otherwise.
+    fn lose(&mut self, close: Option<Bytes>) {
+        static SAID: Sparse = Sparse::new();
+        let Some(Open { line, endpoint, .. }) = self.open.take() else { return };
+        // The backend's Close is owed an answer.
+        self.home.tracker.spawn(line.end(Code::NORMAL));
+        let is_used = self.is_needed();
+        self.lease = None;
+        self.acquiring = None;
+        let (route, key, clients) = (&self.callers.route, &self.key, self.clients.len());
+        // Nobody wants anything of it: the next request opens another one.
+        if !is_used {
+            debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend, and nobody uses it");
+            return;
+        }
+        self.told.metrics.gap(Gap::Lost);
+        if let Some(unsaid) = SAID.is_due() {
+            warn!(%route, %key, %endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
+        }
+        self.forget_all();
+        match close {
+            Some(frame) => self.finish_all(&End::Close(frame)),
+            None if self.clients.is_empty() => {}
+            None => _ = self.search(),
+        }
+    }
+
+    /// What was asked gets no answer, and nothing is asked again.
+    fn forget_all(&mut self) {
+        let mut actions = Vec::new();
+        self.core.backend_lost(&mut actions);
+        self.carry_out(actions);
+        self.unsent.clear();
+        self.unsent_bytes = 0;
+    }
+
+    fn finish_all(&self, end: &End) {
+        self.clients.values().for_each(|mailbox| mailbox.finish(end.clone()));
+    }
+
+    fn search(&mut self) -> &mut Search {
+        let since = Instant::now();
+        let until = since + self.callers.sharing.reconnect_grace;
+        self.search.get_or_insert(Search { since, until, pause: BACKOFF.0, sleep: None })
+    }
+
+    /// The backend is there.
+    fn find(&mut self) {
+        let (Some(search), Some(open)) = (self.search.take(), &self.open) else { return };
+        self.told.metrics.reconnect(Reconnect::Connected);
+        let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
+        info!(%route, %key, %endpoint, lost_ms, "a shared WebSocket is open again");
+    }
+
+    /// The backend is not there. It is looked for as long as there are clients, and grace.
+    fn miss(&mut self, error: &AcquireError<Fault>) {
+        let is_closing = matches!(error, AcquireError::Closing | AcquireError::Open(OpenError::Aborted));
+        let is_final = match error {
+            AcquireError::Open(OpenError::Failed(fault)) => {
+                matches!(&**fault, Fault::Refused(refused) if refused.is_final())
+            }
+            _ => false,
+        };
+        debug!(route = %self.callers.route, key = %self.key, %error, "the backend of a shared WebSocket is not there");
+        if is_closing || self.clients.is_empty() {
+            // Its clients are ended by the drain, each in its turn.
+            self.told.metrics.reconnect(Reconnect::Unused);
+            self.search = None;
+            return self.forget_all();
+        }
+        let search = self.search();
+        let wait = search.pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
+        search.pause = (search.pause * 2).min(BACKOFF.1);
+        let is_over = Instant::now() + wait >= search.until;
+        search.sleep = Some(Box::pin(sleep(wait)));
+        if is_final {
+            self.give_up(Reconnect::Refused);
+        } else if is_over {
+            self.give_up(Reconnect::Expired);
+        }
+    }
+
+    /// There is no backend for those who are here.
+    fn give_up(&mut self, result: Reconnect) {
+        self.told.metrics.reconnect(result);
+        let (route, key, why) = (&self.callers.route, &self.key, result.as_str());
+        let lost_ms = self.search.take().map_or(0, |search| search.lost_ms());
+        info!(%route, %key, lost_ms, why, "a shared WebSocket is given up");
+        self.forget_all();
+        self.finish_all(&End::Lost);
+    }
+}
+
+impl Drop for Server {
+    /// Whatever came of it, a panic too, its clients hear of it.
+    fn drop(&mut self) {
+        self.finish_all(&End::Lost);
+        self.callers.forget(&self.key, &self.hub);
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+impl Search {
+    fn lost_ms(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Told {
+    fn tell(&mut self, core: &Core) {
+        let (new, old) = (core.counts(), std::mem::replace(&mut self.counts, core.counts()));
+        for (result, count) in [
+            (RpcResult::Answered, new.answered - old.answered),
+            (RpcResult::Error, new.failed - old.failed),
+            (RpcResult::Timeout, new.timed_out - old.timed_out),
+            (RpcResult::Lost, new.lost - old.lost),
+            (RpcResult::Left, new.left - old.left),
+            (RpcResult::Refused, new.refused - old.refused),
+        ] {
+            self.metrics.rpc(result, count);
+        }
+        self.gauges(core.outstanding(), core.subscriptions());
+    }
+
+    fn gauges(&mut self, outstanding: usize, subscriptions: usize) {
+        let Self { metrics, outstanding: before, subscriptions: subscribed, .. } = self;
+        let change = |old: usize, new: usize| new.cast_signed() as i64 - old.cast_signed() as i64;
+        metrics.rpc_outstanding.inc_by(change(*before, outstanding));
+        metrics.rpc_subscriptions.inc_by(change(*subscribed, subscriptions));
+        (*before, *subscribed) = (outstanding, subscriptions);
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.gauges(0, 0);
+    }
+}
