@@ -24,7 +24,7 @@ use self::{
 use crate::{
     metrics::{Metrics, Traffic},
     net::Stream,
-    pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
+    pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
     relay,
     upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
     ws::{Code, Limits},
@@ -191,7 +191,17 @@ impl Hubs {
     pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
         let (now, mut all, mut more) = (std::time::Instant::now(), Vec::new(), 0);
         for way in self.ways.iter() {
-            for key in way.pool.snapshot() {
+            let mut keys = way.pool.snapshot();
+            if let Some(callers) = &way.callers {
+                // Those whose clients ask nothing just now.
+                callers.keys(|key| {
+                    if !way.pool.knows(key) {
+                        let connections = Vec::new();
+                        keys.push(KeySnapshot { key: key.to_string(), connections, waiters: 0, fails_until: None });
+                    }
+                });
+            }
+            for key in keys {
                 if all.len() < most {
                     all.push(Shared::new(&way.route, key, now));
                 } else {

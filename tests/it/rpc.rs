@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
@@ -539,4 +540,54 @@ fn a_drain_ends_what_is_shared() {
     t.connection(0).seen().assert_closed_with(1001);
     assert!(t.proxy().wait_exit(DEADLINE).success());
     assert_eq!(t.backend().count(), 1);
+}
+
+/// Who was there before a reload may ask as before, by its settings then, also where the WebSocket is to be opened anew; whoever comes finds
+/// another one. With nobody there any more both are closed.
+#[test]
+fn who_is_there_asks_on_after_a_reload() {
+    let asked = Asked::new();
+    let first = settings("idle_timeout = '0s', max_requests = 8", "reload.watch = '0s'");
+    let t = Scene::new(&first).backend(asked.script()).start();
+    let reloaded = Board::new(false);
+    let early = {
+        let (asked, reloaded) = (asked.clone(), reloaded.clone());
+        t.start_client(async move |c| {
+            c.handshake("/rpc").await;
+            ask(c, "before").await;
+            reloaded.until(DEADLINE, |reloaded| reloaded.then_some(())).await.expect("a reload");
+            let opened = asked.heads.read(Vec::len);
+            ask(c, "after").await;
+            assert_eq!(asked.heads.read(Vec::len), opened + 1);
+            for _ in 0..8 {
+                c.send_text(&request("1", "hold", "[]")).await;
+            }
+            asked.heard("hold", 8).await;
+            leave(c).await;
+        })
+    };
+    asked.over.wait(DEADLINE, |over| (*over > 0 && asked.count("echo") == 1).then_some(())).expect("a pause");
+    t.proxy().configure(&settings("idle_timeout = '0s', max_requests = 1", "reload.watch = '0s'"));
+    t.proxy().signal(Signal::HUP);
+    t.proxy().log_where("a reload", |line| line["message"] == "reloaded");
+    let listed = || -> Value {
+        let told = t.proxy().get("/connections");
+        serde_json::from_slice(&told.body).expect("JSON")
+    };
+    t.client(async |c| {
+        c.handshake("/rpc").await;
+        c.send_text(&format!("[{},{}]", request("1", "echo", "[]"), request("2", "echo", "[]"))).await;
+        assert!(c.read_text().await.contains("\"code\":-32052"));
+        // It has no WebSocket just now, and is listed all the same.
+        asked.over.until(DEADLINE, |over| (*over == asked.heads.read(Vec::len)).then_some(())).await.expect("a pause");
+        let told = listed();
+        assert_eq!((&told["total"], told["shared"].as_array().map(Vec::len)), (&2.into(), Some(1)), "{told}");
+        leave(c).await;
+    });
+    reloaded.change(|reloaded| *reloaded = true);
+    early.join();
+    let metrics = t.proxy().metrics_when("nobody is there", |metrics| metrics.count("tidegate_pool_keys") == 0);
+    assert_eq!(metrics.count("tidegate_rpc_outstanding"), 0);
+    assert_eq!(metrics.count("tidegate_pool_invariant_violations_total"), 0);
+    over(&t);
 }

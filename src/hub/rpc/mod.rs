@@ -189,6 +189,12 @@ impl Callers {
         }
     }
 
+    /// Of all hubs, without a lock.
+    pub(super) fn keys(&self, mut see: impl FnMut(&Key)) {
+        let keys: Vec<Key> = self.lock().keys().cloned().collect();
+        keys.iter().for_each(&mut see);
+    }
+
     fn core_limits(&self) -> Limits {
         let Sharing { max_requests, max_subscriptions, request_timeout, .. } = *self.sharing;
         let max_message_bytes = usize::try_from(self.limits.message).unwrap_or(usize::MAX);

@@ -36,8 +36,9 @@ use crate::{
     ws::Code,
 };
 
-/// Messages of each side, after which others have their turn.
+/// Messages of each side, and bytes of the backend's, after which others have their turn.
 const BATCH: usize = 256;
+const BATCH_BYTES: usize = 256 << 10;
 
 type Acquiring = Pin<Box<dyn Future<Output = Result<Lease<Key, Opener>, AcquireError<Fault>>> + Send>>;
 
@@ -168,12 +169,17 @@ impl Server {
 
     /// Whether there may be more.
     fn hear_backend(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut bytes = 0;
         for _ in 0..BATCH {
+            if bytes > BATCH_BYTES {
+                return true;
+            }
             let Some(open) = &mut self.open else { return false };
             let Poll::Ready(heard) = open.line.poll_heard(cx) else { return false };
             match heard {
                 Heard::Message(true, text) => {
                     self.told.metrics.shared_messages.inc();
+                    bytes += text.len();
                     let mut actions = Vec::new();
                     let text = std::str::from_utf8(&text).unwrap_or_default();
                     let now = Instant::now().into_std();
