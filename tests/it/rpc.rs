@@ -191,7 +191,7 @@ async fn ask(c: &mut Peer, what: &str) {
 /// batches of its own: each gets exactly their own answers, each once, with their ids byte for byte.
 #[test]
 fn each_gets_exactly_their_own() {
-    let (clients, each) = if is_strict() { (500, 200) } else { (20, 42) };
+    let (clients, each) = if is_strict() { (500, 201) } else { (20, 42) };
     let ids = ["1", "\"1\"", "1.0", "1e0", "null", "-1", "18446744073709551617", r#""\u0031""#, "\"\u{e9}\"", "\"\""];
     let asked = Asked::new();
     let t = scene(&asked, "idle_timeout = '45s'");
