@@ -1,4 +1,4 @@
-//! The embedded backend of `tidegate demo`: a page, an echo, and a room where everybody hears everybody.
+//! The embedded backend of `tidegate demo`: a page, an echo, a room where everybody hears everybody, and a feed.
 //!
 //! It promises to end as it asks others to end: every WebSocket gets a Close frame, an answer to its own, a FIN, and a
 //! reader until the client's FIN. It knows nothing of tidegate; it is an ordinary server that happens to be in the same
@@ -6,11 +6,14 @@
 //!
 //! | path | what it does |
 //! |---|---|
-//! | `GET /` | a page that connects to one of the next two |
+//! | `GET /` | a page that connects to one of the next three |
 //! | `/echo` | a WebSocket that sends back text and binary |
 //! | `/broadcast` | a WebSocket; what one client sends all get, and every 5 s the time and the number of watchers |
+//! | `/feed` | a WebSocket that says ten times a second where a vehicle is, the same to all, and hears nobody |
+//! | `GET /feed/connections` | how many WebSockets of `/feed` are open, and how many were opened since the start |
 //! | `GET /healthz` | 200 |
 
+mod feed;
 mod instructions;
 mod room;
 mod session;
@@ -40,6 +43,7 @@ use tokio_util::task::TaskTracker;
 use tungstenite::error::ProtocolError;
 use tungstenite::handshake::server::create_response_with_body;
 
+use feed::Feed;
 pub use instructions::instructions;
 use room::Room;
 
@@ -68,12 +72,14 @@ struct Limits {
     http_end: Duration,
     /// The largest message of `/echo`, in bytes: what tidegate lets through by default.
     echo_message: usize,
-    /// The largest message of `/broadcast`, in bytes.
+    /// The largest message of `/broadcast`, in bytes, and of what clients say to `/feed`.
     broadcast_message: usize,
-    /// Messages that may wait for one client of `/broadcast`; at one more it is too slow.
+    /// Messages that may wait for one client of `/broadcast` or `/feed`; at one more it is too slow.
     queue: usize,
     /// Between two ticks of `/broadcast`.
     tick: Duration,
+    /// Between two messages of `/feed`.
+    feed_tick: Duration,
     /// How long a client may take for one message.
     write_timeout: Duration,
     /// For our Close to be taken and answered.
@@ -95,6 +101,7 @@ impl Default for Limits {
             broadcast_message: 64 << 10,
             queue: 64,
             tick: Duration::from_secs(5),
+            feed_tick: Duration::from_millis(100),
             write_timeout: Duration::from_secs(30),
             close_timeout: Duration::from_secs(2),
             linger: Duration::from_secs(2),
@@ -107,6 +114,7 @@ impl Default for Limits {
 struct Demo {
     limits: Limits,
     room: Room,
+    feed: Feed,
     tasks: TaskTracker,
     /// Cancelled: no more requests, and Close 1001 to every WebSocket.
     stop: CancellationToken,
@@ -128,11 +136,15 @@ async fn serve_within(limits: Limits, listener: TcpListener, shutdown: Cancellat
     let stop = shutdown.child_token();
     let stop_when_dropped = stop.clone().drop_guard();
     let permits = Arc::new(Semaphore::new(limits.connections));
-    let demo = Arc::new(Demo { limits, room: Room::default(), tasks: TaskTracker::new(), stop });
+    let demo = Arc::new(Demo { limits, room: Room::default(), feed: Feed::default(), tasks: TaskTracker::new(), stop });
 
     demo.tasks.spawn({
         let demo = Arc::clone(&demo);
         async move { demo.stop.run_until_cancelled(demo.room.tick(demo.limits.tick)).await }
+    });
+    demo.tasks.spawn({
+        let demo = Arc::clone(&demo);
+        async move { demo.stop.run_until_cancelled(demo.feed.run(demo.limits.feed_tick)).await }
     });
     let result = demo.stop.run_until_cancelled(accept(&demo, &listener, &permits)).await;
 
@@ -228,7 +240,9 @@ fn answer(demo: &Arc<Demo>, request: Request<Incoming>, permit: &Arc<OwnedSemaph
         (&Method::GET | &Method::HEAD, "/healthz") => plain(StatusCode::OK, "ok\n"),
         (_, "/echo") => upgrade(demo, request, permit, session::Kind::Echo),
         (_, "/broadcast") => upgrade(demo, request, permit, session::Kind::Broadcast),
-        _ => plain(StatusCode::NOT_FOUND, "there is /, /echo, /broadcast and /healthz\n"),
+        (_, "/feed") => upgrade(demo, request, permit, session::Kind::Feed),
+        (&Method::GET | &Method::HEAD, "/feed/connections") => plain(StatusCode::OK, demo.feed.connections()),
+        _ => plain(StatusCode::NOT_FOUND, "there is /, /echo, /broadcast, /feed, /feed/connections and /healthz\n"),
     }
 }
 
@@ -265,8 +279,8 @@ fn upgrade(
     }
 }
 
-fn plain(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(text));
+fn plain(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(text.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response

@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::Demo;
-use super::room::{Room, Seat};
+use super::room::Seat;
 
 type Socket = WebSocketStream<TcpStream>;
 
@@ -31,6 +31,7 @@ const WRITE_BUFFER_SPARE_BYTES: usize = 4 << 10;
 pub(super) enum Kind {
     Echo,
     Broadcast,
+    Feed,
 }
 
 /// How a conversation ended.
@@ -51,7 +52,7 @@ pub(super) async fn run(demo: Arc<Demo>, upgraded: OnUpgrade, kind: Kind, _permi
     let limits = &demo.limits;
     let message_bytes = match kind {
         Kind::Echo => limits.echo_message,
-        Kind::Broadcast => limits.broadcast_message,
+        Kind::Broadcast | Kind::Feed => limits.broadcast_message,
     };
     let config = WebSocketConfig::default()
         .max_message_size(Some(message_bytes))
@@ -70,12 +71,13 @@ pub(super) async fn run(demo: Arc<Demo>, upgraded: OnUpgrade, kind: Kind, _permi
             () = demo.stop.cancelled() => End::Ours(CloseCode::Away, "the demo backend is stopping"),
         },
         Kind::Broadcast => {
-            let Seat { mut queue, slow } = demo.room.join(limits.queue);
-            tokio::select! {
-                end = broadcast(&mut socket, &mut queue, &demo) => end,
-                () = demo.stop.cancelled() => End::Ours(CloseCode::Away, "the demo backend is stopping"),
-                () = slow.cancelled() => End::Ours(CloseCode::Again, "too slow for this broadcast"),
-            }
+            let seat = demo.room.join(limits.queue);
+            listen(&mut socket, seat, &demo, |message| demo.room.say(&message)).await
+        }
+        Kind::Feed => {
+            let _counted = demo.feed.count();
+            // A feed has nobody to ask: what a client says is passed over.
+            listen(&mut socket, demo.feed.room.join(limits.queue), &demo, drop).await
         }
     };
     finish(socket, end, &demo).await;
@@ -96,21 +98,29 @@ async fn echo(socket: &mut Socket, demo: &Demo) -> End {
     }
 }
 
-async fn broadcast(socket: &mut Socket, queue: &mut tokio::sync::mpsc::Receiver<Message>, demo: &Demo) -> End {
-    let room: &Room = &demo.room;
-    loop {
-        tokio::select! {
-            next = socket.next() => match heard(next) {
-                Ok(Some(message)) => room.say(&message),
-                Ok(None) => {}
-                Err(end) => return end,
-            },
-            Some(message) = queue.recv() => {
-                if let Err(end) = send(socket, message, demo).await {
-                    return end;
+/// Sends what is said in a room, and gives what the client says to `say`, until one of both has enough.
+async fn listen(socket: &mut Socket, seat: Seat, demo: &Demo, say: impl Fn(Message)) -> End {
+    let Seat { mut queue, slow } = seat;
+    let conversation = async {
+        loop {
+            tokio::select! {
+                next = socket.next() => match heard(next) {
+                    Ok(Some(message)) => say(message),
+                    Ok(None) => {}
+                    Err(end) => return end,
+                },
+                Some(message) = queue.recv() => {
+                    if let Err(end) = send(socket, message, demo).await {
+                        return end;
+                    }
                 }
             }
         }
+    };
+    tokio::select! {
+        end = conversation => end,
+        () = demo.stop.cancelled() => End::Ours(CloseCode::Away, "the demo backend is stopping"),
+        () = slow.cancelled() => End::Ours(CloseCode::Again, "too slow for this broadcast"),
     }
 }
 

@@ -99,7 +99,7 @@ async fn echo_returns_text_and_binary() {
 #[tokio::test]
 async fn a_close_is_answered_in_kind() {
     let demo = start(Limits::default()).await;
-    for path in ["/echo", "/broadcast"] {
+    for path in ["/echo", "/broadcast", "/feed"] {
         for close in [Some(frame(CloseCode::Library(4321), "bye")), None] {
             let mut client = demo.connect(path).await;
             client.close(close.clone()).await.unwrap();
@@ -140,6 +140,34 @@ async fn broadcast_reaches_everybody() {
             while hear(client).await != said {}
         }
     }
+}
+
+// Goal: all hear the same feed without a gap, it hears nobody, and its connections are counted. Method: two clients of which
+// one talks, a short tick; the count before, with both, and after them.
+#[tokio::test]
+async fn the_feed_is_the_same_for_everybody() {
+    let demo = start(Limits { feed_tick: Duration::from_millis(5), ..Limits::default() }).await;
+    let count = async || demo.get("GET /feed/connections HTTP/1.1").await.lines().last().unwrap().to_owned();
+    assert_eq!(count().await, "0 open, 0 since the start");
+    let mut clients = [demo.connect("/feed").await, demo.connect("/feed").await];
+    clients[0].send(Message::text("where is number 3?")).await.unwrap();
+    let mut heard = [Vec::new(), Vec::new()];
+    for (client, heard) in clients.iter_mut().zip(&mut heard) {
+        while heard.len() < 20 {
+            let said: serde_json::Value = serde_json::from_str(hear(client).await.to_text().unwrap()).unwrap();
+            heard.push((said["number"].as_u64().unwrap(), said["at"].to_string()));
+        }
+        assert!(heard.windows(2).all(|two| two[0].0 + 1 == two[1].0), "{heard:?}");
+    }
+    let [first, second] = heard;
+    assert!(first.iter().filter(|one| second.contains(one)).count() > 0, "{first:?} {second:?}");
+    assert_eq!(count().await, "2 open, 2 since the start");
+    for mut client in clients {
+        client.close(None).await.unwrap();
+        hear_close(&mut client).await;
+    }
+    // The last one's place is given back a moment after its FIN.
+    within(async { while count().await != "0 open, 2 since the start" {} }).await;
 }
 
 // Goal: a client that does not read gets 1013 and costs the others nothing. Method: it reads nothing while another says
@@ -197,6 +225,7 @@ async fn plain_requests() {
     for (head, status) in [
         ("GET / HTTP/1.1", "200 OK"),
         ("GET /healthz HTTP/1.1", "200 OK"),
+        ("GET /feed/connections HTTP/1.1", "200 OK"),
         ("GET /nothing HTTP/1.1", "404 Not Found"),
         ("POST / HTTP/1.1\r\nContent-Length: 0", "404 Not Found"),
         ("GET /echo HTTP/1.1", "426 Upgrade Required"),
