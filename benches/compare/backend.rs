@@ -1,5 +1,5 @@
 //! The echo backend: one thread with one accept loop. It answers every message with one of the same length, every plain
-//! request with 200 and a small body, and prints where it listens. Over HTTP/1.1, and over HTTP/2 (RFC 8441), by what comes first.
+//! request with 200 and a small body, and prints where it listens. On one path it says something by itself (`fanout.rs`). Over HTTP/1.1, and over HTTP/2 (RFC 8441), by what comes first.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,10 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use crate::wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Reader, Request, Role, frame};
+use crate::{
+    fanout::Feed,
+    wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Reader, Request, Role, frame},
+};
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -57,17 +60,19 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
         writeln!(io::stdout(), "{}", listener.local_addr()?)?;
         let prepared = Arc::new(Prepared::default());
         let tasks = TaskTracker::new();
+        let feed = Feed::new();
+        tasks.spawn(feed.clone().run());
         loop {
             let (stream, _) = listener.accept().await?;
-            let prepared = Arc::clone(&prepared);
+            let (prepared, feed) = (Arc::clone(&prepared), feed.clone());
             // An error is the client's to count: it has lost its session.
             let works = options.works;
-            tasks.spawn(async move { serve(stream, &prepared, works).await });
+            tasks.spawn(async move { serve(stream, &prepared, &feed, works).await });
         }
     })
 }
 
-async fn serve(stream: TcpStream, prepared: &Arc<Prepared>, works: bool) -> io::Result<()> {
+async fn serve(stream: TcpStream, prepared: &Arc<Prepared>, feed: &Feed, works: bool) -> io::Result<()> {
     let mut first = [0; PREFACE.len()];
     // It comes in one piece.
     if stream.peek(&mut first).await? == PREFACE.len() && first == PREFACE {
@@ -75,6 +80,7 @@ async fn serve(stream: TcpStream, prepared: &Arc<Prepared>, works: bool) -> io::
     }
     let mut connection = match Connection::accept(stream).await? {
         Request::Session(connection) => connection,
+        Request::Feed(connection) => return feed.serve(connection).await,
         Request::Answered => return Ok(()),
     };
     let mut answers = Answers::new(prepared);

@@ -5,7 +5,7 @@ use std::fmt;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::{Options, peers::Peer, report::size, transport::Transport};
+use crate::{Options, fanout, peers::Peer, report::size, transport::Transport};
 
 /// The payload that every idle session has echoed once, and that of a short session.
 const IDLE_BYTES: usize = 16 * 1024;
@@ -25,6 +25,8 @@ pub enum Measure {
     Waves,
     /// Sessions that are held while others come all at once
     Held,
+    /// A feed with many who watch it: CPU time per delivered message, and how long it is under way
+    Fanout,
     /// A few clients more per second, up to hundreds: connect, wait, send, get the result, close
     Ramp,
 }
@@ -33,7 +35,7 @@ impl Measure {
     /// Whether its legs are to have network namespaces. The others are on loopback, as they always were.
     pub fn in_namespaces(self) -> bool {
         match self {
-            Self::Echo | Self::Idle | Self::Churn => false,
+            Self::Echo | Self::Idle | Self::Churn | Self::Fanout => false,
             Self::Spike | Self::Waves | Self::Held | Self::Ramp => true,
         }
     }
@@ -79,6 +81,9 @@ pub enum Case {
         clients: u32,
         somaxconn: Option<u32>,
     },
+    Fanout {
+        watchers: u32,
+    },
 }
 
 /// In the order in which they are measured.
@@ -118,6 +123,7 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
                 let (sessions, clients) = (options.held, options.held_clients);
                 cases.extend(somaxconns.iter().map(|&somaxconn| Case::Held { sessions, clients, somaxconn }));
             }
+            Measure::Fanout => cases.extend(options.watchers.iter().map(|&watchers| Case::Fanout { watchers })),
             // So few at a time that no queue is ever filled: one is enough.
             Measure::Ramp => {
                 let somaxconn = somaxconns.iter().copied().max().flatten();
@@ -138,6 +144,7 @@ impl Case {
             Self::Waves { .. } => "waves",
             Self::Held { .. } => "held",
             Self::Ramp { .. } => "ramp",
+            Self::Fanout { .. } => "fanout",
         }
     }
 
@@ -146,13 +153,16 @@ impl Case {
         match self {
             Self::Echo { bytes, .. } | Self::Idle { bytes, .. } | Self::Churn { bytes, .. } => bytes,
             Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => SHORT_BYTES,
+            Self::Fanout { .. } => fanout::BYTES,
         }
     }
 
     pub fn transport(self) -> Transport {
         match self {
             Self::Echo { transport, .. } | Self::Idle { transport, .. } | Self::Churn { transport, .. } => transport,
-            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => Transport::Plain,
+            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } | Self::Fanout { .. } => {
+                Transport::Plain
+            }
         }
     }
 
@@ -173,7 +183,8 @@ impl Case {
             Self::Idle { sessions: count, .. }
             | Self::Spike { clients: count, .. }
             | Self::Waves { clients: count, .. }
-            | Self::Ramp { clients: count, .. } => count.into(),
+            | Self::Ramp { clients: count, .. }
+            | Self::Fanout { watchers: count } => count.into(),
             Self::Held { sessions, clients, .. } => u64::from(sessions) + u64::from(clients),
         }
     }
@@ -181,7 +192,7 @@ impl Case {
     /// Of the proxy's namespace. None: no namespace.
     pub fn somaxconn(self) -> Option<u32> {
         match self {
-            Self::Echo { .. } | Self::Idle { .. } | Self::Churn { .. } => None,
+            Self::Echo { .. } | Self::Idle { .. } | Self::Churn { .. } | Self::Fanout { .. } => None,
             Self::Spike { somaxconn, .. }
             | Self::Waves { somaxconn, .. }
             | Self::Held { somaxconn, .. }
@@ -206,11 +217,12 @@ impl Case {
             Self::Ramp { .. } => match peer {
                 Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
                 Peer::Nginx | Peer::Haproxy => asked,
-                Peer::Tidegate => false,
+                Peer::Tidegate | Peer::Broadcast => false,
             },
             // Without a proxy there is no memory of a proxy.
-            Self::Idle { .. } => !matches!(peer, Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2),
-            _ => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2),
+            Self::Idle { .. } => !matches!(peer, Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast),
+            Self::Fanout { .. } => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2),
+            _ => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast),
         }
     }
 }
@@ -230,6 +242,7 @@ impl fmt::Display for Case {
             Self::Waves { waves, clients, .. } => write!(f, "{waves} waves of {clients} sessions"),
             Self::Held { sessions, clients, .. } => write!(f, "{clients} come to {sessions}"),
             Self::Ramp { clients, .. } => write!(f, "{clients} at once"),
+            Self::Fanout { watchers } => write!(f, "{watchers} watchers"),
         }?;
         self.somaxconn().map_or(Ok(()), |somaxconn| write!(f, ", somaxconn {somaxconn}"))
     }

@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    held,
+    fanout, held,
     procfs::{Cpu, Memory},
     ramp::{self, Ramp},
     spike,
@@ -64,6 +64,7 @@ pub enum Work {
     Waves { waves: u32, clients: usize },
     Held { sessions: usize, clients: usize },
     Ramp(Ramp),
+    Fanout { watchers: usize, seconds: f64 },
 }
 
 impl Order {
@@ -129,6 +130,7 @@ pub fn main(order: &str) -> anyhow::Result<()> {
             Work::Waves { waves, clients } => spike::waves(&order, waves, clients).await,
             Work::Held { sessions, clients } => held::held(&order, sessions, clients).await,
             Work::Ramp(ramp) => ramp::ramp(&order, &ramp).await,
+            Work::Fanout { watchers, seconds } => fanout::fanout(&order, watchers, seconds).await,
         }
     })?;
     outcome.failures += counts.failures.load(Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! tidegate next to nginx, haproxy and no proxy at all, in one run: CPU time per message, memory per idle session, CPU time
-//! per short session, and what becomes of thousands of clients that come at once. What the columns mean and what they
-//! leave out is in `docs/benchmarks.md`.
+//! per short session, what becomes of thousands of clients that come at once, and what a feed costs with thousands who watch it.
+//! What the columns mean and what they leave out is in `docs/benchmarks.md`.
 //!
 //! ```text
 //! load (one thread) ---- direct | nginx | haproxy | tidegate ---- echo backend (one thread)
@@ -13,12 +13,13 @@
 //!   that a slow minute of the machine meets all of them. Differences are paired: within one round.
 //! - Everything it starts has its own process group and dies with it, also on Ctrl-C, on a panic and on SIGKILL; nothing
 //!   else is ever signalled.
-//! - Deliberately absent: the latency of messages (a closed loop cannot tell it), and thresholds. It measures; people judge.
+//! - Deliberately absent: the latency of messages in a closed loop, which cannot tell it, and thresholds. It measures; people judge.
 
 #![allow(unreachable_pub, reason = "modules of one program")]
 
 mod backend;
 mod case;
+mod fanout;
 mod held;
 mod load;
 mod namespaces;
@@ -120,7 +121,7 @@ struct Options {
     /// Payloads of `echo`, in bytes
     #[arg(long, value_delimiter = ',', default_value = "64,1024,16384,262144")]
     sizes: Vec<usize>,
-    /// How long one leg of `echo` and `churn` is measured
+    /// How long one leg of `echo`, `churn` and `fanout` is measured
     #[arg(long, default_value_t = 3.0, value_parser = seconds)]
     seconds: f64,
     /// How clients come in `echo`, `idle` and `churn`; the backend has plain HTTP/1.1 in any case
@@ -181,6 +182,9 @@ struct Options {
     /// For how long `ramp` then keeps them as many, in seconds
     #[arg(long, default_value_t = 10.0, value_parser = seconds)]
     ramp_hold: f64,
+    /// Watchers of the feed in `fanout`
+    #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(1..))]
+    watchers: Vec<u32>,
     /// `net.core.somaxconn` in the proxy's namespace
     #[arg(long, value_delimiter = ',', default_value = "128,65535")]
     somaxconn: Vec<u32>,
@@ -396,6 +400,7 @@ async fn leg(
                 Work::Held { sessions: sessions as usize, clients: clients as usize }
             }
             Case::Ramp { .. } => Work::Ramp(ramp),
+            Case::Fanout { watchers } => Work::Fanout { watchers: watchers as usize, seconds },
         },
     };
     let lasts = match case {
@@ -405,6 +410,7 @@ async fn leg(
         Case::Waves { waves, .. } => spike::LIMIT + Duration::from_secs(waves.into()),
         Case::Held { .. } => spike::LIMIT * 2,
         Case::Ramp { .. } => ramp.duration(),
+        Case::Fanout { .. } => fanout::WARMUP + Duration::from_secs_f64(seconds),
     };
     let mut load = peers::start_load(&site, &order)?;
     let printed = load.wait(lasts + LEG_SLACK).await.and_then(|printed| {
@@ -448,7 +454,7 @@ fn peers(options: &Options) -> anyhow::Result<Vec<Peer>> {
             (None, Err(error)) => eprintln!("without {peer}: {error:#}"),
         }
     }
-    peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2]);
+    peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2, Peer::Broadcast]);
     if !options.other.is_empty() || options.tidegate_binary.is_some() {
         peers.push(Peer::Other);
     }

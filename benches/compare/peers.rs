@@ -18,12 +18,16 @@ use crate::{
     process::{Death, Process, Start},
     procfs,
     transport::Certificates,
+    wire::FEED,
 };
 
 /// Every proxy has as many.
 pub const WORKERS: usize = 2;
 
 const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// What a route is told that is shared.
+const BROADCAST: &str = "pool = { mode = 'shared', shared = 'broadcast' }";
 
 /// Of nginx and haproxy in a namespace of their own, where it is free.
 const PORT: u16 = 8080;
@@ -45,6 +49,8 @@ pub enum Peer {
     /// With two.
     #[serde(rename = "tidegate-2")]
     Tidegate2,
+    /// With one connection to the backend for all who watch the same.
+    Broadcast,
     /// Another tidegate, or the same with other settings.
     Other,
 }
@@ -58,6 +64,7 @@ impl fmt::Display for Peer {
             Self::Tidegate => "tidegate",
             Self::Tidegate1 => "tidegate-1",
             Self::Tidegate2 => "tidegate-2",
+            Self::Broadcast => "broadcast",
             Self::Other => "other",
         })
     }
@@ -91,6 +98,10 @@ impl Tidegates {
             Peer::Other => (&self.other_binary, self.other_settings.clone()),
             Peer::Tidegate1 => (Path::new(TIDEGATE), with_workers(1)),
             Peer::Tidegate2 => (Path::new(TIDEGATE), with_workers(2)),
+            Peer::Broadcast => {
+                let route = settings(&format!("route = [{{ path = '{FEED}', {BROADCAST} }}]"));
+                (Path::new(TIDEGATE), merged(self.settings.clone(), route.expect("it is valid TOML")))
+            }
             _ => (Path::new(TIDEGATE), self.settings.clone()),
         }
     }
@@ -208,7 +219,7 @@ pub async fn start(
         Peer::Direct => Ok(None),
         Peer::Nginx => start_nginx(site, backend).await.map(Some),
         Peer::Haproxy => start_haproxy(site, backend).await.map(Some),
-        Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => {
+        Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast | Peer::Other => {
             let (binary, settings) = tidegates.of(peer);
             start_tidegate(site, binary, settings, backend).await.map(Some)
         }

@@ -1,6 +1,6 @@
 //! What the kernel says about processes: CPU time, memory, children, and who listens on a port.
 
-use std::{fs, ops::Sub};
+use std::{collections::HashSet, fs, ops::Sub};
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
@@ -116,6 +116,29 @@ impl Sub for Counters {
             out_rsts: self.out_rsts - before.out_rsts,
         }
     }
+}
+
+/// Connections that are established at the ports on which a process listens, in its namespace.
+pub fn connections(pid: u32) -> anyhow::Result<usize> {
+    let file = format!("/proc/{pid}/net/tcp");
+    let table = fs::read_to_string(&file).context(file)?;
+    let sockets: Vec<(&str, &str, &str)> = table
+        .lines()
+        .skip(1)
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let &[_, local, _, state, _, _, _, _, _, inode, ..] = fields.as_slice() else { return None };
+            Some((local, state, inode))
+        })
+        .collect();
+    let ours: HashSet<String> = fs::read_dir(format!("/proc/{pid}/fd"))?
+        .flatten()
+        .filter_map(|fd| Some(fs::read_link(fd.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    let listens = |inode: &str| ours.contains(&format!("socket:[{inode}]"));
+    let at: Vec<&str> =
+        sockets.iter().filter(|(_, state, inode)| *state == "0A" && listens(inode)).map(|(local, ..)| *local).collect();
+    Ok(sockets.iter().filter(|(local, state, _)| *state == "01" && at.contains(local)).count())
 }
 
 /// CPU time that all programs of the host have used, without that of interrupts, which belongs to nobody.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::{
     Options,
     case::Case,
+    fanout,
     load::Outcome,
     peers::{self, Peer, Tidegates, WORKERS},
     transport::{SUITE, Transport},
@@ -151,7 +152,7 @@ struct Table {
     columns: &'static [(&'static str, &'static str)],
 }
 
-const TABLES: [Table; 7] = [
+const TABLES: [Table; 8] = [
     Table {
         measure: "echo",
         title: "Echo, closed loop: a message is one there and one back",
@@ -268,6 +269,24 @@ const TABLES: [Table; 7] = [
             ("failures", "failures"),
             ("OutRsts", "front_rsts"),
             ("CPU of other programs, %", "strangers_percent"),
+        ],
+    },
+    Table {
+        measure: "fanout",
+        title: "Fan-out: one feed, and many who watch it",
+        compared: "cpu_us",
+        with: Peer::Tidegate,
+        columns: &[
+            ("proxy CPU us per delivered message", "cpu_us"),
+            ("of it user", "user_us"),
+            ("delivered %", "delivered_percent"),
+            ("under way, ms: p50", "delay_p50_ms"),
+            ("p99", "delay_p99_ms"),
+            ("max", "delay_max_ms"),
+            ("load + backend CPU us", "others_us"),
+            ("RSS growth, KiB per watcher", "watcher_kib"),
+            ("connections of the backend", "upstreams"),
+            ("failures", "failures"),
         ],
     },
 ];
@@ -477,6 +496,13 @@ impl Report {
             "echo" => format!("{} s per leg, {} sessions.{tls}", s.seconds, s.connections),
             "churn" => format!("{} s per leg, {} sessions at once.{tls}", s.seconds, s.connections),
             "idle" => format!("{} sessions.{tls}", s.sessions),
+            "fanout" => format!(
+                "{} messages of {} in a second, {} s per leg. `tidegate` has a connection to the backend for each watcher, `broadcast` \
+                 one for all.",
+                fanout::RATE,
+                size(fanout::BYTES),
+                s.seconds
+            ),
             _ if s.namespaces => format!(
                 "{ramp}Clients, proxy and backend in network namespaces of their own; the backend's backlog {}, its somaxconn {}.",
                 s.backend_backlog, s.backend_somaxconn

@@ -29,6 +29,10 @@ const PONG: u8 = 0xA;
 /// 1000, a normal closure.
 pub const CLOSE_NORMAL: [u8; 2] = 1000_u16.to_be_bytes();
 
+/// The path of a session with the feed, and that of all others.
+pub const FEED: &str = "/feed";
+const ECHO: &str = "/echo";
+
 /// The key and the answer of the example in RFC 6455 1.3.
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
@@ -82,7 +86,12 @@ pub struct Received {
     pub opcode: u8,
     pub length: usize,
     pub control: Vec<u8>,
+    /// The first bytes of a backend's data, as far as there are so many.
+    pub first: [u8; FIRST],
 }
+
+/// A feed says there when it was sent.
+const FIRST: usize = 8;
 
 /// Where the reading of a frame stands.
 #[derive(Debug, Default)]
@@ -92,6 +101,8 @@ pub struct Reader {
     /// None: within the header.
     payload_left: Option<usize>,
     control: Vec<u8>,
+    first: [u8; FIRST],
+    first_have: usize,
 }
 
 impl Reader {
@@ -125,6 +136,10 @@ impl Reader {
         let now = left.min(bytes.len() - taken);
         if self.header[0] & 0x08 != 0 {
             self.control.extend(&bytes[taken..][..now]);
+        } else if self.first_have < FIRST {
+            let first = now.min(FIRST - self.first_have);
+            self.first[self.first_have..][..first].copy_from_slice(&bytes[taken..][..first]);
+            self.first_have += first;
         }
         taken += now;
         self.payload_left = Some(left - now);
@@ -136,7 +151,8 @@ impl Reader {
             let mask: [u8; 4] = self.header[self.header_have - 4..][..4].try_into().expect("four bytes");
             control.iter_mut().zip(mask.iter().cycle()).for_each(|(byte, mask)| *byte ^= mask);
         }
-        let received = Received { opcode: self.header[0] & 0x0f, length: self.length(), control };
+        let received = Received { opcode: self.header[0] & 0x0f, length: self.length(), control, first: self.first };
+        self.first_have = 0;
         self.header_have = 0;
         self.payload_left = None;
         Some((received, taken))
@@ -157,6 +173,8 @@ impl Reader {
 #[derive(Debug)]
 pub enum Request {
     Session(Connection),
+    /// A session with the feed.
+    Feed(Connection),
     /// Plain requests: all of them were answered.
     Answered,
 }
@@ -182,9 +200,14 @@ pub struct Connection {
 impl Connection {
     /// Connects and upgrades.
     pub async fn open(address: SocketAddr) -> io::Result<Self> {
+        Self::open_at(address, ECHO).await
+    }
+
+    /// Connects and upgrades at a path.
+    pub async fn open_at(address: SocketAddr, path: &str) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        Self::upgrade(Stream::Plain(stream), address).await
+        Self::upgrade_to(Stream::Plain(stream), address, path).await
     }
 
     /// Of a client, upgraded.
@@ -194,9 +217,13 @@ impl Connection {
 
     /// Upgrades a connection to `address`.
     pub async fn upgrade(stream: Stream, address: SocketAddr) -> io::Result<Self> {
+        Self::upgrade_to(stream, address, ECHO).await
+    }
+
+    async fn upgrade_to(stream: Stream, address: SocketAddr, path: &str) -> io::Result<Self> {
         let mut connection = Self::new(stream, Role::Client);
         let request = format!(
-            "GET /echo HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n"
         );
         connection.write(request.as_bytes()).await?;
@@ -242,7 +269,8 @@ impl Connection {
                     derive_accept_key(key.as_bytes())
                 );
                 connection.write(response.as_bytes()).await?;
-                return Ok(Request::Session(connection));
+                let is_feed = head.split(' ').nth(1) == Some(FEED);
+                return Ok(if is_feed { Request::Feed(connection) } else { Request::Session(connection) });
             }
             let last = header(&head, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
             let connection_field = if last { "Connection: close\r\n" } else { "" };
