@@ -29,7 +29,7 @@ use self::{
     operate::{Admin, Way},
 };
 use crate::{
-    config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Settings, Sources},
+    config::{self, FileSource, Finding, Findings, Level, Loaded, Place, Route, Settings, Sources},
     demo,
     doctor::{Facts, Report, diagnose},
     net::Address,
@@ -353,7 +353,8 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     settings.upstream.address = Address::Tcp { host: address.ip().to_string(), port: address.port() }.into();
-    settings.routes.clear();
+    // What is to be seen of it: one connection for all who watch.
+    settings.routes = vec![Route::broadcast(demo::FEED, &settings.upstream)];
     let shutdown = CancellationToken::new();
     let backend = {
         let shutdown = shutdown.clone();

@@ -585,6 +585,22 @@ impl Route {
         Self { path: None, address, pool, rules: Rules::default(), own: [false; OVERRIDES] }
     }
 
+    /// One of which all is resolved: on `path` clients share a WebSocket (`pool.shared = "broadcast"`) to the backend of `upstream`.
+    pub fn broadcast(path: &str, upstream: &upstream::Config) -> Self {
+        let mut route = Self { path: Some(Pattern::Exact(path.to_owned())), ..Self::unresolved() };
+        for (key, mut slot, is_own) in route.keys().1 {
+            let word = match key {
+                "pool.mode" => "shared",
+                "pool.shared" => "broadcast",
+                _ => continue,
+            };
+            slot.read(&Value::Text(word.to_owned())).expect("a word of this key");
+            *is_own = true;
+        }
+        route.resolve(upstream);
+        route
+    }
+
     /// What is not its own is as in the sections that are for all.
     pub(super) fn resolve(&mut self, upstream: &upstream::Config) {
         let mut all = Self { address: upstream.address.clone(), pool: upstream.pool.clone(), ..Self::unresolved() };

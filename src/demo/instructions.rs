@@ -9,8 +9,9 @@ pub fn instructions(listen: SocketAddr, admin: Option<SocketAddr>) -> String {
     let counts = admin.map(reachable).map_or(String::new(), |admin| {
         format!(
             "
-What tidegate sees, in a browser or by curl; what it counts; and whether it is ready:
+What tidegate sees, in a browser, in a terminal or by curl; what it counts; and whether it is ready:
   http://{admin}/
+  tidegate status --watch --admin {admin}
   curl http://{admin}/live.json
   curl http://{admin}/metrics
   curl http://{admin}/readyz
@@ -31,6 +32,10 @@ or in another terminal try one of
   curl http://{at}/healthz
 
 (Python needs the package \"websockets\" and Node version 22. With /broadcast for /echo, all hear what one says.)
+
+One feed for many clients: connect to /feed as often as you like, and ask how many connections the backend has
+  python3 -m websockets ws://{at}/feed
+  curl http://{at}/feed/connections
 {counts}
 Leave a client connected and press Ctrl-C: it is told 1001, in an orderly way. A second Ctrl-C ends it at once.
 "
@@ -57,6 +62,7 @@ mod tests {
         assert!(text.starts_with("tidegate listens on 0.0.0.0:8080"), "{text}");
         assert!(text.contains("\n  http://127.0.0.1:8080/\n"), "{text}");
         assert!(text.contains("\n  websocat ws://127.0.0.1:8080/echo\n"), "{text}");
+        assert!(text.contains("\n  curl http://127.0.0.1:8080/feed/connections\n"), "{text}");
         assert!(text.contains("\n  http://[::1]:9090/\n"), "{text}");
         assert!(text.contains("http://[::1]:9090/metrics"), "{text}");
     }

@@ -47,6 +47,9 @@ use feed::Feed;
 pub use instructions::instructions;
 use room::Room;
 
+/// The path of what is the same for everybody, and needs one connection only.
+pub const FEED: &str = "/feed";
+
 const PAGE: &str = include_str!("page.html");
 
 /// The page is whole: it may load nothing, and open nothing but a `WebSocket`.
@@ -240,7 +243,7 @@ fn answer(demo: &Arc<Demo>, request: Request<Incoming>, permit: &Arc<OwnedSemaph
         (&Method::GET | &Method::HEAD, "/healthz") => plain(StatusCode::OK, "ok\n"),
         (_, "/echo") => upgrade(demo, request, permit, session::Kind::Echo),
         (_, "/broadcast") => upgrade(demo, request, permit, session::Kind::Broadcast),
-        (_, "/feed") => upgrade(demo, request, permit, session::Kind::Feed),
+        (_, FEED) => upgrade(demo, request, permit, session::Kind::Feed),
         (&Method::GET | &Method::HEAD, "/feed/connections") => plain(StatusCode::OK, demo.feed.connections()),
         _ => plain(StatusCode::NOT_FOUND, "there is /, /echo, /broadcast, /feed, /feed/connections and /healthz\n"),
     }
