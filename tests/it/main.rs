@@ -47,3 +47,4 @@ mod secure;
 mod shared_endpoints;
 mod spike;
 mod tls;
+mod watchers;

@@ -4,7 +4,7 @@
 //! on one thread and all connections of a backend on another, since two cores have the proxy to carry as well.
 
 use super::{
-    Board, DEADLINE, End, Frame, LIMIT, Lab, Message, Side, block,
+    Board, DEADLINE, End, Frame, LIMIT, Lab, Message, Side, block, feed,
     http::KEY,
     lab::Counters,
     left_out,
@@ -443,6 +443,14 @@ impl Member {
         stream.map(|stream| Self::new(stream, true)).map_err(|error| error.kind())
     }
 
+    /// A client whose kernel takes little that it does not read.
+    pub async fn narrow(address: SocketAddr) -> Self {
+        let socket = TcpSocket::new_v4().expect("descriptors enough for a test");
+        socket.set_recv_buffer_size(4 << 10).expect("a socket");
+        let stream = timeout(DEADLINE, socket.connect(address)).await.expect("in time");
+        Self::new(stream.unwrap_or_else(|e| panic!("connect to {address}: {e}")), true)
+    }
+
     /// Bytes that were received, and that nobody has asked for.
     pub fn unread(&self) -> usize {
         self.buffer.len() - self.taken
@@ -654,7 +662,8 @@ pub async fn echo_on(mut member: Member) {
     }
 }
 
-/// Serves what clients of any kind ask for: sessions as [`echo`], and plain requests, one after the other, with a short body.
+/// Serves what clients of any kind ask for: sessions as [`echo`], those of `/feed` as a feed, and plain requests, one after the other,
+/// with a short body.
 pub async fn anything(mut member: Member) {
     loop {
         let Ok(request) = member.message().await else { break };
@@ -665,6 +674,9 @@ pub async fn anything(mut member: Member) {
         };
         if member.send_bytes(&response.bytes()).await.is_err() {
             break;
+        }
+        if response.code() == 101 && request.target().starts_with("/feed") {
+            return feed::feed_on(member, feed::EVERY, feed::BYTES).await;
         }
         if response.code() == 101 {
             return echo_on(member).await;

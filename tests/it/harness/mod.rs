@@ -15,6 +15,7 @@
 //! - [`crowd`]: thousands of peers at once, where neither a script nor a transcript each can be afforded.
 //! - [`visit`]: clients of a crowd of whom all outcomes are counted, also the bad ones.
 //! - [`talk`]: clients of a crowd that talk until they are told to go.
+//! - [`feed`]: feeds, and clients of a crowd that watch them.
 //! - [`report`]: what is printed when a test fails.
 //!
 //! No wait is without a bound, and no bound is an assertion about speed: [`DEADLINE`] and [`LIMIT`] only end a hanging test.
@@ -24,6 +25,7 @@
 pub mod backend;
 pub mod cgroup;
 pub mod crowd;
+pub mod feed;
 pub mod front;
 pub mod http;
 pub mod kubelet;
