@@ -16,17 +16,18 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from clients import ProcessClient, PythonClient
 from harness import INTEROP, REPOSITORY, WORK, Failed, Process, Proxy, Report, expect, json_line
+from multiplexed import connections_to
 
 PEERS = INTEROP / "peers"
 # The slowest is RabbitMQ: 8 s on an idle core, for which others may ask too.
 START_SECONDS = 120
 WATCHERS = 50
-POSITIONS = 20
+POSITIONS = 50
 LOST = {"code": 1012, "clean": True}
 DRAINED = {"code": 1001, "clean": True}
 # Ports of this run.
@@ -489,25 +490,26 @@ class Watcher:
     """Python's websockets, which connects again by itself; what was heard and how each connection ended."""
 
     def __init__(self) -> None:
-        self.socket: ClientConnection | None = None
         self.heard: list[int] = []
         self.ends: list[dict] = []
         self.connections = 0
 
     async def watch(self, url: str, news: asyncio.Condition) -> None:
         async for each in connect(url, proxy=None, close_timeout=20):
-            self.socket = each
             self.connections += 1
             await tell_all(news)
             with contextlib.suppress(ConnectionClosed):
                 async for message in each:
-                    # The room also says the time.
-                    if message.startswith("{") and "vehicle" in message:
-                        self.heard.append(json.loads(message)["vehicle"])
-                        await tell_all(news)
+                    self.heard.append(json.loads(message)["number"])
+                    await tell_all(news)
             is_clean = each.protocol.close_rcvd is not None and each.protocol.close_sent is not None
             self.ends.append({"code": each.close_code, "clean": is_clean})
             await tell_all(news)
+
+    def last_run(self) -> list[int]:
+        """Since the last gap, or since the backend began anew."""
+        start = max((at for at in range(1, len(self.heard)) if self.heard[at] != self.heard[at - 1] + 1), default=0)
+        return self.heard[start:]
 
 
 async def tell_all(news: asyncio.Condition) -> None:
@@ -528,7 +530,7 @@ async def watching(url: str, news: asyncio.Condition) -> AsyncIterator[list[Watc
 
 
 async def live_positions(report: Report, options) -> None:
-    """The demo's room: one says where it is, all others hear it."""
+    """The demo's feed: one connection for all who watch, which comes back under them."""
     name = "live-positions"
     if options.direct:
         print(f"skip {name}: its backend is tidegate's own")
@@ -537,35 +539,30 @@ async def live_positions(report: Report, options) -> None:
     news = asyncio.Condition()
     async with Demo() as stack, example(name, stack, options) as proxy:
         seen_by = (stack, proxy)
-        async with watching(proxy.url("/broadcast"), news) as watchers:
+        async with watching(proxy.url("/feed"), news) as watchers:
 
             async def until(is_so: Callable[[Watcher], bool]) -> None:
                 async with news:
                     await news.wait_for(lambda: all(is_so(each) for each in watchers))
 
-            async def all_hear(visit: int) -> None:
-                what = f"{name}: visit {visit}: {WATCHERS} watchers connect, one says {POSITIONS} positions, all hear them in order"
-                # Who was refused while the backend was away comes back after a random pause of seconds.
-                async with report.check(what, *seen_by, seconds=90):
-                    await until(lambda each: each.connections == visit)
-                    for number in range(POSITIONS):
-                        position = {"vehicle": POSITIONS * (visit - 1) + number, "at": [47.37, 8.54]}
-                        await watchers[0].socket.send(json.dumps(position))
-                    await until(lambda each: len(each.heard) == POSITIONS * visit)
-                    for each in watchers:
-                        expect("heard", each.heard, list(range(POSITIONS * visit)))
-
-            async def all_end(visit: int, wanted: dict) -> None:
-                await until(lambda each: len(each.ends) == visit)
+            async def all_end(wanted: dict) -> None:
+                await until(lambda each: len(each.ends) == 1)
                 expect("ends", [each.ends[-1] for each in watchers], [wanted] * WATCHERS)
 
-            await all_hear(1)
+            what = f"{name}: {WATCHERS} watchers on one connection, each hears {POSITIONS} positions in order"
+            async with report.check(what, *seen_by, seconds=60):
+                await until(lambda each: len(each.heard) >= POSITIONS)
+                expect("without a gap", {len(each.heard) - len(each.last_run()) for each in watchers}, {0})
+                expect("connections", connections_to(stack.address), 1)
             await killed(report, name, stack, seen_by)
-            async with report.check(f"{name}: all see 1012, clean; it is started again", *seen_by):
-                await all_end(1, LOST)
+            what = f"{name}: started again, all hear {POSITIONS} of its positions, and not one was ended"
+            async with report.check(what, *seen_by, seconds=60):
                 await stack.start()
-            await all_hear(2)
-            await drained(report, name, proxy, seen_by, [all_end(2, DRAINED)])
+                # It counts from 0 again.
+                await until(lambda each: POSITIONS <= len(each.last_run()) < len(each.heard))
+                expect("(connections, ends)", {(each.connections, len(each.ends)) for each in watchers}, {(1, 0)})
+                expect("connections", connections_to(stack.address), 1)
+            await drained(report, name, proxy, seen_by, [all_end(DRAINED)])
 
 
 async def examples(report: Report, options) -> None:

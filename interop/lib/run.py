@@ -34,6 +34,7 @@ from harness import (
 )
 from multiplexed import multiplexed
 from page import page
+from shared import shared
 from slow import slow
 from smuggling import smuggling
 from tls import Authority, tls
@@ -388,6 +389,7 @@ GROUPS = {
     "examples": examples,
     "page": page,
     "multiplexed": multiplexed,
+    "shared": shared,
     "tls": tls,
     "smuggling": smuggling,
     "handshakes": handshakes,
