@@ -7,7 +7,7 @@
 use crate::harness::{
     Board, DEADLINE, LIMIT, Message,
     crowd::{Backend, Front, Member, Stage, is_strict, tally},
-    feed::{Delays, Heard, Part, Stop, ask, end, follow, join, join_all, leave, now_us, say},
+    feed::{Delays, Heard, Part, Stop, ask, end, follow, join, join_all, join_by, leave, now_us, say},
     proxy::Metrics,
     ws::{CLOSE, Frame},
 };
@@ -157,6 +157,8 @@ fn thousands_are_on_one_upstream() {
 #[test]
 fn an_idle_watcher_takes_little_memory() {
     const BEFORE: usize = 500;
+    // What a handshake under way takes is not given back by an allocator that has once had it: the fewer, the less of it is counted.
+    const AT_ONCE: usize = 16;
     const KIB: u64 = 1024;
     let count = if is_strict() { 8000 } else { 2000 };
     let stage = Stage::new();
@@ -165,7 +167,7 @@ fn an_idle_watcher_takes_little_memory() {
     let (each, summaries) = stage.clients(async || {
         let request = Message::websocket("/feed");
         // What the program itself takes for the first ones is not theirs: room for handshakes, for reading, for the ring.
-        let mut members = join_all(t.address, &request, BEFORE).await;
+        let mut members = join_by(AT_ONCE, t.address, &request, BEFORE).await;
         let hear = async |members: &mut Vec<Member>, wanted: u64| {
             allowed.change(|allowed| *allowed = wanted);
             let all = members.iter_mut().map(async |member| {
@@ -178,7 +180,7 @@ fn an_idle_watcher_takes_little_memory() {
         };
         hear(&mut members, 20).await;
         let before = t.resident();
-        members.extend(join_all(t.address, &request, count).await);
+        members.extend(join_by(AT_ONCE, t.address, &request, count).await);
         hear(&mut members, 40).await;
         let each = t.resident().saturating_sub(before) / count as u64;
         (each, futures_util::future::join_all(members.into_iter().map(leave)).await)

@@ -85,7 +85,12 @@ pub async fn ask(member: &mut Member, request: &Message) -> Message {
 
 /// So many of them.
 pub async fn join_all(address: SocketAddr, request: &Message, count: usize) -> Vec<Member> {
-    let turns = Semaphore::new(JOINING);
+    join_by(JOINING, address, request, count).await
+}
+
+/// As [`join_all`], so few at a time.
+pub async fn join_by(at_once: usize, address: SocketAddr, request: &Message, count: usize) -> Vec<Member> {
+    let turns = Semaphore::new(at_once);
     let one = async || {
         let _turn = turns.acquire().await.expect("nobody closes it");
         join(address, request).await
