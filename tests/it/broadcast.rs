@@ -708,3 +708,42 @@ fn what_nobody_uses_is_kept_for_a_while() {
     assert_eq!((t.backend().count(), metrics.count("tidegate_pool_invariant_violations_total")), (1, 0));
     t.no_rst();
 }
+
+/// A backend that is silent, and answers no Ping, is lost as well: its WebSocket gets a Close, and another one is opened.
+#[test]
+fn a_silent_backend_is_lost() {
+    let feed = Feed::new();
+    let (lively, asked) = (feed.script(), Board::new(0));
+    let others = "websocket.ping_interval = '500ms'\nwebsocket.pong_timeout = '2s'";
+    let t = Scene::new(&settings("idle_timeout = '0s'", others))
+        .backend(async move |c: &mut Peer| {
+            if asked.change(|asked| std::mem::replace(asked, 1)) > 0 {
+                return lively(c).await;
+            }
+            c.accept_websocket().await;
+            while c.next_frame(LIMIT).await.is_ok_and(|frame| frame.opcode != CLOSE) {}
+            c.answer_close().await;
+        })
+        .start();
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        let mut is_told = false;
+        loop {
+            tokio::select! {
+                () = feed.has_accepted(1), if !is_told => {
+                    is_told = true;
+                    feed.text("back");
+                }
+                frame = c.read_frame() => match frame.opcode {
+                    PING => _ = c.send(&Frame::new(PONG, &frame.payload)).await,
+                    _ => break assert_eq!(frame.text(), "back"),
+                },
+            }
+        }
+        leave(c).await;
+    });
+    assert_eq!(t.connection(0).seen().closes(), [1001]);
+    let metrics = t.proxy().metrics();
+    assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 1);
+    t.no_rst();
+}
