@@ -1,6 +1,6 @@
 //! The live page at the admin root, and its JSON and events. How it looks, and that it shows what clients saw, is in `interop/run page`.
 
-use crate::harness::{DEADLINE, Message, Scene, Side, backend::echo, proxy::Proxy, scene::secure};
+use crate::harness::{DEADLINE, Message, Peer, Scene, Side, backend::echo, proxy::Proxy, scene::secure};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use std::{
@@ -237,7 +237,13 @@ fn events_come_at_once_and_again() {
 /// As many as may listen do; the next one is told so, and a probe is answered meanwhile. Who goes makes room.
 #[test]
 fn listeners_are_bounded() {
-    let t = Scene::new("").backend(echo).start();
+    // A readiness probe connects, and asks nothing.
+    let script = async |c: &mut Peer| {
+        if c.is_asked().await {
+            echo(c).await;
+        }
+    };
+    let t = Scene::new("").backend(script).start();
     let mut listeners: Vec<_> = (0..STREAMS).map(|_| Listener::new(&t, "1.1")).collect();
     assert!(listeners.iter().all(|(status, _)| *status == 200));
     assert_eq!(Listener::new(&t, "1.1").0, 503);
