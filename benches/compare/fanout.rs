@@ -32,7 +32,10 @@ pub const RATE: u32 = 100;
 /// Of those that the backend has said and a connection has not taken yet; what is older is lost to it.
 const BEHIND_MAX: usize = 1024;
 
-/// From the last watcher that came to the measuring: who came while others did is behind at first.
+/// The feed is silent until nobody has come to the backend for so long: those that listen would hold up who still connects.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// From the last watcher that came to the measuring.
 pub const WARMUP: Duration = Duration::from_secs(2);
 
 /// Delays are counted in steps of this, so many of them.
@@ -46,11 +49,15 @@ fn now_us() -> u64 {
 
 /// The backend's one feed, which all its connections send on.
 #[derive(Debug, Clone)]
-pub struct Feed(broadcast::Sender<Bytes>);
+pub struct Feed {
+    said: broadcast::Sender<Bytes>,
+    /// When the last one came.
+    joined_us: Arc<AtomicU64>,
+}
 
 impl Feed {
     pub fn new() -> Self {
-        Self(broadcast::Sender::new(BEHIND_MAX))
+        Self { said: broadcast::Sender::new(BEHIND_MAX), joined_us: Arc::default() }
     }
 
     /// Says something, for ever. Each message begins with when that was.
@@ -60,15 +67,20 @@ impl Feed {
         let mut payload = vec![b'x'; BYTES];
         loop {
             ticks.tick().await;
+            let silence = now_us().saturating_sub(self.joined_us.load(Ordering::Relaxed));
+            if Duration::from_micros(silence) < SILENCE {
+                continue;
+            }
             payload[..8].copy_from_slice(&now_us().to_be_bytes());
             // Nobody may be there.
-            let _ = self.0.send(frame(Role::Backend, BINARY, &payload).into());
+            let _ = self.said.send(frame(Role::Backend, BINARY, &payload).into());
         }
     }
 
     /// One connection of it, to its end.
     pub async fn serve(&self, mut connection: Connection) -> io::Result<()> {
-        let mut said = self.0.subscribe();
+        let mut said = self.said.subscribe();
+        self.joined_us.store(now_us(), Ordering::Relaxed);
         loop {
             tokio::select! {
                 received = connection.next() => match received? {
@@ -113,7 +125,11 @@ async fn watch(mut connection: Connection, counts: Arc<Counts>) -> io::Result<()
                     DELAYS.with_borrow_mut(|delays| delays[step] += 1);
                 }
             }
-            Ok(other) => break Err(io::Error::other(format!("instead of the feed: {other:?}"))),
+            Ok(Some(Received { opcode: CLOSE, control, .. })) => {
+                let code = control.first_chunk().map_or(0, |code| u16::from_be_bytes(*code));
+                break Err(io::Error::other(format!("Close {code}")));
+            }
+            Ok(_) => break Err(io::Error::other("FIN without a Close")),
             Err(error) => break Err(error),
         }
     };
