@@ -2,12 +2,29 @@
 //!
 //! The relay has looked at the frames before, and passes control frames on whole. Kept is at most one message, as far as it has come.
 
-use bytes::{Bytes, BytesMut};
-
-use crate::ws::{
-    CloseFrame, Header, Limits, Opcode, Rsv, Sender, Step, Tracker, Violation,
-    frame::{ControlFrame, MAX_CONTROL, apply_mask},
+use std::{
+    future::Future as _,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
 };
+
+use bytes::{Bytes, BytesMut};
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::{
+    admission::{Admission, Extra},
+    ws::{
+        CloseFrame, Header, Limits, Opcode, Rsv, Sender, Step, Tracker, Violation,
+        frame::{ControlFrame, MAX_CONTROL, apply_mask},
+    },
+};
+
+/// Of a message, bytes that a client's own memory is for.
+const FREE: usize = 16 << 10;
+
+/// Of a larger one, bytes that memory is taken for at once, and that have to come in a time.
+const PORTION: usize = 64 << 10;
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +47,22 @@ pub(super) struct Inbox {
     /// Its fragments before.
     message: BytesMut,
     is_text: bool,
+    /// A message is under way.
+    has_begun: bool,
+    terms: Option<Terms>,
+    /// For what is kept, until [`Inbox::release`].
+    memory: Vec<Extra>,
+    /// When the message has to be whole, or to have come to another portion than this.
+    late: Option<(Pin<Box<Sleep>>, usize)>,
+}
+
+/// What a message may take that is not whole yet.
+#[derive(Debug, Clone)]
+pub(super) struct Terms {
+    /// For each portion of it.
+    pub(super) patience: Duration,
+    /// Who has the memory.
+    pub(super) admission: Admission,
 }
 
 /// Which messages a client may send.
@@ -44,7 +77,22 @@ impl Inbox {
     /// At a client's first frame. `limit`: of a message, in bytes.
     pub(super) fn new(takes: Takes, limit: u64) -> Self {
         let tracker = Tracker::new(Sender::Client, Rsv::None, Limits { frame: limit, message: limit });
-        Self { tracker, takes, frame: BytesMut::new(), message: BytesMut::new(), is_text: false }
+        Self {
+            tracker,
+            takes,
+            frame: BytesMut::new(),
+            message: BytesMut::new(),
+            is_text: false,
+            has_begun: false,
+            terms: None,
+            memory: Vec::new(),
+            late: None,
+        }
+    }
+
+    /// What is not whole takes no more than that.
+    pub(super) fn on(self, terms: Terms) -> Self {
+        Self { terms: Some(terms), ..self }
     }
 
     /// The next thing in `bytes` that is whole, which are moved on behind it; `None`: more is to come.
@@ -53,10 +101,15 @@ impl Inbox {
     pub(super) fn next(&mut self, bytes: &mut &[u8]) -> Result<Option<Said>, Violation> {
         loop {
             let is_payload = self.tracker.payload_begun().is_some();
-            let (used, step) = self.tracker.step(bytes)?;
+            let (used, step) = self.tracker.step(bytes).map_err(|violation| match violation {
+                // The relay has looked for what no client may send: the limit here is another one.
+                Violation::FrameTooBig | Violation::MessageTooBig => Violation::TooMuch,
+                other => other,
+            })?;
             let (chunk, rest) = bytes.split_at(used);
             *bytes = rest;
             if is_payload {
+                self.take_memory(chunk.len())?;
                 self.frame.extend_from_slice(chunk);
             }
             match step {
@@ -79,10 +132,45 @@ impl Inbox {
             (Opcode::Binary, Takes::Text) => Err(Violation::Binary),
             (Opcode::Text | Opcode::Binary, _) => {
                 self.is_text = header.opcode == Opcode::Text;
+                self.has_begun = true;
                 Ok(())
             }
             _ => Ok(()),
         }
+    }
+
+    /// Of a message, as far as it has come.
+    fn kept(&self) -> usize {
+        self.message.len() + self.frame.len()
+    }
+
+    fn take_memory(&mut self, more: usize) -> Result<(), Violation> {
+        let Some(terms) = &self.terms else { return Ok(()) };
+        while self.message.len() + self.frame.len() + more > FREE + self.memory.len() * PORTION {
+            self.memory.push(terms.admission.more_memory(PORTION as u64).ok_or(Violation::Memory)?);
+        }
+        Ok(())
+    }
+
+    /// The last message is somebody else's by now.
+    pub(super) fn release(&mut self) {
+        self.memory = Vec::new();
+    }
+
+    /// Ready when the message that is under way goes on too slowly. To be asked after all that came.
+    pub(super) fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Violation> {
+        let patience = self.terms.as_ref().filter(|_| self.has_begun).map(|terms| terms.patience);
+        let Some(patience) = patience else {
+            self.late = None;
+            return Poll::Pending;
+        };
+        let portion = self.kept() / PORTION;
+        let (timer, since) = self.late.get_or_insert_with(|| (Box::pin(sleep(patience)), portion));
+        if std::mem::replace(since, portion) != portion {
+            timer.as_mut().reset(Instant::now() + patience);
+        }
+        ready!(timer.as_mut().poll(cx));
+        Poll::Ready(Violation::Late)
     }
 
     fn end(&mut self, header: Header) -> Result<Option<Said>, Violation> {
@@ -106,6 +194,7 @@ impl Inbox {
                 if !header.fin {
                     return Ok(None);
                 }
+                self.has_begun = false;
                 let message = std::mem::take(&mut self.message).freeze();
                 if self.is_text && std::str::from_utf8(&message).is_err() {
                     return Err(Violation::Text);
@@ -128,7 +217,10 @@ pub(super) fn answer_to_close(bytes: &[u8]) -> Option<Box<[u8]>> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use super::*;
+    use crate::admission::{Capacity, Reason};
 
     fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
         let mask = [1, 2, 3, 4];
@@ -180,5 +272,47 @@ mod tests {
         assert_eq!(answer_to_close(&frame(0x88, &[3, 0xe9])).as_deref(), Some(&[0x88, 2, 3, 0xe9][..]));
         assert_eq!(answer_to_close(&frame(0x81, b"hi")), None);
         assert_eq!(answer_to_close(b"x"), None);
+    }
+
+    /// A message that has begun has its time for each portion, whatever comes in between, and takes memory. Method: a clock that is moved.
+    #[test]
+    fn half_a_message_is_not_kept_for_ever() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        runtime.expect("a runtime").block_on(async {
+            let (connections, turned_away, full) = (1, 1, Reason::MaxConnections);
+            let memory = Some(3 * PORTION as u64);
+            let capacity = Capacity { connections, turned_away, memory, connection_bytes: 0, full };
+            let admission = Admission::new(capacity, &crate::config::Settings::default().limits);
+            let terms = Terms { patience: Duration::from_secs(30), admission };
+            let inbox = || Inbox::new(Takes::Anything, 1 << 20).on(terms.clone());
+            let says = async |inbox: &mut Inbox, bytes: &[u8], after: u64| {
+                let said = inbox.next(&mut &*bytes).expect("nothing wrong").is_some();
+                let late = async |inbox: &mut Inbox| poll_fn(|cx| Poll::Ready(inbox.poll_late(cx).is_ready())).await;
+                assert!(!late(inbox).await);
+                tokio::time::advance(Duration::from_secs(after)).await;
+                (said, late(inbox).await)
+            };
+            let mut one = inbox();
+            assert_eq!(says(&mut one, &frame(0x01, b""), 29).await, (false, false));
+            assert_eq!(says(&mut one, &frame(0x80, b"x"), 99).await, (true, false));
+            assert_eq!(says(&mut one, &frame(0x01, b"x"), 20).await, (false, false));
+            assert_eq!(says(&mut one, &frame(0x89, b"x"), 11).await, (true, true));
+            // Whoever has come to another portion has its time anew.
+            let mut one = inbox();
+            let portion = vec![0; PORTION];
+            let header = [0x82, 0xff, 0, 0, 0, 0, 0, 8, 0, 0, 1, 2, 3, 4];
+            assert_eq!(says(&mut one, &header, 20).await, (false, false));
+            assert_eq!(says(&mut one, &portion, 20).await, (false, false));
+            assert_eq!(says(&mut one, &portion, 31).await, (false, true));
+            // Two portions are taken.
+            let mut other = inbox();
+            assert_eq!(says(&mut other, &header, 0).await, (false, false));
+            assert_eq!(says(&mut other, &portion, 0).await, (false, false));
+            assert_eq!(other.next(&mut &portion[..]), Err(Violation::Memory));
+            drop(one);
+            assert_eq!(inbox().next(&mut &[&header[..], &portion].concat()[..]), Ok(None));
+            let too_much = [&header[..2], &[0, 0, 0, 0, 0, 17, 0, 0, 1, 2, 3, 4]].concat();
+            assert_eq!(inbox().next(&mut &too_much[..]), Err(Violation::TooMuch));
+        });
     }
 }

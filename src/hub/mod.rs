@@ -22,6 +22,7 @@ use self::{
     line::{Lines, REFUSAL_TIMEOUT},
 };
 use crate::{
+    admission::Admission,
     metrics::{Metrics, Traffic},
     net::Stream,
     pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
@@ -86,6 +87,8 @@ struct Opener {
     sharing: Arc<Sharing>,
     /// What clients may send, and are sent.
     limits: Limits,
+    /// For a client's message that has begun.
+    hold_timeout: Duration,
     /// By worker.
     homes: Arc<[Home]>,
     metrics: Arc<Metrics>,
@@ -109,6 +112,7 @@ impl Hubs {
                 route: Arc::clone(&route),
                 sharing: Arc::clone(&sharing),
                 limits: message_limits,
+                hold_timeout: relay.hold_timeout,
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
             };
@@ -143,6 +147,7 @@ impl Hubs {
         request: Request<()>,
         home: &Home,
         traffic: &Arc<Traffic>,
+        admission: &Admission,
     ) -> Result<Joined, Refusal> {
         let way = self.ways.iter().find(|way| *way.route == *route);
         let Way { pool, lines, sharing, callers, .. } = way.ok_or(Refusal::Closing)?;
@@ -177,7 +182,7 @@ impl Hubs {
                 home.spawn(probe.end(Code::NORMAL));
             }
             let leg = match (present, guest.take()) {
-                (Some((hub, present)), _) => hub.leg(present, home, traffic, lease),
+                (Some((hub, present)), _) => hub.leg(present, home, traffic, admission, lease),
                 // It holds a lease itself as long as anybody asks.
                 (None, Some(guest)) => guest.leg(pool.clone(), traffic),
                 (None, None) => break,

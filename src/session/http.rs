@@ -460,7 +460,7 @@ impl Context {
             self.refuse_for(reason, client);
             (Handshake::Shed, self.refusal(reason), None)
         };
-        match self.hubs.join(&about.route, request, &self.home, &self.traffic).await {
+        match self.hubs.join(&about.route, request, &self.home, &self.traffic, &self.admission).await {
             Ok(Joined { leg, protocol, endpoint }) => {
                 let mut response = Response::new(empty());
                 *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;

@@ -73,6 +73,12 @@ pub enum Violation {
     Binary,
     /// A text that is no UTF-8.
     Text,
+    /// A message that is more than may wait for the backend that clients share.
+    TooMuch,
+    /// A message that has begun, and goes on too slowly or not at all.
+    Late,
+    /// A message that there is no memory for.
+    Memory,
 }
 
 impl std::fmt::Display for Violation {
@@ -102,16 +108,20 @@ impl Violation {
             Self::Uninvited => "no messages are taken here (pool.allow_client_messages)",
             Self::Binary => "only text is understood here",
             Self::Text => "text is not UTF-8",
+            Self::TooMuch => "message over the limit (pool.queue_bytes)",
+            Self::Late => "message not whole in time (websocket.hold_timeout)",
+            Self::Memory => "no memory for the message (limits.memory)",
         }
     }
 
     /// What its sender is told.
     pub const fn code(self) -> Code {
         match self {
-            Self::FrameTooBig | Self::MessageTooBig => Code::TOO_BIG,
+            Self::FrameTooBig | Self::MessageTooBig | Self::TooMuch => Code::TOO_BIG,
             Self::CloseReason | Self::Text => Code::INVALID,
-            Self::ControlFlood | Self::Uninvited => Code::POLICY,
+            Self::ControlFlood | Self::Uninvited | Self::Late => Code::POLICY,
             Self::Binary => Code::UNSUPPORTED,
+            Self::Memory => Code::TRY_AGAIN,
             _ => Code::PROTOCOL,
         }
     }

@@ -3,7 +3,6 @@
 //! To its relay it is the backend's leg. It keeps no message: at most the rest of one that did not fit into a read, and a few answers.
 
 use std::{
-    collections::VecDeque,
     fmt, io,
     sync::Arc,
     task::{Context, Poll, Waker},
@@ -17,7 +16,8 @@ use super::{
     ward::Bed,
 };
 use crate::{
-    hub::inbox::{Inbox, Said, Takes, answer_to_close},
+    admission::Admission,
+    hub::inbox::{Inbox, Said, Takes, Terms, answer_to_close},
     metrics::{Gap, Traffic},
     net::{Fault, Local},
     upstream::SlowClient,
@@ -42,8 +42,10 @@ pub(super) struct Leg {
     /// To be said between two messages.
     answers: Vec<u8>,
     inbox: Option<Box<Inbox>>,
-    /// Messages for the backend that wait for room.
-    outbox: VecDeque<(bool, Bytes)>,
+    /// A message for the backend that waits for room; until then nothing more is heard.
+    outbox: Option<(bool, Bytes)>,
+    /// Who has memory for what is not whole.
+    admission: Admission,
     bed: Option<Bed>,
     /// Whoever found nothing to be read.
     reader: Option<Waker>,
@@ -71,6 +73,7 @@ impl Leg {
         at: u64,
         worker: usize,
         traffic: Arc<Traffic>,
+        admission: Admission,
         lease: Box<dyn fmt::Debug + Send + Sync>,
     ) -> Self {
         let id = present.number();
@@ -84,7 +87,8 @@ impl Leg {
             state: State::Open,
             answers: Vec::new(),
             inbox: None,
-            outbox: VecDeque::new(),
+            outbox: None,
+            admission,
             bed: None,
             reader: None,
             _lease: lease,
@@ -149,17 +153,22 @@ impl Leg {
         }
     }
 
-    /// What its client says, as far as it may.
-    fn hear(&mut self, mut bytes: &[u8]) -> Result<(), Violation> {
+    /// What its client says, as far as it may, up to the next message. Gives how many bytes that was.
+    fn hear(&mut self, bytes: &[u8]) -> Result<usize, Violation> {
         let hub = Arc::clone(self.present.hub());
         let new = || {
             let takes = if hub.inbound.is_some() { Takes::Anything } else { Takes::Nothing };
-            Box::new(Inbox::new(takes, hub.max_message))
+            let terms = Terms { patience: hub.hold_timeout, admission: self.admission.clone() };
+            Box::new(Inbox::new(takes, hub.max_message).on(terms))
         };
         let inbox = self.inbox.get_or_insert_with(new);
-        while let Some(said) = inbox.next(&mut bytes)? {
+        let mut rest = bytes;
+        while self.outbox.is_none()
+            && self.answers.len() <= ANSWERS
+            && let Some(said) = inbox.next(&mut rest)?
+        {
             match said {
-                Said::Message(is_text, payload) => self.outbox.push_back((is_text, payload)),
+                Said::Message(is_text, payload) => self.outbox = Some((is_text, payload)),
                 Said::Answer(answer) => self.answers.extend_from_slice(&answer),
                 Said::Close(answer) => {
                     self.answers.extend_from_slice(&answer);
@@ -168,19 +177,36 @@ impl Leg {
                 }
             }
         }
-        Ok(())
+        Ok(bytes.len() - rest.len())
     }
 
     /// Passes on what it has for the backend; ready when that was all.
     fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
-        while let Some(message) = self.outbox.front() {
+        if let Some(message) = &self.outbox {
             if let Some(inbound) = &self.present.hub().inbound {
                 std::task::ready!(inbound.poll_push(cx, message));
             }
-            self.outbox.pop_front();
+            self.outbox = None;
+            if let Some(inbox) = &mut self.inbox {
+                inbox.release();
+            }
         }
-        self.outbox = VecDeque::new();
         Poll::Ready(())
+    }
+
+    /// Whether what its client has begun to say takes too long.
+    fn look_for_end(&mut self, cx: &mut Context<'_>) -> Result<(), Fault> {
+        match self.inbox.as_mut().map(|inbox| inbox.poll_late(cx)) {
+            Some(Poll::Ready(violation)) => Err(self.refuse(violation)),
+            Some(Poll::Pending) | None => Ok(()),
+        }
+    }
+
+    fn refuse(&mut self, violation: Violation) -> Fault {
+        self.state = State::Faulty;
+        self.outbox = None;
+        self.inbox = None;
+        Fault::Broke(violation)
     }
 }
 
@@ -207,7 +233,7 @@ impl Local for Leg {
             return Poll::Ready(Ok(count));
         }
         // What had found no room. Of a client that has said its Close it comes before the answer.
-        if !self.outbox.is_empty() && self.poll_send(cx).is_pending() && self.state == State::Closing {
+        if self.outbox.is_some() && self.poll_send(cx).is_pending() && self.state == State::Closing {
             return Poll::Pending;
         }
         if self.state == State::Closing {
@@ -222,7 +248,10 @@ impl Local for Leg {
             return Poll::Ready(Ok(take(&mut self.answers, buffer)));
         }
         let polled = match self.state {
-            State::Open => self.poll_ring(cx, buffer),
+            State::Open => {
+                self.look_for_end(cx)?;
+                self.poll_ring(cx, buffer)
+            }
             State::Faulty => Poll::Pending,
             State::Closing | State::Answering | State::Over => {
                 self.state = State::Over;
@@ -253,17 +282,17 @@ impl Local for Leg {
             // Read by the same task, which then writes again.
             return Poll::Pending;
         }
-        if let Err(violation) = self.hear(bytes) {
-            self.state = State::Faulty;
-            self.outbox = VecDeque::new();
-            return Poll::Ready(Err(Fault::Broke(violation).into()));
-        }
+        let heard = match self.hear(bytes) {
+            Ok(heard) => heard,
+            Err(violation) => return Poll::Ready(Err(self.refuse(violation).into())),
+        };
         if !self.answers.is_empty() {
             self.wake_reader();
         }
         // What finds no room waits here, and holds up what its client says next.
         let _ = self.poll_send(cx);
-        Poll::Ready(Ok(bytes.len()))
+        self.look_for_end(cx)?;
+        Poll::Ready(Ok(heard))
     }
 
     fn finish(&mut self) {
@@ -271,12 +300,13 @@ impl Local for Leg {
     }
 
     fn wait(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if !self.outbox.is_empty() {
+        if self.outbox.is_some() {
             let _ = self.poll_send(cx);
         }
         if self.state != State::Open {
             return Ok(());
         }
+        self.look_for_end(cx)?;
         if self.present.hub().sharing.slow_client != SlowClient::Disconnect {
             return Ok(());
         }

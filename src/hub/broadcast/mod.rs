@@ -20,6 +20,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -37,6 +38,7 @@ use self::{
 };
 use super::{Opener, key::Key, line::Fault};
 use crate::{
+    admission::Admission,
     metrics::{Metrics, Traffic},
     net::Local,
     pool::Reports,
@@ -53,6 +55,8 @@ pub(super) struct Hub {
     sharing: Arc<Sharing>,
     /// Of a client's message, in bytes.
     max_message: u64,
+    /// For a client's message that has begun.
+    hold_timeout: Duration,
     /// Of a frame to a client.
     max_frame: u64,
     metrics: Arc<Metrics>,
@@ -80,7 +84,8 @@ impl Hub {
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
             inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
             sharing: Arc::clone(&opener.sharing),
-            max_message: opener.limits.message,
+            max_message: opener.limits.message.min(queue_bytes as u64),
+            hold_timeout: opener.hold_timeout,
             max_frame: opener.limits.frame,
             metrics: Arc::clone(&opener.metrics),
             end: CancellationToken::new(),
@@ -127,13 +132,14 @@ impl Hub {
         present: Present,
         home: &Home,
         traffic: &Arc<Traffic>,
+        admission: &Admission,
         lease: impl fmt::Debug + Send + Sync + 'static,
     ) -> Box<dyn Local> {
         let at = self.ring.behind(self.replayed());
         if self.wards[home.worker].begin() {
             home.spawn(Arc::clone(self).watch(home.worker));
         }
-        Box::new(Leg::new(present, at, home.worker, Arc::clone(traffic), Box::new(lease)))
+        Box::new(Leg::new(present, at, home.worker, Arc::clone(traffic), admission.clone(), Box::new(lease)))
     }
 
     /// Wakes the clients of a worker, on that worker, until it is over.

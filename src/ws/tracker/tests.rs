@@ -458,9 +458,10 @@ fn every_violation_by_its_bytes() {
     let of = |violation| match violation {
         V::Opcode | V::Rsv | V::Unmasked | V::Masked | V::Length | V::Control | V::Fragments | V::Close => 1002,
         V::CloseReason | V::Text => 1007,
-        V::FrameTooBig | V::MessageTooBig => 1009,
-        V::ControlFlood | V::Uninvited => 1008,
+        V::FrameTooBig | V::MessageTooBig | V::TooMuch => 1009,
+        V::ControlFlood | V::Uninvited | V::Late => 1008,
         V::Binary => 1003,
+        V::Memory => 1013,
     };
     let all = [
         V::Opcode,
@@ -478,9 +479,13 @@ fn every_violation_by_its_bytes() {
         V::Uninvited,
         V::Binary,
         V::Text,
+        V::TooMuch,
+        V::Late,
+        V::Memory,
     ];
-    // A matter of time, which the relay counts; and of what a message is, which its reader knows.
-    broken.extend([V::ControlFlood, V::Uninvited, V::Binary, V::Text].map(|violation| format!("{violation:?}")));
+    // A matter of time, which the relay counts; and of what a message is and takes, which its reader knows.
+    let of_readers = [V::ControlFlood, V::Uninvited, V::Binary, V::Text, V::TooMuch, V::Late, V::Memory];
+    broken.extend(of_readers.map(|violation| format!("{violation:?}")));
     assert_eq!(broken, all.iter().map(|violation| format!("{violation:?}")).collect());
     for violation in all {
         assert_eq!(violation.code().get(), of(violation));
