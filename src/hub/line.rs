@@ -123,6 +123,15 @@ pub(super) fn for_all(close: Option<(u16, String)>) -> Option<Bytes> {
     Some(Bytes::copy_from_slice(frame.unwrap_or(ws::CloseFrame::EMPTY).to_frame(None).as_bytes()))
 }
 
+/// As [`for_all`], of a backend that clients say something to: a Close that is about a message is about that of one of them. The others
+/// have nothing to do with it.
+pub(super) fn for_all_who_speak(close: Option<(u16, String)>) -> Option<Bytes> {
+    match close {
+        Some((1002 | 1003 | 1007 | 1008 | 1009, _)) => None,
+        other => for_all(other),
+    }
+}
+
 impl Lines {
     /// To this backend, by these rules.
     pub(super) fn new(upstream: &Upstream, relay: &relay::Config) -> Self {

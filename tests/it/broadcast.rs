@@ -333,6 +333,60 @@ fn a_close_of_the_backend_is_for_all() {
     }
 }
 
+/// Where clients may say something, a Close about a message is about one client's: the others notice nothing but a gap. Method: one of
+/// two says something, and the backend refuses it with each of these codes.
+#[test]
+fn one_clients_message_is_not_the_end_of_others() {
+    for code in [1002, 1003, 1007, 1008, 1009] {
+        let feed = Feed::new();
+        let t = scene(&feed, "idle_timeout = '0s', allow_client_messages = true");
+        let all = Meeting::of(2);
+        t.clients(2, async |c: &mut Peer| {
+            c.handshake("/feed/a").await;
+            if all.join().await {
+                c.send_text("odd").await;
+                feed.heard.until(DEADLINE, |heard| (heard.len() == 1).then_some(())).await.expect("it");
+                feed.say(Word::Close(code, "what?"));
+                feed.has_accepted(2).await;
+                feed.text("on");
+            }
+            assert_eq!(c.read_text().await, "on", "{code}");
+            all.join().await;
+            leave(c).await;
+        });
+        t.connection(1).seen().assert_closed_with(1000);
+        let metrics = t.proxy().metrics();
+        assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 1, "{code}");
+        t.no_rst();
+    }
+}
+
+/// A client's message is bounded by what may wait for the backend: 1009 beyond, at its header, and for that client alone.
+#[test]
+fn a_message_of_a_client_is_bounded() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', allow_client_messages = true, queue_bytes = '64KiB'");
+    let all = Meeting::of(2);
+    t.clients(2, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        all.join().await;
+        if c.index() == 0 {
+            let header = [0x82, 0xff, 0, 0, 0, 0, 0, 1, 0, 1, 1, 2, 3, 4];
+            c.send_bytes(&header).await;
+            assert_eq!(c.read_close().await, 1009);
+            c.answer_close().await;
+            assert_eq!(c.until_end().await.end, End::Fin);
+        } else {
+            let most = "x".repeat(64 << 10);
+            c.send_text(&most).await;
+            let heard = feed.heard.until(DEADLINE, |heard| heard.first().cloned()).await;
+            assert!(heard.expect("it") == most);
+            leave(c).await;
+        }
+    });
+    t.no_rst();
+}
+
 /// What the backend answers in place of a 101 is the answer for all who wait; one that is not there is 502.
 #[test]
 fn a_refusal_is_for_all_who_wait() {

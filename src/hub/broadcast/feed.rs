@@ -16,7 +16,7 @@ use super::{
     super::{
         Opener,
         key::Key,
-        line::{Fault, Heard, Line, Lines, for_all},
+        line::{Fault, Heard, Line, Lines, for_all, for_all_who_speak},
     },
     Hub,
     ring::{End, encode},
@@ -114,6 +114,7 @@ impl Feed {
     /// Passes on what comes, in both directions.
     async fn serve(&self, line: &mut Line) -> Over {
         let hub = &self.hub;
+        let judge = if hub.inbound.is_some() { for_all_who_speak } else { for_all };
         let mut asked = pin!(hub.end.cancelled());
         poll_fn(|cx| {
             if asked.as_mut().poll(cx).is_ready() {
@@ -139,7 +140,7 @@ impl Feed {
                         bytes += frame.len();
                         frames.push(frame);
                     }
-                    Heard::Close(close) => over = Some(for_all(close).map_or(Over::Lost, Over::Close)),
+                    Heard::Close(close) => over = Some(judge(close).map_or(Over::Lost, Over::Close)),
                     Heard::Lost => over = Some(Over::Lost),
                 }
             }
