@@ -650,6 +650,15 @@ impl Relay {
                     if header.opcode.is_control() {
                         // Held until it is whole, so all of it is here.
                         let whole = &bytes[frame_at..end];
+                        if header.opcode == Opcode::Close && forwards && run_at < frame_at {
+                            // A leg within this process may refuse what was said before: then that came first.
+                            self.write(cx, to, &bytes[run_at..frame_at], now);
+                            run_at = frame_at;
+                            if !self.ending.listens(side) {
+                                self.lanes[index].hold(&[], false, now);
+                                return;
+                            }
+                        }
                         match self.control(side, header, &whole[usize::from(header.size)..], whole, now) {
                             Ok(true) => {}
                             Ok(false) => {

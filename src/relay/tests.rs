@@ -295,6 +295,23 @@ fn a_leg_may_refuse_what_its_client_says() {
     }
 }
 
+/// What its client says that it may not comes first, also when a Close is right behind it: that is how the session ended.
+#[test]
+fn what_is_refused_comes_before_a_close() {
+    alone(async {
+        let mut scene = Inside::new();
+        *scene.within.0.refuses.lock().expect("no panic") = Some(Fault::Broke(Violation::Uninvited));
+        scene.client.write_all(&[ASK, CLOSE].concat()).await.expect("an open session");
+        assert_eq!(scene.heard().await, b"");
+        scene.within.says(Ok(vec![0x88, 0]));
+        scene.within.ends();
+        assert_eq!(scene.heard().await, close(1008, Violation::Uninvited.as_str()));
+        let report = scene.relay.await.expect("no panic");
+        assert_eq!(report.cause, Cause::Gone(Side::Client, Gone::Broke(Violation::Uninvited)));
+        assert_eq!((report.initiator, report.code), (Initiator::Tidegate, Some(1008)));
+    });
+}
+
 /// Nobody is asked whether he is there who is a part of this process; the client still is.
 #[test]
 fn no_pings_go_to_a_leg_within_this_process() {
