@@ -34,6 +34,9 @@ use crate::{
 /// After an open that failed, until the next one.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
+/// For each key that may be in use, so many whose opens have just failed.
+const REMEMBERED: usize = 8;
+
 /// More than there are clients: all who are alike share one.
 const EVERYBODY: usize = 1 << 30;
 
@@ -160,7 +163,9 @@ impl Hubs {
         };
         // One that ends in this very moment is no answer to anybody.
         for _ in 0..2 {
-            if !pool.knows(&key) && pool.keys() >= sharing.max_keys {
+            // A refusal that is remembered is no WebSocket; but it, too, takes memory.
+            let most_known = sharing.max_keys.saturating_mul(REMEMBERED);
+            if !pool.is_busy(&key) && (pool.busy() >= sharing.max_keys || pool.keys() >= most_known) {
                 return Err(Refusal::Keys);
             }
             let lease = pool.acquire(&key).await.map_err(refusal)?;
@@ -234,6 +239,7 @@ fn limits(config: &Config) -> pool::Config {
             max_connections: 1,
             max_waiters: *max_waiting,
             idle_timeout: pool.idle_timeout,
+            keeps_unasked: false,
             backoff: BACKOFF.0,
             max_backoff: BACKOFF.1,
         },

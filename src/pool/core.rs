@@ -25,6 +25,8 @@ pub struct Limits {
     pub max_waiters: usize,
     /// For how long a connection without a reference is kept; zero: not at all.
     pub idle_timeout: Duration,
+    /// Also one that nobody waits for any more when it is open.
+    pub keeps_unasked: bool,
     /// After a failed open nothing is opened for at most this long, and at least half of it; after each further one for
     /// twice as long.
     pub backoff: Duration,
@@ -290,6 +292,11 @@ impl<E: Clone> Entry<E> {
         self.slots.is_empty() && self.waiters.is_empty() && self.failure.is_none()
     }
 
+    /// It has a connection, or somebody wants one: not only a failure that is remembered.
+    pub fn is_busy(&self) -> bool {
+        !self.slots.is_empty() || !self.waiters.is_empty()
+    }
+
     /// Connections, oldest first.
     pub fn slots(&self) -> impl Iterator<Item = (Id, &Slot)> {
         self.slots.iter().map(|(id, slot)| (*id, slot))
@@ -414,6 +421,7 @@ impl<E: Clone> Entry<E> {
             actions.push(Action::Grant { waiter, slot: id, how });
         }
         let keeps = !env.closing && !env.limits.idle_timeout.is_zero();
+        let keeps_new = keeps && (how != How::Open || env.limits.keeps_unasked);
         let opening = self.opening;
         self.slots.retain(|id, slot| {
             if slot.refs > 0 || opening == Some(*id) {
@@ -421,7 +429,7 @@ impl<E: Clone> Entry<E> {
             }
             match slot.state {
                 State::Idle { .. } if keeps => true,
-                State::Open if keeps => {
+                State::Open if keeps_new => {
                     let (generation, until) = (env.ids.next(), env.now + env.limits.idle_timeout);
                     slot.state = State::Idle { generation, until };
                     actions.push(Action::ArmTimer { timer: Timer::Idle { slot: *id }, generation, at: until });

@@ -53,6 +53,7 @@ fn pool(fails: bool) -> (TestPool, Arc<Backend>) {
         max_connections: 2,
         max_waiters: 9,
         idle_timeout: Duration::from_secs(1),
+        keeps_unasked: true,
         backoff: Duration::from_hours(1),
         max_backoff: Duration::from_hours(1),
     };

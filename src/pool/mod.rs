@@ -216,6 +216,16 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         self.shared.keys()
     }
 
+    /// There is a connection of the key, or somebody wants one.
+    pub fn is_busy(&self, key: &K) -> bool {
+        self.shared.look(key, core::Entry::is_busy)
+    }
+
+    /// Keys of which that is true.
+    pub fn busy(&self) -> usize {
+        self.shared.busy()
+    }
+
     /// A connection is being opened.
     pub fn is_opening(&self, key: &K) -> bool {
         self.shared.look(key, core::Entry::is_opening)

@@ -46,6 +46,8 @@ pub(super) struct Shared<K: Key, C: Connector<K>> {
     pub(super) stats: Arc<Stats>,
     /// Keys of which anything is remembered, or is still to be carried out.
     keys: AtomicUsize,
+    /// Of these, those with more than a failure.
+    busy: AtomicUsize,
     /// Every shard has been told.
     closing: AtomicBool,
     /// It was closed, and nothing is left; or nobody has it any more.
@@ -135,6 +137,7 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
             timers: Arc::new(Timers::new()),
             stats,
             keys: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
             closed: CancellationToken::new(),
         })
@@ -152,6 +155,10 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
 
     pub(super) fn keys(&self) -> usize {
         self.keys.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn busy(&self) -> usize {
+        self.busy.load(Ordering::Relaxed)
     }
 
     pub(super) fn look(&self, key: &K, at: impl Fn(&Entry<Arc<C::Error>>) -> bool) -> bool {
@@ -189,13 +196,18 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
                 cells.insert(key.clone(), Cell::default());
             }
             let cell = cells.get_mut(key).expect("it was just put there");
-            let before = cell.census();
+            let (before, was_busy) = (cell.census(), cell.entry.is_busy());
             let event = event(cell, ids, config);
             let mut actions = Vec::new();
             let mut env = Env { now, jitter, limits: &config.limits, closing: *closing, ids };
             cell.entry.step(event, &mut env, &mut actions);
             let effects = self.effects(cell, actions, config);
-            let after = cell.census();
+            let (after, is_busy) = (cell.census(), cell.entry.is_busy());
+            match (was_busy, is_busy) {
+                (false, true) => _ = self.busy.fetch_add(1, Ordering::Relaxed),
+                (true, false) => _ = self.busy.fetch_sub(1, Ordering::Relaxed),
+                _ => {}
+            }
             if after.keys == 0 {
                 cells.remove(key);
             }

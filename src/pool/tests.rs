@@ -84,6 +84,7 @@ fn config() -> Config {
             max_connections: 2,
             max_waiters: 20_000,
             idle_timeout: IDLE,
+            keeps_unasked: true,
             backoff: BACKOFF,
             max_backoff: 8 * BACKOFF,
         },

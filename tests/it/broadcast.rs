@@ -638,6 +638,69 @@ fn keys_are_bounded() {
     t.no_rst();
 }
 
+/// A refusal that is remembered is no WebSocket: others who are refused get their answer too, and who is let in is let in.
+#[test]
+fn refusals_take_no_key() {
+    let feed = Feed::new();
+    let script = feed.script();
+    let t = Scene::new(&settings("idle_timeout = '0s', max_keys = 2, key_headers = ['X-Bad']", ""))
+        .backend({
+            let feed = feed.clone();
+            async move |c: &mut Peer| {
+                if c.index() < 6 {
+                    c.read_head().await;
+                    feed.heads.change(|heads| heads.push(Message::line("GET / HTTP/1.1")));
+                    c.reply(Message::status(401, "Unauthorized", "")).await;
+                } else {
+                    script(c).await;
+                }
+            }
+        })
+        .start();
+    for index in 0..6 {
+        t.client(async |c| {
+            let request = Message::websocket("/feed/a").header("X-Bad", &index.to_string());
+            assert_eq!(c.request(request).await.code(), 401);
+        });
+    }
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        leave(c).await;
+    });
+    t.no_rst();
+}
+
+/// What is open when nobody waits for it any more is closed at once, however long others are kept. Method: the only client leaves
+/// before the backend answers.
+#[test]
+fn what_nobody_waits_for_is_closed() {
+    let feed = Feed::new();
+    let left = Gate::new("the client has left");
+    let t = Scene::new(&settings("idle_timeout = '1h'", ""))
+        .backend({
+            let (feed, left) = (feed.clone(), left.clone());
+            async move |c: &mut Peer| {
+                let request = c.read_head().await;
+                feed.heads.change(|heads| heads.push(request.clone()));
+                left.passed().await;
+                c.reply(Message::switching(&request)).await;
+                c.next_frame(LIMIT).await.expect("its Close");
+                c.answer_close().await;
+            }
+        })
+        .start();
+    t.client(async |c| {
+        c.send_bytes(&Message::websocket("/feed/a").bytes()).await;
+        feed.has_accepted(1).await;
+        c.rst();
+    });
+    t.proxy().metrics_when("nobody waits", |metrics| metrics.count("tidegate_pool_waiters") == 0);
+    left.open();
+    t.connection(0).seen().assert_closed_with(1000);
+    let metrics = t.proxy().metrics_when("nothing is left", |metrics| metrics.count("tidegate_pool_keys") == 0);
+    assert_eq!(metrics.count("tidegate_pool_invariant_violations_total"), 0);
+}
+
 /// Messages may be larger than frames may be: what comes in fragments goes on in fragments, in both directions, each within the limit.
 #[test]
 fn messages_may_be_larger_than_frames() {

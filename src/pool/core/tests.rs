@@ -360,6 +360,7 @@ fn whatever_happens_the_rules_hold() {
                 max_connections,
                 max_waiters,
                 idle_timeout: if keeps { IDLE } else { Duration::ZERO },
+                keeps_unasked: true,
                 backoff: BACKOFF,
                 max_backoff: 5 * BACKOFF,
             });
@@ -372,4 +373,35 @@ fn whatever_happens_the_rules_hold() {
         })
         .unwrap();
     assert!(steps.get() >= 1_000_000, "{} steps", steps.get());
+}
+
+/// What is open when nobody waits for it any more is kept idle, or closed at once, as it is wanted.
+#[test]
+fn what_nobody_waits_for_is_kept_or_closed() {
+    for keeps_unasked in [true, false] {
+        let limits = Limits {
+            max_connections: 1,
+            max_waiters: 9,
+            idle_timeout: IDLE,
+            keeps_unasked,
+            backoff: BACKOFF,
+            max_backoff: BACKOFF,
+        };
+        let (mut entry, mut ids, now) = (Entry::<u32>::default(), Ids::new(1, 1), Instant::now());
+        let mut step = |event| {
+            let mut actions = Vec::new();
+            entry.step(
+                event,
+                &mut Env { now, jitter: 0.0, limits: &limits, closing: false, ids: &mut ids },
+                &mut actions,
+            );
+            (actions, entry.is_empty(), entry.is_busy())
+        };
+        let (actions, ..) = step(Event::Acquire { waiter: 100 });
+        let [Action::StartOpen { slot }] = actions[..] else { panic!("{actions:?}") };
+        assert_eq!(step(Event::Cancel { waiter: 100 }), (vec![], false, true));
+        let (actions, is_empty, is_busy) = step(Event::Opened { slot, capacity: 9 });
+        assert_eq!((is_empty, is_busy), (!keeps_unasked, keeps_unasked));
+        assert_eq!(actions.contains(&Action::Close { slot, cause: Cause::Idle }), !keeps_unasked, "{actions:?}");
+    }
 }

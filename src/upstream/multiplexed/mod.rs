@@ -431,6 +431,7 @@ impl Multiplexed {
                 max_connections: config.max_connections,
                 max_waiters: *max_waiting,
                 idle_timeout: config.idle_timeout,
+                keeps_unasked: true,
                 backoff: BACKOFF.0,
                 max_backoff: BACKOFF.1,
             },
