@@ -12,8 +12,8 @@ use std::{
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Version,
     header::{
-        AUTHORIZATION, CONNECTION, COOKIE, HOST, ORIGIN, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
-        SEC_WEBSOCKET_VERSION, UPGRADE,
+        ACCEPT, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, CACHE_CONTROL, CONNECTION, COOKIE, HOST, ORIGIN, PRAGMA,
+        SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
     },
 };
 use ring::hmac;
@@ -22,7 +22,7 @@ use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use crate::{fields::tokens, upstream::Sharing};
 
 /// Fields that say who somebody is, what he may do, or where he has come in, beside those that browsers send.
-const NAMES: [&str; 52] = [
+const NAMES: [&str; 55] = [
     "x-forwarded-client-cert",
     "x-forwarded-proto",
     "x-forwarded-host",
@@ -37,8 +37,9 @@ const NAMES: [&str; 52] = [
     "proxy-authorization",
     "client-cert",
     "client-cert-chain",
-    "x-client-cert",
     "x-client-dn",
+    "x-client-verify",
+    "x-arr-clientcert",
     "x-client-id",
     "x-device-id",
     "remote-user",
@@ -51,6 +52,7 @@ const NAMES: [&str; 52] = [
     "x-api-token",
     "x-apikey",
     "x-auth",
+    "x-authorization",
     "x-access-token",
     "x-id-token",
     "x-token",
@@ -71,6 +73,7 @@ const NAMES: [&str; 52] = [
     "x-jwt-assertion",
     "x-jwt-payload",
     "x-endpoint-api-userinfo",
+    "x-apigateway-api-userinfo",
     "x-amz-security-token",
     "x-csrf-token",
     "x-xsrf-token",
@@ -80,7 +83,7 @@ const NAMES: [&str; 52] = [
 /// What such fields begin with: of oauth2-proxy, Authelia, authentik, Ory, Okta, Pomerium, Vouch, Kong, Hasura, Teleport, Google, AWS, Azure,
 /// Cloudflare, Grafana, Shibboleth, `mod_auth_openidc` and `mod_auth_mellon`, `SiteMinder`, `WebSEAL`, Kubernetes, nginx and Apache; and what applications
 /// call them.
-const PREFIXES: [&str; 42] = [
+const PREFIXES: [&str; 47] = [
     "x-auth-",
     "x-authenticated-",
     "x-authentik-",
@@ -113,6 +116,11 @@ const PREFIXES: [&str; 42] = [
     "x-ssl-",
     "ssl-client-",
     "x-tls-client-",
+    "x-client-cert",
+    "x-forwarded-tls-client-cert",
+    "x-forwarded-role",
+    "x-jwt-claim",
+    "x-oidc-",
     "x-user",
     "x-account",
     "x-customer",
@@ -123,6 +131,27 @@ const PREFIXES: [&str; 42] = [
     "x-session",
     "x-permission",
     "x-impersonate-",
+];
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What no backend judges anybody by: of one connection or of one request, or made anew for the backend.
+const HARMLESS: [HeaderName; 15] = [
+    HOST,
+    CONNECTION,
+    UPGRADE,
+    SEC_WEBSOCKET_KEY,
+    SEC_WEBSOCKET_VERSION,
+    SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_EXTENSIONS,
+    ACCEPT,
+    ACCEPT_ENCODING,
+    ACCEPT_LANGUAGE,
+    CACHE_CONTROL,
+    PRAGMA,
+    REQUEST_ID,
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
 ];
 
 /// The secret of this process: what it makes of a handshake can't be made of guesses elsewhere.
@@ -137,7 +166,7 @@ struct Inner {
     hash: [u8; 32],
     /// The handshake, but for what is of one connection.
     request: Request<()>,
-    /// It says all that the client's said of who that is.
+    /// It says all that the client's said, but for what is harmless.
     is_whole: bool,
 }
 
@@ -146,9 +175,10 @@ impl Key {
     pub(super) fn new(route: &str, request: &Request<()>, sharing: &Sharing) -> Self {
         let from = request.headers();
         let (mut names, mut is_whole) = (Vec::new(), true);
-        for name in from.keys().filter(|name| tells_apart(name) || sharing.key_headers.contains(name)) {
-            if sharing.ignore_headers.contains(name) {
-                is_whole = false;
+        for name in from.keys() {
+            let is_wanted = tells_apart(name) || sharing.key_headers.contains(name);
+            if !is_wanted || sharing.ignore_headers.contains(name) {
+                is_whole &= HARMLESS.contains(name);
             } else {
                 // In the order of their names, whatever that of the client: there are a few.
                 let at = names.iter().position(|known: &&HeaderName| known.as_str() > name.as_str());
@@ -207,7 +237,7 @@ impl Key {
         request
     }
 
-    /// What [`Key::request`] says of who somebody is, is all that the client says.
+    /// What [`Key::request`] says is all that a backend may judge the client by.
     pub(super) fn is_whole(&self) -> bool {
         self.0.is_whole
     }
@@ -218,8 +248,6 @@ impl Key {
         u32::from_be_bytes([a, b, c, d]) as usize % count.max(1)
     }
 }
-
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 fn tells_apart(name: &HeaderName) -> bool {
     if [AUTHORIZATION, COOKIE, ORIGIN].contains(name) {
@@ -300,6 +328,11 @@ mod tests {
             "Cf-Access-Jwt-Assertion",
             "X-MS-CLIENT-PRINCIPAL-NAME",
             "X-Api-Key",
+            "X-Forwarded-Tls-Client-Cert-Info",
+            "X-Forwarded-Roles",
+            "X-Jwt-Claim-Sub",
+            "X-Client-Cert-Dn",
+            "X-Oidc-Email",
             "X-Tenant-Id",
             "Ssl-Client-S-Dn",
             "X-SSL-Client-Cert",
@@ -310,6 +343,7 @@ mod tests {
             let (a, b) = (key(&[(name, "a")]), key(&[(name, "b")]));
             assert!(a != b && a != plain, "{name}");
             assert_eq!(a, key(&[(name, "a")]), "{name}");
+            assert!(a.is_whole(), "{name}");
             assert_eq!(a.request().headers()[name], "a", "{name}");
         }
         let beside_it = [
@@ -372,6 +406,17 @@ mod tests {
         assert_eq!(request.headers()["x-region"], "eu");
         assert!(!request.headers().contains_key(COOKIE));
         assert!(!of("eu", "a").is_whole() && key(&[("Cookie", "a")]).is_whole());
+    }
+
+    /// Whatever a backend may judge a client by, and is not in the key, is missed there.
+    #[test]
+    fn what_is_left_out_is_missed() {
+        for name in ["X-Forwarded-For", "X-Real-IP", "User-Agent", "X-Something", "Sec-Fetch-Site"] {
+            assert!(!key(&[(name, "a"), ("Cookie", "a")]).is_whole(), "{name}");
+        }
+        for name in ["X-Request-Id", "traceparent", "Accept-Language", "Sec-WebSocket-Extensions", "Sec-WebSocket-Key"] {
+            assert!(key(&[(name, "a"), ("Cookie", "a")]).is_whole(), "{name}");
+        }
     }
 
     /// What is shown of a key has nothing of what is in it, and is the same for the same.
