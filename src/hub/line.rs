@@ -22,7 +22,7 @@ use http::{
 use http_body_util::{BodyExt as _, Limited};
 use tokio::{
     io::{DuplexStream, duplex},
-    sync::oneshot,
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::timeout,
 };
 use tokio_tungstenite::{
@@ -64,9 +64,14 @@ const FOR_ALL: [HeaderName; 9] = [
 /// Until all of them are here.
 pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Of a route, opens that nobody waits for any more, and those that only show a handshake.
+const EXTRA: usize = 256;
+
 /// The way there.
 #[derive(Clone)]
 pub(super) struct Lines {
+    /// Places for what is no client's WebSocket.
+    extra: Arc<Semaphore>,
     upstream: Upstream,
     relay: Arc<relay::Config>,
     socket: WebSocketConfig,
@@ -156,19 +161,42 @@ impl Lines {
             .max_write_buffer_size(limit.saturating_add(PIPE))
             .max_message_size(Some(limit))
             .max_frame_size(Some(limit));
-        Self { upstream: upstream.clone(), relay: Arc::new(relay), socket }
+        Self { extra: Arc::new(Semaphore::new(EXTRA)), upstream: upstream.clone(), relay: Arc::new(relay), socket }
     }
 
     /// Opens one on a worker. What is under way when this is dropped is ended in order.
     pub(super) async fn open(&self, request: Request<()>, home: &Home) -> Result<Line, Fault> {
+        self.open_at(request, home, None).await
+    }
+
+    /// Shows the backend a handshake, and ends what comes of it. `None`: there are as many as may be.
+    pub(super) async fn show(&self, request: Request<()>, home: &Home) -> Option<Result<(), Fault>> {
+        let place = Arc::clone(&self.extra).try_acquire_owned().ok()?;
+        let opened = self.open_at(request, home, Some(place)).await;
+        Some(opened.map(|line| home.spawn(line.end(Code::NORMAL))))
+    }
+
+    /// Until it has ended it has this place, if it needs one.
+    async fn open_at(
+        &self,
+        request: Request<()>,
+        home: &Home,
+        place: Option<OwnedSemaphorePermit>,
+    ) -> Result<Line, Fault> {
         let (done, opened) = oneshot::channel();
-        home.spawn(self.clone().dial(request, home.clone(), done));
+        home.spawn(self.clone().dial(request, home.clone(), done, place));
         // It is dropped unanswered only when the process ends.
         opened.await.unwrap_or(Err(Fault::Upstream(Error::Timeout("the process ends"))))
     }
 
     /// The handshake, and then the relay until its end.
-    async fn dial(self, request: Request<()>, home: Home, mut done: oneshot::Sender<Result<Line, Fault>>) {
+    async fn dial(
+        self,
+        request: Request<()>,
+        home: Home,
+        mut done: oneshot::Sender<Result<Line, Fault>>,
+        mut place: Option<OwnedSemaphorePermit>,
+    ) {
         let mut exchange = self.upstream.websocket(request, &home);
         let answer = tokio::select! {
             biased;
@@ -178,8 +206,9 @@ impl Lines {
                     return;
                 }
                 exchange.end_turn();
-                // A 101 obliges us to a Close; for anything less nobody waits.
-                if !exchange.is_connected() {
+                place = place.or_else(|| Arc::clone(&self.extra).try_acquire_owned().ok());
+                // A 101 obliges us to a Close; for anything less nobody waits, nor where there are too many already.
+                if !exchange.is_connected() || place.is_none() {
                     exchange.give_up();
                 }
                 exchange.await
@@ -211,7 +240,7 @@ impl Lines {
         let client = Leg { stream: Some(Stream::Local(Box::new(theirs))), early: Bytes::new() };
         let backend = Leg { stream: Some(stream), early };
         relayed(self.relay, &home, client, backend).await;
-        drop(load);
+        drop((load, place));
     }
 }
 

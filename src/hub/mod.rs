@@ -28,7 +28,7 @@ use crate::{
     pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
     relay,
     upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
-    ws::{Code, Limits},
+    ws::Limits,
 };
 
 /// After an open that failed, until the next one.
@@ -183,8 +183,7 @@ impl Hubs {
             if sharing.authorize == Authorize::Always && !is_shown {
                 let mut own = request.clone();
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
-                let probe = lines.open(own, home).await.map_err(Refusal::Backend)?;
-                home.spawn(probe.end(Code::NORMAL));
+                lines.show(own, home).await.ok_or(Refusal::Busy)?.map_err(Refusal::Backend)?;
             }
             let leg = match (present, guest.take()) {
                 (Some((hub, present)), _) => hub.leg(present, home, traffic, admission, lease),
