@@ -12,8 +12,8 @@ use std::{
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Version,
     header::{
-        ACCEPT, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, CACHE_CONTROL, CONNECTION, COOKIE, HOST, ORIGIN, PRAGMA,
-        SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+        ACCEPT, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, CACHE_CONTROL, CONNECTION, COOKIE, HOST, ORIGIN,
+        PRAGMA, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
     },
 };
 use ring::hmac;
@@ -414,7 +414,8 @@ mod tests {
         for name in ["X-Forwarded-For", "X-Real-IP", "User-Agent", "X-Something", "Sec-Fetch-Site"] {
             assert!(!key(&[(name, "a"), ("Cookie", "a")]).is_whole(), "{name}");
         }
-        for name in ["X-Request-Id", "traceparent", "Accept-Language", "Sec-WebSocket-Extensions", "Sec-WebSocket-Key"] {
+        for name in ["X-Request-Id", "traceparent", "Accept-Language", "Sec-WebSocket-Extensions", "Sec-WebSocket-Key"]
+        {
             assert!(key(&[(name, "a"), ("Cookie", "a")]).is_whole(), "{name}");
         }
     }

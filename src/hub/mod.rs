@@ -9,6 +9,7 @@ mod inbox;
 mod key;
 mod line;
 pub mod rpc;
+mod turnstile;
 
 use std::{fmt, sync::Arc, time::Duration};
 

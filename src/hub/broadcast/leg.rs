@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     admission::Admission,
-    hub::inbox::{Inbox, Said, Takes, Terms, answer_to_close},
+    hub::{
+        inbox::{Inbox, Said, Takes, Terms, answer_to_close},
+        turnstile::Ticket,
+    },
     metrics::{Gap, Traffic},
     net::{Fault, Local},
     upstream::SlowClient,
@@ -44,6 +47,8 @@ pub(super) struct Leg {
     inbox: Option<Box<Inbox>>,
     /// A message for the backend that waits for room; until then nothing more is heard.
     outbox: Option<(bool, Bytes)>,
+    /// Its place there.
+    ticket: Ticket,
     /// Who has memory for what is not whole.
     admission: Admission,
     bed: Option<Bed>,
@@ -88,6 +93,7 @@ impl Leg {
             answers: Vec::new(),
             inbox: None,
             outbox: None,
+            ticket: Ticket::default(),
             admission,
             bed: None,
             reader: None,
@@ -184,7 +190,7 @@ impl Leg {
     fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
         if let Some(message) = &self.outbox {
             if let Some(inbound) = &self.present.hub().inbound {
-                std::task::ready!(inbound.poll_push(cx, message));
+                std::task::ready!(inbound.poll_push(cx, &mut self.ticket, message));
             }
             self.outbox = None;
             if let Some(inbox) = &mut self.inbox {
@@ -202,9 +208,16 @@ impl Leg {
         }
     }
 
+    fn take_back(&mut self) {
+        self.outbox = None;
+        if let Some(inbound) = &self.present.hub().inbound {
+            inbound.leave(&mut self.ticket);
+        }
+    }
+
     fn refuse(&mut self, violation: Violation) -> Fault {
         self.state = State::Faulty;
-        self.outbox = None;
+        self.take_back();
         self.inbox = None;
         Fault::Broke(violation)
     }
@@ -321,6 +334,7 @@ impl Local for Leg {
 
 impl Drop for Leg {
     fn drop(&mut self) {
+        self.take_back();
         if let Some(bed) = self.bed {
             self.present.hub().wards[self.worker].leave(self.id, bed);
         }
