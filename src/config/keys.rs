@@ -64,7 +64,7 @@ pub(super) const BACKEND: &str = "upstream";
 /// What its keys begin with that are those of `[pool]`.
 pub(super) const POOL: &str = "pool.";
 /// How many it may have in place of what is for all.
-pub(super) const OVERRIDES: usize = 31;
+pub(super) const OVERRIDES: usize = 32;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -84,6 +84,8 @@ pub(super) enum Slot<'a> {
     HeaderNames(&'a mut Vec<HeaderName>),
     /// Each the names of three methods.
     Subscriptions(&'a mut Vec<Subscription>),
+    /// Names of methods, or how they begin, with a `*` behind it.
+    Methods(&'a mut Vec<String>),
     /// A whole number.
     Count(Number<'a>, RangeInclusive<u64>),
     /// Bytes. An optional number also takes 0, which means none.
@@ -224,6 +226,7 @@ pub(super) const MAX_BACKENDS: usize = 64;
 pub(super) const MAX_FILES: usize = 64;
 pub(super) const MAX_HEADER_NAMES: usize = 64;
 pub(super) const MAX_SUBSCRIPTIONS: usize = 16;
+pub(super) const MAX_METHODS: usize = 64;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
 
@@ -296,6 +299,7 @@ impl Settings {
                             unsubscribe: "eth_unsubscribe".to_owned(),
                             notification: "eth_subscription".to_owned(),
                         }],
+                        notifications: Vec::new(),
                     },
                 },
                 rules: Rules::default(),
@@ -507,7 +511,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 }
 
 /// `[pool]`, and what a route has of its own.
-fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 27] {
+fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 28] {
     let Pool {
         mode,
         prewarm,
@@ -539,6 +543,7 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 27] {
         max_requests,
         max_subscriptions,
         subscriptions,
+        notifications,
     } = sharing;
     let time = |to, range| Slot::Time(Time::Always(to), range, MS);
     let count = |to, range| Slot::Count(Number::Usize(to), range);
@@ -570,6 +575,7 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 27] {
         ("pool.max_requests", count(max_requests, 1..=65_536)),
         ("pool.max_subscriptions", count(max_subscriptions, 1..=65_536)),
         ("pool.subscriptions", Slot::Subscriptions(subscriptions)),
+        ("pool.notifications", Slot::Methods(notifications)),
     ]
 }
 
@@ -670,6 +676,9 @@ impl Slot<'_> {
             Slot::Subscriptions(to) => {
                 let example = r#"["eth_subscribe eth_unsubscribe eth_subscription"]"#;
                 **to = items(value, "subscriptions", example, MAX_SUBSCRIPTIONS, parse_subscription)?;
+            }
+            Slot::Methods(to) => {
+                **to = items(value, "methods", r#"["news", "chain_*"]"#, MAX_METHODS, parse_method)?;
             }
             Slot::Count(to, range) => {
                 let fix = format!("use a number from {} to {}", range.start(), range.end());
@@ -900,6 +909,7 @@ impl Slot<'_> {
             Slot::Word(from) => Plain::Text(from.word().to_owned()),
             Slot::HeaderNames(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
             Slot::Subscriptions(from) => Plain::List(from.iter().map(ToString::to_string).collect()),
+            Slot::Methods(from) => Plain::List((*from).clone()),
             Slot::Count(from, _) => Plain::Integer(from.get()),
             Slot::Size(from, _) => Plain::Text(format_size(from.get())),
             Slot::Time(Time::Always(from), ..) => Plain::Text(format_duration(**from)),
@@ -1010,6 +1020,18 @@ fn parse_subscription(text: &str) -> Result<Subscription, Refusal> {
     }
     let [subscribe, unsubscribe, notification] = [subscribe, unsubscribe, notification].map(str::to_owned);
     Ok(Subscription { subscribe, unsubscribe, notification })
+}
+
+fn parse_method(text: &str) -> Result<String, Refusal> {
+    let name = text.strip_suffix('*').unwrap_or(text);
+    let is_whole = name.chars().all(|letter| letter != '*' && !letter.is_whitespace() && !letter.is_control());
+    if text.is_empty() || !is_whole {
+        return refuse(
+            format!("contains an item that is no method: {text:?}"),
+            "write its name, or how it begins and a * behind it: \"news\", \"chain_*\"",
+        );
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_origin(text: &str) -> Result<Origin, Refusal> {

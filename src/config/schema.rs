@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 use super::{
     LogFormat, Route, SHIPPED, Settings,
     keys::{
-        self, Key, MAX_ADDRESSES, MAX_BACKENDS, MAX_FILES, MAX_HEADER_NAMES, MAX_NETWORKS, MAX_ORIGINS, MAX_ROUTES,
-        MAX_SUBSCRIPTIONS, Number, PATH, PATH_BYTES, POOL, ROUTE, Slot, Time,
+        self, Key, MAX_ADDRESSES, MAX_BACKENDS, MAX_FILES, MAX_HEADER_NAMES, MAX_METHODS, MAX_NETWORKS, MAX_ORIGINS,
+        MAX_ROUTES, MAX_SUBSCRIPTIONS, Number, PATH, PATH_BYTES, POOL, ROUTE, Slot, Time,
     },
     units::{format_duration, format_size},
 };
@@ -31,6 +31,7 @@ const ORIGIN_SPELLING: &str = "^(null|[a-z][a-z0-9+.-]*://[^/]+)$";
 const PACE: &str = "^(off|[0-9]+/[smh])$";
 const HEADER_NAME: &str = "^[!#$%&'*+.^_`|~0-9A-Za-z-]+$";
 const SUBSCRIPTION: &str = r"^\s*\S+\s+\S+\s+\S+\s*$";
+const METHOD: &str = r"^(\*|[^\s*]+\*?)$";
 const ROUTE_PATH: &str = "^/[^?#]*$";
 
 /// The schema of a whole file.
@@ -94,6 +95,7 @@ fn property(slot: &Slot<'_>, explained: &str, is_live: bool) -> Value {
         Slot::Word(word) => one_of(&word.words()),
         Slot::HeaderNames(_) => list(HEADER_NAME, MAX_HEADER_NAMES),
         Slot::Subscriptions(_) => list(SUBSCRIPTION, MAX_SUBSCRIPTIONS),
+        Slot::Methods(_) => list(METHOD, MAX_METHODS),
         Slot::Count(_, range) => json!({"type": "integer", "minimum": range.start(), "maximum": range.end()}),
         Slot::Size(number, range) => {
             let is_optional = matches!(number, Number::OptionU32(_) | Number::OptionUsize(_));
@@ -177,7 +179,7 @@ mod tests {
         for key in [PATH, BACKEND, "allow", "deny", "max_sessions"] {
             assert!(route[key]["description"].as_str().unwrap().len() > 12, "{key}: {}", route[key]);
         }
-        assert_eq!(route["pool"]["properties"].as_object().unwrap().len(), 27);
+        assert_eq!(route["pool"]["properties"].as_object().unwrap().len(), 28);
         let property = |section: &str, key: &str| schema["properties"][section]["properties"][key].clone();
         assert_eq!(
             property("websocket", "idle_timeout")["description"].as_str().unwrap().split(" [").nth(1),

@@ -124,7 +124,8 @@ impl Value {
             keys::Slot::Networks(_)
             | keys::Slot::Addresses(_)
             | keys::Slot::HeaderNames(_)
-            | keys::Slot::Subscriptions(_) => matches!(value, Self::List(_)),
+            | keys::Slot::Subscriptions(_)
+            | keys::Slot::Methods(_) => matches!(value, Self::List(_)),
             keys::Slot::Switch(_) => matches!(value, Self::Switch(_)),
             keys::Slot::Backends(_) | keys::Slot::Files(_) => matches!(value, Self::Text(_) | Self::List(_)),
             _ => matches!(value, Self::Text(_)),
@@ -139,6 +140,7 @@ impl Value {
                 | keys::Slot::Addresses(_)
                 | keys::Slot::HeaderNames(_)
                 | keys::Slot::Subscriptions(_)
+                | keys::Slot::Methods(_)
         ) {
             return Self::Text(text);
         }

@@ -72,6 +72,8 @@ pub struct Sharing {
     pub max_subscriptions: usize,
     /// How one subscribes (rpc).
     pub subscriptions: Vec<Subscription>,
+    /// Methods of notifications that are for all clients; a `*` at the end stands for any rest (rpc).
+    pub notifications: Vec<String>,
 }
 
 /// What clients share of a WebSocket.

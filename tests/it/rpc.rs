@@ -152,7 +152,9 @@ async fn send(c: &mut Peer, answers: &mut Vec<String>) {
 
 fn settings(pool: &str, others: &str) -> String {
     let drain = "drain.delay = '0s'\ndrain.window = '100ms'";
-    format!("{drain}\n{others}\nroute = [{{ path = '/rpc', pool = {{ mode = 'shared', shared = 'rpc', {pool} }} }}]\n")
+    format!(
+        "{drain}\n{others}\nroute = [{{ path = '/rpc', pool = {{ mode = 'shared', shared = 'rpc', notifications = ['all'], {pool} }} }}]\n"
+    )
 }
 
 fn scene(asked: &Asked, pool: &str) -> Scene {

@@ -97,8 +97,10 @@ pub struct Counts {
     pub without_id: u64,
     /// What the backend asked its client.
     pub backend_requests: u64,
-    /// Notifications of subscriptions that nobody has, or of a kind that is not configured.
+    /// Notifications of subscriptions that nobody has.
     pub unheard: u64,
+    /// Notifications by methods that are of no subscription, nor for all.
+    pub unlisted: u64,
 }
 
 /// All about one hub.

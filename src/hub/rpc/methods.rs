@@ -85,22 +85,33 @@ pub struct Names {
     pub notification: Box<str>,
 }
 
-/// All triples of a route.
+/// Those of a route.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Methods(Vec<Triple>);
+pub struct Methods {
+    triples: Vec<Triple>,
+    /// Of notifications for all; a `*` may stand at the end.
+    for_all: Vec<String>,
+}
 
 impl Methods {
+    /// No notification is for all.
     pub fn new(triples: Vec<Triple>) -> Self {
-        Self(triples)
+        Self { triples, for_all: Vec::new() }
+    }
+
+    /// Notifications by these methods are for all clients; a `*` at the end stands for any rest.
+    #[must_use]
+    pub fn for_all(self, names: &[String]) -> Self {
+        Self { for_all: names.to_vec(), ..self }
     }
 
     /// Of a client's request.
     pub fn role(&self, method: &str) -> Role {
         // These first: `*subscribe` is also how `unsubscribe` ends.
-        if self.0.iter().any(|triple| triple.unsubscribe.stem(method).is_some()) {
+        if self.triples.iter().any(|triple| triple.unsubscribe.stem(method).is_some()) {
             return Role::Unsubscribe;
         }
-        let begun = self.0.iter().find_map(|triple| {
+        let begun = self.triples.iter().find_map(|triple| {
             let stem = triple.subscribe.stem(method)?;
             Some(Names { unsubscribe: triple.unsubscribe.with(stem), notification: triple.notification.with(stem) })
         });
@@ -109,7 +120,15 @@ impl Methods {
 
     /// The backend's notifications by this method are of subscriptions.
     pub fn is_notification(&self, method: &str) -> bool {
-        self.0.iter().any(|triple| triple.notification.stem(method).is_some())
+        self.triples.iter().any(|triple| triple.notification.stem(method).is_some())
+    }
+
+    /// Whoever set it up says that the backend's notifications by this method are nobody's own.
+    pub fn is_for_all(&self, method: &str) -> bool {
+        self.for_all.iter().any(|name| match name.strip_suffix('*') {
+            Some(before) => method.starts_with(before),
+            None => method == name,
+        })
     }
 }
 

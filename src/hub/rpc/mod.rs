@@ -124,7 +124,7 @@ impl Callers {
             hubs: Mutex::default(),
             route: Arc::clone(route),
             sharing: Arc::clone(sharing),
-            methods: Methods::new(triples.collect()),
+            methods: Methods::new(triples.collect()).for_all(&sharing.notifications),
             limits,
             homes: Arc::clone(homes),
             metrics: Arc::clone(metrics),

@@ -137,6 +137,7 @@ impl Server {
         is_busy |= self.get_lease(cx);
         is_busy |= self.send(cx);
         self.end_unused(cx);
+        self.say_unlisted();
         self.told.tell(&self.core);
         if is_busy {
             // Behind those who have just been woken.
@@ -150,6 +151,18 @@ impl Server {
     /// The backend is needed.
     fn is_needed(&self) -> bool {
         self.core.references() > 0 || !self.unsent.is_empty() || self.search.is_some()
+    }
+
+    /// What the backend tells nobody may be what somebody has subscribed to by a method that is not set up.
+    fn say_unlisted(&self) {
+        static SAID: Sparse = Sparse::new();
+        let count = self.core.counts().unlisted - self.told.counts.unlisted;
+        if count > 0
+            && let Some(unsaid) = SAID.is_due()
+        {
+            let (route, key) = (&self.callers.route, &self.key);
+            warn!(%route, %key, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
+        }
     }
 
     fn take_opened(&mut self) {

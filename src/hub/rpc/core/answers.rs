@@ -57,9 +57,11 @@ impl Core {
     fn notify(&mut self, method: &str, text: &str, parts: &Parts<'_>, actions: &mut Vec<Action>) {
         let about = parts.params.and_then(subscription_of);
         if !self.methods.is_notification(method) {
-            // Of somebody's subscription, of which nothing is known here: to all would be to the wrong ones.
-            if about.is_some() && parts.params.is_some_and(|params| params.starts_with('{')) {
-                self.counts.unheard += 1;
+            // It may be of somebody's subscription, of which nothing is known here: to all would be to the wrong ones. One that names its
+            // subscription is, whatever its method.
+            let is_own = about.is_some() && parts.params.is_some_and(|params| params.starts_with('{'));
+            if is_own || !self.methods.is_for_all(method) {
+                self.counts.unlisted += 1;
             } else {
                 actions.push(Action::ToAll { text: text.to_owned() });
             }

@@ -26,6 +26,7 @@ impl Hub {
     fn with(limits: Limits) -> Self {
         let methods = ["eth_subscribe eth_unsubscribe eth_subscription", "*Subscribe *Unsubscribe *Notification"];
         let methods = Methods::new(methods.iter().map(|triple| triple.parse().unwrap()).collect());
+        let methods = methods.for_all(&["news".to_owned(), "chain_*".to_owned()]);
         Self { core: Core::new(limits, methods), now: Instant::now(), random: 0xa0 }
     }
 
@@ -328,7 +329,7 @@ fn odd_words_of_the_backend_reach_nobody() {
     assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":1,"result":1}"#), [r#"1: {"jsonrpc":"2.0","id":"a","result":1}"#]);
 }
 
-/// Notifications that are of no subscription are for all; those of one that is not configured for nobody.
+/// Notifications are for all by methods that are listed for it; others, of no subscription or of one that is not configured, for nobody.
 #[test]
 fn notifications_are_for_all_or_for_one() {
     let mut hub = Hub::new();
@@ -336,6 +337,7 @@ fn notifications_are_for_all_or_for_one() {
         r#"{"jsonrpc":"2.0","method":"news","params":{"a":1}}"#,
         r#"{"jsonrpc":"2.0","method":"news","params":["a"]}"#,
         r#"{"method":"news","id":null}"#,
+        r#"{"jsonrpc":"2.0","method":"chain_head"}"#,
     ] {
         assert_eq!(hub.backend(text), [format!("*: {text}")]);
     }
@@ -344,10 +346,12 @@ fn notifications_are_for_all_or_for_one() {
         r#"{"jsonrpc":"2.0","method":"eth_subscription","params":{"subscription":"0x1","result":1}}"#,
         r#"{"jsonrpc":"2.0","method":"eth_subscription","params":{"result":1}}"#,
         r#"{"jsonrpc":"2.0","method":"eth_subscription"}"#,
+        r#"{"jsonrpc":"2.0","method":"newsy"}"#,
+        r#"{"jsonrpc":"2.0","method":"chain","params":[7,1]}"#,
     ] {
         assert_eq!(hub.backend(text), NOTHING);
     }
-    assert_eq!(hub.core.counts().unheard, 4);
+    assert_eq!((hub.core.counts().unheard, hub.core.counts().unlisted), (3, 3));
     assert!(hub.core.is_at_rest());
 }
 

@@ -118,6 +118,7 @@ struct World {
 impl World {
     fn new(shares: bool) -> Self {
         let methods = Methods::new(vec!["*_subscribe *_unsubscribe *_event".parse().unwrap()]);
+        let methods = methods.for_all(&["news".to_owned()]);
         Self {
             core: Core::new(LIMITS, methods),
             now: Instant::now(),
