@@ -89,6 +89,11 @@ impl Asked {
                                 "echo" => echoes.push(answer(&params)),
                                 "burst" => bursts.push(answer(&params)),
                                 "die" => return,
+                                "dislike" => {
+                                    c.send_close(params[0].as_u64().expect("a code") as u16, "").await;
+                                    c.until_end().await;
+                                    return;
+                                }
                                 "fan" => {
                                     let text = "x".repeat(1000);
                                     for _ in 0..params[0].as_u64().expect("a number") {
@@ -339,6 +344,37 @@ fn a_lost_backend_is_told_of() {
     assert_eq!(metrics.count("tidegate_rpc_requests_total{result=\"lost\"}"), 2);
     assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 1);
     assert_eq!(metrics.count("tidegate_rpc_subscriptions"), 0);
+    over(&t);
+}
+
+/// A backend that ends the WebSocket for what one client has said, several times in a row: that one gets error objects, and with the others it
+/// goes on.
+#[test]
+fn what_one_says_ends_nobody_else() {
+    let asked = Asked::new();
+    let t = scene(&asked, "idle_timeout = '45s'");
+    let done = Board::new(0);
+    t.clients(2, async |c: &mut Peer| {
+        c.handshake("/rpc").await;
+        if c.index() == 0 {
+            done.until(DEADLINE, |done| (*done == 1).then_some(())).await.expect("the other one");
+            for code in [1009, 1002, 1003, 1007, 1008] {
+                c.send_text(&request("1", "dislike", &format!("[{code}]"))).await;
+                let told = c.read_text().await;
+                assert!(told.contains("\"code\":-32050"), "{told}");
+            }
+        } else {
+            ask(c, "before").await;
+        }
+        done.change(|done| *done += 1);
+        done.until(DEADLINE, |done| (*done == 2).then_some(())).await.expect("both");
+        ask(c, "after").await;
+        leave(c).await;
+    });
+    assert_eq!(t.backend().count(), 6);
+    let metrics =
+        t.proxy().metrics_when("nobody is there", |metrics| metrics.count("tidegate_connections_active") == 0);
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 5);
     over(&t);
 }
 

@@ -40,6 +40,9 @@ use crate::{
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
 
+/// A backend that stays for so long has come back for good: for the next loss all begins anew.
+const STEADY: Duration = Duration::from_secs(1);
+
 type Acquiring = Pin<Box<dyn Future<Output = Result<Lease<Key, Opener>, AcquireError<Fault>>> + Send>>;
 
 /// See the module.
@@ -59,6 +62,10 @@ pub(super) struct Server {
     lease: Option<Lease<Key, Opener>>,
     acquiring: Option<Acquiring>,
     search: Option<Search>,
+    /// By which the backend was found, that may not stay.
+    before: Option<Search>,
+    /// Until then no WebSocket is asked for.
+    sleep: Option<Pin<Box<Sleep>>>,
     /// Messages for the backend.
     unsent: VecDeque<String>,
     unsent_bytes: usize,
@@ -71,6 +78,7 @@ pub(super) struct Server {
 struct Open {
     line: Line,
     endpoint: Arc<str>,
+    since: Instant,
     /// Nobody needs it any more.
     end: Pin<Box<WaitForCancellationFutureOwned>>,
     _reports: Reports,
@@ -82,8 +90,6 @@ struct Search {
     until: Instant,
     /// The next one, at most.
     pause: Duration,
-    /// Under way.
-    sleep: Option<Pin<Box<Sleep>>>,
 }
 
 /// What the metrics know of the core.
@@ -109,6 +115,8 @@ impl Server {
             lease: None,
             acquiring: None,
             search: None,
+            before: None,
+            sleep: None,
             unsent: VecDeque::new(),
             unsent_bytes: 0,
             timer: None,
@@ -174,7 +182,8 @@ impl Server {
         }
         self.protocol.clone_from(&link.protocol);
         let end = Box::pin(link.end.clone().cancelled_owned());
-        let open = Open { line, endpoint: Arc::clone(&link.endpoint), end, _reports: reports };
+        let (endpoint, since) = (Arc::clone(&link.endpoint), Instant::now());
+        let open = Open { line, endpoint, since, end, _reports: reports };
         if let Some(old) = self.open.replace(open) {
             self.home.tracker.spawn(old.line.end(Code::NORMAL));
         }
@@ -201,7 +210,7 @@ impl Server {
                 }
                 // JSON is text; whose this is can't be known.
                 Heard::Message(false, _) => {}
-                Heard::Close(close) => self.lose(for_all(close)),
+                Heard::Close(close) => self.lose(ends_all(close)),
                 Heard::Lost => self.lose(None),
             }
         }
@@ -270,10 +279,11 @@ impl Server {
         if self.lease.is_some() {
             return false;
         }
-        if let Some(Search { sleep: Some(sleep), .. }) = &mut self.search
-            && sleep.as_mut().poll(cx).is_pending()
-        {
-            return false;
+        if let Some(sleep) = &mut self.sleep {
+            if sleep.as_mut().poll(cx).is_pending() {
+                return false;
+            }
+            self.sleep = None;
         }
         let Some(pool) = &self.pool else { return false };
         let acquiring = self.acquiring.get_or_insert_with(|| {
@@ -359,16 +369,21 @@ impl Server {
     /// The backend has ended the WebSocket, by a Close that is for all, or otherwise.
     fn lose(&mut self, close: Option<Bytes>) {
         static SAID: Sparse = Sparse::new();
-        let Some(Open { line, endpoint, .. }) = self.open.take() else { return };
+        let Some(Open { line, endpoint, since, .. }) = self.open.take() else { return };
         // The backend's Close is owed an answer.
         self.home.tracker.spawn(line.end(Code::NORMAL));
         let is_used = self.is_needed();
+        if since.elapsed() >= STEADY {
+            self.before = None;
+        }
         self.lease = None;
         self.acquiring = None;
         let (route, key, clients) = (&self.callers.route, &self.key, self.clients.len());
         // Nobody wants anything of it: the next request opens another one.
         if !is_used {
             debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend, and nobody uses it");
+            self.look_again();
+            self.before = self.search.take().map(|search| Search { until: self.grace(), ..search });
             return;
         }
         self.told.metrics.gap(Gap::Lost);
@@ -379,7 +394,8 @@ impl Server {
         match close {
             Some(frame) => self.finish_all(&End::Close(frame)),
             None if self.clients.is_empty() => {}
-            None => _ = self.search(),
+            None if self.look_again() => {}
+            None => self.give_up(Reconnect::Expired),
         }
     }
 
@@ -396,10 +412,30 @@ impl Server {
         self.clients.values().for_each(|mailbox| mailbox.finish(end.clone()));
     }
 
-    fn search(&mut self) -> &mut Search {
+    /// The end of what begins now.
+    fn grace(&self) -> Instant {
+        Instant::now() + self.callers.sharing.reconnect_grace
+    }
+
+    /// Begins to look for the backend that was lost: at once, unless it had just been found. Whether there is still grace.
+    fn look_again(&mut self) -> bool {
         let since = Instant::now();
-        let until = since + self.callers.sharing.reconnect_grace;
-        self.search.get_or_insert(Search { since, until, pause: BACKOFF.0, sleep: None })
+        let Some(before) = self.before.take() else {
+            self.search = Some(Search { since, until: self.grace(), pause: BACKOFF.0 });
+            return true;
+        };
+        self.search = Some(Search { since, ..before });
+        self.wait()
+    }
+
+    /// The search goes on after a pause. Whether there is still grace.
+    fn wait(&mut self) -> bool {
+        let until = self.grace();
+        let search = self.search.get_or_insert(Search { since: Instant::now(), until, pause: BACKOFF.0 });
+        let wait = search.pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
+        search.pause = (search.pause * 2).min(BACKOFF.1);
+        self.sleep = Some(Box::pin(sleep(wait)));
+        Instant::now() + wait < search.until
     }
 
     /// The backend is there.
@@ -408,6 +444,7 @@ impl Server {
         self.told.metrics.reconnect(Reconnect::Connected);
         let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
         info!(%route, %key, %endpoint, lost_ms, "a shared WebSocket is open again");
+        self.before = Some(search);
     }
 
     /// The backend is not there. It is looked for as long as there are clients, and grace.
@@ -426,14 +463,10 @@ impl Server {
             self.search = None;
             return self.forget_all();
         }
-        let search = self.search();
-        let wait = search.pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
-        search.pause = (search.pause * 2).min(BACKOFF.1);
-        let is_over = Instant::now() + wait >= search.until;
-        search.sleep = Some(Box::pin(sleep(wait)));
+        let has_grace = self.wait();
         if is_final {
             self.give_up(Reconnect::Refused);
-        } else if is_over {
+        } else if !has_grace {
             self.give_up(Reconnect::Expired);
         }
     }
@@ -454,6 +487,14 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.finish_all(&End::Lost);
         self.callers.forget(&self.key, &self.hub);
+    }
+}
+
+/// The Close that is for all. Codes of messages are not: one client has said what the backend did not like, and would end all others by it.
+fn ends_all(close: Option<(u16, String)>) -> Option<Bytes> {
+    match close {
+        Some((1002 | 1003 | 1007 | 1008 | 1009, _)) => None,
+        close => for_all(close),
     }
 }
 
