@@ -24,6 +24,8 @@ struct State {
     /// Messages as frames.
     frames: VecDeque<Bytes>,
     bytes: usize,
+    /// Of the message that its leg is in the middle of, what did not fit.
+    rest: usize,
     is_slow: bool,
     end: Option<End>,
     /// Whoever found nothing.
@@ -53,7 +55,7 @@ pub(super) enum Found {
 }
 
 impl Mailbox {
-    /// For so many messages, of so many bytes together; one larger message is taken all the same.
+    /// For so many messages, of so many bytes together; one larger message is taken all the same, but only alone.
     pub(super) fn new(most: usize, most_bytes: usize, metrics: Arc<Metrics>) -> Self {
         Self { state: Mutex::default(), most, most_bytes, metrics }
     }
@@ -70,10 +72,15 @@ impl Mailbox {
             return;
         }
         let bytes = state.bytes + frame.len();
+        let is_alone = state.frames.is_empty() && state.rest <= self.most_bytes;
         let is_full = state.frames.len() >= self.most || bytes > self.most_bytes;
-        let woken = if is_full && !state.frames.is_empty() {
+        let woken = if is_full && !is_alone {
             state.is_slow = true;
             self.metrics.slow_client(SlowClient::Disconnect as usize);
+            // Nobody takes them any more, and how long it takes to end a client that does not read is not known.
+            self.metrics.shared_queue_bytes.dec_by(signed(state.bytes));
+            state.frames = VecDeque::new();
+            state.bytes = 0;
             [state.reader.take(), state.holder.take()]
         } else {
             self.metrics.shared_queue_bytes.inc_by(signed(frame.len()));
@@ -101,6 +108,7 @@ impl Mailbox {
             return Poll::Ready(Found::Slow);
         }
         let (mut bytes, mut messages) = (0, 0);
+        state.rest = 0;
         while !buffer.is_empty()
             && let Some(mut frame) = state.frames.pop_front()
         {
@@ -113,6 +121,7 @@ impl Mailbox {
             bytes += count;
             messages += 1;
             if frame.has_remaining() {
+                state.rest = frame.len();
                 *rest = frame;
             }
         }
@@ -174,7 +183,7 @@ mod tests {
         assert_eq!(mailbox.metrics.shared_queue_bytes.get(), 0);
     }
 
-    /// Who takes nothing is too slow at the first message too many, or byte; one message alone may be of any size.
+    /// Who takes nothing is too slow at the first message too many, or byte, and then nothing is kept; one message alone may be of any size.
     #[test]
     fn who_takes_nothing_is_slow() {
         let cx = Context::from_waker(Waker::noop());
@@ -184,11 +193,29 @@ mod tests {
                 mailbox.push(Bytes::from(vec![b'x'; *size]));
             }
             assert_eq!(mailbox.hold(&cx), is_slow, "{sizes:?}");
+            let kept = if is_slow { 0 } else { sizes.iter().sum::<usize>() };
+            assert_eq!(mailbox.metrics.shared_queue_bytes.get(), signed(kept), "{sizes:?}");
             let found = mailbox.poll_take(&cx, &mut Bytes::new(), &mut [0; 99]);
             assert_eq!(found == Poll::Ready(Found::Slow), is_slow, "{sizes:?}");
             let metrics = Arc::clone(&mailbox.metrics);
             drop(mailbox);
             assert_eq!(metrics.shared_queue_bytes.get(), 0);
         }
+    }
+    /// Who is in the middle of a large message may have others behind it, but no second large one.
+    #[test]
+    fn one_large_message_is_enough() {
+        let (mailbox, cx) = (mailbox(), Context::from_waker(Waker::noop()));
+        let push = |size: usize| mailbox.push(Bytes::from(vec![b'x'; size]));
+        push(50);
+        let (mut rest, mut buffer) = (Bytes::new(), [0; 20]);
+        assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(20, 1)));
+        push(10);
+        assert!(!mailbox.hold(&cx));
+        assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(10, 1)));
+        push(50);
+        assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(20, 1)));
+        push(11);
+        assert!(mailbox.hold(&cx));
     }
 }

@@ -37,6 +37,7 @@ impl Fault {
     pub const EMPTY_BATCH: Self = Self::new(-32600, "Invalid Request", "an empty batch");
     pub const LONG_REQUEST: Self = Self::new(-32600, "Invalid Request", "websocket.max_message");
     pub const LONG_BATCH: Self = Self::new(-32600, "Invalid Request", "the batch is too long");
+    pub const MANY_INVALID: Self = Self::new(-32600, "Invalid Request", "too many of the batch are not requests");
     pub const NO_METHOD: Self =
         Self::new(-32601, "Method not found", "clients of a shared connection take no requests");
     pub const NO_SUBSCRIPTION: Self = Self::new(-32602, "Invalid params", "no such subscription of this client");

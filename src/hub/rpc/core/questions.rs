@@ -12,6 +12,8 @@ use super::{
 
 /// Elements of a client's batch, as geth has it: each may be answered by an error of a hundred bytes.
 pub(super) const MAX_BATCH: usize = 1000;
+/// Elements of a batch that are no requests, each of which is an error object until the others are answered. With more the batch is none.
+const MAX_INVALID: usize = 8;
 /// Of an id of the hub's.
 const ID_BYTES: usize = 20;
 
@@ -45,6 +47,12 @@ impl Core {
             Ok(Message::Batch(elements)) if text.len() + elements.len() * ID_BYTES > self.limits.max_message_bytes => {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::LONG_BATCH.answer("null") });
+            }
+            Ok(Message::Batch(elements))
+                if elements.iter().filter(|element| is_hopeless(element)).nth(MAX_INVALID).is_some() =>
+            {
+                self.counts.refused += 1;
+                return actions.push(Action::ToClient { client, text: Fault::MANY_INVALID.answer("null") });
             }
             Ok(Message::Batch(elements)) => elements,
             Err(fault) => {
@@ -203,4 +211,10 @@ impl Core {
         holding.subscribing += usize::from(is_subscribe);
         Ok(asked.to_string())
     }
+}
+
+/// A short look at an element of a batch: neither a request nor a response.
+fn is_hopeless(element: &str) -> bool {
+    let parts = if element.starts_with('{') { Parts::read(element).ok() } else { None };
+    parts.is_none_or(|parts| parts.is_ambiguous || parts.method.or(parts.result).or(parts.error).is_none())
 }

@@ -226,6 +226,9 @@ fn a_batch_is_answered_as_a_whole() {
     assert_eq!(hub.client(1, "[1, 2]"), [format!("1: [{invalid},{invalid}]")]);
     assert_eq!(hub.client(1, r#"[{"jsonrpc":"2.0","id":5,"result":1}]"#), NOTHING);
     fault(1, "null", -32600)(&hub.client(1, &format!("[{}1]", "1,".repeat(MAX_BATCH))));
+    // More than a few are one error, and nothing of it is passed on.
+    let request = r#"{"jsonrpc":"2.0","id":1,"method":"m"}"#;
+    fault(1, "null", -32600)(&hub.client(1, &format!("[{request},{{}},1,2,3,4,5,6,7,8]")));
     assert!(hub.core.is_at_rest());
 }
 
@@ -293,7 +296,7 @@ fn no_message_becomes_too_long() {
     let told = hub.backend(&answer(2, fits + 1));
     assert!(told[0].starts_with("1: [") && told[0].contains("-32054"), "{told:?}");
     // Errors alone may be too much for one list.
-    fault(1, "null", -32054)(&hub.client(1, "[1,1,1,1,1,1,1,1,1,1]"));
+    fault(1, "null", -32054)(&hub.client(1, "[1,1,1,1,1,1,1,1]"));
     assert!(hub.core.is_at_rest());
 }
 
