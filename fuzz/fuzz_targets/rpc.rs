@@ -74,7 +74,7 @@ fuzz_target!(|input: &str| {
                     }
                 }
                 Action::ToAll { text } => _ = json(&text),
-                Action::ToBackend { text } => {
+                Action::ToBackend { text } | Action::Refusal { text } => {
                     let value = json(&text);
                     let elements = value.as_array().cloned().unwrap_or_else(|| vec![value]);
                     assert!(!elements.is_empty());

@@ -67,6 +67,10 @@ pub enum Action {
     ToBackend {
         text: String,
     },
+    /// To the backend, which has asked something: only if there is room, since it may ask without end.
+    Refusal {
+        text: String,
+    },
     /// The backend was lost, and with it a subscription of this client, to whom nothing else would say so. Comes behind its answers.
     EndClient {
         client: Client,

@@ -16,6 +16,10 @@ use serde_json::value::RawValue;
 
 /// Ids that are longer than this many bytes are refused: they are kept until the answer is here.
 pub const MAX_ID_BYTES: usize = 1024;
+/// Methods that are longer than this many bytes, as they are written, are refused: one that subscribes is kept as long as its subscription.
+pub const MAX_METHOD_BYTES: usize = 256;
+/// Of an object that is looked into; JSON-RPC knows six.
+const MAX_MEMBERS: usize = 64;
 /// What is longer than this many bytes is no id of a subscription.
 pub const MAX_SUBSCRIPTION_ID_BYTES: usize = 256;
 
@@ -34,6 +38,7 @@ impl Fault {
     pub const INVALID: Self = Self::new(-32600, "Invalid Request", "not a request of JSON-RPC 2.0");
     pub const AMBIGUOUS: Self = Self::new(-32600, "Invalid Request", "a member is there twice, or spelt differently");
     pub const LONG_ID: Self = Self::new(-32600, "Invalid Request", "the id is too long");
+    pub const LONG_METHOD: Self = Self::new(-32600, "Invalid Request", "the method is too long");
     pub const EMPTY_BATCH: Self = Self::new(-32600, "Invalid Request", "an empty batch");
     pub const LONG_REQUEST: Self = Self::new(-32600, "Invalid Request", "websocket.max_message");
     pub const LONG_BATCH: Self = Self::new(-32600, "Invalid Request", "the batch is too long");
@@ -84,9 +89,9 @@ impl<'a> Message<'a> {
         }
         match elements(text, max_elements) {
             None => Err(Fault::NOT_JSON),
-            Some((_, 0)) => Err(Fault::EMPTY_BATCH),
-            Some((_, count)) if count > max_elements => Err(Fault::LONG_BATCH),
-            Some((elements, _)) => Ok(Self::Batch(elements)),
+            Some(elements) if elements.is_empty() => Err(Fault::EMPTY_BATCH),
+            Some(elements) if elements.len() > max_elements => Err(Fault::LONG_BATCH),
+            Some(elements) => Ok(Self::Batch(elements)),
         }
     }
 }
@@ -107,10 +112,10 @@ pub struct Parts<'a> {
 impl<'a> Parts<'a> {
     pub fn read(text: &'a str) -> Result<Self, Fault> {
         let names = ["jsonrpc", "id", "method", "params", "result", "error"];
-        let Some(Members { values, is_ambiguous, .. }) = members(text, names) else {
-            let is_json = serde_json::from_str::<IgnoredAny>(text).is_ok();
-            return Err(if is_json { Fault::INVALID } else { Fault::NOT_JSON });
-        };
+        let Members { values, is_ambiguous, .. } = members(text, names).map_err(|is_long| {
+            let is_json = is_long || serde_json::from_str::<IgnoredAny>(text).is_ok();
+            if is_json { Fault::INVALID } else { Fault::NOT_JSON }
+        })?;
         let [jsonrpc, id, method, params, result, error] = values;
         Ok(Self { jsonrpc, id, method, params, result, error, is_ambiguous })
     }
@@ -124,19 +129,19 @@ impl<'a> Parts<'a> {
 /// What a notification's params are about: their `subscription`, or, of a list, the first element.
 pub fn subscription_of(params: &str) -> Option<&str> {
     if params.starts_with('[') {
-        return elements(params, 1)?.0.first().copied();
+        return elements(params, 1)?.first().copied();
     }
-    let members = members(params, ["subscription"])?;
+    let members = members(params, ["subscription"]).ok()?;
     members.values[0].filter(|_| !members.is_ambiguous)
 }
 
 /// The one value that there is in params, whatever its name: another one might be what the backend looks at.
 pub fn only_value(params: &str) -> Option<&str> {
     let (value, count) = if params.starts_with('[') {
-        let (elements, count) = elements(params, 1)?;
-        (elements.first().copied(), count)
+        let elements = elements(params, 1)?;
+        (elements.first().copied(), elements.len())
     } else {
-        let members = members(params, [])?;
+        let members = members(params, []).ok()?;
         (members.last, members.count)
     };
     value.filter(|_| count == 1)
@@ -182,32 +187,32 @@ pub fn splice<const N: usize>(text: &str, mut pieces: [(&str, &str); N]) -> Stri
     spliced
 }
 
-/// The elements of a list, so many at most, and how many there are; `None`: it is no list, or not JSON.
-fn elements(list: &str, most: usize) -> Option<(Vec<&str>, usize)> {
+/// The elements of a list; one more than so many of a longer one, of which nothing else is looked at. `None`: it is no list, or not JSON.
+fn elements(list: &str, most: usize) -> Option<Vec<&str>> {
     let mut reader = serde_json::Deserializer::from_str(list);
-    let elements = reader.deserialize_seq(Elements(most)).ok()?;
-    reader.end().ok()?;
-    Some(elements)
+    let mut elements = Vec::new();
+    let read = reader.deserialize_seq(Elements(most, &mut elements));
+    (elements.len() > most || read.is_ok() && reader.end().is_ok()).then_some(elements)
 }
 
-struct Elements(usize);
+struct Elements<'e, 'de>(usize, &'e mut Vec<&'de str>);
 
-impl<'de> Visitor<'de> for Elements {
-    type Value = (Vec<&'de str>, usize);
+impl<'de> Visitor<'de> for Elements<'_, 'de> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let (mut elements, mut count) = (Vec::new(), 0);
         while let Some(element) = list.next_element::<&RawValue>()? {
-            count += 1;
-            if count <= self.0 {
-                elements.push(element.get());
+            self.1.push(element.get());
+            if self.1.len() > self.0 {
+                // No more than that is read.
+                return Err(Error::custom("too many"));
             }
         }
-        Ok((elements, count))
+        Ok(())
     }
 }
 
@@ -221,15 +226,17 @@ struct Members<'a, const N: usize> {
     is_ambiguous: bool,
 }
 
-/// `None`: it is no object, or not JSON.
-fn members<'a, const N: usize>(object: &'a str, names: [&str; N]) -> Option<Members<'a, N>> {
+/// An error: it is no object, or not JSON; or, if that is true, has too many members, and not all were looked at.
+fn members<'a, const N: usize>(object: &'a str, names: [&str; N]) -> Result<Members<'a, N>, bool> {
     let mut reader = serde_json::Deserializer::from_str(object);
-    let members = reader.deserialize_map(Names(names)).ok()?;
-    reader.end().ok()?;
-    Some(members)
+    let mut is_long = false;
+    let members = reader.deserialize_map(Names(names, &mut is_long)).map_err(|_| is_long)?;
+    reader.end().map_err(|_| false)?;
+    Ok(members)
 }
 
-struct Names<'n, const N: usize>([&'n str; N]);
+/// What is asked for; and whether there are too many.
+struct Names<'n, const N: usize>([&'n str; N], &'n mut bool);
 
 impl<'de, const N: usize> Visitor<'de> for Names<'_, N> {
     type Value = Members<'de, N>;
@@ -244,6 +251,10 @@ impl<'de, const N: usize> Visitor<'de> for Names<'_, N> {
             let value = object.next_value::<&RawValue>()?.get();
             members.count += 1;
             members.last = Some(value);
+            if members.count > MAX_MEMBERS {
+                *self.1 = true;
+                return Err(Error::custom("too many"));
+            }
             match name {
                 Which::This(index) => members.is_ambiguous |= members.values[index].replace(value).is_some(),
                 Which::Alike => members.is_ambiguous = true,

@@ -36,7 +36,7 @@ use crate::{
     ws::Code,
 };
 
-/// Messages of each side, and bytes of the backend's, after which others have their turn.
+/// Messages of each side, and bytes of them, after which others have their turn.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
 
@@ -219,7 +219,11 @@ impl Server {
 
     /// Whether there may be more, for which there is room.
     fn hear_clients(&mut self) -> bool {
+        let mut bytes = 0;
         for _ in 0..BATCH {
+            if bytes > BATCH_BYTES {
+                return true;
+            }
             if !self.has_room() {
                 return false;
             }
@@ -230,6 +234,7 @@ impl Server {
                     self.pool = Some(pool);
                 }
                 Some(Word::Text(client, text)) => {
+                    bytes += text.len();
                     let text = std::str::from_utf8(&text).unwrap_or_default();
                     self.core.client_says(client, text, Instant::now().into_std(), &mut actions);
                 }
@@ -353,7 +358,8 @@ impl Server {
                     let frame = encode(true, text.as_bytes(), limits.frame);
                     self.clients.values().for_each(|mailbox| mailbox.push(frame.clone()));
                 }
-                Action::ToBackend { text } => {
+                Action::Refusal { .. } if !self.has_room() => {}
+                Action::ToBackend { text } | Action::Refusal { text } => {
                     self.unsent_bytes += text.len();
                     self.unsent.push_back(text);
                 }

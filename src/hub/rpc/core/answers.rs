@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use super::{
     super::{
-        message::{Fault, Message, Parts, is_id, splice, string, subscription_id, subscription_of},
+        message::{Fault, MAX_ID_BYTES, Message, Parts, is_id, splice, string, subscription_id, subscription_of},
         methods::Names,
     },
     Action, Asker, Client, Core, Key, Kind, Number, Request, list,
 };
 
-/// Elements of a backend's batch.
-const MAX_BACKEND_BATCH: usize = 1 << 16;
+/// Elements of a backend's batch: more than it was asked at once (a client's has a thousand) is no answer.
+const MAX_BACKEND_BATCH: usize = 4096;
 
 impl Core {
     /// A message of the backend's. `random` makes ids of subscriptions that nobody can guess.
@@ -46,7 +46,9 @@ impl Core {
             },
             (Some(_), Some(id)) if is_id(id) => {
                 self.counts.backend_requests += 1;
-                actions.push(Action::ToBackend { text: Fault::NO_METHOD.answer(id) });
+                if id.len() <= MAX_ID_BYTES {
+                    actions.push(Action::Refusal { text: Fault::NO_METHOD.answer(id) });
+                }
             }
             (None, Some("null")) => self.counts.without_id += 1,
             (None, Some(id)) => self.answer(id, text, &parts, now, random, actions),

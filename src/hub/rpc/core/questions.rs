@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use super::{
     super::{
-        message::{Fault, MAX_ID_BYTES, Message, Parts, is_id, only_value, splice, string, subscription_id},
+        message::{
+            Fault, MAX_ID_BYTES, MAX_METHOD_BYTES, Message, Parts, is_id, only_value, splice, string, subscription_id,
+        },
         methods::Role,
     },
     Action, Asker, Batch, Client, Core, Kind, Place, list,
@@ -134,6 +136,9 @@ impl Core {
         let is_valid = !responds
             && parts.jsonrpc.and_then(string).is_some_and(|version| version == "2.0")
             && parts.params.is_none_or(|params| params == "null" || params.starts_with(['{', '[']));
+        if parts.method.is_some_and(|method| method.len() > MAX_METHOD_BYTES) {
+            return Err(refuse(Fault::LONG_METHOD));
+        }
         let Some(method) = parts.method.and_then(string).filter(|_| is_valid) else {
             return Err(refuse(Fault::INVALID));
         };

@@ -5,7 +5,10 @@ mod model;
 use std::time::{Duration, Instant};
 
 use super::{Action, Core, Limits, questions::MAX_BATCH};
-use crate::hub::rpc::{message::MAX_ID_BYTES, methods::Methods};
+use crate::hub::rpc::{
+    message::{MAX_ID_BYTES, MAX_METHOD_BYTES},
+    methods::Methods,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 const LIMITS: Limits =
@@ -84,6 +87,7 @@ fn told(actions: Vec<Action>) -> Vec<String> {
         Action::ToClient { client, text } => format!("{client}: {text}"),
         Action::ToAll { text } => format!("*: {text}"),
         Action::ToBackend { text } => format!(">: {text}"),
+        Action::Refusal { text } => format!("?: {text}"),
         Action::EndClient { client } => format!("{client}: end"),
     });
     told.collect()
@@ -129,6 +133,9 @@ fn only_the_id_is_replaced() {
 #[test]
 fn malformed_messages_are_answered_by_the_hub() {
     let long = format!(r#"{{"jsonrpc":"2.0","id":"{}","method":"a"}}"#, "x".repeat(MAX_ID_BYTES));
+    // Of neither more is read than has to be: how they end is not known.
+    let (many, long_batch) = (format!("{{{}", r#""a":1,"#.repeat(65)), format!("[{}", "1,".repeat(MAX_BATCH + 1)));
+    let long_method = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"{}"}}"#, "x".repeat(MAX_METHOD_BYTES));
     for (text, id, code) in [
         ("", "null", -32700),
         ("{", "null", -32700),
@@ -168,6 +175,9 @@ fn malformed_messages_are_answered_by_the_hub() {
         (r#"{"jsonrpc":"2.0","id":1,"method":"a","id\u0000":2}"#, "null", -32600),
         (r#"{"jsonrpc":"2.0","method":"eth_subscribe","params":[]}"#, "null", -32600),
         (&long, "null", -32600),
+        (&long_method, "1", -32600),
+        (&many, "null", -32600),
+        (&long_batch, "null", -32600),
     ] {
         let mut hub = Hub::new();
         fault(3, id, code)(&hub.client(3, text));
@@ -324,11 +334,13 @@ fn odd_words_of_the_backend_reach_nobody() {
     assert_eq!(
         hub.backend(r#"{"jsonrpc":"2.0","id": "ping" ,"method":"m"}"#),
         [
-            r#">: {"jsonrpc":"2.0","id":"ping","error":{"code":-32601,"message":"Method not found","data":{"source":"tidegate","reason":"clients of a shared connection take no requests"}}}"#
+            r#"?: {"jsonrpc":"2.0","id":"ping","error":{"code":-32601,"message":"Method not found","data":{"source":"tidegate","reason":"clients of a shared connection take no requests"}}}"#
         ]
     );
+    let long = "x".repeat(MAX_ID_BYTES);
+    assert_eq!(hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":"{long}","method":"m"}}"#)), NOTHING);
     let counts = hub.core.counts();
-    assert_eq!((counts.strays, counts.without_id, counts.malformed, counts.backend_requests), (5, 1, 6, 1));
+    assert_eq!((counts.strays, counts.without_id, counts.malformed, counts.backend_requests), (5, 1, 6, 2));
     assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":1,"result":1}"#), [r#"1: {"jsonrpc":"2.0","id":"a","result":1}"#]);
 }
 

@@ -449,10 +449,12 @@ impl World {
             match action {
                 Action::ToClient { client, text } => self.heard_by_client(client, &text),
                 Action::ToAll { text } => assert!(text.contains("news"), "{text}"),
-                Action::ToBackend { text } => match serde_json::from_str(&text).expect("the hub speaks JSON") {
-                    Value::Array(elements) => elements.iter().for_each(|element| self.heard_by_backend(element)),
-                    element => self.heard_by_backend(&element),
-                },
+                Action::ToBackend { text } | Action::Refusal { text } => {
+                    match serde_json::from_str(&text).expect("the hub speaks JSON") {
+                        Value::Array(elements) => elements.iter().for_each(|element| self.heard_by_backend(element)),
+                        element => self.heard_by_backend(&element),
+                    }
+                }
                 Action::EndClient { client } => panic!("{client} is ended, with nothing lost"),
             }
         }
