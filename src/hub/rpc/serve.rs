@@ -217,18 +217,15 @@ impl Server {
         true
     }
 
-    /// Whether there may be more, for which there is room.
+    /// Whether there may be more, for which there is room. Who comes and goes needs none.
     fn hear_clients(&mut self) -> bool {
         let mut bytes = 0;
         for _ in 0..BATCH {
             if bytes > BATCH_BYTES {
                 return true;
             }
-            if !self.has_room() {
-                return false;
-            }
             let mut actions = Vec::new();
-            match self.hub.queue.pop() {
+            match self.hub.queue.pop(self.has_room()) {
                 Some(Word::Joined(client, mailbox, pool)) => {
                     self.clients.insert(client, mailbox);
                     self.pool = Some(pool);
@@ -331,6 +328,11 @@ impl Server {
     /// Ends a WebSocket that is not used: when the pool says so, or nobody is to come any more.
     fn end_unused(&mut self, cx: &mut Context<'_>) {
         let has_begun = self.begun.as_mut().poll(cx).is_ready();
+        if has_begun && self.clients.is_empty() && self.hub.queue.is_empty() && self.core.references() > 0 {
+            // What those who have left had asked is not waited for.
+            self.forget_all();
+            self.lease = None;
+        }
         let is_needed = self.is_needed() || self.acquiring.is_some();
         let Some(open) = &mut self.open else { return };
         let is_over = open.end.as_mut().poll(cx).is_ready() || has_begun && !is_needed;
@@ -492,6 +494,7 @@ impl Drop for Server {
     /// Whatever came of it, a panic too, its clients hear of it.
     fn drop(&mut self) {
         self.finish_all(&End::Lost);
+        self.hub.queue.close();
         self.callers.forget(&self.key, &self.hub);
     }
 }
