@@ -34,8 +34,11 @@ use super::{
     methods::{Methods, Names},
 };
 
-/// Answers to subscribe that come after their client is gone, or was told that there is none: so many are awaited, of all clients.
+/// Answers to subscribe that are awaited after their deadline, of all clients: while there are so many nobody else subscribes. None is forgotten,
+/// since nobody could end what it begins.
 const MAX_LATE: usize = 1024;
+/// Requests that are nobody's any more, while there are so many nobody asks for more: else who leaves and comes again could have any number.
+const MAX_ABANDONED: usize = 4096;
 
 /// A number that no other client of the hub has or had.
 pub type Client = u64;
@@ -116,6 +119,8 @@ pub struct Core {
     last_id: u64,
     /// By these ids, which is also the order of their deadlines.
     requests: BTreeMap<u64, Request>,
+    /// Of these, so many are of nobody.
+    abandoned: usize,
     /// Of these, each unsubscribe: a subscribe that was sent before it may be answered with what it ends.
     ending: BTreeSet<(Key, u64)>,
     /// Methods by which notifications may come before it is known whose they are, and how many subscribes are outstanding.
@@ -190,6 +195,7 @@ impl Core {
             methods,
             last_id: 0,
             requests: BTreeMap::new(),
+            abandoned: 0,
             ending: BTreeSet::new(),
             awaited: BTreeMap::new(),
             late: BTreeMap::new(),
@@ -224,6 +230,7 @@ impl Core {
     /// Nothing is outstanding, subscribed or kept for anybody.
     pub fn is_at_rest(&self) -> bool {
         self.requests.is_empty()
+            && self.abandoned == 0
             && self.ending.is_empty()
             && self.awaited.is_empty()
             && self.batches.is_empty()
@@ -236,23 +243,20 @@ impl Core {
         self.requests.first_key_value().map(|(_, request)| request.deadline)
     }
 
-    /// The client is gone: nothing is for it any more, and what it holds at the backend is given back.
+    /// The client is gone: nothing is for it any more, and what it holds at the backend is given back. What it has asked the backend still does.
     pub fn client_left(&mut self, client: Client, now: Instant, actions: &mut Vec<Action>) {
         let Some(holding) = self.clients.remove(&client) else { return };
         for number in holding.batches {
             self.batches.remove(&number);
         }
         for id in holding.requests {
-            let Some(mut request) = self.requests.remove(&id) else { continue };
+            let Some(request) = self.requests.get_mut(&id) else { continue };
+            request.asker = None;
+            let told = if let Kind::Subscribe(names) = &request.kind { Some(names.notification.clone()) } else { None };
             self.counts.left += 1;
-            match request.kind {
-                Kind::Call => {}
-                Kind::Subscribe(names) => self.is_late(id, names),
-                // The backend is still to answer it, which is then nobody's.
-                Kind::Unsubscribe(..) => {
-                    request.asker = None;
-                    self.requests.insert(id, request);
-                }
+            self.abandoned += 1;
+            if let Some(notification) = told {
+                self.is_told(&notification);
             }
         }
         for number in holding.subscriptions {
@@ -296,10 +300,18 @@ impl Core {
                 // It was asked for, and will most likely be carried out: what comes of it until then is for nobody.
                 self.forget(number);
             }
+            let notification = if let Kind::Subscribe(names) = request.kind {
+                let notification = names.notification.clone();
+                // Its answer is nobody's any more, and will be unsubscribed from.
+                self.late.insert(id, names);
+                Some(notification)
+            } else {
+                None
+            };
             let Some(asker) = request.asker else { continue };
             self.counts.timed_out += 1;
-            if let Kind::Subscribe(names) = request.kind {
-                self.is_late(id, names);
+            if let Some(notification) = notification {
+                self.is_told(&notification);
             }
             let text = Fault::TIMEOUT.answer(&asker.id);
             self.deliver(&asker, text, None, actions);
@@ -312,6 +324,7 @@ impl Core {
         if let Kind::Unsubscribe(key, _) = &kind {
             self.ending.insert((key.clone(), id));
         }
+        self.abandoned += usize::from(asker.is_none());
         self.requests.insert(id, Request { asker, kind, deadline: now + self.limits.request_timeout });
         id
     }
@@ -322,6 +335,7 @@ impl Core {
         if let Kind::Unsubscribe(key, _) = &request.kind {
             self.ending.remove(&(key.clone(), id));
         }
+        self.abandoned -= usize::from(request.asker.is_none());
         let is_subscribe = matches!(request.kind, Kind::Subscribe(_));
         if let Some(asker) = &request.asker
             && let Some(holding) = self.clients.get_mut(&asker.client)
@@ -335,15 +349,6 @@ impl Core {
     fn take_first(&mut self) -> Option<(u64, Request)> {
         let id = *self.requests.first_key_value()?.0;
         self.take(id).map(|request| (id, request))
-    }
-
-    /// The answer to this subscribe is nobody's any more, and will be unsubscribed from.
-    fn is_late(&mut self, id: u64, names: Names) {
-        self.is_told(&names.notification);
-        self.late.insert(id, names);
-        if self.late.len() > MAX_LATE {
-            self.late.pop_first();
-        }
     }
 
     /// One less waits for an id of this kind.

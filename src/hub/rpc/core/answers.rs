@@ -96,17 +96,13 @@ impl Core {
             let id = parts.result.filter(|_| !parts.is_error()).and_then(subscription_id)?;
             Some(Key { id: id.into(), notification: names.notification.clone() })
         };
-        if let Some(names) = self.late.remove(&hub_id) {
+        let (asker, kind) = if let Some(names) = self.late.remove(&hub_id) {
             self.counts.strays += 1;
-            if let Some(key) = key(&names) {
-                self.subscriptions.forget_key(&key);
-                if self.subscriptions.holders(&key) == 0 && !self.ends(&key, hub_id) {
-                    self.unsubscribe(key, &names.unsubscribe, now, actions);
-                }
-            }
-            return;
-        }
-        let Some(Request { asker, kind, .. }) = self.take(hub_id) else { return self.counts.strays += 1 };
+            (None, Kind::Subscribe(names))
+        } else {
+            let Some(Request { asker, kind, .. }) = self.take(hub_id) else { return self.counts.strays += 1 };
+            (asker, kind)
+        };
         if let Kind::Unsubscribe(_, Some(number)) = kind {
             if !parts.is_error() && parts.result.is_some_and(|result| result != "false") {
                 self.forget(number);
@@ -114,7 +110,18 @@ impl Core {
                 one.is_ending = false;
             }
         }
-        let Some(asker) = asker else { return };
+        let Some(asker) = asker else {
+            // What begins is nobody's.
+            if let Kind::Subscribe(names) = kind
+                && let Some(key) = key(&names)
+            {
+                self.subscriptions.forget_key(&key);
+                if self.subscriptions.holders(&key) == 0 && !self.ends(&key, hub_id) {
+                    self.unsubscribe(key, &names.unsubscribe, now, actions);
+                }
+            }
+            return;
+        };
         *(if parts.is_error() { &mut self.counts.failed } else { &mut self.counts.answered }) += 1;
         let Kind::Subscribe(names) = kind else {
             let text = splice(text, [(id, &asker.id)]);

@@ -9,7 +9,7 @@ use super::{
         },
         methods::Role,
     },
-    Action, Asker, Batch, Client, Core, Kind, Place, list,
+    Action, Asker, Batch, Client, Core, Kind, MAX_ABANDONED, MAX_LATE, Place, list,
 };
 
 /// Elements of a client's batch, as geth has it: each may be answered by an error of a hundred bytes.
@@ -203,10 +203,14 @@ impl Core {
         now: Instant,
     ) -> Result<String, Fault> {
         let holding = self.clients.get(&client);
-        if holding.map_or(0, |holding| holding.requests.len()) >= self.limits.max_requests {
+        let count = holding.map_or(0, |holding| holding.requests.len());
+        if count >= self.limits.max_requests || self.abandoned >= MAX_ABANDONED {
             return Err(Fault::TOO_MANY_REQUESTS);
         }
         if let Kind::Subscribe(names) = &kind {
+            if self.late.len() >= MAX_LATE {
+                return Err(Fault::TOO_MANY_SUBSCRIPTIONS);
+            }
             *self.awaited.entry(names.notification.clone()).or_default() += 1;
         }
         let is_subscribe = matches!(kind, Kind::Subscribe(_));

@@ -4,7 +4,7 @@ mod model;
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Core, Limits, questions::MAX_BATCH};
+use super::{Action, Core, Limits, MAX_ABANDONED, MAX_LATE, questions::MAX_BATCH};
 use crate::hub::rpc::{
     message::{MAX_ID_BYTES, MAX_METHOD_BYTES},
     methods::Methods,
@@ -528,7 +528,7 @@ fn who_leaves_leaves_nothing() {
     hub.client(1, r#"{"jsonrpc":"2.0","id":"c","method":"m"}"#);
     hub.client(1, r#"[{"jsonrpc":"2.0","id":"s","method":"eth_subscribe"},{"jsonrpc":"2.0","id":"c","method":"m"}]"#);
     assert_eq!(hub.left(1), [r#">: {"jsonrpc":"2.0","id":6,"method":"eth_unsubscribe","params":["0x1"]}"#]);
-    assert_eq!((hub.core.outstanding(), hub.core.subscriptions()), (1, 1));
+    assert_eq!((hub.core.outstanding(), hub.core.subscriptions()), (4, 1), "the backend still works on it");
     assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":3,"result":1}"#), NOTHING);
     assert_eq!(
         hub.backend(r#"[{"jsonrpc":"2.0","id":4,"result":"0x3"},{"jsonrpc":"2.0","id":5,"result":1}]"#),
@@ -550,6 +550,38 @@ fn who_leaves_leaves_nothing() {
     assert_eq!(hub.core.references(), 1);
     assert_eq!(hub.backend(r#"{"jsonrpc":"2.0","id":8,"result":true}"#), NOTHING);
     assert!(hub.core.is_at_rest());
+}
+
+/// Who asks, leaves and comes again has no more at the backend than is allowed of those who have left; and no subscription that begins late is
+/// forgotten, however many there are.
+#[test]
+fn what_was_left_behind_is_bounded() {
+    let call = r#"{"jsonrpc":"2.0","id":1,"method":"m"}"#;
+    let subscribe = r#"{"jsonrpc":"2.0","id":1,"method":"eth_subscribe"}"#;
+    let mut hub = Hub::new();
+    for client in 10..MAX_ABANDONED as u64 + 10 {
+        assert_eq!(hub.client(client, call).len(), 1);
+        assert_eq!(hub.left(client), NOTHING);
+    }
+    assert_eq!(hub.core.outstanding(), MAX_ABANDONED);
+    fault(9, "1", -32052)(&hub.client(9, call));
+    hub.backend(r#"{"jsonrpc":"2.0","id":7,"result":1}"#);
+    assert!(hub.client(9, call)[0].starts_with('>'));
+    hub.after(TIMEOUT);
+    assert!(hub.core.is_at_rest());
+    let first = hub.core.last_id + 1;
+    for client in 10..MAX_LATE as u64 + 15 {
+        assert!(hub.client(client, subscribe)[0].starts_with('>'));
+        hub.left(client);
+    }
+    hub.after(TIMEOUT);
+    fault(9, "1", -32053)(&hub.client(9, subscribe));
+    assert!(hub.core.is_at_rest());
+    for id in first..first + MAX_LATE as u64 + 5 {
+        let told = hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":{id},"result":"0x{id}"}}"#));
+        assert!(told.len() == 1 && told[0].contains("eth_unsubscribe"), "{told:?}");
+    }
+    assert!(hub.client(9, subscribe)[0].starts_with('>'));
 }
 
 /// The backend is lost: whatever is outstanding gets an error that says so, once; whoever holds a subscription is to be ended; and the ids of

@@ -389,15 +389,12 @@ impl World {
 
     fn leave(&mut self, client: Client) {
         self.people.remove(&client);
-        self.outs.retain(|_, out| {
-            if out.client != Some(client) {
-                return true;
-            }
+        // The backend goes on with them, for nobody.
+        for out in self.outs.values_mut().filter(|out| out.client == Some(client)) {
             out.client = None;
-            out.ends.is_some()
-        });
-        for out in self.outs.values_mut().filter(|out| out.client.is_none()) {
-            out.ends.as_mut().expect("nobody else stays").1 = None;
+            if let Some(ends) = &mut out.ends {
+                ends.1 = None;
+            }
         }
         self.subs.retain(|_, sub| sub.client != client);
         let mut actions = Vec::new();
