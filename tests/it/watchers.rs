@@ -187,8 +187,8 @@ fn an_idle_watcher_takes_little_memory() {
         (each, futures_util::future::join_all(members.into_iter().map(leave)).await)
     });
     println!("{count} idle watchers: {each} bytes of memory each");
-    // Without optimisation futures are larger.
-    let bound = if is_strict() { 4 * KIB } else { 12 * KIB };
+    // 4 KiB, and the steps in which an allocator grows: from one run to the next 2 %. Without optimisation futures are larger.
+    let bound = if is_strict() { 4 * KIB + KIB / 8 } else { 12 * KIB };
     assert!(each <= bound, "{each} bytes, {bound} allowed");
     assert_all(summaries, "Close 1000, Fin", BEFORE + count);
     t.assert_nothing_left();
