@@ -43,6 +43,9 @@ const BATCH_BYTES: usize = 256 << 10;
 /// A backend that stays for so long has come back for good: for the next loss all begins anew.
 const STEADY: Duration = Duration::from_secs(1);
 
+/// Messages to clients in one turn: one of the backend's may hold thousands, each for all.
+const DELIVERIES: usize = 16_384;
+
 type Acquiring = Pin<Box<dyn Future<Output = Result<Lease<Key, Opener>, AcquireError<Fault>>> + Send>>;
 
 /// See the module.
@@ -53,6 +56,9 @@ pub(super) struct Server {
     home: Home,
     core: Core,
     clients: HashMap<Client, Arc<Mailbox>>,
+    /// What the core has said is to be done, and how much of it was done in this turn. Until the rest is nothing else is heard.
+    actions: VecDeque<Action>,
+    done: usize,
     /// Where WebSockets come from; known while there are clients.
     pool: Option<Pool<Key, Opener>>,
     open: Option<Open>,
@@ -109,6 +115,8 @@ impl Server {
             home: home.clone(),
             core: Core::new(callers.core_limits(), callers.methods.clone()),
             clients: HashMap::new(),
+            actions: VecDeque::new(),
+            done: 0,
             pool: None,
             open: None,
             protocol: None,
@@ -139,12 +147,15 @@ impl Server {
         // Before anything is looked at, or what comes in between would be missed.
         self.hub.queue.listen(cx.waker());
         self.take_opened();
+        self.done = 0;
+        self.carry_on(DELIVERIES);
         let mut is_busy = self.hear_backend(cx);
         is_busy |= self.hear_clients();
         self.look_at_time(cx);
         is_busy |= self.get_lease(cx);
         is_busy |= self.send(cx);
         self.end_unused(cx);
+        is_busy |= !self.actions.is_empty();
         self.say_unlisted();
         self.told.tell(&self.core);
         if is_busy {
@@ -158,7 +169,7 @@ impl Server {
 
     /// The backend is needed.
     fn is_needed(&self) -> bool {
-        self.core.references() > 0 || !self.unsent.is_empty() || self.search.is_some()
+        self.core.references() > 0 || !self.actions.is_empty() || !self.unsent.is_empty() || self.search.is_some()
     }
 
     /// What the backend tells nobody may be what somebody has subscribed to by a method that is not set up.
@@ -193,7 +204,7 @@ impl Server {
     fn hear_backend(&mut self, cx: &mut Context<'_>) -> bool {
         let mut bytes = 0;
         for _ in 0..BATCH {
-            if bytes > BATCH_BYTES {
+            if bytes > BATCH_BYTES || !self.actions.is_empty() {
                 return true;
             }
             let Some(open) = &mut self.open else { return false };
@@ -221,7 +232,7 @@ impl Server {
     fn hear_clients(&mut self) -> bool {
         let mut bytes = 0;
         for _ in 0..BATCH {
-            if bytes > BATCH_BYTES {
+            if bytes > BATCH_BYTES || !self.actions.is_empty() {
                 return true;
             }
             let mut actions = Vec::new();
@@ -347,8 +358,17 @@ impl Server {
     }
 
     fn carry_out(&mut self, actions: Vec<Action>) {
+        self.actions.extend(actions);
+        self.carry_on(DELIVERIES);
+    }
+
+    /// Carries out what is next, until so much was done in this turn.
+    fn carry_on(&mut self, most: usize) {
         let limits = self.callers.limits;
-        for action in actions {
+        while self.done < most
+            && let Some(action) = self.actions.pop_front()
+        {
+            self.done += if matches!(action, Action::ToAll { .. }) { self.clients.len() } else { 1 };
             match action {
                 Action::ToClient { client, text } => {
                     // A notification may have become too long by the id that its client knows.
@@ -411,7 +431,9 @@ impl Server {
     fn forget_all(&mut self) {
         let mut actions = Vec::new();
         self.core.backend_lost(&mut actions);
-        self.carry_out(actions);
+        self.actions.extend(actions);
+        // Before anybody is ended.
+        self.carry_on(usize::MAX);
         self.unsent.clear();
         self.unsent_bytes = 0;
     }
