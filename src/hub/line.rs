@@ -138,6 +138,11 @@ pub(super) fn for_all_who_speak(close: Option<(u16, String)>) -> Option<Bytes> {
 }
 
 impl Lines {
+    /// `websocket.hold_timeout`.
+    pub(super) fn hold_timeout(&self) -> Duration {
+        self.relay.hold_timeout
+    }
+
     /// To this backend, by these rules.
     pub(super) fn new(upstream: &Upstream, relay: &relay::Config) -> Self {
         let lost = Code::RESTART.get();

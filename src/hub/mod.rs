@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::line::{Fault, Refused};
 use self::{
+    inbox::Terms,
     key::Key,
     line::{Lines, REFUSAL_TIMEOUT},
 };
@@ -189,7 +190,10 @@ impl Hubs {
             let leg = match (present, guest.take()) {
                 (Some((hub, present)), _) => hub.leg(present, home, traffic, admission, lease),
                 // It holds a lease itself as long as anybody asks.
-                (None, Some(guest)) => guest.leg(pool.clone(), traffic),
+                (None, Some(guest)) => {
+                    let terms = Terms { patience: lines.hold_timeout(), admission: admission.clone() };
+                    guest.leg(pool.clone(), terms, traffic)
+                }
                 (None, None) => break,
             };
             return Ok(Joined { leg: Stream::Local(leg), protocol, endpoint });

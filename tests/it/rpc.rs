@@ -98,7 +98,8 @@ impl Asked {
                                 }
                                 "die" => return,
                                 "dislike" => {
-                                    c.send_close(params[0].as_u64().expect("a code") as u16, "").await;
+                                    let code = params[0].as_u64().and_then(|code| code.try_into().ok());
+                                    c.send_close(code.expect("a code"), "").await;
                                     c.until_end().await;
                                     return;
                                 }

@@ -1,7 +1,6 @@
 //! One client among those who ask on the same WebSocket. To its relay it is the backend's leg.
 
 use std::{
-    collections::VecDeque,
     fmt, io,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
@@ -17,7 +16,7 @@ use super::{
 use crate::{
     hub::{
         Opener,
-        inbox::{Inbox, Said, Takes, answer_to_close},
+        inbox::{Inbox, Said, Takes, Terms, answer_to_close},
         key::Key,
     },
     metrics::Traffic,
@@ -34,7 +33,9 @@ pub(super) struct Leg {
     guest: Guest,
     client: Client,
     mailbox: Arc<Mailbox>,
+    /// Of what it says.
     max_message: u64,
+    terms: Terms,
     traffic: Arc<Traffic>,
     /// Of a message, what did not fit.
     rest: Bytes,
@@ -42,8 +43,8 @@ pub(super) struct Leg {
     /// To be said between two messages.
     answers: Vec<u8>,
     inbox: Option<Box<Inbox>>,
-    /// Messages for the hub that wait for room.
-    outbox: VecDeque<Bytes>,
+    /// A message for the hub that waits for room.
+    outbox: Option<Bytes>,
     /// Whoever found nothing to be read.
     reader: Option<Waker>,
 }
@@ -68,6 +69,7 @@ impl Leg {
         mailbox: Arc<Mailbox>,
         pool: Pool<Key, Opener>,
         max_message: u64,
+        terms: Terms,
         traffic: Arc<Traffic>,
     ) -> Self {
         let client = guest.number();
@@ -77,12 +79,13 @@ impl Leg {
             client,
             mailbox,
             max_message,
+            terms,
             traffic,
             rest: Bytes::new(),
             state: State::Open,
             answers: Vec::new(),
             inbox: None,
-            outbox: VecDeque::new(),
+            outbox: None,
             reader: None,
         }
     }
@@ -94,13 +97,18 @@ impl Leg {
         }
     }
 
-    /// What its client says.
-    fn hear(&mut self, mut bytes: &[u8]) -> Result<(), Violation> {
-        let limit = self.max_message;
-        let inbox = self.inbox.get_or_insert_with(|| Box::new(Inbox::new(Takes::Text, limit)));
-        while let Some(said) = inbox.next(&mut bytes)? {
+    /// What its client says, up to the next message. Gives how many bytes that was.
+    fn hear(&mut self, bytes: &[u8]) -> Result<usize, Violation> {
+        let (limit, terms) = (self.max_message, &self.terms);
+        let new = || Box::new(Inbox::new(Takes::Text, limit).on(terms.clone()));
+        let inbox = self.inbox.get_or_insert_with(new);
+        let mut rest = bytes;
+        while self.outbox.is_none()
+            && self.answers.len() <= ANSWERS
+            && let Some(said) = inbox.next(&mut rest)?
+        {
             match said {
-                Said::Message(_, text) => self.outbox.push_back(text),
+                Said::Message(_, text) => self.outbox = Some(text),
                 Said::Answer(answer) => self.answers.extend_from_slice(&answer),
                 Said::Close(answer) => {
                     self.answers.extend_from_slice(&answer);
@@ -109,17 +117,33 @@ impl Leg {
                 }
             }
         }
-        Ok(())
+        Ok(bytes.len() - rest.len())
     }
 
     /// Passes on what it has for the hub; ready when that was all.
     fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
-        while let Some(text) = self.outbox.front() {
+        if let Some(text) = &self.outbox {
             ready!(self.guest.queue().poll_say(cx, self.client, text));
-            self.outbox.pop_front();
+            self.outbox = None;
+            if let Some(inbox) = &mut self.inbox {
+                inbox.release();
+            }
         }
-        self.outbox = VecDeque::new();
         Poll::Ready(())
+    }
+
+    /// Whether what its client has begun to say takes too long.
+    fn look_for_end(&mut self, cx: &mut Context<'_>) -> Result<(), Fault> {
+        match self.inbox.as_mut().map(|inbox| inbox.poll_late(cx)) {
+            Some(Poll::Ready(violation)) => Err(self.refuse(violation)),
+            Some(Poll::Pending) | None => Ok(()),
+        }
+    }
+
+    fn refuse(&mut self, violation: Violation) -> Fault {
+        self.state = State::Faulty;
+        (self.outbox, self.inbox) = (None, None);
+        Fault::Broke(violation)
     }
 
     fn take_answers(&mut self, buffer: &mut [u8]) -> usize {
@@ -167,7 +191,7 @@ impl Local for Leg {
             return Poll::Ready(Ok(count));
         }
         // What had found no room. Of a client that has said its Close it comes before the answer.
-        if !self.outbox.is_empty() && self.poll_send(cx).is_pending() && self.state == State::Closing {
+        if self.outbox.is_some() && self.poll_send(cx).is_pending() && self.state == State::Closing {
             return Poll::Pending;
         }
         if self.state == State::Closing {
@@ -181,7 +205,10 @@ impl Local for Leg {
             return Poll::Ready(Ok(self.take_answers(buffer)));
         }
         let polled = match self.state {
-            State::Open => self.poll_mailbox(cx, buffer),
+            State::Open => {
+                self.look_for_end(cx)?;
+                self.poll_mailbox(cx, buffer)
+            }
             State::Faulty => Poll::Pending,
             State::Closing | State::Answering | State::Over => {
                 self.state = State::Over;
@@ -212,17 +239,17 @@ impl Local for Leg {
             // Read by the same task, which then writes again.
             return Poll::Pending;
         }
-        if let Err(violation) = self.hear(bytes) {
-            self.state = State::Faulty;
-            self.outbox = VecDeque::new();
-            return Poll::Ready(Err(Fault::Broke(violation).into()));
-        }
+        let heard = match self.hear(bytes) {
+            Ok(heard) => heard,
+            Err(violation) => return Poll::Ready(Err(self.refuse(violation).into())),
+        };
         if !self.answers.is_empty() {
             self.wake_reader();
         }
         // What finds no room waits here, and holds up what its client says next.
         let _ = self.poll_send(cx);
-        Poll::Ready(Ok(bytes.len()))
+        self.look_for_end(cx)?;
+        Poll::Ready(Ok(heard))
     }
 
     fn finish(&mut self) {
@@ -230,10 +257,14 @@ impl Local for Leg {
     }
 
     fn wait(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if !self.outbox.is_empty() {
+        if self.outbox.is_some() {
             let _ = self.poll_send(cx);
         }
-        if self.state == State::Open && self.mailbox.hold(cx) {
+        if self.state != State::Open {
+            return Ok(());
+        }
+        self.look_for_end(cx)?;
+        if self.mailbox.hold(cx) {
             self.state = State::Faulty;
             return Err(Fault::Slow.into());
         }

@@ -41,7 +41,7 @@ use self::{
     queue::Queue,
     serve::Server,
 };
-use super::{Opener, key::Key, line::Line};
+use super::{Opener, inbox::Terms, key::Key, line::Line};
 use crate::{
     metrics::{Metrics, Traffic},
     net::Local,
@@ -225,11 +225,11 @@ impl Guest {
     }
 
     /// A client's leg, on its worker.
-    pub(super) fn leg(self, pool: Pool<Key, Opener>, traffic: &Arc<Traffic>) -> Box<dyn Local> {
+    pub(super) fn leg(self, pool: Pool<Key, Opener>, terms: Terms, traffic: &Arc<Traffic>) -> Box<dyn Local> {
         let Callers { sharing, limits, metrics, .. } = &*self.callers;
         let mailbox = Mailbox::new(sharing.queue_messages, sharing.queue_bytes, Arc::clone(metrics));
-        let max_message = limits.message;
-        Box::new(Leg::new(self, Arc::new(mailbox), pool, max_message, Arc::clone(traffic)))
+        let max_message = limits.message.min(sharing.queue_bytes as u64);
+        Box::new(Leg::new(self, Arc::new(mailbox), pool, max_message, terms, Arc::clone(traffic)))
     }
 
     /// The backend's 101 is here. `reports` are dropped with the WebSocket.
