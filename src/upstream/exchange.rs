@@ -6,6 +6,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
+    sync::Arc,
     task::Poll,
 };
 
@@ -127,7 +128,7 @@ where
         .max_buf_size(config.header_bytes.max(8 * 1024))
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(Error::NoAnswer)?;
+        .map_err(|error| Error::NoAnswer(Arc::new(error)))?;
     let mut driven = Driven { driver: Some(connection), sender, is_done: false };
     let answer = {
         let mut response = pin!(driven.sender.send_request(request));
@@ -148,7 +149,7 @@ where
         // A backend may look at our certificate only then.
         Some(Ok(Err(error))) => match tls::explain(&error) {
             Some(what) => Error::Tls { backend: config.address.to_string(), what },
-            None => Error::NoAnswer(error),
+            None => Error::NoAnswer(Arc::new(error)),
         },
         Some(Err(_)) | None => Error::Timeout("backend did not answer in time"),
     };

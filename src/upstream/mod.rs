@@ -165,7 +165,7 @@ pub enum Error {
     Body(#[source] hyper::Error),
     /// It answered, but not in HTTP, or closed the connection without an answer.
     #[error("backend gave no valid HTTP answer: {0}")]
-    NoAnswer(#[source] hyper::Error),
+    NoAnswer(#[source] Arc<hyper::Error>),
     /// The same on a stream of a shared connection.
     #[error("backend gave no valid HTTP/2 answer: {0}")]
     NoStream(#[source] h2::Error),
@@ -192,8 +192,9 @@ impl Error {
             Self::Busy => Self::Busy,
             Self::Timeout(what) => Self::Timeout(what),
             Self::BadAccept(what) => Self::BadAccept(what),
-            // Not of a connect.
-            Self::Body(_) | Self::NoAnswer(_) | Self::NoStream(_) => Self::Timeout("backend did not answer in time"),
+            Self::NoAnswer(error) => Self::NoAnswer(Arc::clone(error)),
+            // Of requests with a body, and of streams: nobody waits with others for these.
+            Self::Body(_) | Self::NoStream(_) => Self::Timeout("backend did not answer in time"),
         }
     }
 }

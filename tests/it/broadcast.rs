@@ -390,25 +390,32 @@ fn a_message_of_a_client_is_bounded() {
 /// What the backend answers in place of a 101 is the answer for all who wait; one that is not there is 502.
 #[test]
 fn a_refusal_is_for_all_who_wait() {
-    let waiting = Board::new(0);
-    let asked = waiting.clone();
+    let all_wait = Gate::new("all three wait");
+    let go = all_wait.clone();
     let t = Scene::new(&settings("idle_timeout = '0s'", ""))
         .backend(async move |c: &mut Peer| {
-            c.read_head().await;
-            asked.until(DEADLINE, |waiting| (*waiting == 3).then_some(())).await.expect("all three");
+            if c.read_head().await.target() == "/feed/c" {
+                return;
+            }
+            go.passed().await;
             let response = Message::status(401, "Unauthorized", "who are you?").header("WWW-Authenticate", "Bearer");
             c.reply(response.header("Set-Cookie", "session=1")).await;
         })
         .start();
-    t.clients(3, async |c: &mut Peer| {
-        c.send_bytes(&Message::websocket("/feed/a").bytes()).await;
-        waiting.change(|waiting| *waiting += 1);
-        let response = c.read_response().await;
-        assert_eq!((response.code(), response.text().as_str()), (401, "who are you?"));
-        assert_eq!((response.field("WWW-Authenticate"), response.field("Set-Cookie")), (Some("Bearer"), None));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            t.proxy().metrics_when("all three wait", |metrics| metrics.count("tidegate_pool_waiters") == 3);
+            all_wait.open();
+        });
+        t.clients(3, async |c: &mut Peer| {
+            let response = c.request(Message::websocket("/feed/a")).await;
+            assert_eq!((response.code(), response.text().as_str()), (401, "who are you?"));
+            assert_eq!((response.field("WWW-Authenticate"), response.field("Set-Cookie")), (Some("Bearer"), None));
+        });
     });
-    // Those who came late got the same without being asked for.
     assert_eq!(t.backend().count(), 1);
+    // No answer at all, and nobody there: as it is on a connection of one's own.
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/feed/c")).await.code(), 502));
     t.backend().stop_listening();
     t.client(async |c| assert_eq!(c.request(Message::websocket("/feed/b")).await.code(), 502));
     t.no_rst();

@@ -391,7 +391,7 @@ fn what_one_says_ends_nobody_else() {
 #[test]
 fn a_backend_that_does_not_come_back_is_lost() {
     let asked = Asked::new();
-    let t = scene(&asked, "idle_timeout = '45s', reconnect_grace = '300ms'");
+    let t = scene(&asked, "idle_timeout = '45s', reconnect_grace = '3s'");
     let here = Board::new(0);
     let clients = [0, 1].map(|index| {
         let (here, asked) = (here.clone(), asked.clone());

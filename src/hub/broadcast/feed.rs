@@ -161,6 +161,8 @@ impl Feed {
     /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost.
     async fn reconnect(&self, endpoint: &str, grace: &mut Option<Grace>) -> Option<Line> {
         static SAID: Sparse = Sparse::new();
+        static GIVEN_UP: Sparse = Sparse::new();
+        static FOUND: Sparse = Sparse::new();
         let Self { hub, lines, route, key, home, .. } = self;
         if hub.is_alone() {
             hub.metrics.reconnect(Reconnect::Unused);
@@ -175,11 +177,18 @@ impl Feed {
             warn!(%route, %key, endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
         }
         let mut asked = pin!(hub.end.cancelled());
+        let (mut is_last, mut error) = (false, String::new());
         let result = loop {
-            let wait = pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
-            *pause = (*pause * 2).min(BACKOFF.1);
-            if Instant::now() + wait >= *until {
+            let left = until.saturating_duration_since(Instant::now());
+            if is_last || left.is_zero() {
                 break Err(Reconnect::Expired);
+            }
+            let mut wait = pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
+            *pause = (*pause * 2).min(BACKOFF.1);
+            // What is left of the grace is used, too.
+            is_last = wait >= left;
+            if is_last {
+                wait = left / 2;
             }
             let open = async {
                 sleep(wait).await;
@@ -196,10 +205,16 @@ impl Feed {
                 Ok(Ok(line)) => {
                     // Its clients were told another subprotocol.
                     home.spawn(line.end(Code::GOING_AWAY));
+                    "it chooses another subprotocol".clone_into(&mut error);
                     break Err(Reconnect::Refused);
                 }
-                Ok(Err(Fault::Refused(refused))) if refused.is_final() => break Err(Reconnect::Refused),
-                Ok(Err(error)) => debug!(%route, %key, %error, "the backend of a shared WebSocket is not back"),
+                Ok(Err(fault)) => {
+                    error = fault.to_string();
+                    debug!(%route, %key, error, "the backend of a shared WebSocket is not back");
+                    if matches!(&fault, Fault::Refused(refused) if refused.is_final()) {
+                        break Err(Reconnect::Refused);
+                    }
+                }
             }
             if hub.is_alone() {
                 break Err(Reconnect::Unused);
@@ -210,12 +225,19 @@ impl Feed {
             Ok(line) => {
                 hub.metrics.reconnect(Reconnect::Connected);
                 *hub.endpoint.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&line.endpoint);
-                info!(%route, %key, endpoint = %line.endpoint, lost_ms, "a shared WebSocket is open again");
+                if let Some(unsaid) = FOUND.is_due() {
+                    info!(%route, %key, endpoint = %line.endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
+                }
                 Some(line)
             }
             Err(result) => {
                 hub.metrics.reconnect(result);
-                info!(%route, %key, endpoint, lost_ms, why = result.as_str(), "a shared WebSocket is given up");
+                let why = result.as_str();
+                if matches!(result, Reconnect::Unused) {
+                    debug!(%route, %key, endpoint, lost_ms, why, error, "a shared WebSocket is given up");
+                } else if let Some(unsaid) = GIVEN_UP.is_due() {
+                    warn!(%route, %key, endpoint, clients, lost_ms, why, error, unsaid, "a shared WebSocket is given up: its clients get their end");
+                }
                 None
             }
         }

@@ -292,6 +292,11 @@ impl Core {
         actions.extend(ended.into_iter().map(|client| Action::EndClient { client }));
     }
 
+    /// The backend's connection has ended while nobody used it. What would have come late on it never comes.
+    pub fn closed_unused(&mut self) {
+        self.late.clear();
+    }
+
     /// Whoever waits for longer than they should gets an error object.
     pub fn due(&mut self, now: Instant, actions: &mut Vec<Action>) {
         while self.deadline().is_some_and(|deadline| deadline <= now) {

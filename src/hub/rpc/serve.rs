@@ -299,6 +299,10 @@ impl Server {
             self.sleep = None;
         }
         let Some(pool) = &self.pool else { return false };
+        // What was lost long ago has nothing to do with the one that is asked for now.
+        if self.acquiring.is_none() && self.search.is_none() {
+            self.before.take_if(|before| before.until <= Instant::now());
+        }
         let acquiring = self.acquiring.get_or_insert_with(|| {
             let (pool, key) = (pool.clone(), self.key.clone());
             Box::pin(async move { pool.acquire(&key).await })
@@ -348,6 +352,7 @@ impl Server {
         let Some(open) = &mut self.open else { return };
         let is_over = open.end.as_mut().poll(cx).is_ready() || has_begun && !is_needed;
         if is_over && let Some(open) = self.open.take() {
+            self.core.closed_unused();
             let code = if has_begun { Code::GOING_AWAY } else { Code::NORMAL };
             debug!(
                 route = %self.callers.route, key = %self.key, endpoint = %open.endpoint,
@@ -410,6 +415,7 @@ impl Server {
         // Nobody wants anything of it: the next request opens another one.
         if !is_used {
             debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend, and nobody uses it");
+            self.core.closed_unused();
             self.look_again();
             self.before = self.search.take().map(|search| Search { until: self.grace(), ..search });
             return;
@@ -470,10 +476,13 @@ impl Server {
 
     /// The backend is there.
     fn find(&mut self) {
+        static FOUND: Sparse = Sparse::new();
         let (Some(search), Some(open)) = (self.search.take(), &self.open) else { return };
         self.told.metrics.reconnect(Reconnect::Connected);
         let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
-        info!(%route, %key, %endpoint, lost_ms, "a shared WebSocket is open again");
+        if let Some(unsaid) = FOUND.is_due() {
+            info!(%route, %key, %endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
+        }
         self.before = Some(search);
     }
 
@@ -503,10 +512,14 @@ impl Server {
 
     /// There is no backend for those who are here.
     fn give_up(&mut self, result: Reconnect) {
+        static GIVEN_UP: Sparse = Sparse::new();
         self.told.metrics.reconnect(result);
         let (route, key, why) = (&self.callers.route, &self.key, result.as_str());
         let lost_ms = self.search.take().map_or(0, |search| search.lost_ms());
-        info!(%route, %key, lost_ms, why, "a shared WebSocket is given up");
+        if let Some(unsaid) = GIVEN_UP.is_due() {
+            let clients = self.clients.len();
+            warn!(%route, %key, clients, lost_ms, why, unsaid, "a shared WebSocket is given up: its clients get their end");
+        }
         self.forget_all();
         self.finish_all(&End::Lost);
     }
