@@ -13,6 +13,7 @@ mod turnstile;
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use http::{HeaderValue, Request};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -231,6 +232,20 @@ impl fmt::Debug for Hubs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hubs").finish_non_exhaustive()
     }
+}
+
+/// How it ends for a client, behind what was said before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum End {
+    /// The backend is gone for good, or what the client had there.
+    Lost,
+    /// By its Close, which is this frame.
+    Close(Bytes),
+}
+
+/// For gauges.
+fn signed(bytes: usize) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 /// One for each key, however many use it.

@@ -19,9 +19,10 @@ use super::{
         line::{Fault, Heard, Line, Lines, for_all, for_all_who_speak},
     },
     Hub,
-    ring::{End, encode},
+    ring::encode,
 };
 use crate::{
+    hub::End,
     metrics::{Gap, Reconnect},
     pool::Reports,
     sparse::Sparse,

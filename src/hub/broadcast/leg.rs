@@ -10,14 +10,11 @@ use std::{
 
 use bytes::{Buf as _, Bytes};
 
-use super::{
-    Present,
-    ring::{End, Found},
-    ward::Bed,
-};
+use super::{Present, ring::Found, ward::Bed};
 use crate::{
     admission::Admission,
     hub::{
+        End,
         inbox::{Inbox, Said, Takes, Terms, answer_to_close},
         turnstile::Ticket,
     },

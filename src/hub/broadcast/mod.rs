@@ -29,16 +29,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(super) use self::ring::encode;
-use self::{
-    feed::Feed,
-    inbound::Inbound,
-    leg::Leg,
-    ring::{End, Ring},
-    ward::Ward,
-};
+use self::{feed::Feed, inbound::Inbound, leg::Leg, ring::Ring, ward::Ward};
 use super::{Opener, key::Key, line::Fault};
 use crate::{
     admission::Admission,
+    hub::End,
     metrics::{Metrics, Traffic},
     net::Local,
     pool::Reports,

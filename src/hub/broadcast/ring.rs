@@ -10,7 +10,10 @@ use std::{
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::ws::{Opcode, frame::MAX_HEADER};
+use crate::{
+    hub::{End, signed},
+    ws::{Opcode, frame::MAX_HEADER},
+};
 
 /// See the module.
 pub(super) struct Ring {
@@ -27,15 +30,6 @@ struct State {
     first: u64,
     bytes: usize,
     end: Option<End>,
-}
-
-/// How it ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum End {
-    /// The backend is gone for good.
-    Lost,
-    /// By its Close, which is this frame.
-    Close(Bytes),
 }
 
 /// What a reader finds.
@@ -165,10 +159,6 @@ impl Ring {
             None => Found::Nothing,
         }
     }
-}
-
-fn signed(bytes: usize) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

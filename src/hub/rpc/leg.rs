@@ -11,11 +11,11 @@ use bytes::{Buf as _, Bytes};
 use super::{
     Guest,
     core::Client,
-    mailbox::{End, Found, Mailbox},
+    mailbox::{Found, Mailbox},
 };
 use crate::{
     hub::{
-        Opener,
+        End, Opener,
         inbox::{Inbox, Said, Takes, Terms, answer_to_close},
         key::Key,
     },

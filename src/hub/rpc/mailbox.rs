@@ -8,7 +8,11 @@ use std::{
 
 use bytes::{Buf as _, Bytes};
 
-use crate::{metrics::Metrics, upstream::SlowClient};
+use crate::{
+    hub::{End, signed},
+    metrics::Metrics,
+    upstream::SlowClient,
+};
 
 /// See the module. The hub puts in, the leg takes out.
 #[derive(Debug)]
@@ -32,15 +36,6 @@ struct State {
     reader: Option<Waker>,
     /// Whoever can't take anything, and is only to know when that was too long.
     holder: Option<Waker>,
-}
-
-/// How it ends, behind what is in it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum End {
-    /// The backend is gone for good, or what the client had there.
-    Lost,
-    /// By its Close, which is this frame.
-    Close(Bytes),
 }
 
 /// What was found in it.
@@ -152,10 +147,6 @@ impl Drop for Mailbox {
         let bytes = self.lock().bytes;
         self.metrics.shared_queue_bytes.dec_by(signed(bytes));
     }
-}
-
-fn signed(bytes: usize) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

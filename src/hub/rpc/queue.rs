@@ -8,10 +8,8 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{
-    core::Client,
-    mailbox::{End, Mailbox},
-};
+use super::{core::Client, mailbox::Mailbox};
+use crate::hub::End;
 
 /// See the module. Messages are bounded: whoever finds it full waits, and holds up nobody else. Clients have their turn one after the other, each
 /// with a message, and none has more than its share. The rest is twice for each client.

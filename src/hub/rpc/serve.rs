@@ -18,14 +18,14 @@ use tracing::{debug, info, warn};
 
 use super::{
     super::{
-        BACKOFF, Opener,
+        BACKOFF, End, Opener,
         broadcast::encode,
         key::Key,
-        line::{Fault, Heard, Line, for_all},
+        line::{Fault, Heard, Line, for_all_who_speak},
     },
     Callers, Hub, Opened,
     core::{Action, Client, Core, Counts},
-    mailbox::{End, Mailbox},
+    mailbox::Mailbox,
     queue::Word,
 };
 use crate::{
@@ -221,7 +221,7 @@ impl Server {
                 }
                 // JSON is text; whose this is can't be known.
                 Heard::Message(false, _) => {}
-                Heard::Close(close) => self.lose(ends_all(close)),
+                Heard::Close(close) => self.lose(for_all_who_speak(close)),
                 Heard::Lost => self.lose(None),
             }
         }
@@ -531,14 +531,6 @@ impl Drop for Server {
         self.finish_all(&End::Lost);
         self.hub.queue.close();
         self.callers.forget(&self.key, &self.hub);
-    }
-}
-
-/// The Close that is for all. Codes of messages are not: one client has said what the backend did not like, and would end all others by it.
-fn ends_all(close: Option<(u16, String)>) -> Option<Bytes> {
-    match close {
-        Some((1002 | 1003 | 1007 | 1008 | 1009, _)) => None,
-        close => for_all(close),
     }
 }
 
