@@ -100,12 +100,17 @@ impl Gate {
         Some((first, Permit { _slot: slot, _waiter: Some(waiter) }))
     }
 
+    /// Nobody waits.
+    pub fn is_calm(&self) -> bool {
+        self.waiters.size.load(Ordering::Acquire) == 0
+    }
+
     /// Resolves when all who had to wait are answered, or after a while: clients that connect give up sooner than those that
     /// are connected.
     pub async fn calm(&self) {
         // Made before it is looked at: the last of them may be answered in between, on another thread.
         let calm = self.waiters.is_calm.notified();
-        if self.waiters.size.load(Ordering::Acquire) > 0 {
+        if !self.is_calm() {
             let _ = timeout(HOLD, calm).await;
         }
     }

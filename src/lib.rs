@@ -13,7 +13,7 @@
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission/  budget.rs  drain/  gate.rs
 //!    metrics.rs  net/  pool/  slots.rs
-//!    system.rs  token.rs                              mechanisms that everybody shares
+//!    stamp.rs  system.rs  token.rs                     mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
@@ -43,6 +43,7 @@ pub mod session;
 pub mod side;
 pub mod slots;
 pub mod sparse;
+pub mod stamp;
 pub mod system;
 pub mod token;
 pub mod upstream;

@@ -3,6 +3,7 @@
 //! One [`Drain`] is shared by all. It is asked twice at most: politely, with a plan, and then urgently. It knows
 //! nothing of sessions; each of them takes its own moment from the plan. When it is asked what, is said by [`Phases`].
 
+mod ears;
 mod phases;
 
 use std::{
@@ -16,7 +17,13 @@ use std::{
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-pub use self::phases::{Act, Phase, Phases, Status};
+use self::ears::Ears;
+pub use self::{
+    ears::Ear,
+    phases::{Act, Phase, Phases, Status},
+};
+
+use crate::stamp::Stamp;
 
 /// How a drain goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,9 +66,9 @@ pub enum Readiness {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moments {
     /// From here on the first quiet point is taken.
-    pub from: Instant,
+    pub from: Stamp,
     /// It is closed by now, quiet or not.
-    pub until: Instant,
+    pub until: Stamp,
 }
 
 /// The process-wide order to end; clones are the same order.
@@ -81,6 +88,7 @@ struct Inner {
     is_hurried: AtomicBool,
     begun: CancellationToken,
     urgent: CancellationToken,
+    ears: Ears,
 }
 
 impl Drain {
@@ -95,6 +103,7 @@ impl Drain {
             is_hurried: AtomicBool::new(false),
             begun: CancellationToken::new(),
             urgent: CancellationToken::new(),
+            ears: Ears::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -134,6 +143,7 @@ impl Drain {
         self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
         self.inner.has_begun.store(true, Ordering::Release);
         self.inner.begun.cancel();
+        self.inner.ears.wake();
     }
 
     /// Everything ends now, still with Close frames. Idempotent; begins the drain when it has not begun.
@@ -141,6 +151,7 @@ impl Drain {
         self.begin();
         self.inner.is_hurried.store(true, Ordering::Release);
         self.inner.urgent.cancel();
+        self.inner.ears.wake();
     }
 
     /// The window is open.
@@ -168,6 +179,7 @@ impl Drain {
         let (start, window) = *self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
         // Also the last one has time for its exchange.
         let spread = window.saturating_sub(self.config().exchange());
+        let start = Stamp::from(start);
         Moments { from: start + spread.mul_f64(share.clamp(0.0, 1.0)), until: start + window }
     }
 }

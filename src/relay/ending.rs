@@ -6,11 +6,10 @@
 #[cfg(test)]
 mod tests;
 
-use tokio::time::Instant;
-
 use super::Config;
 use crate::{
     side::Side,
+    stamp::Stamp,
     ws::{CloseFrame, Code, Violation},
 };
 
@@ -86,10 +85,10 @@ pub(super) struct View {
     /// Nothing waits to be written.
     pub flushed: bool,
     /// When bytes were last taken, or first had to wait.
-    pub progress: Instant,
+    pub progress: Stamp,
     /// When what had waited was last gone, or a frame that was not held ended: before that the other side was not read,
     /// or could not answer.
-    pub unblocked: Instant,
+    pub unblocked: Stamp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,14 +112,14 @@ struct Leg {
     close: Option<Coded>,
     gone: Option<Gone>,
     /// When the first of both happened.
-    since: Option<Instant>,
+    since: Option<Stamp>,
     /// When it was gone.
-    gone_at: Option<Instant>,
+    gone_at: Option<Stamp>,
     told: Told,
     /// When its Close was in the kernel: the timers start here.
-    flushed_at: Option<Instant>,
+    flushed_at: Option<Stamp>,
     /// When its leg was handed over: nothing more is heard from it.
-    let_go_at: Option<Instant>,
+    let_go_at: Option<Stamp>,
     /// The Close that it was told.
     said: Option<Coded>,
     /// The other side died inside a frame that was partly passed on: no Close can be put in any more.
@@ -130,21 +129,28 @@ struct Leg {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Ending {
-    legs: [Leg; 2],
     /// After the backend's Close nothing comes from it, not even its FIN.
     is_forgotten: bool,
+    /// From the first sign on: most sessions show none, and are to cost little.
+    signs: Option<Box<Signs>>,
+}
+
+/// What was heard and said of an end.
+#[derive(Debug)]
+struct Signs {
+    legs: [Leg; 2],
     /// The client's Close was heard, but whether it waits for an answer is being looked at.
     unsettled: bool,
     /// It is to end because we say so.
-    leave: Option<(Instant, CloseFrame)>,
+    leave: Option<(Stamp, CloseFrame)>,
     /// We wanted it to end when somebody had begun already, or its place was needed: from then on `close.delay` is over.
-    hastened_at: Option<Instant>,
-    first: Option<(Initiator, Cause, Instant)>,
+    hastened_at: Option<Stamp>,
+    first: Option<(Initiator, Cause, Stamp)>,
 }
 
-impl Ending {
-    /// Of a session in which nobody said anything about an end. `is_forgotten`: the backend's FIN does not come.
-    pub(super) const fn new(is_forgotten: bool) -> Self {
+impl Signs {
+    /// Nobody said anything about an end.
+    const NONE: Self = {
         let leg = Leg {
             close: None,
             gone: None,
@@ -156,31 +162,47 @@ impl Ending {
             said: None,
             cut: false,
         };
-        Self { legs: [leg; 2], is_forgotten, unsettled: false, leave: None, hastened_at: None, first: None }
+        Self { legs: [leg; 2], unsettled: false, leave: None, hastened_at: None, first: None }
+    };
+}
+
+impl Ending {
+    /// Of a session in which nobody said anything about an end. `is_forgotten`: the backend's FIN does not come.
+    pub(super) const fn new(is_forgotten: bool) -> Self {
+        Self { is_forgotten, signs: None }
     }
 
-    const fn leg(&self, side: Side) -> &Leg {
-        &self.legs[side as usize]
+    fn signs(&self) -> &Signs {
+        static NONE: Signs = Signs::NONE;
+        self.signs.as_deref().unwrap_or(&NONE)
     }
 
-    const fn leg_mut(&mut self, side: Side) -> &mut Leg {
-        &mut self.legs[side as usize]
+    fn signs_mut(&mut self) -> &mut Signs {
+        self.signs.get_or_insert_with(|| Box::new(Signs::NONE))
+    }
+
+    fn leg(&self, side: Side) -> &Leg {
+        &self.signs().legs[side as usize]
+    }
+
+    fn leg_mut(&mut self, side: Side) -> &mut Leg {
+        &mut self.signs_mut().legs[side as usize]
     }
 
     /// Somebody, perhaps we, began to end the session.
-    pub(super) const fn has_begun(&self) -> bool {
-        self.first.is_some()
+    pub(super) fn has_begun(&self) -> bool {
+        self.signs().first.is_some()
     }
 
     /// Who began, why, and when; `None` before.
-    pub(super) const fn first(&self) -> Option<(Initiator, Cause, Instant)> {
-        self.first
+    pub(super) fn first(&self) -> Option<(Initiator, Cause, Stamp)> {
+        self.signs().first
     }
 
     /// The code that the session ended with: the initiator's, or what the client got of us; `None`: no code.
     pub(super) fn code(&self) -> Option<u16> {
         let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
-        match self.first {
+        match self.signs().first {
             Some((Initiator::Client, Cause::Close, _)) => client.close.and_then(|close| close.0),
             Some((Initiator::Backend, Cause::Close, _)) => backend.close.and_then(|close| close.0),
             _ => self.got(Side::Client),
@@ -188,12 +210,12 @@ impl Ending {
     }
 
     /// How this side went without waiting for the Close handshake, if it did.
-    pub(super) const fn gone(&self, side: Side) -> Option<Gone> {
+    pub(super) fn gone(&self, side: Side) -> Option<Gone> {
         self.leg(side).gone
     }
 
     /// Its Close was received.
-    pub(super) const fn heard_close_of(&self, side: Side) -> bool {
+    pub(super) fn heard_close_of(&self, side: Side) -> bool {
         self.leg(side).close.is_some()
     }
 
@@ -209,7 +231,7 @@ impl Ending {
     }
 
     /// It got a Close: its kernel or ours has all of it.
-    pub(super) const fn told_close(&self, side: Side) -> bool {
+    pub(super) fn told_close(&self, side: Side) -> bool {
         self.leg(side).flushed_at.is_some()
     }
 
@@ -219,7 +241,7 @@ impl Ending {
     }
 
     /// A Close that [`Ending::next`] did not ask for is in the kernel.
-    pub(super) fn has_told(&mut self, side: Side, code: Option<u16>, now: Instant) {
+    pub(super) fn has_told(&mut self, side: Side, code: Option<u16>, now: Stamp) {
         self.sent_close(side, code);
         let leg = self.leg_mut(side);
         leg.told = Told::Flushed;
@@ -227,7 +249,7 @@ impl Ending {
     }
 
     /// It was cut inside a frame.
-    pub(super) const fn was_cut(&self, side: Side) -> bool {
+    pub(super) fn was_cut(&self, side: Side) -> bool {
         self.leg(side).cut
     }
 
@@ -258,40 +280,40 @@ impl Ending {
         !dead && leg.told != Told::Fin
     }
 
-    fn begin(&mut self, initiator: Initiator, cause: Cause, now: Instant) {
-        self.first.get_or_insert((initiator, cause, now));
+    fn begin(&mut self, initiator: Initiator, cause: Cause, now: Stamp) {
+        self.signs_mut().first.get_or_insert((initiator, cause, now));
     }
 
     /// `side` sent its Close.
-    pub(super) fn heard_close(&mut self, side: Side, code: Option<u16>, now: Instant) {
+    pub(super) fn heard_close(&mut self, side: Side, code: Option<u16>, now: Stamp) {
         self.begin(if side == Side::Client { Initiator::Client } else { Initiator::Backend }, Cause::Close, now);
         let leg = self.leg_mut(side);
         leg.close.get_or_insert(Coded(code));
         leg.since.get_or_insert(now);
         if side == Side::Client {
-            self.unsettled = true;
+            self.signs_mut().unsettled = true;
         }
     }
 
     /// The client's socket was looked at once more after its Close: no FIN came with it.
-    pub(super) const fn settle(&mut self) {
-        self.unsettled = false;
+    pub(super) fn settle(&mut self) {
+        self.signs_mut().unsettled = false;
     }
 
     /// The client's Close awaits [`Ending::settle`].
-    pub(super) const fn is_unsettled(&self) -> bool {
-        self.unsettled
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.signs().unsettled
     }
 
     /// `side` is gone. `inside_frame`: what it sent last was part of a frame of which the other side has the beginning.
-    pub(super) fn heard_gone(&mut self, side: Side, how: Gone, inside_frame: bool, now: Instant) {
+    pub(super) fn heard_gone(&mut self, side: Side, how: Gone, inside_frame: bool, now: Stamp) {
         let initiator = match (how, side) {
             (Gone::Silent | Gone::Stalled | Gone::Broke(_), _) => Initiator::Tidegate,
             (_, Side::Client) => Initiator::Client,
             (_, Side::Backend) => Initiator::Backend,
         };
         self.begin(initiator, Cause::Gone(side, how), now);
-        self.unsettled = false;
+        self.signs_mut().unsettled = false;
         let leg = self.leg_mut(side);
         match leg.gone {
             None => leg.gone = Some(how),
@@ -309,13 +331,13 @@ impl Ending {
     }
 
     /// `side` takes nothing of what waits for it; `cut`: it will miss a part of that.
-    pub(super) fn stalled(&mut self, side: Side, cut: bool, now: Instant) {
+    pub(super) fn stalled(&mut self, side: Side, cut: bool, now: Stamp) {
         self.leg_mut(side).cut |= cut;
         self.heard_gone(side, Gone::Stalled, false, now);
     }
 
     /// The backend is not told yet that the client has left: until then at the latest (`close.delay`).
-    pub(super) fn delayed_until(&self, config: &Config, now: Instant) -> Option<Instant> {
+    pub(super) fn delayed_until(&self, config: &Config, now: Stamp) -> Option<Stamp> {
         let (client, backend) = (self.leg(Side::Client), self.leg(Side::Backend));
         let is_delayed = backend.told == Told::Nothing && backend.gone.is_none() && backend.close.is_none();
         let until = self.delay(client.gone_at.filter(|_| is_delayed)?, config);
@@ -323,22 +345,22 @@ impl Ending {
     }
 
     /// `close.delay` is over for it.
-    pub(super) fn hasten(&mut self, now: Instant) {
-        self.hastened_at.get_or_insert(now);
+    pub(super) fn hasten(&mut self, now: Stamp) {
+        self.signs_mut().hastened_at.get_or_insert(now);
     }
 
-    fn delay(&self, since: Instant, config: &Config) -> Instant {
+    fn delay(&self, since: Stamp, config: &Config) -> Stamp {
         let due = since + config.close_delay;
-        self.hastened_at.map_or(due, |at| due.min(at))
+        self.signs().hastened_at.map_or(due, |at| due.min(at))
     }
 
     /// We want it to end, of no fault of anybody: this is its moment.
-    pub(super) fn leave(&mut self, close: CloseFrame, cause: Cause, now: Instant) {
+    pub(super) fn leave(&mut self, close: CloseFrame, cause: Cause, now: Stamp) {
         if self.has_begun() {
             self.hasten(now);
         } else {
             self.begin(Initiator::Tidegate, cause, now);
-            self.leave = Some((now, close));
+            self.signs_mut().leave = Some((now, close));
         }
     }
 
@@ -350,7 +372,7 @@ impl Ending {
     }
 
     /// The FIN that [`Ending::next`] asked for was left to the linger. `inside_frame`: as in [`Ending::heard_gone`].
-    pub(super) fn let_go(&mut self, side: Side, inside_frame: bool, now: Instant) {
+    pub(super) fn let_go(&mut self, side: Side, inside_frame: bool, now: Stamp) {
         let leg = self.leg_mut(side);
         leg.told = Told::Fin;
         leg.let_go_at = Some(now);
@@ -359,12 +381,12 @@ impl Ending {
     }
 
     /// What to do next, or when to ask again at the latest. To be asked after everything that was told.
-    pub(super) fn next(&mut self, config: &Config, views: [View; 2], now: Instant) -> Result<Act, Option<Instant>> {
+    pub(super) fn next(&mut self, config: &Config, views: [View; 2], now: Stamp) -> Result<Act, Option<Stamp>> {
         if !self.has_begun() {
             return Err(None);
         }
-        let mut wake: Option<Instant> = None;
-        let mut at_latest = |at: Instant| wake = Some(wake.map_or(at, |wake| wake.min(at)));
+        let mut wake: Option<Stamp> = None;
+        let mut at_latest = |at: Stamp| wake = Some(wake.map_or(at, |wake| wake.min(at)));
         for side in Side::BOTH {
             let view = views[side as usize];
             let leg = self.leg_mut(side);
@@ -418,7 +440,7 @@ impl Ending {
 
     /// Which Close this side is owed, and when; `None`: none, or not before something else happens.
     #[allow(clippy::match_same_arms, reason = "one arm per row of the close table")]
-    fn close_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<(Instant, What)> {
+    fn close_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<(Stamp, What)> {
         let leg = self.leg(side);
         if leg.told != Told::Nothing || !self.can_write(side) {
             return None;
@@ -428,7 +450,7 @@ impl Ending {
         let blame = |violation: Violation| What::Own(CloseFrame::new(violation.code(), violation.as_str()));
         let configured = |code: u16, default: Code| own(Code::new(code).unwrap_or(default));
         let echo_of = |close: Coded| What::Own(CloseFrame::answer(close.0));
-        let delayed = |since: Instant| self.delay(since, config);
+        let delayed = |since: Stamp| self.delay(since, config);
         // Whatever is still awaited from the other side is given up then.
         let unanswered = self.answer_due(side.other(), config, views);
         let other_unanswered = match (unanswered, other.let_go_at) {
@@ -447,7 +469,7 @@ impl Ending {
                         },
                     ));
                 }
-                if let Some((at, _)) = self.leave {
+                if let Some((at, _)) = self.signs().leave {
                     return Some((at, own(Code::GOING_AWAY)));
                 }
                 match (leg.close, other.close, other.gone) {
@@ -457,7 +479,7 @@ impl Ending {
                     (Some(close), None, None) => Some((other_unanswered?, echo_of(close))),
                     // The client left without waiting: the backend may be just writing a result.
                     (None, Some(_), Some(_)) => Some((delayed(other.gone_at?), What::Verbatim)),
-                    (None, Some(_), None) if self.unsettled => None,
+                    (None, Some(_), None) if self.signs().unsettled => None,
                     (None, Some(_), None) => Some((other_since?, What::Verbatim)),
                     // It broke a rule: everything that was forwarded before is answered first.
                     (None, None, Some(Gone::Broke(_))) => Some((other.gone_at?, own(Code::GOING_AWAY))),
@@ -472,13 +494,13 @@ impl Ending {
                 if leg.gone == Some(Gone::Silent) {
                     return Some((leg.gone_at?, own(Code::GOING_AWAY)));
                 }
-                let ours = match (self.leave, leg.gone) {
+                let ours = match (self.signs().leave, leg.gone) {
                     (_, Some(Gone::Broke(violation))) => Some(blame(violation)),
                     (Some((_, close)), _) => Some(What::Own(close)),
                     _ => None,
                 };
                 if let Some(ours) = ours {
-                    if let (Some((at, _)), Some((_, Cause::Slow, _))) = (self.leave, self.first) {
+                    if let (Some((at, _)), Some((_, Cause::Slow, _))) = (self.signs().leave, self.signs().first) {
                         // There is more on its way already than it takes.
                         return Some((at, ours));
                     }
@@ -509,7 +531,7 @@ impl Ending {
     }
 
     /// When the answer to the Close that this side got is no longer waited for.
-    fn answer_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<Instant> {
+    fn answer_due(&self, side: Side, config: &Config, views: [View; 2]) -> Option<Stamp> {
         let flushed_at = self.leg(side).flushed_at?;
         // While the other one did not take what this one had sent, this one was not read, and its answer may lie there;
         // and inside a frame that goes on it can't answer.
@@ -521,7 +543,7 @@ impl Ending {
     }
 
     /// When this side's leg is to be ended; `None`: not before something else happens.
-    fn fin_due(&self, side: Side, config: &Config, views: [View; 2], now: Instant) -> Option<Instant> {
+    fn fin_due(&self, side: Side, config: &Config, views: [View; 2], now: Stamp) -> Option<Stamp> {
         let leg = self.leg(side);
         let view = views[side as usize];
         match (leg.told, leg.gone) {

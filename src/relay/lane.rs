@@ -1,36 +1,44 @@
 //! One direction of a session: what was read and may not be passed on yet, and what the other side did not take yet.
 
+use crate::{
+    stamp::Stamp,
+    ws::{Limits, Opcode, Rsv, Sender, Tracker},
+};
 use bytes::Bytes;
-use tokio::time::Instant;
-
-use crate::ws::{Limits, Opcode, Rsv, Sender, Tracker};
 
 /// Bytes on their way from one side to the other.
 #[derive(Debug)]
 pub(super) struct Lane {
     pub(super) tracker: Tracker,
-    /// What hyper had read beyond the handshake; comes before anything from the socket.
-    pub(super) early: Bytes,
-    /// The beginning of one small frame, or of a header. At most the hold limit and a header.
-    pub(super) held: Vec<u8>,
-    pub(super) held_since: Option<Instant>,
-    /// Whole frames (and parts of large ones) that the other side did not take; from `taken` on. At most one scratch
-    /// buffer and a control frame, since nothing is read while there are any.
-    pending: Vec<u8>,
-    taken: usize,
+    /// `None` while there are none, as in an idle session.
+    kept: Option<Box<Kept>>,
     /// The frame that is under way is not held: its bytes go on, or are discarded, as they come.
     pub(super) streams: bool,
     /// The other side has the beginning of a frame and not its end.
     pub(super) inside_frame: bool,
-    /// When the other side last took bytes, or they first had to wait.
-    pub(super) progress: Instant,
-    /// When a part of a message last came that is not whole yet, or went to the other side after it had waited.
-    pub(super) moved: Instant,
-    /// When what had waited was last gone, or a frame that was not held ended.
-    pub(super) unblocked: Instant,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,
+    /// When the other side last took bytes, or they first had to wait.
+    pub(super) progress: Stamp,
+    /// When a part of a message last came that is not whole yet, or went to the other side after it had waited.
+    pub(super) moved: Stamp,
+    /// When what had waited was last gone, or a frame that was not held ended.
+    pub(super) unblocked: Stamp,
     pub(super) counts: Counts,
+}
+
+/// The bytes of a lane.
+#[derive(Debug, Default)]
+struct Kept {
+    /// What was read beyond the handshake; comes before anything from the socket.
+    early: Bytes,
+    /// The beginning of one small frame, or of a header. At most the hold limit and a header.
+    held: Vec<u8>,
+    held_since: Option<Stamp>,
+    /// Whole frames (and parts of large ones) that the other side did not take; from `taken` on. At most one scratch
+    /// buffer and a control frame, since nothing is read while there are any.
+    pending: Vec<u8>,
+    taken: usize,
 }
 
 /// What went through a lane.
@@ -45,71 +53,115 @@ pub struct Counts {
 }
 
 impl Lane {
-    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Instant) -> Self {
+    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Stamp) -> Self {
+        // Without anything in it, it would still hold the whole buffer that it was read into.
+        let kept =
+            (!early.is_empty()).then(|| Box::new(Kept { early: Bytes::copy_from_slice(early), ..Kept::default() }));
         Self {
             tracker: Tracker::new(sender, rsv, limits),
-            // Without anything in it, it would still hold the whole buffer that hyper read into.
-            early: if early.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(early) },
-            held: Vec::new(),
-            held_since: None,
-            pending: Vec::new(),
-            taken: 0,
+            kept,
             streams: false,
             inside_frame: false,
+            opcode: Opcode::Binary,
             progress: now,
             moved: now,
             unblocked: now,
-            opcode: Opcode::Binary,
             counts: Counts::default(),
         }
     }
 
+    fn kept_mut(&mut self) -> &mut Kept {
+        self.kept.get_or_insert_default()
+    }
+
+    /// Gives memory back when nothing is kept.
+    fn tidy(&mut self) {
+        self.kept.take_if(|kept| kept.early.is_empty() && kept.held.is_empty() && kept.pending.is_empty());
+    }
+
+    /// Of what was read beyond the handshake the next part, if there is one.
+    pub(super) fn next_early(&mut self, into: &mut [u8]) -> Option<usize> {
+        let early = &mut self.kept.as_mut()?.early;
+        let count = early.len().min(into.len());
+        into[..count].copy_from_slice(&early.split_to(count));
+        self.tidy();
+        (count > 0).then_some(count)
+    }
+
+    /// The beginning of a frame that is not passed on yet.
+    pub(super) fn held(&self) -> &[u8] {
+        self.kept.as_ref().map_or(&[], |kept| &kept.held)
+    }
+
+    /// Since when it is held.
+    pub(super) fn held_since(&self) -> Option<Stamp> {
+        self.kept.as_ref().and_then(|kept| kept.held_since)
+    }
+
     /// What waits to be written.
     pub(super) fn pending(&self) -> &[u8] {
-        &self.pending[self.taken..]
+        self.kept.as_ref().map_or(&[], |kept| &kept.pending[kept.taken..])
     }
 
     pub(super) fn has_pending(&self) -> bool {
-        self.taken < self.pending.len()
+        self.kept.as_ref().is_some_and(|kept| !kept.pending.is_empty())
     }
 
     /// Keeps what the other side did not take.
-    pub(super) fn push(&mut self, bytes: &[u8], now: Instant) {
+    pub(super) fn push(&mut self, bytes: &[u8], now: Stamp) {
+        if bytes.is_empty() {
+            return;
+        }
         if !self.has_pending() {
             self.progress = now;
         }
+        let pending = &mut self.kept_mut().pending;
         // Exact: a stalled reader costs what it is owed and not the next power of two.
-        self.pending.reserve_exact(bytes.len());
-        self.pending.extend_from_slice(bytes);
+        pending.reserve_exact(bytes.len());
+        pending.extend_from_slice(bytes);
     }
 
     /// The other side took `count` of the pending bytes. Memory is given back when it took all.
-    pub(super) fn take(&mut self, count: usize, now: Instant) {
-        self.taken += count;
+    pub(super) fn take(&mut self, count: usize, now: Stamp) {
         (self.progress, self.moved) = (now, now);
-        if !self.has_pending() {
+        let kept = self.kept_mut();
+        kept.taken += count;
+        if kept.taken == kept.pending.len() {
             self.unblocked = now;
             self.drop_pending();
         }
     }
 
     pub(super) fn drop_pending(&mut self) {
-        self.pending = Vec::new();
-        self.taken = 0;
+        if let Some(kept) = &mut self.kept {
+            (kept.pending, kept.taken) = (Vec::new(), 0);
+            self.tidy();
+        }
     }
 
     /// Keeps the beginning of a frame. `continues`: of the same frame as before, so `bytes` begins with what is held.
-    pub(super) fn hold(&mut self, bytes: &[u8], continues: bool, now: Instant) {
+    pub(super) fn hold(&mut self, bytes: &[u8], continues: bool, now: Stamp) {
         if bytes.is_empty() {
-            self.held = Vec::new();
-            self.held_since = None;
-        } else if continues {
-            self.held.extend_from_slice(&bytes[self.held.len()..]);
-            self.held_since.get_or_insert(now);
-        } else {
-            self.held.clear();
-            self.held.extend_from_slice(bytes);
-            self.held_since = Some(now);
+            self.take_held();
+            return;
         }
+        let Kept { held, held_since, .. } = self.kept_mut();
+        if continues {
+            held.extend_from_slice(&bytes[held.len()..]);
+            held_since.get_or_insert(now);
+        } else {
+            held.clear();
+            held.extend_from_slice(bytes);
+            *held_since = Some(now);
+        }
+    }
+
+    /// What is held, for whoever passes it on or forgets it.
+    pub(super) fn take_held(&mut self) -> Vec<u8> {
+        let Some(kept) = &mut self.kept else { return Vec::new() };
+        kept.held_since = None;
+        let held = std::mem::take(&mut kept.held);
+        self.tidy();
+        held
     }
 }

@@ -23,13 +23,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use tokio::{
-    task::yield_now,
-    time::{Instant, Sleep},
-};
-use tokio_util::sync::WaitForCancellationFutureOwned;
-
 use self::{
     ending::{Act, Ending, View, What},
     lane::Lane,
@@ -40,11 +33,17 @@ pub use self::{
 };
 use crate::{
     admission::{Delay, Delays},
-    drain::{Drain, Moments},
+    drain::{Drain, Ear, Moments},
     metrics::Traffic,
     net::{self, Fault, Stream, with_scratch},
     side::Side,
+    stamp::Stamp,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
+};
+use bytes::Bytes;
+use tokio::{
+    task::yield_now,
+    time::{Sleep, sleep_until},
 };
 
 /// What the relay needs to know.
@@ -158,13 +157,68 @@ pub struct Report {
 #[derive(Debug)]
 struct Probe {
     /// When the last byte came.
-    heard: Instant,
+    heard: Stamp,
+    /// What it was asked, and has not answered.
+    asked: Option<Box<Asked>>,
+}
+
+/// What a side has not answered.
+#[derive(Debug, Default)]
+struct Asked {
     /// The payload of our last Ping, until its Pong came.
     payload: Option<u64>,
     /// We asked, and this is when silence means that it is gone.
-    deadline: Option<Instant>,
-    /// The payload of the other side's Ping that this one has not answered.
+    deadline: Option<Stamp>,
+    /// The payload of the other side's Ping.
     relayed: Option<Box<[u8]>>,
+}
+
+impl Probe {
+    fn deadline(&self) -> Option<Stamp> {
+        self.asked.as_ref()?.deadline
+    }
+
+    fn asked_mut(&mut self) -> &mut Asked {
+        self.asked.get_or_insert_default()
+    }
+
+    /// It said something at all; true: it was waited for.
+    fn has_said(&mut self, now: Stamp) -> bool {
+        self.heard = now;
+        let was_awaited = self.asked.as_mut().is_some_and(|asked| asked.deadline.take().is_some());
+        self.tidy();
+        was_awaited
+    }
+
+    /// Its Pong came; true: it is for a Ping of ours.
+    fn has_answered(&mut self, payload: &[u8]) -> bool {
+        let Some(asked) = &mut self.asked else { return false };
+        let is_ours = asked.payload.is_some_and(|own| own.to_be_bytes() == *payload);
+        if is_ours {
+            asked.payload = None;
+        } else if asked.relayed.as_deref() == Some(payload) {
+            asked.relayed = None;
+        }
+        self.tidy();
+        is_ours
+    }
+
+    fn tidy(&mut self) {
+        self.asked.take_if(|asked| asked.payload.is_none() && asked.deadline.is_none() && asked.relayed.is_none());
+    }
+}
+
+/// What there is of a session only when it ends.
+#[derive(Debug, Default)]
+struct Farewell {
+    /// A side's Close frame as it came.
+    closes: [Option<Box<[u8]>>; 2],
+    /// The client's Close was heard, and its socket is looked at once more: not before then, and not in the same turn.
+    settling: Option<Stamp>,
+    /// As long as `close.delay` holds it; to the end, if that was cut short.
+    delay: Option<Delay>,
+    /// Since when nothing here is to be trusted any more but what [`Relay::salvage`] reads.
+    failed_at: Option<Stamp>,
 }
 
 /// See the module.
@@ -172,7 +226,7 @@ struct Probe {
 pub struct Relay {
     config: Arc<Config>,
     traffic: Arc<Traffic>,
-    drain: Drain,
+    drain: Ear,
     ending: Ending,
     /// By the side whose socket it is.
     streams: [Option<Stream>; 2],
@@ -183,45 +237,29 @@ pub struct Relay {
     read_done: [bool; 2],
     /// A write failed; what it still sent is being read.
     broken: [bool; 2],
-    /// A side's Close frame as it came.
-    closes: [Option<Box<[u8]>>; 2],
-    last_data: (Side, Instant),
+    last_data: (Side, Stamp),
     /// The second that the client's control frames are counted in, and how many there were.
-    controls: (Instant, u32),
+    controls: (Stamp, u32),
     delays: Arc<Delays>,
-    /// As long as `close.delay` holds it; to the end, if that was cut short.
-    delay: Option<Box<Delay>>,
+    farewell: Option<Box<Farewell>>,
     /// When it is old enough.
-    retires_at: Option<Instant>,
+    retires_at: Option<Stamp>,
     order: Order,
-    /// The client's Close was heard, and its socket is looked at once more: not before then, and not in the same turn.
-    settling: Option<Instant>,
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
     /// While bytes are on their way to a side: it may have more of a frame, or less, than its lane says.
     is_unsure: [bool; 2],
-    /// Since when nothing here is to be trusted any more but what [`Relay::salvage`] reads.
-    failed_at: Option<Instant>,
 }
 
+/// What of the drain's order has been heard.
+#[derive(Debug)]
 enum Order {
-    /// Registered for the drain.
-    None(Pin<Box<WaitForCancellationFutureOwned>>),
-    /// The drain has begun; registered for the hurry, by a future that is never polled again.
-    Drain { moments: Moments, _hurried: Pin<Box<WaitForCancellationFutureOwned>> },
+    None,
+    /// It has begun.
+    Drain(Box<Moments>),
     /// The session was told.
     Done,
-}
-
-impl std::fmt::Debug for Order {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::None(_) => "None",
-            Self::Drain { .. } => "Drain",
-            Self::Done => "Done",
-        })
-    }
 }
 
 impl Relay {
@@ -236,7 +274,7 @@ impl Relay {
         client: Leg,
         backend: Leg,
     ) -> Self {
-        let now = Instant::now();
+        let now = Stamp::now();
         let limits = Limits { frame: config.max_frame, message: config.max_message };
         let mut ending = Ending::new(backend.stream.as_ref().is_some_and(Stream::is_forgotten));
         for (side, leg) in [(Side::Client, &client), (Side::Backend, &backend)] {
@@ -244,9 +282,9 @@ impl Relay {
                 ending.heard_gone(side, Gone::Reset, false, now);
             }
         }
-        let probe = || Probe { heard: now, payload: None, deadline: None, relayed: None };
+        let probe = || Probe { heard: now, asked: None };
         Self {
-            order: Order::None(Box::pin(drain.begun())),
+            order: Order::None,
             lanes: [
                 Lane::new(Sender::Client, rsv, limits, &client.early, now),
                 Lane::new(Sender::Server, rsv, limits, &backend.early, now),
@@ -255,21 +293,18 @@ impl Relay {
             probes: [probe(), probe()],
             read_done: [false; 2],
             broken: [false; 2],
-            closes: [None, None],
             last_data: (Side::Backend, now),
             controls: (now, 0),
             delays,
-            delay: None,
+            farewell: None,
             retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
-            settling: None,
-            timer: Box::pin(tokio::time::sleep_until(now)),
+            timer: Box::pin(sleep_until(now.into())),
             timer_is_late: true,
             is_unsure: [false; 2],
-            failed_at: None,
             ending,
             config,
             traffic,
-            drain,
+            drain: Ear::new(drain),
         }
     }
 
@@ -279,10 +314,10 @@ impl Relay {
     /// A panic in here is a bug. It ends this session alone, and that in order as far as it can be.
     pub async fn next_ended(&mut self) -> Ended {
         poll_fn(|cx| {
-            if self.failed_at.is_none() {
+            if self.failed_at().is_none() {
                 match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
                     Ok(polled) => return polled,
-                    Err(_) => self.failed_at = Some(Instant::now()),
+                    Err(_) => self.farewell_mut().failed_at = Some(Stamp::now()),
                 }
             }
             let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
@@ -290,6 +325,22 @@ impl Relay {
             Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false }))
         })
         .await
+    }
+
+    fn farewell_mut(&mut self) -> &mut Farewell {
+        self.farewell.get_or_insert_default()
+    }
+
+    fn failed_at(&self) -> Option<Stamp> {
+        self.farewell.as_ref()?.failed_at
+    }
+
+    fn settling(&self) -> Option<Stamp> {
+        self.farewell.as_ref()?.settling
+    }
+
+    fn close_of(&self, side: Side) -> Option<&[u8]> {
+        self.farewell.as_ref()?.closes[side as usize].as_deref()
     }
 
     /// After a panic: hands a leg over, with a Close where its peer is known to be between two frames.
@@ -312,7 +363,7 @@ impl Relay {
                 bytes.drain(..count);
             }
             if bytes.is_empty() && is_untold {
-                self.ending.has_told(side, Some(Code::INTERNAL.get()), Instant::now());
+                self.ending.has_told(side, Some(Code::INTERNAL.get()), Stamp::now());
             }
         }
         lane.drop_pending();
@@ -322,8 +373,8 @@ impl Relay {
 
     /// How it went; meant for after the second leg.
     pub fn report(&self) -> Report {
-        let now = Instant::now();
-        let (initiator, cause, since) = match self.failed_at {
+        let now = Stamp::now();
+        let (initiator, cause, since) = match self.failed_at() {
             Some(at) => (Initiator::Tidegate, Cause::Fault, at),
             None => self.ending.first().unwrap_or((Initiator::Tidegate, Cause::Drain, now)),
         };
@@ -331,7 +382,7 @@ impl Relay {
         let reason = match (initiator, cause) {
             (Initiator::Client, Cause::Close) => self.reason_of(Side::Client),
             (Initiator::Backend, Cause::Close) => self.reason_of(Side::Backend),
-            (_, Cause::Drain) => self.drain.config().reason.clone(),
+            (_, Cause::Drain) => self.drain.drain().config().reason.clone(),
             (_, Cause::Age) => TOO_OLD.to_owned(),
             (_, Cause::Idle) => IDLE.to_owned(),
             (_, Cause::Slow) => SLOW.to_owned(),
@@ -341,7 +392,7 @@ impl Relay {
         Report {
             initiator,
             cause,
-            code: if self.failed_at.is_some() { Some(Code::INTERNAL.get()) } else { self.ending.code() },
+            code: if self.failed_at().is_some() { Some(Code::INTERNAL.get()) } else { self.ending.code() },
             reason,
             ending: now - since,
             heard: both(&|side| self.ending.heard_close_of(side)),
@@ -357,7 +408,7 @@ impl Relay {
 
     fn reason_of(&self, side: Side) -> String {
         let sender = if side == Side::Client { Sender::Client } else { Sender::Server };
-        let frame = self.closes[side as usize].as_deref().unwrap_or_default();
+        let frame = self.close_of(side).unwrap_or_default();
         let (header, payload) =
             frame.split_at_checked(if sender == Sender::Client { 6 } else { 2 }).unwrap_or_default();
         let mask = header.last_chunk::<4>().copied().filter(|_| sender == Sender::Client);
@@ -365,14 +416,14 @@ impl Relay {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let now = Instant::now();
+        let now = Stamp::now();
         self.hear_order(cx);
         if self.is_delay_cut() {
             self.ending.hasten(now);
         }
-        let mut due = Due { timer: self.timer.deadline() <= now, leave: true };
+        let mut due = Due { timer: self.alarm() <= now, leave: true };
         // Only in a later turn than the one that set it, and only after everything that had come was read.
-        let settling = self.settling;
+        let settling = self.settling();
         let mut wake = None;
         // A side that has nothing to be read in this turn is asked once: that registers the task.
         let mut dry = [false; 2];
@@ -397,7 +448,7 @@ impl Relay {
                     Err(at) => {
                         self.keep_delay(cx, now);
                         // One that is due now is due in the next turn.
-                        wake = at.into_iter().chain(self.settling.filter(|at| *at > now)).min();
+                        wake = at.into_iter().chain(self.settling().filter(|at| *at > now)).min();
                         self.timer_is_late = true;
                     }
                 }
@@ -422,16 +473,16 @@ impl Relay {
         }
         // Who waits for quiet has a moment that moves with every byte.
         self.timer_is_late |= match self.order {
-            Order::None(_) => self.retires_at.is_some_and(|at| at <= now),
-            Order::Drain { .. } => true,
+            Order::None => self.retires_at.is_some_and(|at| at <= now),
+            Order::Drain(_) => true,
             Order::Done => false,
         };
         if self.timer_is_late {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
             // A timer that is early costs one look; moving it with every message would cost more.
-            if due < self.timer.deadline() || self.timer.deadline() <= now {
-                self.timer.as_mut().reset(due);
+            if due < self.alarm() || self.alarm() <= now {
+                self.timer.as_mut().reset(due.into());
             }
             if self.timer.as_mut().poll(cx).is_ready() {
                 cx.waker().wake_by_ref();
@@ -440,8 +491,13 @@ impl Relay {
         Poll::Pending
     }
 
+    /// What the timer stands at.
+    fn alarm(&self) -> Stamp {
+        self.timer.deadline().into()
+    }
+
     /// Hands a leg over to its linger.
-    fn let_go(&mut self, side: Side, now: Instant) -> Ended {
+    fn let_go(&mut self, side: Side, now: Stamp) -> Ended {
         let lane = &mut self.lanes[side as usize];
         lane.hold(&[], false, now);
         let inside_frame = std::mem::take(&mut lane.inside_frame);
@@ -465,7 +521,7 @@ impl Relay {
     }
 
     /// Writes what waits for `side`; true: something went.
-    fn flush(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) -> bool {
+    fn flush(&mut self, cx: &mut Context<'_>, side: Side, now: Stamp) -> bool {
         let lane = &mut self.lanes[side.other() as usize];
         if !lane.has_pending() {
             return false;
@@ -497,13 +553,13 @@ impl Relay {
     }
 
     /// Sends bytes toward `side`, or keeps what it does not take.
-    fn write(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], now: Instant) {
+    fn write(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], now: Stamp) {
         let was_unsure = std::mem::replace(&mut self.is_unsure[side as usize], true);
         self.write_or_keep(cx, side, bytes, now);
         self.is_unsure[side as usize] = was_unsure;
     }
 
-    fn write_or_keep(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Instant) {
+    fn write_or_keep(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Stamp) {
         if self.broken[side as usize] || !self.ending.can_write(side) {
             return;
         }
@@ -535,7 +591,7 @@ impl Relay {
     }
 
     /// Reads once from `side` and passes on what may be; true: something came.
-    fn read(&mut self, cx: &mut Context<'_>, side: Side, dry: &mut bool, now: Instant) -> bool {
+    fn read(&mut self, cx: &mut Context<'_>, side: Side, dry: &mut bool, now: Stamp) -> bool {
         let index = side as usize;
         let is_broken = self.broken[index];
         if self.read_done[index] || (*dry && !is_broken) {
@@ -553,9 +609,11 @@ impl Relay {
         with_scratch(|scratch| {
             let Some(stream) = &mut self.streams[index] else { return false };
             let lane = &mut self.lanes[index];
-            let held = lane.held.len();
-            scratch[..held].copy_from_slice(&lane.held);
-            let fresh = if lane.early.is_empty() {
+            let held = lane.held().len();
+            scratch[..held].copy_from_slice(lane.held());
+            let fresh = if let Some(count) = lane.next_early(&mut scratch[held..held + READ]) {
+                Ok(count)
+            } else {
                 match stream.poll_read_slice(cx, &mut scratch[held..held + READ]) {
                     Poll::Pending if is_broken => Ok(0),
                     Poll::Pending => {
@@ -564,10 +622,6 @@ impl Relay {
                     }
                     Poll::Ready(read) => read,
                 }
-            } else {
-                let count = lane.early.len().min(READ);
-                scratch[held..held + count].copy_from_slice(&lane.early.split_to(count));
-                Ok(count)
             };
             if let Some(fault) = fresh.as_ref().err().and_then(net::fault) {
                 self.find_fault(fault, now);
@@ -584,10 +638,8 @@ impl Relay {
                     self.ending.heard_gone(side, how, inside_frame, now);
                 }
                 Ok(fresh) => {
-                    let probe = &mut self.probes[index];
-                    probe.heard = now;
                     // The timer may stand at the deadline, and the next Ping be due before.
-                    self.timer_is_late |= probe.deadline.take().is_some();
+                    self.timer_is_late |= self.probes[index].has_said(now);
                     lane.counts.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
@@ -604,7 +656,7 @@ impl Relay {
     }
 
     /// A leg within this process finds that the client is at fault. The leg goes on until it has its Close, whatever it took of a frame.
-    fn find_fault(&mut self, fault: Fault, now: Instant) {
+    fn find_fault(&mut self, fault: Fault, now: Stamp) {
         match fault {
             Fault::Slow => self.ending.leave(CloseFrame::new(Code::TRY_AGAIN, SLOW), Cause::Slow, now),
             Fault::Broke(violation) => {
@@ -617,7 +669,7 @@ impl Relay {
 
     /// Goes through the frames of `bytes`, of which the first `seen` were held and have been tracked, passes them on,
     /// and holds the last one if it is small and not whole.
-    fn digest(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], seen: usize, now: Instant) {
+    fn digest(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], seen: usize, now: Stamp) {
         let index = side as usize;
         let to = side.other();
         let forwards = self.ending.forwards(side);
@@ -705,7 +757,7 @@ impl Relay {
             lane.hold(&[], false, now);
         } else {
             lane.hold(&bytes[frame_at..], frame_at == 0, now);
-            self.timer_is_late |= !lane.held.is_empty();
+            self.timer_is_late |= !lane.held().is_empty();
         }
     }
 
@@ -716,7 +768,7 @@ impl Relay {
         header: Header,
         payload: &[u8],
         whole: &[u8],
-        now: Instant,
+        now: Stamp,
     ) -> Result<bool, Violation> {
         self.traffic.message(side, header.opcode);
         if side == Side::Client && header.opcode != Opcode::Close && self.is_flood(now) {
@@ -726,33 +778,22 @@ impl Relay {
             Opcode::Close => {
                 let close = CloseFrame::read(payload, header.mask)?;
                 // Passed on by `ending`, at its time.
-                self.closes[side as usize] = Some(whole.into());
+                self.farewell_mut().closes[side as usize] = Some(whole.into());
                 self.ending.heard_close(side, close.code(), now);
                 Ok(false)
             }
             Opcode::Ping => {
                 #[cfg(debug_assertions)]
                 fault::strike(&clear(payload, header.mask));
-                self.probes[side.other() as usize].relayed = Some(clear(payload, header.mask));
+                self.probes[side.other() as usize].asked_mut().relayed = Some(clear(payload, header.mask));
                 Ok(true)
             }
-            _ => {
-                let payload = clear(payload, header.mask);
-                let probe = &mut self.probes[side as usize];
-                if probe.payload.is_some_and(|own| own.to_be_bytes() == *payload) {
-                    probe.payload = None;
-                    return Ok(false);
-                }
-                if probe.relayed.as_ref().is_some_and(|relayed| *relayed == payload) {
-                    probe.relayed = None;
-                }
-                Ok(true)
-            }
+            _ => Ok(!self.probes[side as usize].has_answered(&clear(payload, header.mask))),
         }
     }
 
     /// Counts a control frame of the client; true: it is one too many in this second.
-    fn is_flood(&mut self, now: Instant) -> bool {
+    fn is_flood(&mut self, now: Stamp) -> bool {
         let (since, count) = &mut self.controls;
         if now >= *since + Duration::from_secs(1) {
             (*since, *count) = (now, 0);
@@ -761,14 +802,14 @@ impl Relay {
         self.config.max_control_rate != 0 && *count > self.config.max_control_rate
     }
 
-    fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Instant) {
+    fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Stamp) {
         let code = match what {
             What::Verbatim => {
-                let frame = self.closes[side.other() as usize].take();
+                let frame = self.farewell_mut().closes[side.other() as usize].take();
                 if let Some(frame) = &frame {
                     self.write(cx, side, frame, now);
                 }
-                self.closes[side.other() as usize] = frame;
+                self.farewell_mut().closes[side.other() as usize] = frame;
                 self.ending.close_code_of(side.other())
             }
             What::Own(close) => {
@@ -782,21 +823,21 @@ impl Relay {
     /// "A client that leaves without waiting": its FIN may be right behind its Close, so its socket is looked at once
     /// more after a turn of the runtime, in which the kernel is asked for news. The FIN may also come in a packet of its own: where it matters, since the
     /// client's was the last word and an answer may be in the making, it is given [`APART`]. `settling` was set in an earlier turn.
-    fn settle(&mut self, cx: &mut Context<'_>, settling: Option<Instant>, now: Instant) -> bool {
+    fn settle(&mut self, cx: &mut Context<'_>, settling: Option<Stamp>, now: Stamp) -> bool {
         if !self.ending.is_unsettled() {
             return false;
         }
         match settling {
             Some(at) if at <= now => {
-                self.settling = None;
+                self.farewell_mut().settling = None;
                 self.ending.settle();
                 return true;
             }
-            None if self.settling.is_none() => {
+            None if self.settling().is_none() => {
                 if self.last_data.0 == Side::Client && !self.config.close_delay.is_zero() {
-                    self.settling = Some(now + APART);
+                    self.farewell_mut().settling = Some(now + APART);
                 } else {
-                    self.settling = Some(now);
+                    self.farewell_mut().settling = Some(now);
                     // Wakes the task after the next look at the kernel; only its waker is needed.
                     let _ = pin!(yield_now()).poll(cx);
                 }
@@ -807,38 +848,39 @@ impl Relay {
     }
 
     /// As long as `close.delay` is all that the session waits for, somebody else may have its place.
-    fn keep_delay(&mut self, cx: &Context<'_>, now: Instant) {
+    fn keep_delay(&mut self, cx: &Context<'_>, now: Stamp) {
         if self.ending.delayed_until(&self.config, now).is_some() {
             let sockets = self.streams.iter().flatten().count();
-            self.delay.get_or_insert_with(|| Box::new(self.delays.begin(cx.waker(), sockets)));
-        } else if !self.is_delay_cut() {
-            self.delay = None;
+            let Farewell { delay, .. } = self.farewell.get_or_insert_default().as_mut();
+            delay.get_or_insert_with(|| self.delays.begin(cx.waker(), sockets));
+        } else if !self.is_delay_cut()
+            && let Some(farewell) = &mut self.farewell
+        {
+            farewell.delay = None;
         }
     }
 
     fn is_delay_cut(&self) -> bool {
-        self.delay.as_ref().is_some_and(|delay| delay.is_over())
+        self.farewell.as_ref().and_then(|farewell| farewell.delay.as_ref()).is_some_and(Delay::is_over)
     }
 
-    /// Looks whether a drain has begun. The futures only hold the task's waker: they are polled once each, since asking
-    /// them takes a lock of the process.
-    fn hear_order(&mut self, cx: &mut Context<'_>) {
-        let Order::None(begun) = &mut self.order else { return };
-        if self.drain.has_begun() || (self.timer_is_late && begun.as_mut().poll(cx).is_ready()) {
-            let moments = self.drain.moments(rand::random());
-            let mut hurried = Box::pin(self.drain.hurried());
-            let _ = hurried.as_mut().poll(cx);
-            self.order = Order::Drain { moments, _hurried: hurried };
+    /// Looks whether a drain has begun.
+    fn hear_order(&mut self, cx: &Context<'_>) {
+        if matches!(self.order, Order::None) {
+            self.drain.listen(cx.waker());
+            if self.drain.drain().has_begun() {
+                self.order = Order::Drain(Box::new(self.drain.drain().moments(rand::random())));
+            }
         }
     }
 
     /// Ends the session when a drain, its age or its silence says so; true: it did.
-    fn leave(&mut self, now: Instant) -> bool {
+    fn leave(&mut self, now: Stamp) -> bool {
         let Some((at, cause)) = self.leave_due(now) else { return false };
-        if at > now && !(cause == Cause::Drain && self.drain.is_hurried()) {
+        if at > now && !(cause == Cause::Drain && self.drain.drain().is_hurried()) {
             return false;
         }
-        let config = self.drain.config();
+        let config = self.drain.drain().config();
         let reason = match cause {
             Cause::Age => TOO_OLD,
             Cause::Idle => IDLE,
@@ -852,19 +894,19 @@ impl Relay {
 
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
     /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
-    fn leave_due(&self, now: Instant) -> Option<(Instant, Cause)> {
+    fn leave_due(&self, now: Stamp) -> Option<(Stamp, Cause)> {
         match &self.order {
             Order::Done => return None,
-            Order::Drain { moments, .. } => return Some((self.quiet_at(*moments, now), Cause::Drain)),
-            Order::None(_) if self.ending.has_begun() => return None,
-            Order::None(_) => {}
+            Order::Drain(moments) => return Some((self.quiet_at(**moments, now), Cause::Drain)),
+            Order::None if self.ending.has_begun() => return None,
+            Order::None => {}
         }
         let age = self.retires_at.map(|from| {
             // Until then the configuration, which all threads share, is not looked at with every message.
             let at = if now < from {
                 from
             } else {
-                self.quiet_at(Moments { from, until: from + self.drain.config().window }, now)
+                self.quiet_at(Moments { from, until: from + self.drain.drain().config().window }, now)
             };
             (at, Cause::Age)
         });
@@ -873,17 +915,17 @@ impl Relay {
     }
 
     /// When a part of a message last came, or went to who was slow to take it.
-    fn moved_at(&self) -> Instant {
-        self.lanes.iter().map(|lane| lane.moved).fold(self.last_data.1, Instant::max)
+    fn moved_at(&self) -> Stamp {
+        self.lanes.iter().map(|lane| lane.moved).fold(self.last_data.1, Stamp::max)
     }
 
     /// The first quiet point within `moments`, as far as can be said now.
-    fn quiet_at(&self, moments: Moments, now: Instant) -> Instant {
+    fn quiet_at(&self, moments: Moments, now: Stamp) -> Stamp {
         if !self.is_between_messages() {
             return moments.until.max(now);
         }
         let (side, at) = self.last_data;
-        let config = self.drain.config();
+        let config = self.drain.drain().config();
         let quiet = at + config.quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
         let fresh = if at >= moments.from { moments.from } else { moments.from + config.exchange() };
         quiet.max(fresh).min(moments.until)
@@ -891,12 +933,12 @@ impl Relay {
 
     fn is_between_messages(&self) -> bool {
         self.lanes.iter().all(|lane| {
-            lane.tracker.at_boundary() && !lane.tracker.in_message() && !lane.has_pending() && lane.held.is_empty()
+            lane.tracker.at_boundary() && !lane.tracker.in_message() && !lane.has_pending() && lane.held().is_empty()
         })
     }
 
     /// Does what is due before an end has begun: pings, and deadlines of held and stalled bytes.
-    fn check_due(&mut self, cx: &mut Context<'_>, now: Instant) {
+    fn check_due(&mut self, cx: &mut Context<'_>, now: Stamp) {
         if self.ending.has_begun() {
             return;
         }
@@ -917,7 +959,7 @@ impl Relay {
                 }
                 return;
             }
-            if lane.held_since.is_some_and(|since| now >= since + self.config.hold_timeout) {
+            if lane.held_since().is_some_and(|since| now >= since + self.config.hold_timeout) {
                 self.release(cx, side, now);
             }
             self.probe(cx, side, now);
@@ -925,21 +967,19 @@ impl Relay {
     }
 
     /// A frame that was held for too long goes on as it comes. Headers and control frames never do: they are short.
-    fn release(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) {
+    fn release(&mut self, cx: &mut Context<'_>, side: Side, now: Stamp) {
         let lane = &mut self.lanes[side as usize];
-        let held = std::mem::take(&mut lane.held);
+        let held = lane.take_held();
         if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
             (lane.streams, lane.inside_frame) = (true, true);
-            lane.held_since = None;
             self.write(cx, side.other(), &held, now);
         } else {
-            lane.held = held;
-            lane.held_since = Some(now);
+            lane.hold(&held, false, now);
         }
     }
 
     /// Asks a silent side for a sign of life, or finds that it gave none.
-    fn probe(&mut self, cx: &mut Context<'_>, side: Side, now: Instant) {
+    fn probe(&mut self, cx: &mut Context<'_>, side: Side, now: Stamp) {
         if self.config.ping_interval.is_zero() || self.ending.has_begun() || self.is_local(side) {
             return;
         }
@@ -949,22 +989,22 @@ impl Relay {
         let probe = &mut self.probes[side as usize];
         if !is_read {
             // Suspended: its answer may lie unread.
-            probe.heard = now;
-            probe.deadline = None;
+            probe.has_said(now);
             return;
         }
-        match probe.deadline {
-            Some(_) if !flushed => probe.deadline = Some(now + self.config.pong_timeout),
+        match probe.deadline() {
+            Some(_) if !flushed => probe.asked_mut().deadline = Some(now + self.config.pong_timeout),
             Some(deadline) if now >= deadline => {
                 let inside_frame = self.lanes[side as usize].inside_frame;
                 self.ending.heard_gone(side, Gone::Silent, inside_frame, now);
             }
             None if now >= probe.heard + self.config.ping_interval && flushed && boundary => {
-                probe.deadline = Some(now + self.config.pong_timeout);
+                let asked = probe.asked_mut();
+                asked.deadline = Some(now + self.config.pong_timeout);
                 // The other side's Ping is as good as one of ours, and none of ours may overtake it.
-                if probe.relayed.is_none() {
+                if asked.relayed.is_none() {
                     let payload: u64 = rand::random();
-                    probe.payload = Some(payload);
+                    asked.payload = Some(payload);
                     let ping = ControlFrame::new(Opcode::Ping, &payload.to_be_bytes(), mask_toward(side));
                     self.write(cx, side, ping.as_bytes(), now);
                 }
@@ -979,7 +1019,7 @@ impl Relay {
     }
 
     /// When [`Self::check_due`] or [`Self::leave`] has something to do.
-    fn next_due(&self, now: Instant) -> Option<Instant> {
+    fn next_due(&self, now: Stamp) -> Option<Stamp> {
         if self.ending.has_begun() {
             return self.leave_due(now).map(|(at, _)| at.max(now + TICK));
         }
@@ -989,12 +1029,12 @@ impl Relay {
                 let shared = from.as_ref().and_then(Stream::stall_timeout).unwrap_or(self.config.write_timeout);
                 lane.progress + self.config.write_timeout.min(shared)
             });
-            let held = lane.held_since.map(|since| since + self.config.hold_timeout);
+            let held = lane.held_since().map(|since| since + self.config.hold_timeout);
             [stalled, held]
         });
         let probes = Side::BOTH.into_iter().filter(|side| pings && !self.is_local(*side)).map(|side| {
             let probe = &self.probes[side as usize];
-            let due = probe.deadline.unwrap_or(probe.heard + self.config.ping_interval);
+            let due = probe.deadline().unwrap_or(probe.heard + self.config.ping_interval);
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
             Some(if due <= now { now + self.config.ping_interval } else { due })
         });

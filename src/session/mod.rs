@@ -136,6 +136,24 @@ struct Tunnel {
     seat: Seat,
 }
 
+/// What a session begins with.
+#[derive(Debug)]
+struct Given {
+    client: Leg,
+    tunnel: Box<Tunnel>,
+    accounting: Accounting,
+}
+
+impl Given {
+    /// Waits for something else.
+    async fn wait_until(&mut self, other: impl Future<Output = ()>) {
+        match &mut self.tunnel.backend.stream {
+            Some(stream) => stream.wait_until(other).await,
+            None => other.await,
+        }
+    }
+}
+
 impl Context {
     /// The one for whatever begins now: another one after a reload.
     pub fn latest(self: &Arc<Self>) -> Arc<Self> {
@@ -343,46 +361,46 @@ impl Context {
     }
 
     /// What follows a handshake runs in a task of its own: that of the handshake is larger.
-    fn begin_relay(self: &Arc<Self>, client: Leg, mut tunnel: Box<Tunnel>, accounting: Accounting) {
-        let this = Arc::clone(self);
-        self.tracker.spawn(async move {
-            match &mut tunnel.backend.stream {
-                Some(stream) => stream.wait_until(this.gate.calm()).await,
-                None => this.gate.calm().await,
-            }
-            this.relay(client, *tunnel, accounting).await;
-        });
+    fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, accounting: Accounting) {
+        let given = Box::new(Given { client, tunnel, accounting });
+        // The runtime aligns its own allocation to two lines of the cache, which costs up to 127 bytes more the larger that is.
+        self.tracker.spawn(Box::pin(Arc::clone(self).relay(given)));
     }
 
-    /// A session from its 101 to the FINs on both legs, and its log lines.
-    async fn relay(self: Arc<Self>, client: Leg, tunnel: Tunnel, mut accounting: Accounting) {
-        let Tunnel { backend, load, endpoint, rsv, about, seat: _seat } = tunnel;
+    /// A session from its 101 to the FINs on both legs, and its log lines. There are thousands of these futures, and each is as large as all that
+    /// is alive at any of its waits; an `async fn` would have its arguments twice.
+    fn relay(self: Arc<Self>, mut given: Box<Given>) -> impl Future<Output = ()> {
+        async move {
+            if !self.gate.is_calm() {
+                Box::pin(given.wait_until(self.gate.calm())).await;
+            }
+            let (mut relay, mut open, mut accounting, seat) = self.begin_to_relay(given);
+            let first = relay.next_ended().await;
+            self.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
+            let second = relay.next_ended().await;
+            let report = relay.report();
+            self.count(&report);
+            open.close(&report);
+            drop(open);
+            let Accounting { place, guard, counted } = accounting;
+            self.let_go(second, Keeps::Place(place.last_half()));
+            drop((guard, counted, seat));
+        }
+    }
+
+    /// The memory of what was given is free then; a future would keep it.
+    fn begin_to_relay(&self, given: Box<Given>) -> (Relay, Open<'_>, Accounting, Seat) {
+        let Given { client, tunnel, accounting } = *given;
+        let Tunnel { backend, load, endpoint, rsv, about, seat } = *tunnel;
         let way = match backend.stream {
             Some(Stream::Multiplexed(_)) => Mode::Multiplexed,
             Some(Stream::Local(_)) => Mode::Shared,
             _ => Mode::Dedicated,
         };
-        let mut open = Open::new(&self, about, (endpoint, load), way.as_str());
-        let traffic = Arc::clone(&self.traffic);
-        let mut relay = Relay::new(
-            Arc::clone(&self.relay),
-            traffic,
-            self.drain.clone(),
-            self.admission.delays(),
-            rsv,
-            client,
-            backend,
-        );
-        let first = relay.next_ended().await;
-        self.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
-        let second = relay.next_ended().await;
-        let report = relay.report();
-        self.count(&report);
-        open.close(&report);
-        drop(open);
-        let Accounting { place, guard, counted } = accounting;
-        self.let_go(second, Keeps::Place(place.last_half()));
-        drop((guard, counted));
+        let open = Open::new(self, about, (endpoint, load), way.as_str());
+        let (config, traffic) = (Arc::clone(&self.relay), Arc::clone(&self.traffic));
+        let relay = Relay::new(config, traffic, self.drain.clone(), self.admission.delays(), rsv, client, backend);
+        (relay, open, accounting, seat)
     }
 
     fn let_go(&self, ended: Ended, keeps: Keeps) {

@@ -5,12 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tracing::{field::display, info, warn};
 
-use super::{
-    About, Context,
-    roster::{Entry, Roster},
-};
+use super::{About, Context, roster::Entry};
 use crate::{
-    metrics::{Counted, Metrics},
+    metrics::Counted,
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
     upstream::{Load, Mode},
@@ -86,10 +83,9 @@ const BUG: &str = "a bug in tidegate: please report it";
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
 pub(super) struct Open<'a> {
     entry: Arc<Entry>,
-    roster: &'a Roster,
-    /// In there.
+    /// In the roster.
     key: usize,
-    metrics: &'a Metrics,
+    context: &'a Context,
     /// The log has its first line, and so gets its last one.
     is_told: bool,
     is_closed: bool,
@@ -114,7 +110,7 @@ impl<'a> Open<'a> {
             info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way, "open");
         }
         let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
-        Self { entry, roster, key, metrics, is_told, is_closed: false, _load: load, _counted: counted }
+        Self { entry, key, context, is_told, is_closed: false, _load: load, _counted: counted }
     }
 
     pub(super) fn close(&mut self, report: &Report) {
@@ -172,14 +168,14 @@ impl<'a> Open<'a> {
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.roster.remove(self.key);
+        self.context.roster.remove(self.key);
         if self.is_closed {
             return;
         }
         let (cause, why) =
             if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
-        self.metrics.close("tidegate", None, false, Duration::ZERO);
-        self.metrics.abnormal(cause);
+        self.context.metrics.close("tidegate", None, false, Duration::ZERO);
+        self.context.metrics.abnormal(cause);
         let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
         let (trace_id, duration_ms) = (trace_id.map(display), millis(begun.elapsed()));
         warn!(%client, path, request_id, trace_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");

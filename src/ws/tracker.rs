@@ -138,48 +138,44 @@ pub enum Step {
     End(Header),
 }
 
-#[derive(Debug, Clone, Copy)]
-enum State {
-    Header,
-    /// Bytes of payload that are still to come.
-    Payload(Header, u64),
-}
-
 /// See the module.
 #[derive(Debug, Clone)]
 pub struct Tracker {
+    limits: Limits,
+    /// Bytes of payload that are still to come.
+    left: u64,
+    /// The payload of a fragmented message so far.
+    message: u64,
+    header: [u8; MAX_HEADER],
+    /// Bytes of the header that are here.
+    have: u8,
+    /// The header is whole, and its frame is not.
+    in_payload: bool,
+    in_message: bool,
     sender: Sender,
     rsv: Rsv,
-    limits: Limits,
-    header: [u8; MAX_HEADER],
-    have: u8,
-    state: State,
-    /// Inside a fragmented message: its payload so far.
-    message: Option<u64>,
 }
 
 impl Tracker {
     /// At the first frame of a direction.
     pub const fn new(sender: Sender, rsv: Rsv, limits: Limits) -> Self {
-        Self { sender, rsv, limits, header: [0; MAX_HEADER], have: 0, state: State::Header, message: None }
+        let header = [0; MAX_HEADER];
+        Self { limits, left: 0, message: 0, header, have: 0, in_payload: false, in_message: false, sender, rsv }
     }
 
     /// Between two frames.
     pub const fn at_boundary(&self) -> bool {
-        matches!(self.state, State::Header) && self.have == 0
+        self.have == 0
     }
 
     /// The header of the frame whose payload is being read.
-    pub const fn payload_begun(&self) -> Option<Header> {
-        match self.state {
-            State::Header => None,
-            State::Payload(header, _) => Some(header),
-        }
+    pub fn payload_begun(&self) -> Option<Header> {
+        self.in_payload.then(|| self.header())
     }
 
     /// Between the first and the last frame of a fragmented message.
     pub const fn in_message(&self) -> bool {
-        self.message.is_some()
+        self.in_message
     }
 
     /// Goes on to the next event and says how many bytes of `input` lie before it.
@@ -187,41 +183,36 @@ impl Tracker {
     /// A header and the end of its frame are two events, also when the payload is empty. After an error the tracker
     /// must not be fed again.
     pub fn step(&mut self, input: &[u8]) -> Result<(usize, Step), Violation> {
-        match self.state {
-            State::Header => {
-                let mut used = 0;
-                loop {
-                    let have = usize::from(self.have);
-                    let need = if have < 2 { 2 } else { header_size(self.header[1]) };
-                    let take = (need - have).min(input.len() - used);
-                    self.header[have..have + take].copy_from_slice(&input[used..used + take]);
-                    used += take;
-                    self.have += u8::try_from(take).expect("a header has at most 14 bytes");
-                    if have + take < need {
-                        return Ok((used, Step::More));
-                    }
-                    if need > 2 || header_size(self.header[1]) == 2 {
-                        break;
-                    }
-                    // A wrong first byte is refused before the rest of the header came.
-                    self.check_first()?;
-                }
-                let header = self.check()?;
-                self.have = 0;
-                self.state = State::Payload(header, header.payload);
-                Ok((used, Step::Header(header)))
+        if self.in_payload {
+            let used = usize::try_from(self.left).map_or(input.len(), |left| left.min(input.len()));
+            self.left -= used as u64;
+            if self.left > 0 {
+                return Ok((used, Step::More));
             }
-            State::Payload(header, left) => {
-                let used = usize::try_from(left).map_or(input.len(), |left| left.min(input.len()));
-                let left = left - used as u64;
-                if left > 0 {
-                    self.state = State::Payload(header, left);
-                    return Ok((used, Step::More));
-                }
-                self.state = State::Header;
-                Ok((used, Step::End(header)))
-            }
+            let header = self.header();
+            (self.in_payload, self.have) = (false, 0);
+            return Ok((used, Step::End(header)));
         }
+        let mut used = 0;
+        loop {
+            let have = usize::from(self.have);
+            let need = if have < 2 { 2 } else { header_size(self.header[1]) };
+            let take = (need - have).min(input.len() - used);
+            self.header[have..have + take].copy_from_slice(&input[used..used + take]);
+            used += take;
+            self.have += u8::try_from(take).expect("a header has at most 14 bytes");
+            if have + take < need {
+                return Ok((used, Step::More));
+            }
+            if need > 2 || header_size(self.header[1]) == 2 {
+                break;
+            }
+            // A wrong first byte is refused before the rest of the header came.
+            self.check_first()?;
+        }
+        let header = self.check()?;
+        (self.in_payload, self.left) = (true, header.payload);
+        Ok((used, Step::Header(header)))
     }
 
     /// The rules that need only the first two bytes.
@@ -247,7 +238,7 @@ impl Tracker {
             if !fin || usize::from(second & 0x7F) > MAX_CONTROL {
                 return Err(Violation::Control);
             }
-        } else if (opcode == Opcode::Continuation) != self.message.is_some() {
+        } else if (opcode == Opcode::Continuation) != self.in_message {
             return Err(Violation::Fragments);
         }
         Ok(opcode)
@@ -255,46 +246,42 @@ impl Tracker {
 
     /// All rules, on a complete header.
     fn check(&mut self) -> Result<Header, Violation> {
-        let opcode = self.check_first()?;
-        let (first, second) = (self.header[0], self.header[1]);
-        let (payload, mask_at) = match second & 0x7F {
-            126 => {
-                let length = u16::from_be_bytes([self.header[2], self.header[3]]);
-                // "the minimal number of bytes MUST be used to encode the length" (RFC 6455 5.2)
-                if length < 126 {
-                    return Err(Violation::Length);
-                }
-                (u64::from(length), 4)
-            }
-            127 => {
-                let mut bytes = [0; 8];
-                bytes.copy_from_slice(&self.header[2..10]);
-                let length = u64::from_be_bytes(bytes);
-                // "the most significant bit MUST be 0" (RFC 6455 5.2)
-                if u16::try_from(length).is_ok() || length >> 63 != 0 {
-                    return Err(Violation::Length);
-                }
-                (length, 10)
-            }
-            length => (u64::from(length), 2),
-        };
-        let fin = first & 0x80 != 0;
-        if payload > self.limits.frame {
+        self.check_first()?;
+        let header = self.header();
+        match self.header[1] & 0x7F {
+            // "the minimal number of bytes MUST be used to encode the length" (RFC 6455 5.2)
+            126 if header.payload < 126 => return Err(Violation::Length),
+            // "the most significant bit MUST be 0" (RFC 6455 5.2)
+            127 if u16::try_from(header.payload).is_ok() || header.payload >> 63 != 0 => return Err(Violation::Length),
+            _ => {}
+        }
+        if header.payload > self.limits.frame {
             return Err(Violation::FrameTooBig);
         }
-        if !opcode.is_control() {
-            let message = self.message.unwrap_or(0).saturating_add(payload);
-            if message > self.limits.message {
+        if !header.opcode.is_control() {
+            let message = if self.in_message { self.message } else { 0 };
+            self.message = message.saturating_add(header.payload);
+            if self.message > self.limits.message {
                 return Err(Violation::MessageTooBig);
             }
-            self.message = (!fin).then_some(message);
+            self.in_message = !header.fin;
         }
-        let mask = (second & 0x80 != 0).then(|| {
-            let mut key = [0; 4];
-            key.copy_from_slice(&self.header[mask_at..mask_at + 4]);
-            key
-        });
-        Ok(Header { fin, rsv: first & 0x70, opcode, mask, payload, size: self.have })
+        Ok(header)
+    }
+
+    /// The header that is here as a whole.
+    fn header(&self) -> Header {
+        let [first, second, ..] = self.header;
+        let size = usize::from(self.have);
+        let mask = if second & 0x80 == 0 { None } else { self.header[..size].last_chunk().copied() };
+        let length = &self.header[2..size - mask.map_or(0, |mask: [u8; 4]| mask.len())];
+        let payload = match length.len() {
+            0 => u64::from(second & 0x7F),
+            _ => length.iter().fold(0, |payload, byte| payload << 8 | u64::from(*byte)),
+        };
+        // One that is none was refused before the header was whole.
+        let opcode = Opcode::from_bits(first & 0x0F).unwrap_or(Opcode::Continuation);
+        Header { fin: first & 0x80 != 0, rsv: first & 0x70, opcode, mask, payload, size: self.have }
     }
 }
 

@@ -89,30 +89,30 @@ struct Toward {
     boundary: bool,
     blocked: bool,
     pending: bool,
-    progress: Instant,
-    unblocked: Instant,
+    progress: Stamp,
+    unblocked: Stamp,
 }
 
 struct Scene {
     config: Config,
     ending: Ending,
-    start: Instant,
-    now: Instant,
+    start: Stamp,
+    now: Stamp,
     toward: [Toward; 2],
     /// This side is inside a frame that is not held.
     mid_frame: [bool; 2],
     /// Nothing more can be read from it.
     read_done: [bool; 2],
     let_go: [bool; 2],
-    wake: Option<Instant>,
+    wake: Option<Stamp>,
     said: Vec<(u64, Side, Told)>,
     /// When a write last went on, or a frame that stood in the way of a Close ended.
-    progress: Option<Instant>,
+    progress: Option<Stamp>,
 }
 
 impl Scene {
     fn new(ending: Ending) -> Self {
-        let start = Instant::now();
+        let start = Stamp::now();
         let toward = Toward { boundary: true, blocked: false, pending: false, progress: start, unblocked: start };
         Self {
             config: config(),
@@ -148,7 +148,7 @@ impl Scene {
     }
 
     /// Follows the timer up to `until`, or to its end.
-    fn wait_until(&mut self, until: Option<Instant>) {
+    fn wait_until(&mut self, until: Option<Stamp>) {
         while let Some(wake) = self.wake.filter(|wake| until.is_none_or(|until| *wake < until)) {
             self.now = wake;
             self.turn();
