@@ -6,11 +6,11 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use serde::Serialize;
-use tokio::time::Instant;
 
 use super::{MAX_ENDPOINTS, Parts};
 use crate::{
     session::{Entry, Roster, Session},
+    stamp::Stamp,
     upstream::Shared,
 };
 
@@ -53,7 +53,7 @@ struct Connections<'a> {
 pub(super) fn connections(query: &str, rosters: &[Arc<Roster>], parts: &Parts) -> Result<String, String> {
     let query = Query::read(query)?;
     let mut sessions: Vec<Arc<Entry>> = rosters.iter().flat_map(|roster| roster.sessions()).collect();
-    let (total, now) = (sessions.len(), Instant::now());
+    let (total, now) = (sessions.len(), Stamp::now());
     sessions.retain(|session| query.wants(session, now));
     // Those that are alike by their age.
     match query.sort {
@@ -107,11 +107,11 @@ impl<'a> Query<'a> {
         Ok(query)
     }
 
-    fn wants(&self, session: &Entry, now: Instant) -> bool {
+    fn wants(&self, session: &Entry, now: Stamp) -> bool {
         let client = session.client().to_canonical();
         self.network.is_none_or(|network| network.contains(&client))
             && self.route.is_none_or(|route| session.route() == route)
-            && now.saturating_duration_since(session.begun()) >= self.older
+            && now - session.begun() >= self.older
     }
 }
 

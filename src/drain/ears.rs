@@ -95,3 +95,81 @@ fn list_of_thread() -> u8 {
     thread_local!(static LIST: u8 = (NEXT.fetch_add(1, Ordering::Relaxed) % LISTS).to_le_bytes()[0]);
     LIST.with(|list| *list)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Arc, atomic::AtomicU32},
+        task::Wake,
+        time::Duration,
+    };
+
+    use super::{
+        super::{Config, Readiness},
+        *,
+    };
+
+    #[derive(Debug, Default)]
+    struct Count(AtomicU32);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn drain() -> Drain {
+        Drain::new(Config {
+            delay: Duration::ZERO,
+            window: Duration::from_secs(1),
+            quiet: Duration::ZERO,
+            timeout: Duration::from_secs(1),
+            close_code: 1001,
+            reason: String::new(),
+            readiness: Readiness::AfterDelay,
+        })
+    }
+
+    /// Each order wakes each listener once, on whatever thread it is, and nobody who has gone.
+    #[test]
+    fn each_order_is_heard_once() {
+        let drain = drain();
+        let ears: Vec<_> = (0..40)
+            .map(|_| {
+                let (drain, count) = (drain.clone(), Arc::new(Count::default()));
+                std::thread::spawn(move || {
+                    let mut ear = Ear::new(drain);
+                    for _ in 0..2 {
+                        ear.listen(&Arc::clone(&count).into());
+                    }
+                    (ear, count)
+                })
+                .join()
+                .unwrap()
+            })
+            .collect();
+        let woken = |ears: &[(Ear, Arc<Count>)]| {
+            ears.iter().map(|(_, count)| count.0.load(Ordering::Relaxed)).collect::<Vec<_>>()
+        };
+        drain.begin();
+        assert_eq!(woken(&ears), vec![1; 40]);
+        let (gone, left): (Vec<_>, Vec<_>) = ears.into_iter().enumerate().partition(|(index, _)| index % 3 == 0);
+        let strip = |ears: Vec<(usize, (Ear, Arc<Count>))>| ears.into_iter().map(|(_, ear)| ear).collect::<Vec<_>>();
+        let (gone, left) = (strip(gone), strip(left));
+        let counts: Vec<_> = gone
+            .into_iter()
+            .map(|(ear, count)| {
+                drop(ear);
+                count
+            })
+            .collect();
+        drain.inner.ears.wake();
+        assert_eq!(woken(&left), vec![2; left.len()]);
+        assert!(counts.iter().all(|count| count.0.load(Ordering::Relaxed) == 1));
+        // Places are given again.
+        let mut ear = Ear::new(drain.clone());
+        ear.listen(Waker::noop());
+        let places: usize = (0..LISTS).map(|list| drain.inner.ears.list(list).len()).sum();
+        assert_eq!(places, left.len() + 1);
+    }
+}

@@ -24,7 +24,10 @@ pub(super) struct Lane {
     pub(super) moved: Stamp,
     /// When what had waited was last gone, or a frame that was not held ended.
     pub(super) unblocked: Stamp,
-    pub(super) counts: Counts,
+    /// Whole data messages that were passed on.
+    pub(super) messages: u64,
+    /// Bytes that were read.
+    pub(super) bytes: u64,
 }
 
 /// The bytes of a lane.
@@ -41,17 +44,6 @@ struct Kept {
     taken: usize,
 }
 
-/// What went through a lane.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Whole data messages that were passed on.
-    pub messages: u64,
-    /// Bytes that were read.
-    pub bytes: u64,
-    /// Whole data messages that were discarded because an end had begun.
-    pub crossed: u64,
-}
-
 impl Lane {
     pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Stamp) -> Self {
         // Without anything in it, it would still hold the whole buffer that it was read into.
@@ -66,7 +58,8 @@ impl Lane {
             progress: now,
             moved: now,
             unblocked: now,
-            counts: Counts::default(),
+            messages: 0,
+            bytes: 0,
         }
     }
 

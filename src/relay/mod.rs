@@ -23,13 +23,10 @@ use std::{
     time::Duration,
 };
 
+pub use self::ending::{Cause, Gone, Initiator};
 use self::{
     ending::{Act, Ending, View, What},
     lane::Lane,
-};
-pub use self::{
-    ending::{Cause, Gone, Initiator},
-    lane::Counts,
 };
 use crate::{
     admission::{Delay, Delays},
@@ -153,6 +150,17 @@ pub struct Report {
     pub counts: [Counts; 2],
 }
 
+/// What a side sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Whole data messages that were passed on.
+    pub messages: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Whole data messages that were discarded because an end had begun.
+    pub crossed: u64,
+}
+
 /// Whether a side is alive.
 #[derive(Debug)]
 struct Probe {
@@ -217,6 +225,8 @@ struct Farewell {
     settling: Option<Stamp>,
     /// As long as `close.delay` holds it; to the end, if that was cut short.
     delay: Option<Delay>,
+    /// Whole data messages that were discarded, by the side that sent them.
+    crossed: [u64; 2],
     /// Since when nothing here is to be trusted any more but what [`Relay::salvage`] reads.
     failed_at: Option<Stamp>,
 }
@@ -244,22 +254,15 @@ pub struct Relay {
     farewell: Option<Box<Farewell>>,
     /// When it is old enough.
     retires_at: Option<Stamp>,
-    order: Order,
+    /// The drain has begun, and these are its moments.
+    moments: Option<Box<Moments>>,
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
     /// While bytes are on their way to a side: it may have more of a frame, or less, than its lane says.
     is_unsure: [bool; 2],
-}
-
-/// What of the drain's order has been heard.
-#[derive(Debug)]
-enum Order {
-    None,
-    /// It has begun.
-    Drain(Box<Moments>),
-    /// The session was told.
-    Done,
+    /// We have ended it, or somebody had begun to: the drain, its age and its silence have no more to say.
+    has_left: bool,
 }
 
 impl Relay {
@@ -284,7 +287,8 @@ impl Relay {
         }
         let probe = || Probe { heard: now, asked: None };
         Self {
-            order: Order::None,
+            moments: None,
+            has_left: false,
             lanes: [
                 Lane::new(Sender::Client, rsv, limits, &client.early, now),
                 Lane::new(Sender::Server, rsv, limits, &backend.early, now),
@@ -312,7 +316,7 @@ impl Relay {
     /// the second future polled by the same task as the first.
     ///
     /// A panic in here is a bug. It ends this session alone, and that in order as far as it can be.
-    pub async fn next_ended(&mut self) -> Ended {
+    pub fn next_ended(&mut self) -> impl Future<Output = Ended> {
         poll_fn(|cx| {
             if self.failed_at().is_none() {
                 match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
@@ -324,7 +328,6 @@ impl Relay {
             let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
             Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false }))
         })
-        .await
     }
 
     fn farewell_mut(&mut self) -> &mut Farewell {
@@ -402,7 +405,11 @@ impl Relay {
             gone: Side::BOTH.map(|side| self.ending.gone(side)),
             cut: both(&|side| self.ending.was_cut(side)),
             delay_cut: self.is_delay_cut(),
-            counts: Side::BOTH.map(|side| self.lanes[side as usize].counts),
+            counts: Side::BOTH.map(|side| {
+                let Lane { messages, bytes, .. } = self.lanes[side as usize];
+                let crossed = self.farewell.as_ref().map_or(0, |farewell| farewell.crossed[side as usize]);
+                Counts { messages, bytes, crossed }
+            }),
         }
     }
 
@@ -472,11 +479,7 @@ impl Relay {
             }
         }
         // Who waits for quiet has a moment that moves with every byte.
-        self.timer_is_late |= match self.order {
-            Order::None => self.retires_at.is_some_and(|at| at <= now),
-            Order::Drain(_) => true,
-            Order::Done => false,
-        };
+        self.timer_is_late |= !self.has_left && (self.moments.is_some() || self.retires_at.is_some_and(|at| at <= now));
         if self.timer_is_late {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
@@ -640,7 +643,7 @@ impl Relay {
                 Ok(fresh) => {
                     // The timer may stand at the deadline, and the next Ping be due before.
                     self.timer_is_late |= self.probes[index].has_said(now);
-                    lane.counts.bytes += fresh as u64;
+                    lane.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
                     if self.ending.listens(side) {
                         // The end of a frame is known before its bytes are written.
@@ -728,13 +731,12 @@ impl Relay {
                     } else {
                         self.last_data = (side, now);
                         if header.fin {
-                            let lane = &mut self.lanes[index];
                             if forwards {
-                                lane.counts.messages += 1;
+                                self.lanes[index].messages += 1;
                             } else {
-                                lane.counts.crossed += 1;
+                                self.farewell_mut().crossed[index] += 1;
                             }
-                            self.traffic.message(side, lane.opcode);
+                            self.traffic.message(side, self.lanes[index].opcode);
                         }
                     }
                     frame_at = end;
@@ -866,10 +868,10 @@ impl Relay {
 
     /// Looks whether a drain has begun.
     fn hear_order(&mut self, cx: &Context<'_>) {
-        if matches!(self.order, Order::None) {
+        if self.moments.is_none() && !self.has_left {
             self.drain.listen(cx.waker());
             if self.drain.drain().has_begun() {
-                self.order = Order::Drain(Box::new(self.drain.drain().moments(rand::random())));
+                self.moments = Some(Box::new(self.drain.drain().moments(rand::random())));
             }
         }
     }
@@ -888,18 +890,18 @@ impl Relay {
         };
         let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
         self.ending.leave(CloseFrame::new(code, reason), cause, now);
-        self.order = Order::Done;
+        self.has_left = true;
         true
     }
 
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
     /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Stamp) -> Option<(Stamp, Cause)> {
-        match &self.order {
-            Order::Done => return None,
-            Order::Drain(moments) => return Some((self.quiet_at(**moments, now), Cause::Drain)),
-            Order::None if self.ending.has_begun() => return None,
-            Order::None => {}
+        match &self.moments {
+            _ if self.has_left => return None,
+            Some(moments) => return Some((self.quiet_at(**moments, now), Cause::Drain)),
+            None if self.ending.has_begun() => return None,
+            None => {}
         }
         let age = self.retires_at.map(|from| {
             // Until then the configuration, which all threads share, is not looked at with every message.

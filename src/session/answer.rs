@@ -230,7 +230,7 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
         Error::Tls { .. } => 5,
     };
     let About { client, path, request_id, trace_id, route } = about;
-    let trace_id = trace_id.map(display);
+    let trace_id = trace_id.as_ref().map(display);
     let endpoint = at.endpoint();
     let endpoint = endpoint.as_deref();
     if let Some(unsaid) = SAID[kind].is_due() {

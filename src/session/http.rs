@@ -62,6 +62,18 @@ pub(super) struct Asked {
     pub(super) early: Bytes,
 }
 
+impl About {
+    fn new(client: &Client, path: &str, headers: &HeaderMap, route: &Arc<str>) -> Self {
+        Self {
+            client: client.clone(),
+            path: told(path).into(),
+            request_id: downstream::request_id(headers).into(),
+            trace_id: downstream::trace_id(headers).map(Box::new),
+            route: Arc::clone(route),
+        }
+    }
+}
+
 /// Of a path, what is told of it: at most 256 bytes, and nothing that a terminal or a log would obey.
 fn told(path: &str) -> String {
     let path = &path[..path.floor_char_boundary(256)];
@@ -403,10 +415,7 @@ impl Context {
         let Some(seat) = seats.take(upstream.config().rules.max_sessions) else {
             return (Handshake::Shed, self.refuse_session(client, route), None);
         };
-        let path = told(&path);
-        let request_id = downstream::request_id(request.headers());
-        let trace_id = downstream::trace_id(request.headers());
-        let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };
+        let about = About::new(client, &path, request.headers(), route);
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, true) {
             self.doubt(client.ip());
@@ -510,10 +519,7 @@ impl Context {
             return response;
         }
         let Way { route, upstream, .. } = way;
-        let path = told(&path);
-        let request_id = downstream::request_id(request.headers());
-        let trace_id = downstream::trace_id(request.headers());
-        let about = About { client: client.clone(), path, request_id, trace_id, route: Arc::clone(route) };
+        let about = About::new(client, &path, request.headers(), route);
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, false) {
             self.doubt(client.ip());
@@ -578,7 +584,7 @@ fn empty() -> Body {
 
 fn say_refused(about: &About, endpoint: Option<&str>, status: u16) {
     let About { client, path, request_id, trace_id, route } = about;
-    let trace_id = trace_id.map(display);
+    let trace_id = trace_id.as_ref().map(display);
     if let Some(unsaid) = REFUSED.is_due() {
         info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "the backend refused a handshake");
     } else {

@@ -116,9 +116,10 @@ pub struct Context {
 struct About {
     client: Client,
     /// Without the query, which may hold secrets; at most 256 bytes.
-    path: String,
-    request_id: String,
-    trace_id: Option<TraceId>,
+    path: Box<str>,
+    request_id: Box<str>,
+    /// Boxed, since most have none.
+    trace_id: Option<Box<TraceId>>,
     /// Of the configuration; empty: none is for its path.
     route: Arc<str>,
 }
@@ -360,35 +361,34 @@ impl Context {
         }
     }
 
-    /// What follows a handshake runs in a task of its own: that of the handshake is larger.
+    /// A session from its 101 to the FINs on both legs, and its log lines: in a task of its own, since that of the handshake is larger. There are
+    /// thousands of these futures, and each is as large as all that is alive at any of its waits.
     fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, accounting: Accounting) {
-        let given = Box::new(Given { client, tunnel, accounting });
+        let this = Arc::clone(self);
+        let mut given = Box::new(Given { client, tunnel, accounting });
         // The runtime aligns its own allocation to two lines of the cache, which costs up to 127 bytes more the larger that is.
-        self.tracker.spawn(Box::pin(Arc::clone(self).relay(given)));
-    }
-
-    /// A session from its 101 to the FINs on both legs, and its log lines. There are thousands of these futures, and each is as large as all that
-    /// is alive at any of its waits; an `async fn` would have its arguments twice.
-    fn relay(self: Arc<Self>, mut given: Box<Given>) -> impl Future<Output = ()> {
-        async move {
-            if !self.gate.is_calm() {
-                Box::pin(given.wait_until(self.gate.calm())).await;
+        self.tracker.spawn(Box::pin(async move {
+            if !this.gate.is_calm() {
+                Box::pin(given.wait_until(this.gate.calm())).await;
             }
-            let (mut relay, mut open, mut accounting, seat) = self.begin_to_relay(given);
+            let (mut relay, mut open, mut accounting, seat) = this.begin_to_relay(given);
             let first = relay.next_ended().await;
-            self.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
+            this.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
             let second = relay.next_ended().await;
             let report = relay.report();
-            self.count(&report);
+            this.count(&report);
             open.close(&report);
             drop(open);
             let Accounting { place, guard, counted } = accounting;
-            self.let_go(second, Keeps::Place(place.last_half()));
+            this.let_go(second, Keeps::Place(place.last_half()));
             drop((guard, counted, seat));
-        }
+        }));
     }
 
-    /// The memory of what was given is free then; a future would keep it.
+    #[allow(
+        clippy::boxed_local,
+        reason = "its memory is free afterwards: what moves out of a box leaves that where it is"
+    )]
     fn begin_to_relay(&self, given: Box<Given>) -> (Relay, Open<'_>, Accounting, Seat) {
         let Given { client, tunnel, accounting } = *given;
         let Tunnel { backend, load, endpoint, rsv, about, seat } = *tunnel;
@@ -397,7 +397,7 @@ impl Context {
             Some(Stream::Local(_)) => Mode::Shared,
             _ => Mode::Dedicated,
         };
-        let open = Open::new(self, about, (endpoint, load), way.as_str());
+        let open = Open::new(self, about, (endpoint, load), way);
         let (config, traffic) = (Arc::clone(&self.relay), Arc::clone(&self.traffic));
         let relay = Relay::new(config, traffic, self.drain.clone(), self.admission.delays(), rsv, client, backend);
         (relay, open, accounting, seat)

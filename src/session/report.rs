@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
 use tracing::{field::display, info, warn};
 
 use super::{About, Context, roster::Entry};
@@ -10,6 +9,7 @@ use crate::{
     metrics::Counted,
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
+    stamp::Stamp,
     upstream::{Load, Mode},
 };
 
@@ -99,15 +99,16 @@ impl<'a> Open<'a> {
         context: &'a Context,
         about: About,
         (endpoint, load): (Arc<str>, Option<Load>),
-        way: &'static str,
+        way: Mode,
     ) -> Self {
         let Context { metrics, roster, log_sample: sample, .. } = context;
-        let entry = Arc::new(Entry { about, endpoint, way, begun: Instant::now() });
+        let entry = Arc::new(Entry { about, endpoint, way, begun: Stamp::now() });
         let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
             let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, .. } = &*entry;
-            let (tls, sni, http, trace_id) = (client.tls(), client.sni(), client.http(), trace_id.map(display));
-            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way, "open");
+            let (tls, sni, http, trace_id) =
+                (client.tls(), client.sni(), client.http(), trace_id.as_ref().map(display));
+            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), "open");
         }
         let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
         Self { entry, key, context, is_told, is_closed: false, _load: load, _counted: counted }
@@ -127,7 +128,7 @@ impl<'a> Open<'a> {
             Cause::Drain => "drain".to_owned(),
             Cause::Age => "websocket.max_age".to_owned(),
             Cause::Idle => "websocket.idle_timeout".to_owned(),
-            Cause::Slow if self.entry.way == Mode::Shared.as_str() => "pool.slow_client".to_owned(),
+            Cause::Slow if self.entry.way == Mode::Shared => "pool.slow_client".to_owned(),
             Cause::Slow => "pool.stall_timeout".to_owned(),
             Cause::Fault => BUG.to_owned(),
             _ => String::new(),
@@ -139,10 +140,10 @@ impl<'a> Open<'a> {
             sni = client.sni(),
             path,
             request_id,
-            trace_id = trace_id.map(display),
+            trace_id = trace_id.as_ref().map(display),
             %route,
             %endpoint,
-            way,
+            way = way.as_str(),
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -177,8 +178,8 @@ impl Drop for Open<'_> {
         self.context.metrics.close("tidegate", None, false, Duration::ZERO);
         self.context.metrics.abnormal(cause);
         let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
-        let (trace_id, duration_ms) = (trace_id.map(display), millis(begun.elapsed()));
-        warn!(%client, path, request_id, trace_id, %route, %endpoint, way, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        let (trace_id, duration_ms) = (trace_id.as_ref().map(display), millis(begun.elapsed()));
+        warn!(%client, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
 

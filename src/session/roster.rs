@@ -7,9 +7,9 @@ use std::{
 
 use serde::Serialize;
 use slab::Slab;
-use tokio::time::Instant;
 
 use super::{About, report::millis};
+use crate::{stamp::Stamp, upstream::Mode};
 
 /// See the module. A session is in it from its 101 until both legs have ended.
 #[derive(Debug, Default)]
@@ -20,9 +20,9 @@ pub struct Roster(Mutex<Slab<Arc<Entry>>>);
 pub struct Entry {
     pub(super) about: About,
     pub(super) endpoint: Arc<str>,
-    /// How its connection to the backend is used: the name of `pool.mode`.
-    pub(super) way: &'static str,
-    pub(super) begun: Instant,
+    /// How its connection to the backend is used.
+    pub(super) way: Mode,
+    pub(super) begun: Stamp,
 }
 
 /// What is told of a session.
@@ -74,24 +74,24 @@ impl Entry {
     }
 
     /// Since its 101.
-    pub fn begun(&self) -> Instant {
+    pub fn begun(&self) -> Stamp {
         self.begun
     }
 
     /// What is told of it.
-    pub fn told(&self, now: Instant) -> Session<'_> {
+    pub fn told(&self, now: Stamp) -> Session<'_> {
         let About { client, path, request_id, trace_id, route } = &self.about;
         Session {
             client: client.to_string(),
-            age_ms: millis(now.saturating_duration_since(self.begun)),
+            age_ms: millis(now - self.begun),
             route,
             endpoint: &self.endpoint,
-            way: self.way,
+            way: self.way.as_str(),
             http: client.http(),
             tls: client.tls(),
             path,
             request_id,
-            trace_id: trace_id.map(|id| id.to_string()),
+            trace_id: trace_id.as_ref().map(ToString::to_string),
         }
     }
 }
