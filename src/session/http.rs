@@ -149,7 +149,10 @@ impl Context {
         let response = {
             let mut answer = pin!(async {
                 match self.handshakes.try_acquire() {
-                    Ok(_slot) => self.in_time(client.address, &stage, self.upgrade(request, &client, &stage)).await,
+                    Ok(_slot) => {
+                        let answer = pin!(self.upgrade(request, &client, &stage));
+                        self.in_time(client.address, &stage, answer).await
+                    }
                     Err(_) => self.shed(Intent::WebSocket, client.address),
                 }
             });
@@ -330,25 +333,27 @@ impl Context {
     ) -> Response<Body> {
         match intent {
             Intent::Plain => {
-                let response = self.in_time(client.address, stage, self.plain(request, client)).await;
+                let answer = pin!(self.plain(request, client));
+                let response = self.in_time(client.address, stage, answer).await;
                 self.metrics.request(response.status().as_u16());
                 response
             }
             Intent::WebSocket => {
-                self.in_time(client.address, stage, self.upgrade(request.map(|_| ()), client, stage)).await
+                let answer = pin!(self.upgrade(request.map(|_| ()), client, stage));
+                self.in_time(client.address, stage, answer).await
             }
         }
     }
 
-    /// An answer may be long in coming: then others have its turn, and there must be memory for it.
+    /// An answer may be long in coming: then others have its turn, and there must be memory for it. It is pinned by the caller, or this future
+    /// would have room for it twice.
     pub(super) async fn in_time(
         &self,
         client: SocketAddr,
         stage: &Mutex<Stage>,
-        answer: impl Future<Output = Response<Body>>,
+        mut answer: Pin<&mut impl Future<Output = Response<Body>>>,
     ) -> Response<Body> {
-        let mut answer = pin!(answer);
-        let soon = timeout(PROMPT, &mut answer).await;
+        let soon = timeout(PROMPT, answer.as_mut()).await;
         lock(stage).permit = None;
         if let Ok(response) = soon {
             return response;

@@ -235,7 +235,10 @@ impl Context {
                 let permit = self.gate.turn().await;
                 stage.lock().unwrap_or_else(PoisonError::into_inner).permit = Some(permit);
                 match self.handshakes.try_acquire() {
-                    Ok(_slot) => self.in_time(client.address, &stage, self.upgrade(request, &client, &stage)).await,
+                    Ok(_slot) => {
+                        let answer = pin!(self.upgrade(request, &client, &stage));
+                        self.in_time(client.address, &stage, answer).await
+                    }
                     Err(_) => self.shed(Intent::WebSocket, client.address),
                 }
             });
@@ -326,7 +329,8 @@ impl Context {
                 stage.lock().unwrap_or_else(PoisonError::into_inner).permit = Some(permit);
                 match self.requests.try_acquire() {
                     Ok(_slot) => {
-                        let response = self.in_time(client.address, &stage, self.plain(request, client)).await;
+                        let answer = pin!(self.plain(request, client));
+                        let response = self.in_time(client.address, &stage, answer).await;
                         self.metrics.request(response.status().as_u16());
                         response
                     }

@@ -251,14 +251,15 @@ impl Context {
                     self.tracker.spawn(this.serve_http2(stream.rewind(early), peer, accounting, deadline, None));
                     return;
                 }
-                self.tracker.spawn(async move {
+                // Boxed here, it is moved once; the runtime moves it about four times.
+                self.tracker.spawn(Box::pin(async move {
                     if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
                         let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
                         this.shake_hands(stream, asked, peer, accounting, permit).await;
                     } else {
                         Box::pin(this.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
                     }
-                });
+                }));
             }
             Err(error) => lost(peer, &error),
         }
