@@ -13,18 +13,13 @@ use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::{
-    admission::{Admission, Extra},
+    admission::Admission,
+    hub::memory::{Memory, PORTION},
     ws::{
         CloseFrame, Header, Limits, Opcode, Rsv, Sender, Step, Tracker, Violation,
         frame::{ControlFrame, MAX_CONTROL, apply_mask},
     },
 };
-
-/// Of a message, bytes that a client's own memory is for.
-const FREE: usize = 16 << 10;
-
-/// Of a larger one, bytes that memory is taken for at once, and that have to come in a time.
-const PORTION: usize = 64 << 10;
 
 /// What a client says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,7 +46,7 @@ pub(super) struct Inbox {
     has_begun: bool,
     terms: Option<Terms>,
     /// For what is kept, until [`Inbox::release`].
-    memory: Vec<Extra>,
+    memory: Option<Memory>,
     /// When the message has to be whole, or to have come to another portion than this.
     late: Option<(Pin<Box<Sleep>>, usize)>,
 }
@@ -85,14 +80,14 @@ impl Inbox {
             is_text: false,
             has_begun: false,
             terms: None,
-            memory: Vec::new(),
+            memory: None,
             late: None,
         }
     }
 
     /// What is not whole takes no more than that.
     pub(super) fn on(self, terms: Terms) -> Self {
-        Self { terms: Some(terms), ..self }
+        Self { memory: Some(Memory::new(&terms.admission)), terms: Some(terms), ..self }
     }
 
     /// The next thing in `bytes` that is whole, which are moved on behind it; `None`: more is to come.
@@ -145,16 +140,16 @@ impl Inbox {
     }
 
     fn take_memory(&mut self, more: usize) -> Result<(), Violation> {
-        let Some(terms) = &self.terms else { return Ok(()) };
-        while self.message.len() + self.frame.len() + more > FREE + self.memory.len() * PORTION {
-            self.memory.push(terms.admission.more_memory(PORTION as u64).ok_or(Violation::Memory)?);
-        }
-        Ok(())
+        let bytes = self.message.len() + self.frame.len() + more;
+        let has_memory = self.memory.as_mut().is_none_or(|memory| memory.fit(bytes));
+        if has_memory { Ok(()) } else { Err(Violation::Memory) }
     }
 
     /// The last message is somebody else's by now.
     pub(super) fn release(&mut self) {
-        self.memory = Vec::new();
+        if let Some(memory) = &mut self.memory {
+            memory.fit(0);
+        }
     }
 
     /// Ready when the message that is under way goes on too slowly. To be asked after all that came.
@@ -220,7 +215,7 @@ mod tests {
     use std::future::poll_fn;
 
     use super::*;
-    use crate::admission::{Capacity, Reason};
+    use crate::hub::memory::tests::budget;
 
     fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
         let mask = [1, 2, 3, 4];
@@ -279,10 +274,7 @@ mod tests {
     fn half_a_message_is_not_kept_for_ever() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
         runtime.expect("a runtime").block_on(async {
-            let (connections, turned_away, full) = (1, 1, Reason::MaxConnections);
-            let memory = Some(3 * PORTION as u64);
-            let capacity = Capacity { connections, turned_away, memory, connection_bytes: 0, full };
-            let admission = Admission::new(capacity, &crate::config::Settings::default().limits);
+            let admission = budget(Some(3 * PORTION));
             let terms = Terms { patience: Duration::from_secs(30), admission };
             let inbox = || Inbox::new(Takes::Anything, 1 << 20).on(terms.clone());
             let says = async |inbox: &mut Inbox, bytes: &[u8], after: u64| {

@@ -3,12 +3,24 @@
 //! A client's session is one like all others; only its backend's leg is no socket but an end within this process ([`Joined::leg`]). Which
 //! clients are alike says `key.rs`; that there is one WebSocket for them, opened by the first and closed after the last, is the pool's work
 //! (`crate::pool`); what goes over it is that of `broadcast/` or `rpc/`. Not here: the order of a session, and answers to clients.
+//!
+//! ```text
+//! leg.rs     a client's end: what it says, and what is for it, whatever is shared
+//! inbox.rs   what it says, from frames to messages; turnstile.rs: who waits for room to say it
+//! encode.rs  what is for clients, as frames
+//! memory.rs  whose memory all that is
+//! line.rs    the WebSocket to the backend; search.rs: for how long one that was lost is looked for
+//! ```
 
 mod broadcast;
+mod encode;
 mod inbox;
 mod key;
+mod leg;
 mod line;
+mod memory;
 pub mod rpc;
+mod search;
 mod turnstile;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -23,6 +35,7 @@ use self::{
     inbox::Terms,
     key::Key,
     line::{Lines, REFUSAL_TIMEOUT},
+    search::BACKOFF,
 };
 use crate::{
     admission::Admission,
@@ -33,9 +46,6 @@ use crate::{
     upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
     ws::Limits,
 };
-
-/// After an open that failed, until the next one.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// For each key that may be in use, so many whose opens have just failed.
 const REMEMBERED: usize = 8;
@@ -98,11 +108,19 @@ struct Opener {
     /// By worker.
     homes: Arc<[Home]>,
     metrics: Arc<Metrics>,
+    /// Who has memory for what is kept.
+    admission: Admission,
 }
 
 impl Hubs {
-    /// None is open. `homes`: of all workers, in their order.
-    pub fn new(upstreams: &Upstreams, homes: &Arc<[Home]>, relay: &relay::Config, metrics: &Arc<Metrics>) -> Self {
+    /// None is open. `homes`: of all workers, in their order. `admission` has memory for what they keep.
+    pub fn new(
+        upstreams: &Upstreams,
+        homes: &Arc<[Home]>,
+        relay: &relay::Config,
+        metrics: &Arc<Metrics>,
+        admission: &Admission,
+    ) -> Self {
         let mut ways = Vec::new();
         for way in upstreams.ways() {
             let config = way.upstream.config();
@@ -111,7 +129,7 @@ impl Hubs {
             let (route, sharing) = (Arc::clone(&way.route), Arc::new(config.pool.sharing.clone()));
             let message_limits = Limits { frame: relay.max_frame, message: relay.max_message };
             let callers = (sharing.kind == Some(SharedKind::Rpc))
-                .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics));
+                .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics, admission));
             let opener = Opener {
                 lines: lines.clone(),
                 callers: callers.clone(),
@@ -121,6 +139,7 @@ impl Hubs {
                 hold_timeout: relay.hold_timeout,
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
+                admission: admission.clone(),
             };
             let pool = Pool::new(limits(config), opener, Arc::clone(&metrics.pools), &home.tracker, &home.runtime);
             let gone = CancellationToken::new();

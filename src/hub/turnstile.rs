@@ -92,6 +92,12 @@ impl Turnstile {
         self.call()
     }
 
+    /// The queue is gone: gives all who wait, none of whom has a place.
+    pub(super) fn call_all(&mut self) -> Vec<Waker> {
+        self.called.clear();
+        std::mem::take(&mut self.waiting).into_values().map(|waiting| waiting.waker).collect()
+    }
+
     fn call(&mut self) -> Vec<Waker> {
         let mut woken = Vec::new();
         while let Some((_, first)) = self.waiting.first_key_value()

@@ -309,6 +309,32 @@ fn a_backend_that_does_not_come_back_is_lost() {
     t.no_rst();
 }
 
+/// Nobody waits for a try that lasts longer than the grace: one that is there and says nothing is lost like one that is not there.
+#[test]
+fn a_backend_that_says_nothing_is_not_waited_for() {
+    let feed = Feed::new();
+    let script = feed.script();
+    let pool = "idle_timeout = '0s', reconnect_grace = '500ms'";
+    let t = Scene::new(&settings(pool, "upstream.handshake_timeout = '10m'"))
+        .backend(async move |c: &mut Peer| {
+            if c.index() == 0 {
+                return script(c).await;
+            }
+            c.read_head().await;
+            c.until_end().await;
+        })
+        .start();
+    t.client(async |c| {
+        c.handshake("/feed/a").await;
+        feed.say(Word::Fin);
+        assert_eq!(c.read_close().await, 1012);
+        c.answer_close().await;
+        assert_eq!(c.until_end().await.end, End::Fin);
+    });
+    let metrics = t.proxy().metrics_when("the end", |metrics| metrics.count("tidegate_connections_active") == 0);
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"expired\"}"), 1);
+}
+
 /// A Close of the backend that is about its clients is theirs, as it was.
 #[test]
 fn a_close_of_the_backend_is_for_all() {

@@ -426,6 +426,34 @@ fn a_backend_that_does_not_come_back_is_lost() {
     t.no_rst();
 }
 
+/// Nobody waits for a try that lasts longer than the grace: one that is there and says nothing is lost like one that is not there.
+#[test]
+fn a_silent_backend_is_not_waited_for() {
+    let asked = Asked::new();
+    let script = asked.script();
+    let pool = "idle_timeout = '45s', reconnect_grace = '500ms'";
+    let t = Scene::new(&settings(pool, "upstream.handshake_timeout = '10m'"))
+        .backend(async move |c: &mut Peer| {
+            if c.index() == 0 {
+                return script(c).await;
+            }
+            c.read_head().await;
+            c.until_end().await;
+        })
+        .start();
+    t.client(async |c| {
+        c.handshake("/rpc").await;
+        ask(c, "hello").await;
+        c.send_text(&request("1", "die", "[]")).await;
+        assert!(c.read_text().await.contains("\"code\":-32050"));
+        assert_eq!(c.read_close().await, 1012);
+        c.answer_close().await;
+        assert_eq!(c.until_end().await.end, End::Fin);
+    });
+    let metrics = t.proxy().metrics_when("the end", |metrics| metrics.count("tidegate_connections_active") == 0);
+    assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"expired\"}"), 1);
+}
+
 /// Each client has its subscription by an id of its own, and news that overtake the answer come behind it. One that leaves, mid-request and
 /// mid-subscription, leaves nothing at the backend; the other one ends its own.
 #[test]

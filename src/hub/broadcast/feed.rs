@@ -5,7 +5,6 @@ use std::{
     pin::pin,
     sync::{Arc, PoisonError},
     task::Poll,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,10 +18,13 @@ use super::{
         line::{Fault, Heard, Line, Lines, for_all, for_all_who_speak},
     },
     Hub,
-    ring::encode,
 };
 use crate::{
-    hub::End,
+    hub::{
+        End,
+        encode::encode,
+        search::{STEADY, Search},
+    },
     metrics::{Gap, Reconnect},
     pool::Reports,
     sparse::Sparse,
@@ -32,12 +34,6 @@ use crate::{
 
 /// Messages, and bytes of them, that are taken before clients are woken, and others have their turn.
 const BATCH: (usize, usize) = (256, 256 << 10);
-
-/// Between two tries, the first and the longest; half of it at least, at random.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-
-/// A backend that stays for so long has come back for good: for the next loss all begins anew.
-const STEADY: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub(super) struct Feed {
@@ -59,12 +55,6 @@ enum Over {
     Lost,
 }
 
-/// For how long a backend that was lost is looked for.
-struct Grace {
-    until: Instant,
-    pause: Duration,
-}
-
 impl Feed {
     pub(super) fn new(hub: &Arc<Hub>, opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Self {
         Self {
@@ -81,7 +71,7 @@ impl Feed {
     pub(super) async fn run(self, mut line: Line) {
         let Self { hub, route, key, home, .. } = &self;
         debug!(%route, %key, endpoint = %line.endpoint, "a shared WebSocket is open");
-        let mut grace = None;
+        let mut before = None;
         loop {
             let since = Instant::now();
             let over = self.serve(&mut line).await;
@@ -105,10 +95,10 @@ impl Feed {
                 }
             }
             if since.elapsed() >= STEADY {
-                grace = None;
+                before = None;
             }
-            let Some(found) = self.reconnect(&endpoint, &mut grace).await else { return };
-            line = found;
+            let Some((found, search)) = self.reconnect(&endpoint, before).await else { return };
+            (line, before) = (found, Some(search));
         }
     }
 
@@ -159,8 +149,8 @@ impl Feed {
         .await
     }
 
-    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost.
-    async fn reconnect(&self, endpoint: &str, grace: &mut Option<Grace>) -> Option<Line> {
+    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost. `before`: it had just been found by that.
+    async fn reconnect(&self, endpoint: &str, before: Option<Search>) -> Option<(Line, Search)> {
         static SAID: Sparse = Sparse::new();
         static GIVEN_UP: Sparse = Sparse::new();
         static FOUND: Sparse = Sparse::new();
@@ -170,30 +160,18 @@ impl Feed {
             return None;
         }
         hub.metrics.gap(Gap::Lost);
-        let lost = Instant::now();
-        let begin = || Grace { until: lost + hub.sharing.reconnect_grace, pause: BACKOFF.0 };
-        let Grace { until, pause } = grace.get_or_insert_with(begin);
+        let mut search = before.map_or_else(|| Search::new(hub.sharing.reconnect_grace), Search::again);
         let clients = hub.present.load(std::sync::atomic::Ordering::Relaxed);
         if let Some(unsaid) = SAID.is_due() {
             warn!(%route, %key, endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
         }
         let mut asked = pin!(hub.end.cancelled());
-        let (mut is_last, mut error) = (false, String::new());
+        let mut error = String::new();
         let result = loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if is_last || left.is_zero() {
-                break Err(Reconnect::Expired);
-            }
-            let mut wait = pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
-            *pause = (*pause * 2).min(BACKOFF.1);
-            // What is left of the grace is used, too.
-            is_last = wait >= left;
-            if is_last {
-                wait = left / 2;
-            }
+            let Some(wait) = search.next() else { break Err(Reconnect::Expired) };
             let open = async {
                 sleep(wait).await;
-                timeout_at(*until, lines.open(key.request(), home)).await
+                timeout_at(search.until(), lines.open(key.request(), home)).await
             };
             let opened = tokio::select! {
                 biased;
@@ -221,7 +199,7 @@ impl Feed {
                 break Err(Reconnect::Unused);
             }
         };
-        let lost_ms = u64::try_from(lost.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let lost_ms = search.lost_ms();
         match result {
             Ok(line) => {
                 hub.metrics.reconnect(Reconnect::Connected);
@@ -229,7 +207,7 @@ impl Feed {
                 if let Some(unsaid) = FOUND.is_due() {
                     info!(%route, %key, endpoint = %line.endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
                 }
-                Some(line)
+                Some((line, search))
             }
             Err(result) => {
                 hub.metrics.reconnect(result);

@@ -1,16 +1,16 @@
 //! One WebSocket of the backend for many clients: each of its messages goes to all of them.
 //!
 //! ```text
-//! backend -> relay -> feed.rs -> ring.rs: each message once -> leg.rs: a place in the ring per client -> relay -> client
+//! backend -> relay -> feed.rs -> ring.rs: each message once -> member.rs: a place in the ring per client -> leg -> relay -> client
 //!                                         ward.rs: wakes those of a worker there
-//! backend <- relay <- feed.rs <- inbound.rs <- leg.rs, if allow_client_messages
+//! backend <- relay <- feed.rs <- inbound.rs <- member.rs, if allow_client_messages
 //! ```
 //!
 //! Nobody is waited for: neither a client that does not read, nor a worker that is busy.
 
 mod feed;
 mod inbound;
-mod leg;
+mod member;
 mod ring;
 mod ward;
 
@@ -28,12 +28,11 @@ use http::HeaderValue;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-pub(super) use self::ring::encode;
-use self::{feed::Feed, inbound::Inbound, leg::Leg, ring::Ring, ward::Ward};
+use self::{feed::Feed, inbound::Inbound, member::Member, ring::Ring, ward::Ward};
 use super::{Opener, key::Key, line::Fault};
 use crate::{
     admission::Admission,
-    hub::End,
+    hub::{End, leg::Leg, memory::Memory},
     metrics::{Metrics, Traffic},
     net::Local,
     pool::Reports,
@@ -75,7 +74,7 @@ impl Hub {
         let line = opener.lines.open(key.request(), home).await?;
         let Sharing { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
         let hub = Arc::new(Self {
-            ring: Ring::new(queue_bytes),
+            ring: Ring::new(queue_bytes, Memory::new(&opener.admission)),
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
             inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
             sharing: Arc::clone(&opener.sharing),
@@ -134,7 +133,8 @@ impl Hub {
         if self.wards[home.worker].begin() {
             home.spawn(Arc::clone(self).watch(home.worker));
         }
-        Box::new(Leg::new(present, at, home.worker, Arc::clone(traffic), admission.clone(), Box::new(lease)))
+        let member = Member::new(present, at, home.worker, admission.clone(), Box::new(lease));
+        Box::new(Leg::new(member, Arc::clone(traffic)))
     }
 
     /// Wakes the clients of a worker, on that worker, until it is over.

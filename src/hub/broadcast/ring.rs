@@ -8,12 +8,9 @@ use std::{
     sync::{PoisonError, RwLock},
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 
-use crate::{
-    hub::{End, signed},
-    ws::{Opcode, frame::MAX_HEADER},
-};
+use crate::hub::{End, memory::Memory, signed};
 
 /// See the module.
 pub(super) struct Ring {
@@ -22,13 +19,13 @@ pub(super) struct Ring {
     most_bytes: usize,
 }
 
-#[derive(Default)]
 struct State {
     /// Each as the frames that it is sent in.
     messages: VecDeque<Bytes>,
     /// The number of the oldest.
     first: u64,
     bytes: usize,
+    memory: Memory,
     end: Option<End>,
 }
 
@@ -45,39 +42,11 @@ pub(super) enum Found {
     Over(End),
 }
 
-/// A message to a client: one frame, or fragments of at most `most` bytes each.
-pub(in crate::hub) fn encode(is_text: bool, payload: &[u8], most: u64) -> Bytes {
-    let most = usize::try_from(most).unwrap_or(usize::MAX).max(1);
-    let mut opcode = if is_text { Opcode::Text } else { Opcode::Binary };
-    let mut frames = BytesMut::with_capacity(payload.len() + MAX_HEADER * (payload.len() / most + 1));
-    let mut rest = payload;
-    loop {
-        let part;
-        (part, rest) = rest.split_at(rest.len().min(most));
-        frames.put_u8(opcode.bits() | if rest.is_empty() { 0x80 } else { 0 });
-        match (u8::try_from(part.len()), u16::try_from(part.len())) {
-            (Ok(length @ ..126), _) => frames.put_u8(length),
-            (_, Ok(length)) => {
-                frames.put_u8(126);
-                frames.put_u16(length);
-            }
-            _ => {
-                frames.put_u8(127);
-                frames.put_u64(part.len() as u64);
-            }
-        }
-        frames.extend_from_slice(part);
-        if rest.is_empty() {
-            return frames.freeze();
-        }
-        opcode = Opcode::Continuation;
-    }
-}
-
 impl Ring {
-    /// Empty; of more than one message it keeps so many bytes together.
-    pub(super) fn new(most_bytes: usize) -> Self {
-        Self { state: RwLock::default(), most_bytes }
+    /// Empty; of more than one message it keeps so many bytes together, as far as there is memory.
+    pub(super) fn new(most_bytes: usize, memory: Memory) -> Self {
+        let state = State { messages: VecDeque::new(), first: 0, bytes: 0, memory, end: None };
+        Self { state: RwLock::new(state), most_bytes }
     }
 
     /// Takes new messages, and lets go of the oldest but `most`. Gives by how many bytes it became larger.
@@ -88,10 +57,11 @@ impl Ring {
         for frame in frames {
             state.bytes += frame.len();
             state.messages.push_back(frame);
-            let is_full = |state: &State| {
-                state.messages.len() > most || (state.bytes > self.most_bytes && state.messages.len() > 1)
+            let is_full = |state: &mut State| {
+                let mut is_large = || state.bytes > self.most_bytes || !state.memory.fit(state.bytes);
+                state.messages.len() > most || (state.messages.len() > 1 && is_large())
             };
-            while is_full(&state)
+            while is_full(&mut state)
                 && let Some(oldest) = state.messages.pop_front()
             {
                 state.bytes -= oldest.len();
@@ -100,6 +70,8 @@ impl Ring {
             }
         }
         let after = state.bytes;
+        // One that is alone is kept all the same.
+        state.memory.fit(after);
         drop(state);
         // Their memory is given back without the lock.
         drop(dropped);
@@ -164,34 +136,22 @@ impl Ring {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
 
     use super::*;
+    use crate::hub::memory::{FREE, PORTION, tests::budget};
+
+    fn ring(most_bytes: usize) -> Ring {
+        Ring::new(most_bytes, Memory::new(&budget(None)))
+    }
 
     fn texts(range: std::ops::Range<usize>) -> impl Iterator<Item = Bytes> {
         range.map(|number| Bytes::from(format!("<{number}>")))
     }
 
-    /// A header says what tungstenite reads in it, for each of the three forms of a length.
-    #[test]
-    fn frames_are_as_they_should_be() {
-        for length in [0, 1, 125, 126, 127, 65_535, 65_536, 100_000] {
-            let payload = vec![b'x'; length];
-            let frame = encode(true, &payload, u64::MAX);
-            let mut cursor = std::io::Cursor::new(&frame[..]);
-            let (header, told) = FrameHeader::parse(&mut cursor).expect("valid").expect("whole");
-            assert_eq!((header.is_final, u8::from(header.opcode), header.mask, told), (true, 1, None, length as u64));
-            assert_eq!(&frame[usize::try_from(cursor.position()).expect("small")..], &payload[..]);
-        }
-        assert_eq!(encode(false, b"x", 9)[..], [0x82, 1, b'x']);
-        assert_eq!(encode(true, b"abcde", 2)[..], *b"\x01\x02ab\x00\x02cd\x80\x01e");
-        assert_eq!(encode(true, b"abcd", 2)[..], *b"\x01\x02ab\x80\x02cd");
-    }
-
     /// As many messages as may be are kept, and as many bytes; one that is larger than that alone is kept alone.
     #[test]
     fn the_newest_messages_are_kept() {
-        let ring = Ring::new(100);
+        let ring = ring(100);
         assert_eq!(ring.push(texts(0..5), 3), 9);
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (2, 5, 9));
         assert_eq!((ring.behind(0), ring.behind(1), ring.behind(2), ring.behind(9)), (5, 4, 3, 2));
@@ -205,10 +165,34 @@ mod tests {
         assert_eq!((ring.first(), ring.behind(0), ring.bytes()), (9, 9, 0));
     }
 
+    /// Where there is no memory less is kept, but the newest message always; what is taken is given back.
+    #[test]
+    fn as_much_is_kept_as_there_is_memory_for() {
+        let admission = budget(Some(2 * PORTION));
+        let taken = || admission.memory().expect("a budget").0;
+        let ring = Ring::new(1 << 20, Memory::new(&admission));
+        let message = |size: usize| Some(Bytes::from(vec![b'x'; size]));
+        ring.push(message(FREE), 9);
+        ring.push(message(PORTION), 9);
+        assert_eq!((ring.first(), taken()), (0, PORTION as u64));
+        let others = admission.more_memory(PORTION as u64).expect("the rest");
+        ring.push(message(FREE), 9);
+        assert_eq!((ring.first(), ring.bytes(), taken()), (1, FREE + PORTION, 2 * PORTION as u64));
+        ring.push(message(3 * PORTION), 9);
+        assert_eq!((ring.first(), ring.bytes()), (3, 3 * PORTION));
+        drop(others);
+        ring.push(message(1), 9);
+        assert_eq!((ring.first(), ring.bytes(), taken()), (4, 1, 0));
+        ring.push(message(2 * PORTION), 9);
+        assert_eq!((ring.first(), taken()), (4, 2 * PORTION as u64));
+        drop(ring);
+        assert_eq!(taken(), 0);
+    }
+
     /// A reader gets what there is, then nothing, then the end; who is behind is told so first, and a large message comes in parts.
     #[test]
     fn a_reader_reads_at_its_own_pace() {
-        let (ring, mut at, mut rest, mut buffer) = (Ring::new(1000), 0, Bytes::new(), [0; 8]);
+        let (ring, mut at, mut rest, mut buffer) = (ring(1000), 0, Bytes::new(), [0; 8]);
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Nothing);
         ring.push(texts(0..3), 3);
         assert_eq!(ring.read(&mut at, &mut rest, &mut buffer), Found::Bytes(6, 2));
@@ -232,7 +216,7 @@ mod tests {
         /// dropped while he was behind.
         #[test]
         fn nothing_is_torn_or_out_of_order(steps in proptest::collection::vec((any::<bool>(), 1..40_usize), 1..100)) {
-            let ring = Ring::new(60);
+            let ring = ring(60);
             let (mut at, mut rest, mut pushed, mut got) = (0, Bytes::new(), 0, Vec::new());
             for (pushes, size) in steps {
                 if pushes {

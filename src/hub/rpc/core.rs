@@ -129,6 +129,9 @@ pub struct Core {
     late: BTreeMap<u64, Names>,
     batches: BTreeMap<u64, Batch>,
     last_batch: u64,
+    /// Bytes of answers in them, and how many there may be.
+    kept: usize,
+    room: usize,
     subscriptions: Subscriptions,
     /// Those with anything outstanding or subscribed.
     clients: BTreeMap<Client, Holding>,
@@ -201,6 +204,8 @@ impl Core {
             late: BTreeMap::new(),
             batches: BTreeMap::new(),
             last_batch: 0,
+            kept: 0,
+            room: usize::MAX,
             subscriptions: Subscriptions::default(),
             clients: BTreeMap::new(),
             counts: Counts::default(),
@@ -234,8 +239,24 @@ impl Core {
             && self.ending.is_empty()
             && self.awaited.is_empty()
             && self.batches.is_empty()
+            && self.kept == 0
             && self.subscriptions.is_empty()
             && self.clients.is_empty()
+    }
+
+    /// Batches wait for answers.
+    pub fn has_batches(&self) -> bool {
+        !self.batches.is_empty()
+    }
+
+    /// Bytes of answers that wait for the rest of their batches, of all clients.
+    pub fn kept(&self) -> usize {
+        self.kept
+    }
+
+    /// There may be so many, from now on. At first any number.
+    pub fn allow(&mut self, bytes: usize) {
+        self.room = bytes;
     }
 
     /// When [`Self::due`] has something to do.
@@ -249,6 +270,7 @@ impl Core {
         for number in holding.batches {
             self.batches.remove(&number);
         }
+        self.kept -= holding.bytes;
         for id in holding.requests {
             let Some(request) = self.requests.get_mut(&id) else { continue };
             request.asker = None;

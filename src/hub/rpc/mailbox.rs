@@ -9,10 +9,27 @@ use std::{
 use bytes::{Buf as _, Bytes};
 
 use crate::{
-    hub::{End, signed},
+    hub::{End, leg::Found, memory::Memory, signed},
     metrics::Metrics,
     upstream::SlowClient,
 };
+
+#[derive(Debug)]
+struct Frame {
+    bytes: Bytes,
+    is_own: bool,
+}
+
+/// Whose a message is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// This client's alone.
+    Own,
+    /// All clients have it, and it has its memory.
+    All,
+    /// As [`Whose::All`], but there is no memory for it: it is for those who are not behind.
+    AllAtOnce,
+}
 
 /// See the module. The hub puts in, the leg takes out.
 #[derive(Debug)]
@@ -23,13 +40,18 @@ pub(super) struct Mailbox {
     metrics: Arc<Metrics>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     /// Messages as frames.
-    frames: VecDeque<Bytes>,
+    frames: VecDeque<Frame>,
     bytes: usize,
-    /// Of the message that its leg is in the middle of, what did not fit.
+    /// Of these, bytes that are nobody else's.
+    own: usize,
+    /// Of the message that its leg is in the middle of, what did not fit; and all of it, if that is nobody else's.
     rest: usize,
+    rest_of: usize,
+    /// For its own.
+    memory: Memory,
     is_slow: bool,
     end: Option<End>,
     /// Whoever found nothing.
@@ -38,21 +60,22 @@ struct State {
     holder: Option<Waker>,
 }
 
-/// What was found in it.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Found {
-    /// Bytes, of so many messages that it begins with.
-    Bytes(usize, u64),
-    /// More than there is room for.
-    Slow,
-    /// Nothing any more.
-    Over(End),
-}
-
 impl Mailbox {
-    /// For so many messages, of so many bytes together; one larger message is taken all the same, but only alone.
-    pub(super) fn new(most: usize, most_bytes: usize, metrics: Arc<Metrics>) -> Self {
-        Self { state: Mutex::default(), most, most_bytes, metrics }
+    /// For so many messages, of so many bytes together, as far as there is memory; one larger message is taken all the same, but only alone.
+    pub(super) fn new(most: usize, most_bytes: usize, memory: Memory, metrics: Arc<Metrics>) -> Self {
+        let state = State {
+            frames: VecDeque::new(),
+            bytes: 0,
+            own: 0,
+            rest: 0,
+            rest_of: 0,
+            memory,
+            is_slow: false,
+            end: None,
+            reader: None,
+            holder: None,
+        };
+        Self { state: Mutex::new(state), most, most_bytes, metrics }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -61,7 +84,7 @@ impl Mailbox {
     }
 
     /// One more message.
-    pub(super) fn push(&self, frame: Bytes) {
+    pub(super) fn push(&self, frame: Bytes, whose: Whose) {
         let mut state = self.lock();
         if state.is_slow || state.end.is_some() {
             return;
@@ -69,18 +92,29 @@ impl Mailbox {
         let bytes = state.bytes + frame.len();
         let is_alone = state.frames.is_empty() && state.rest <= self.most_bytes;
         let is_full = state.frames.len() >= self.most || bytes > self.most_bytes;
-        let woken = if is_full && !is_alone {
+        let own = state.own + if whose == Whose::Own { frame.len() } else { 0 };
+        let has_memory = match whose {
+            Whose::Own => {
+                let needed = own + state.rest_of;
+                state.memory.fit(needed)
+            }
+            Whose::All => true,
+            Whose::AllAtOnce => state.frames.is_empty() && state.rest == 0,
+        };
+        let woken = if is_full && !is_alone || !has_memory {
             state.is_slow = true;
             self.metrics.slow_client(SlowClient::Disconnect as usize);
             // Nobody takes them any more, and how long it takes to end a client that does not read is not known.
             self.metrics.shared_queue_bytes.dec_by(signed(state.bytes));
             state.frames = VecDeque::new();
-            state.bytes = 0;
+            (state.bytes, state.own) = (0, 0);
+            let needed = state.rest_of;
+            state.memory.fit(needed);
             [state.reader.take(), state.holder.take()]
         } else {
             self.metrics.shared_queue_bytes.inc_by(signed(frame.len()));
-            state.bytes = bytes;
-            state.frames.push_back(frame);
+            (state.bytes, state.own) = (bytes, own);
+            state.frames.push_back(Frame { bytes: frame, is_own: whose == Whose::Own });
             [state.reader.take(), None]
         };
         drop(state);
@@ -97,33 +131,12 @@ impl Mailbox {
     }
 
     /// Moves what fits; of the last message the rest goes to `rest`, which is empty.
-    pub(super) fn poll_take(&self, cx: &Context<'_>, rest: &mut Bytes, mut buffer: &mut [u8]) -> Poll<Found> {
+    pub(super) fn poll_take(&self, cx: &Context<'_>, rest: &mut Bytes, buffer: &mut [u8]) -> Poll<Found> {
         let mut state = self.lock();
         if state.is_slow {
             return Poll::Ready(Found::Slow);
         }
-        let (mut bytes, mut messages) = (0, 0);
-        state.rest = 0;
-        while !buffer.is_empty()
-            && let Some(mut frame) = state.frames.pop_front()
-        {
-            state.bytes -= frame.len();
-            self.metrics.shared_queue_bytes.dec_by(signed(frame.len()));
-            let count = frame.len().min(buffer.len());
-            let (now, later) = buffer.split_at_mut(count);
-            frame.copy_to_slice(now);
-            buffer = later;
-            bytes += count;
-            messages += 1;
-            if frame.has_remaining() {
-                state.rest = frame.len();
-                *rest = frame;
-            }
-        }
-        if state.frames.is_empty() {
-            // As large as the last burst, for as long as the next pause lasts.
-            state.frames = VecDeque::new();
-        }
+        let (bytes, messages) = self.take(&mut state, rest, buffer);
         if bytes > 0 {
             return Poll::Ready(Found::Bytes(bytes, messages));
         }
@@ -132,6 +145,40 @@ impl Mailbox {
         }
         state.reader = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    /// The same of what is there already, whatever there is besides.
+    pub(super) fn take_last(&self, rest: &mut Bytes, buffer: &mut [u8]) -> Option<(usize, u64)> {
+        Some(self.take(&mut self.lock(), rest, buffer)).filter(|(bytes, _)| *bytes > 0)
+    }
+
+    fn take(&self, state: &mut State, rest: &mut Bytes, mut buffer: &mut [u8]) -> (usize, u64) {
+        let (mut bytes, mut messages) = (0, 0);
+        (state.rest, state.rest_of) = (0, 0);
+        while !buffer.is_empty()
+            && let Some(Frame { bytes: mut frame, is_own }) = state.frames.pop_front()
+        {
+            let own = if is_own { frame.len() } else { 0 };
+            state.bytes -= frame.len();
+            state.own -= own;
+            self.metrics.shared_queue_bytes.dec_by(signed(frame.len()));
+            let count = frame.len().min(buffer.len());
+            let (now, later) = buffer.split_at_mut(count);
+            frame.copy_to_slice(now);
+            buffer = later;
+            bytes += count;
+            messages += 1;
+            if frame.has_remaining() {
+                (state.rest, state.rest_of) = (frame.len(), own);
+                *rest = frame;
+            }
+        }
+        if state.frames.is_empty() {
+            // As large as the last burst, for as long as the next pause lasts.
+            state.frames = VecDeque::new();
+        }
+        state.memory.fit(state.own + state.rest_of);
+        (bytes, messages)
     }
 
     /// Its leg can't take anything now. Whether it is too slow.
@@ -152,9 +199,10 @@ impl Drop for Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hub::memory::{FREE, PORTION, tests::budget};
 
     fn mailbox() -> Mailbox {
-        Mailbox::new(3, 10, Arc::new(Metrics::new()))
+        Mailbox::new(3, 10, Memory::new(&budget(None)), Arc::new(Metrics::new()))
     }
 
     /// Several messages are taken at once, one that does not fit in parts; the end comes behind them. Method: a small buffer.
@@ -164,10 +212,10 @@ mod tests {
         let (mut rest, mut buffer) = (Bytes::new(), [0; 6]);
         assert!(mailbox.poll_take(&cx, &mut rest, &mut buffer).is_pending());
         for text in ["ab", "cd", "efgh"] {
-            mailbox.push(Bytes::from_static(text.as_bytes()));
+            mailbox.push(Bytes::from_static(text.as_bytes()), Whose::Own);
         }
         mailbox.finish(End::Lost);
-        mailbox.push(Bytes::from_static(b"late"));
+        mailbox.push(Bytes::from_static(b"late"), Whose::Own);
         assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(6, 3)));
         assert_eq!((&buffer, &*rest), (b"abcdef", &b"gh"[..]));
         assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Over(End::Lost)));
@@ -181,7 +229,7 @@ mod tests {
         for (sizes, is_slow) in [(&[50][..], false), (&[1, 1, 1], false), (&[1, 1, 1, 1], true), (&[5, 6], true)] {
             let mailbox = mailbox();
             for size in sizes {
-                mailbox.push(Bytes::from(vec![b'x'; *size]));
+                mailbox.push(Bytes::from(vec![b'x'; *size]), Whose::Own);
             }
             assert_eq!(mailbox.hold(&cx), is_slow, "{sizes:?}");
             let kept = if is_slow { 0 } else { sizes.iter().sum::<usize>() };
@@ -197,7 +245,7 @@ mod tests {
     #[test]
     fn one_large_message_is_enough() {
         let (mailbox, cx) = (mailbox(), Context::from_waker(Waker::noop()));
-        let push = |size: usize| mailbox.push(Bytes::from(vec![b'x'; size]));
+        let push = |size: usize| mailbox.push(Bytes::from(vec![b'x'; size]), Whose::Own);
         push(50);
         let (mut rest, mut buffer) = (Bytes::new(), [0; 20]);
         assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(20, 1)));
@@ -208,5 +256,39 @@ mod tests {
         assert_eq!(mailbox.poll_take(&cx, &mut rest, &mut buffer), Poll::Ready(Found::Bytes(20, 1)));
         push(11);
         assert!(mailbox.hold(&cx));
+    }
+
+    /// Who is behind by more than there is memory for is too slow, and what is for all takes memory once, or goes to those who are not behind.
+    /// Method: a budget of two portions.
+    #[test]
+    fn there_may_be_no_memory() {
+        let admission = budget(Some(2 * PORTION));
+        let taken = || admission.memory().expect("a budget").0;
+        let mailbox = || Mailbox::new(99, 1 << 20, Memory::new(&admission), Arc::new(Metrics::new()));
+        let cx = Context::from_waker(Waker::noop());
+        let message = |size: usize| Bytes::from(vec![b'x'; size]);
+        let (one, other) = (mailbox(), mailbox());
+        one.push(message(FREE), Whose::Own);
+        one.push(message(9 * PORTION), Whose::All);
+        assert_eq!(taken(), 0);
+        one.push(message(PORTION + 1), Whose::Own);
+        other.push(message(FREE), Whose::Own);
+        assert!(taken() == 2 * PORTION as u64 && !one.hold(&cx) && !other.hold(&cx));
+        other.push(message(1), Whose::Own);
+        assert!(other.hold(&cx) && !one.hold(&cx));
+        // What its leg is in the middle of takes memory until it is gone.
+        let mut buffer = vec![0; FREE + 9 * PORTION + 1];
+        assert_eq!(one.poll_take(&cx, &mut Bytes::new(), &mut buffer), Poll::Ready(Found::Bytes(buffer.len(), 3)));
+        assert_eq!(taken(), PORTION as u64);
+        one.push(message(1), Whose::AllAtOnce);
+        assert!(one.hold(&cx), "it is behind");
+        assert_eq!(taken(), PORTION as u64);
+        drop(one);
+        assert_eq!(taken(), 0);
+        let third = mailbox();
+        third.push(message(9 * PORTION), Whose::AllAtOnce);
+        assert!(!third.hold(&cx));
+        third.push(message(1), Whose::AllAtOnce);
+        assert!(third.hold(&cx));
     }
 }

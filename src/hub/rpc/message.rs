@@ -52,6 +52,8 @@ impl Fault {
     pub const TOO_MANY_REQUESTS: Self = Self::new(-32052, "too many requests outstanding", "pool.max_requests");
     pub const TOO_MANY_SUBSCRIPTIONS: Self = Self::new(-32053, "too many subscriptions", "pool.max_subscriptions");
     pub const TOO_LARGE: Self = Self::open(-32054, "the answer is too large", "websocket.max_message");
+    pub const NO_MEMORY: Self = Self::open(-32056, "no memory for the answer", "limits.memory");
+    pub const FULL: Self = Self::new(-32056, "no memory for another batch", "limits.memory");
     pub const ENDED: Self = Self::new(-32055, "the subscription ended while it began", "ended by another client");
 
     const fn new(code: i32, message: &'static str, reason: &'static str) -> Self {

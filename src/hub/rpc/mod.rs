@@ -1,8 +1,8 @@
 //! Many clients of an id-carrying protocol, JSON-RPC 2.0, on one WebSocket of the backend.
 //!
 //! ```text
-//! client -> relay -> leg.rs -> queue.rs -> serve.rs: core.rs -> relay -> backend
-//! client <- relay <- leg.rs <- mailbox.rs <---'
+//! client -> relay -> leg -> member.rs -> queue.rs -> serve.rs: core.rs -> relay -> backend
+//! client <- relay <- leg <- member.rs <- mailbox.rs <---'
 //!
 //! core.rs     who asked what and gets which answer, as a state machine without I/O, lock or clock; core/ are its parts
 //! message.rs  messages as text
@@ -13,8 +13,8 @@
 //! for so long the hub holds a lease of the pool, which else closes the WebSocket after its idle timeout, and opens one for the next request.
 
 pub mod core;
-mod leg;
 mod mailbox;
+mod member;
 pub mod message;
 pub mod methods;
 mod queue;
@@ -35,14 +35,15 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     core::{Client, Limits},
-    leg::Leg,
     mailbox::Mailbox,
+    member::Member,
     methods::{Methods, Triple},
     queue::Queue,
     serve::Server,
 };
-use super::{Opener, inbox::Terms, key::Key, line::Line};
+use super::{Opener, inbox::Terms, key::Key, leg::Leg, line::Line, memory::Memory};
 use crate::{
+    admission::Admission,
     metrics::{Metrics, Traffic},
     net::Local,
     pool::{Pool, Reports},
@@ -61,6 +62,7 @@ pub(super) struct Callers {
     /// By worker.
     homes: Arc<[Home]>,
     metrics: Arc<Metrics>,
+    admission: Admission,
     /// Guests of all hubs.
     guests: AtomicUsize,
     /// There is none.
@@ -117,6 +119,7 @@ impl Callers {
         limits: ws::Limits,
         homes: &Arc<[Home]>,
         metrics: &Arc<Metrics>,
+        admission: &Admission,
     ) -> Arc<Self> {
         // Which the configuration has looked at.
         let triples = sharing.subscriptions.iter().filter_map(|one| one.to_string().parse::<Triple>().ok());
@@ -128,6 +131,7 @@ impl Callers {
             limits,
             homes: Arc::clone(homes),
             metrics: Arc::clone(metrics),
+            admission: admission.clone(),
             guests: AtomicUsize::new(0),
             all_left: Notify::new(),
         })
@@ -226,10 +230,11 @@ impl Guest {
 
     /// A client's leg, on its worker.
     pub(super) fn leg(self, pool: Pool<Key, Opener>, terms: Terms, traffic: &Arc<Traffic>) -> Box<dyn Local> {
-        let Callers { sharing, limits, metrics, .. } = &*self.callers;
-        let mailbox = Mailbox::new(sharing.queue_messages, sharing.queue_bytes, Arc::clone(metrics));
+        let Callers { sharing, limits, metrics, admission, .. } = &*self.callers;
+        let memory = Memory::new(admission);
+        let mailbox = Mailbox::new(sharing.queue_messages, sharing.queue_bytes, memory, Arc::clone(metrics));
         let max_message = limits.message.min(sharing.queue_bytes as u64);
-        Box::new(Leg::new(self, Arc::new(mailbox), pool, max_message, terms, Arc::clone(traffic)))
+        Box::new(Leg::new(Member::new(self, mailbox, pool, max_message, terms), Arc::clone(traffic)))
     }
 
     /// The backend's 101 is here. `reports` are dropped with the WebSocket.

@@ -9,15 +9,18 @@ use std::{
 use bytes::Bytes;
 
 use super::{core::Client, mailbox::Mailbox};
-use crate::hub::End;
+use crate::hub::{
+    End,
+    turnstile::{Ticket, Turnstile},
+};
 
-/// See the module. Messages are bounded: whoever finds it full waits, and holds up nobody else. Clients have their turn one after the other, each
-/// with a message, and none has more than its share. The rest is twice for each client.
+/// See the module. Messages are bounded: whoever finds it full waits, first come, first served, and holds up nobody else. Clients have their turn
+/// one after the other, each with a message, and none has more than its share. The rest is twice for each client.
 #[derive(Debug)]
 pub(super) struct Queue<T, P> {
     state: Mutex<State<T, P>>,
-    most: usize,
-    most_bytes: usize,
+    /// Messages of one client.
+    share: usize,
 }
 
 /// Of the messages that there may be, one client may have one in so many.
@@ -27,21 +30,26 @@ const SHARE: usize = 16;
 struct State<T, P> {
     /// Who comes and goes.
     words: VecDeque<Word<P>>,
-    /// Messages of those who have any, none of which is empty, and whose turn it is.
-    texts: HashMap<Client, VecDeque<Bytes>>,
+    /// Messages of those who have any, and whose turn it is.
+    texts: HashMap<Client, Texts>,
     turns: VecDeque<Client>,
-    /// All messages, and their bytes.
-    count: usize,
-    bytes: usize,
+    /// Those for whom there was no room.
+    turnstile: Turnstile,
     /// What was opened for the hub, which waits behind nothing.
     opened: Option<T>,
     /// The hub.
     reader: Option<Waker>,
-    /// Those for whom there was no room, and in which order they came.
-    waiting: HashMap<Client, Waker>,
-    order: VecDeque<Client>,
     /// The hub is gone.
     is_over: bool,
+}
+
+/// What one client has said.
+#[derive(Debug, Default)]
+struct Texts {
+    /// Never empty.
+    texts: VecDeque<Bytes>,
+    /// It has more to say, and its share already.
+    waiting: Option<Waker>,
 }
 
 /// What a client tells.
@@ -55,48 +63,31 @@ pub(super) enum Word<P> {
 }
 
 impl<T, P> State<T, P> {
-    /// The oldest message of this client, and whether there are more.
-    fn take(&mut self, client: Client) -> Option<(Bytes, bool)> {
-        let texts = self.texts.get_mut(&client)?;
-        let text = texts.pop_front()?;
-        let has_more = !texts.is_empty();
+    /// The oldest message of this client, and whether there are more. Adds those who find room where it was.
+    fn take(&mut self, client: Client, woken: &mut Vec<Waker>) -> Option<(Bytes, bool)> {
+        let own = self.texts.get_mut(&client)?;
+        let text = own.texts.pop_front()?;
+        woken.extend(own.waiting.take());
+        let has_more = !own.texts.is_empty();
         if !has_more {
             self.texts.remove(&client);
         }
-        self.count -= 1;
-        self.bytes -= text.len();
+        woken.append(&mut self.turnstile.exit(text.len()));
         Some((text, has_more))
     }
 
     /// A message of whoever's turn it is.
-    fn take_next(&mut self) -> Option<Word<P>> {
+    fn take_next(&mut self, woken: &mut Vec<Waker>) -> Option<Word<P>> {
         loop {
             // Who has left may still have a turn.
             let client = self.turns.pop_front()?;
-            if let Some((text, has_more)) = self.take(client) {
+            if let Some((text, has_more)) = self.take(client, woken) {
                 if has_more {
                     self.turns.push_back(client);
                 }
                 return Some(Word::Text(client, text));
             }
         }
-    }
-
-    /// Who finds room where this client's message was: itself, if it waits, and who has waited for longest; all when nothing else is to go.
-    fn woken(&mut self, client: Option<Client>) -> Vec<Waker> {
-        if self.count == 0 {
-            self.order.clear();
-            return self.waiting.drain().map(|(_, waker)| waker).collect();
-        }
-        let own = client.and_then(|client| self.waiting.remove(&client));
-        let mut woken: Vec<_> = own.into_iter().collect();
-        while let Some(first) = self.order.pop_front() {
-            if let Some(waker) = self.waiting.remove(&first) {
-                woken.push(waker);
-                break;
-            }
-        }
-        woken
     }
 }
 
@@ -107,15 +98,12 @@ impl<T, P> Queue<T, P> {
             words: VecDeque::new(),
             texts: HashMap::new(),
             turns: VecDeque::new(),
-            count: 0,
-            bytes: 0,
+            turnstile: Turnstile::new(most, most_bytes),
             opened: None,
             reader: None,
-            waiting: HashMap::new(),
-            order: VecDeque::new(),
             is_over: false,
         };
-        Self { state: Mutex::new(state), most, most_bytes }
+        Self { state: Mutex::new(state), share: (most / SHARE).max(1) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State<T, P>> {
@@ -134,33 +122,41 @@ impl<T, P> Queue<T, P> {
         changed
     }
 
-    /// Takes a message as soon as there is room. Where the hub is gone it is for nobody.
-    pub(super) fn poll_say(&self, cx: &Context<'_>, client: Client, text: &Bytes) -> Poll<()> {
+    /// Takes a message as soon as there is room; until then `ticket` is its client's place. Where the hub is gone it is for nobody.
+    pub(super) fn poll_say(&self, cx: &Context<'_>, client: Client, ticket: &mut Ticket, text: &Bytes) -> Poll<()> {
         let mut state = self.lock();
         if state.is_over {
             return Poll::Ready(());
         }
-        let bytes = state.bytes + text.len();
-        let own = state.texts.get(&client).map_or(0, VecDeque::len);
-        let is_full = state.count >= self.most || bytes > self.most_bytes || own >= (self.most / SHARE).max(1);
-        if state.count > 0 && is_full {
-            if state.waiting.insert(client, cx.waker().clone()).is_none() {
-                state.order.push_back(client);
-            }
+        if let Some(own) = state.texts.get_mut(&client).filter(|own| own.texts.len() >= self.share) {
+            // It waits for itself, and in nobody's way.
+            own.waiting = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        state.count += 1;
-        state.bytes = bytes;
-        if own == 0 {
+        if !state.turnstile.enter(ticket, text.len(), cx.waker()) {
+            return Poll::Pending;
+        }
+        let own = state.texts.entry(client).or_default();
+        own.texts.push_back(text.clone());
+        if own.texts.len() == 1 {
             state.turns.push_back(client);
         }
-        state.texts.entry(client).or_default().push_back(text.clone());
         let reader = state.reader.take();
         drop(state);
         if let Some(reader) = reader {
             reader.wake();
         }
         Poll::Ready(())
+    }
+
+    /// What waits for room is not to be said any more.
+    pub(super) fn take_back(&self, client: Client, ticket: &mut Ticket) {
+        let mut state = self.lock();
+        let woken = state.turnstile.leave(ticket);
+        let waiting = state.texts.get_mut(&client).and_then(|own| own.waiting.take());
+        drop(state);
+        drop(waiting);
+        woken.into_iter().for_each(Waker::wake);
     }
 
     /// Where the hub is gone it has ended for this client, too.
@@ -177,22 +173,13 @@ impl<T, P> Queue<T, P> {
         }
     }
 
-    pub(super) fn leave(&self, client: Client) {
-        let woken = self.change(|state| {
+    pub(super) fn leave(&self, client: Client, ticket: &mut Ticket) {
+        self.take_back(client, ticket);
+        self.change(|state| {
             if !state.is_over {
                 state.words.push_back(Word::Left(client));
             }
-            // It may have been woken for a place that it does not take now.
-            if state.waiting.remove(&client).is_none() {
-                return state.woken(None);
-            }
-            let State { waiting, order, .. } = state;
-            if order.len() > 2 * waiting.len() + 64 {
-                order.retain(|client| waiting.contains_key(client));
-            }
-            Vec::new()
         });
-        woken.into_iter().for_each(Waker::wake);
     }
 
     /// The hub is to look at it, and at whoever is there.
@@ -210,10 +197,9 @@ impl<T, P> Queue<T, P> {
         let mut state = self.lock();
         state.is_over = true;
         let (words, opened) = (std::mem::take(&mut state.words), state.opened.take());
-        state.texts = HashMap::new();
+        let mut woken = state.turnstile.call_all();
+        woken.extend(state.texts.drain().filter_map(|(_, own)| own.waiting));
         state.turns = VecDeque::new();
-        (state.count, state.bytes) = (0, 0);
-        let woken = state.woken(None);
         drop(state);
         drop(opened);
         for word in words {
@@ -239,12 +225,12 @@ impl<T, P> Queue<T, P> {
     /// The next word. Who comes and goes is told before what others say; messages only where there is room, and of who leaves where there is none
     /// they are lost.
     pub(super) fn pop(&self, has_room: bool) -> Option<Word<P>> {
-        let mut state = self.lock();
-        let (word, woken) = match state.words.front() {
+        let (mut state, mut woken) = (self.lock(), Vec::new());
+        let word = match state.words.front() {
             Some(Word::Left(client)) => {
                 let client = *client;
                 let mut next = None;
-                while let Some((text, _)) = state.take(client) {
+                while let Some((text, _)) = state.take(client, &mut woken) {
                     if has_room {
                         next = Some(text);
                         break;
@@ -254,24 +240,16 @@ impl<T, P> Queue<T, P> {
                 if turns.len() > 2 * texts.len() + 64 {
                     turns.retain(|client| texts.contains_key(client));
                 }
-                let word = match next {
+                match next {
                     Some(text) => Some(Word::Text(client, text)),
                     None => state.words.pop_front(),
-                };
-                (word, state.woken(None))
+                }
             }
-            Some(_) => (state.words.pop_front(), Vec::new()),
-            None if has_room => {
-                let word = state.take_next();
-                let woken = match &word {
-                    Some(Word::Text(client, _)) => state.woken(Some(*client)),
-                    _ => Vec::new(),
-                };
-                (word, woken)
-            }
-            None => (None, Vec::new()),
+            Some(_) => state.words.pop_front(),
+            None if has_room => state.take_next(&mut woken),
+            None => None,
         };
-        if state.words.is_empty() && state.count == 0 {
+        if state.words.is_empty() && state.texts.is_empty() {
             // As large as the last burst, for as long as the next pause lasts.
             state.words = VecDeque::new();
             state.texts = HashMap::new();
@@ -285,27 +263,68 @@ impl<T, P> Queue<T, P> {
     /// There is nothing to be looked at.
     pub(super) fn is_empty(&self) -> bool {
         let state = self.lock();
-        state.words.is_empty() && state.count == 0 && state.opened.is_none()
+        state.words.is_empty() && state.texts.is_empty() && state.opened.is_none()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Wake,
+    };
+
     use super::*;
-    use crate::metrics::Metrics;
+    use crate::{
+        hub::{
+            leg::Found,
+            memory::{Memory, tests::budget},
+        },
+        metrics::Metrics,
+    };
 
-    type Words = Queue<(), ()>;
+    #[derive(Default)]
+    struct Count(AtomicUsize);
 
-    fn say(queue: &Words, client: Client, length: usize) -> bool {
-        let cx = Context::from_waker(Waker::noop());
-        queue.poll_say(&cx, client, &Bytes::from(vec![b'x'; length])).is_ready()
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
-    fn pop(queue: &Words, has_room: bool) -> (Client, usize) {
-        match queue.pop(has_room) {
-            Some(Word::Text(client, text)) => (client, text.len()),
-            Some(Word::Left(client)) => (client, usize::MAX),
-            Some(Word::Joined(..)) | None => (0, 0),
+    /// A queue, and of each client its ticket and how often it was woken.
+    struct World {
+        queue: Queue<(), ()>,
+        clients: HashMap<Client, (Ticket, Arc<Count>)>,
+    }
+
+    impl World {
+        fn new(most: usize, most_bytes: usize) -> Self {
+            Self { queue: Queue::new(most, most_bytes), clients: HashMap::new() }
+        }
+
+        fn say(&mut self, client: Client, length: usize) -> bool {
+            let (ticket, count) = self.clients.entry(client).or_default();
+            let waker = Waker::from(Arc::clone(count));
+            let text = Bytes::from(vec![b'x'; length]);
+            self.queue.poll_say(&Context::from_waker(&waker), client, ticket, &text).is_ready()
+        }
+
+        fn leave(&mut self, client: Client) {
+            let (ticket, _) = self.clients.entry(client).or_default();
+            self.queue.leave(client, ticket);
+        }
+
+        fn pop(&self, has_room: bool) -> (Client, usize) {
+            match self.queue.pop(has_room) {
+                Some(Word::Text(client, text)) => (client, text.len()),
+                Some(Word::Left(client)) => (client, usize::MAX),
+                Some(Word::Joined(..)) | None => (0, 0),
+            }
+        }
+
+        fn woken<const N: usize>(&self, clients: [Client; N]) -> [usize; N] {
+            clients.map(|client| self.clients[&client].1.0.load(Ordering::Relaxed))
         }
     }
 
@@ -313,56 +332,77 @@ mod tests {
     /// has left.
     #[test]
     fn messages_wait_for_room() {
-        let queue = Words::new(32, 10);
-        assert!(say(&queue, 1, 99) && !say(&queue, 2, 1));
-        queue.leave(1);
-        assert_eq!([(); 3].map(|()| pop(&queue, true)), [(1, 99), (1, usize::MAX), (0, 0)]);
-        assert!(say(&queue, 1, 4) && say(&queue, 2, 5) && !say(&queue, 1, 2) && say(&queue, 1, 1));
-        assert_eq!(pop(&queue, true), (1, 4));
-        assert!(!say(&queue, 3, 5) && say(&queue, 3, 4));
-        assert_eq!([(); 4].map(|()| pop(&queue, true)), [(2, 5), (1, 1), (3, 4), (0, 0)]);
-        assert!(queue.is_empty());
+        let mut world = World::new(32, 10);
+        assert!(world.say(1, 99) && !world.say(2, 1));
+        world.leave(1);
+        assert_eq!([(); 3].map(|()| world.pop(true)), [(1, 99), (1, usize::MAX), (0, 0)]);
+        assert!(world.say(2, 1) && world.say(1, 4) && world.say(3, 5) && !world.say(4, 2));
+        assert_eq!(world.pop(true), (2, 1));
+        assert!(!world.say(4, 2) && !world.say(5, 1), "behind who waits");
+        assert_eq!(world.pop(true), (1, 4));
+        assert!(world.say(5, 1) && world.say(4, 2));
+        assert_eq!([(); 4].map(|()| world.pop(true)), [(3, 5), (5, 1), (4, 2), (0, 0)]);
+        assert!(world.queue.is_empty());
     }
 
-    /// Who says a lot has one turn among the others, and no more places than its share; who has waited for longest is next, and all who wait are
-    /// woken in the end.
+    /// Who says a lot has one turn among the others, and no more places than its share, for which it waits in nobody's way.
     #[test]
     fn nobody_is_ahead_of_all() {
-        let queue = Words::new(64, 1000);
-        assert_eq!((1..=6).filter(|length| say(&queue, 1, *length)).count(), 4);
-        assert!(say(&queue, 2, 7) && say(&queue, 3, 8) && say(&queue, 2, 9));
-        let order = [(1, 1), (2, 7), (3, 8), (1, 2), (2, 9), (1, 3), (1, 4), (0, 0)];
-        assert_eq!([(); 8].map(|()| pop(&queue, true)), order);
-        let state = queue.lock();
-        assert!(state.waiting.is_empty() && state.order.is_empty());
+        let mut world = World::new(64, 1000);
+        assert_eq!((1..=6).filter(|length| world.say(1, *length)).count(), 4);
+        assert!(world.say(2, 7) && world.say(3, 8) && world.say(2, 9));
+        assert_eq!(world.pop(true), (1, 1));
+        assert_eq!(world.woken([1, 2, 3]), [1, 0, 0]);
+        assert!(world.say(1, 5));
+        let order = [(2, 7), (3, 8), (1, 2), (2, 9), (1, 3), (1, 4), (1, 5), (0, 0)];
+        assert_eq!([(); 8].map(|()| world.pop(true)), order);
+        assert!(world.queue.is_empty());
+    }
+
+    /// A place that becomes free is for who has waited for longest: nobody who comes later is let in before, nobody else is woken, and who
+    /// leaves makes way for the next. Method: one place for many.
+    #[test]
+    fn nobody_overtakes_who_was_woken() {
+        let mut world = World::new(1, 1000);
+        assert!(world.say(1, 1) && !world.say(2, 2) && !world.say(3, 3) && !world.say(4, 4));
+        assert_eq!(world.pop(true), (1, 1));
+        assert_eq!(world.woken([1, 2, 3, 4]), [0, 1, 0, 0]);
+        assert!(!world.say(5, 5) && !world.say(1, 1) && world.say(2, 2));
+        assert_eq!(world.pop(true), (2, 2));
+        world.leave(3);
+        assert_eq!(world.woken([2, 3, 4, 5, 1]), [1, 1, 1, 0, 0]);
+        assert!(world.say(4, 4));
+        assert_eq!([world.pop(true), world.pop(true)], [(3, usize::MAX), (4, 4)]);
+        assert!(world.say(5, 5));
     }
 
     /// Without room for what clients say it is still heard who leaves, whose messages are then lost; and the others keep theirs.
     #[test]
     fn who_leaves_is_heard_without_room() {
-        let queue = Words::new(64, 1000);
-        assert!(say(&queue, 1, 1) && say(&queue, 2, 2) && say(&queue, 1, 3));
-        queue.leave(1);
-        assert_eq!([pop(&queue, false), pop(&queue, false)], [(1, usize::MAX), (0, 0)]);
-        assert_eq!([pop(&queue, true), pop(&queue, true)], [(2, 2), (0, 0)]);
-        assert!(queue.is_empty());
+        let mut world = World::new(64, 1000);
+        assert!(world.say(1, 1) && world.say(2, 2) && world.say(1, 3));
+        world.leave(1);
+        assert_eq!([world.pop(false), world.pop(false)], [(1, usize::MAX), (0, 0)]);
+        assert_eq!([world.pop(true), world.pop(true)], [(2, 2), (0, 0)]);
+        assert!(world.queue.is_empty());
     }
 
     /// When the hub is gone whoever has just joined hears that it is over, and so does whoever joins later; nobody waits for room.
     #[test]
     fn nobody_waits_for_a_hub_that_is_gone() {
-        let queue = Words::new(1, 1);
-        let mailboxes = [(); 2].map(|()| Arc::new(Mailbox::new(1, 1, Arc::new(Metrics::new()))));
-        queue.join(1, Arc::clone(&mailboxes[0]), ());
-        assert!(say(&queue, 1, 9) && !say(&queue, 2, 9));
-        queue.close();
-        queue.join(2, Arc::clone(&mailboxes[1]), ());
-        queue.open(());
-        assert!(say(&queue, 2, 9) && queue.is_empty());
+        let mut world = World::new(1, 1);
+        let mailboxes =
+            [(); 2].map(|()| Arc::new(Mailbox::new(1, 1, Memory::new(&budget(None)), Arc::new(Metrics::new()))));
+        world.queue.join(1, Arc::clone(&mailboxes[0]), ());
+        assert!(world.say(1, 9) && !world.say(1, 9) && !world.say(2, 9));
+        world.queue.close();
+        assert_eq!(world.woken([1, 2]), [1, 1]);
+        world.queue.join(2, Arc::clone(&mailboxes[1]), ());
+        world.queue.open(());
+        assert!(world.say(2, 9) && world.queue.is_empty());
         for mailbox in mailboxes {
             let cx = Context::from_waker(Waker::noop());
-            let found = mailbox.poll_take(&cx, &mut Bytes::new(), &mut [0; 9]);
-            assert_eq!(found, Poll::Ready(super::super::mailbox::Found::Over(End::Lost)));
+            assert_eq!(mailbox.poll_take(&cx, &mut Bytes::new(), &mut [0; 9]), Poll::Ready(Found::Over(End::Lost)));
         }
     }
 }

@@ -7,25 +7,26 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use bytes::Bytes;
 use http::HeaderValue;
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tracing::{debug, info, warn};
 
 use super::{
     super::{
-        BACKOFF, End, Opener,
-        broadcast::encode,
+        End, Opener,
+        encode::encode,
         key::Key,
         line::{Fault, Heard, Line, for_all_who_speak},
+        memory::Memory,
+        search::{STEADY, Search},
     },
     Callers, Hub, Opened,
     core::{Action, Client, Core, Counts},
-    mailbox::Mailbox,
+    mailbox::{Mailbox, Whose},
     queue::Word,
 };
 use crate::{
@@ -40,13 +41,11 @@ use crate::{
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
 
-/// A backend that stays for so long has come back for good: for the next loss all begins anew.
-const STEADY: Duration = Duration::from_secs(1);
-
 /// Messages to clients in one turn: one of the backend's may hold thousands, each for all.
 const DELIVERIES: usize = 16_384;
 
-type Acquiring = Pin<Box<dyn Future<Output = Result<Lease<Key, Opener>, AcquireError<Fault>>> + Send>>;
+/// `None`: not before the search was over.
+type Acquiring = Pin<Box<dyn Future<Output = Option<Result<Lease<Key, Opener>, AcquireError<Fault>>>> + Send>>;
 
 /// See the module.
 pub(super) struct Server {
@@ -55,6 +54,8 @@ pub(super) struct Server {
     key: Key,
     home: Home,
     core: Core,
+    /// For what the core keeps, and what is for all clients.
+    memory: Memory,
     clients: HashMap<Client, Arc<Mailbox>>,
     /// What the core has said is to be done, and how much of it was done in this turn. Until the rest is nothing else is heard.
     actions: VecDeque<Action>,
@@ -67,6 +68,7 @@ pub(super) struct Server {
     /// Held while something is outstanding, subscribed or unsent.
     lease: Option<Lease<Key, Opener>>,
     acquiring: Option<Acquiring>,
+    /// For a backend that was lost, or can't be reached.
     search: Option<Search>,
     /// By which the backend was found, that may not stay.
     before: Option<Search>,
@@ -90,14 +92,6 @@ struct Open {
     _reports: Reports,
 }
 
-/// For a backend that was lost, or can't be reached.
-struct Search {
-    since: Instant,
-    until: Instant,
-    /// The next one, at most.
-    pause: Duration,
-}
-
 /// What the metrics know of the core.
 struct Told {
     metrics: Arc<Metrics>,
@@ -114,6 +108,7 @@ impl Server {
             key: key.clone(),
             home: home.clone(),
             core: Core::new(callers.core_limits(), callers.methods.clone()),
+            memory: Memory::new(&callers.admission),
             clients: HashMap::new(),
             actions: VecDeque::new(),
             done: 0,
@@ -156,6 +151,7 @@ impl Server {
         is_busy |= self.send(cx);
         self.end_unused(cx);
         is_busy |= !self.actions.is_empty();
+        self.memory.fit(self.core.kept());
         self.say_unlisted();
         self.told.tell(&self.core);
         if is_busy {
@@ -216,6 +212,9 @@ impl Server {
                     let mut actions = Vec::new();
                     let text = std::str::from_utf8(&text).unwrap_or_default();
                     let now = Instant::now().into_std();
+                    if self.core.has_batches() {
+                        self.make_room(text.len());
+                    }
                     self.core.backend_says(text, now, &mut rand::random::<u128>, &mut actions);
                     self.carry_out(actions);
                 }
@@ -244,6 +243,7 @@ impl Server {
                 Some(Word::Text(client, text)) => {
                     bytes += text.len();
                     let text = std::str::from_utf8(&text).unwrap_or_default();
+                    self.make_room(text.len());
                     self.core.client_says(client, text, Instant::now().into_std(), &mut actions);
                 }
                 Some(Word::Left(client)) => {
@@ -255,6 +255,12 @@ impl Server {
             self.carry_out(actions);
         }
         true
+    }
+
+    /// In batches, for so many bytes more, if there is memory.
+    fn make_room(&mut self, bytes: usize) {
+        self.memory.fit(self.core.kept() + bytes);
+        self.core.allow(self.memory.bytes());
     }
 
     /// For what a client says.
@@ -301,16 +307,22 @@ impl Server {
         let Some(pool) = &self.pool else { return false };
         // What was lost long ago has nothing to do with the one that is asked for now.
         if self.acquiring.is_none() && self.search.is_none() {
-            self.before.take_if(|before| before.until <= Instant::now());
+            self.before.take_if(|before| before.until() <= Instant::now());
         }
         let acquiring = self.acquiring.get_or_insert_with(|| {
-            let (pool, key) = (pool.clone(), self.key.clone());
-            Box::pin(async move { pool.acquire(&key).await })
+            let (pool, key, until) = (pool.clone(), self.key.clone(), self.search.as_ref().map(Search::until));
+            Box::pin(async move {
+                let acquire = pool.acquire(&key);
+                match until {
+                    Some(until) => timeout_at(until, acquire).await.ok(),
+                    None => Some(acquire.await),
+                }
+            })
         });
         let Poll::Ready(acquired) = acquiring.as_mut().poll(cx) else { return false };
         self.acquiring = None;
         match acquired {
-            Ok(lease) => {
+            Some(Ok(lease)) => {
                 self.take_opened();
                 // It may have ended in this very moment: then another one is asked for.
                 if self.open.is_some() && !lease.is_closed() {
@@ -318,7 +330,8 @@ impl Server {
                     self.find();
                 }
             }
-            Err(error) => self.miss(&error),
+            Some(Err(error)) => self.miss(&error),
+            None => self.give_up(Reconnect::Expired),
         }
         true
     }
@@ -378,12 +391,16 @@ impl Server {
                 Action::ToClient { client, text } => {
                     // A notification may have become too long by the id that its client knows.
                     if let Some(mailbox) = self.clients.get(&client).filter(|_| text.len() as u64 <= limits.message) {
-                        mailbox.push(encode(true, text.as_bytes(), limits.frame));
+                        mailbox.push(encode(true, text.as_bytes(), limits.frame), Whose::Own);
                     }
                 }
                 Action::ToAll { text } => {
                     let frame = encode(true, text.as_bytes(), limits.frame);
-                    self.clients.values().for_each(|mailbox| mailbox.push(frame.clone()));
+                    let (frame, whose) = match self.memory.whole(&frame) {
+                        Some(frame) => (frame, Whose::All),
+                        None => (frame, Whose::AllAtOnce),
+                    };
+                    self.clients.values().for_each(|mailbox| mailbox.push(frame.clone(), whose));
                 }
                 Action::Refusal { .. } if !self.has_room() => {}
                 Action::ToBackend { text } | Action::Refusal { text } => {
@@ -416,8 +433,16 @@ impl Server {
         if !is_used {
             debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend, and nobody uses it");
             self.core.closed_unused();
-            self.look_again();
-            self.before = self.search.take().map(|search| Search { until: self.grace(), ..search });
+            // One that does so again and again is not asked at once.
+            let grace = self.callers.sharing.reconnect_grace;
+            self.before = Some(match self.before.take() {
+                Some(before) => {
+                    let mut search = before.later(grace);
+                    self.sleep = search.next().map(|wait| Box::pin(sleep(wait)));
+                    search
+                }
+                None => Search::new(grace),
+            });
             return;
         }
         self.told.metrics.gap(Gap::Lost);
@@ -428,8 +453,12 @@ impl Server {
         match close {
             Some(frame) => self.finish_all(&End::Close(frame)),
             None if self.clients.is_empty() => {}
-            None if self.look_again() => {}
-            None => self.give_up(Reconnect::Expired),
+            None => {
+                self.search = self.before.take().map(Search::again);
+                if !self.wait() {
+                    self.give_up(Reconnect::Expired);
+                }
+            }
         }
     }
 
@@ -448,30 +477,12 @@ impl Server {
         self.clients.values().for_each(|mailbox| mailbox.finish(end.clone()));
     }
 
-    /// The end of what begins now.
-    fn grace(&self) -> Instant {
-        Instant::now() + self.callers.sharing.reconnect_grace
-    }
-
-    /// Begins to look for the backend that was lost: at once, unless it had just been found. Whether there is still grace.
-    fn look_again(&mut self) -> bool {
-        let since = Instant::now();
-        let Some(before) = self.before.take() else {
-            self.search = Some(Search { since, until: self.grace(), pause: BACKOFF.0 });
-            return true;
-        };
-        self.search = Some(Search { since, ..before });
-        self.wait()
-    }
-
     /// The search goes on after a pause. Whether there is still grace.
     fn wait(&mut self) -> bool {
-        let until = self.grace();
-        let search = self.search.get_or_insert(Search { since: Instant::now(), until, pause: BACKOFF.0 });
-        let wait = search.pause.mul_f64(0.5 + rand::random::<f64>() / 2.0);
-        search.pause = (search.pause * 2).min(BACKOFF.1);
-        self.sleep = Some(Box::pin(sleep(wait)));
-        Instant::now() + wait < search.until
+        let grace = self.callers.sharing.reconnect_grace;
+        let wait = self.search.get_or_insert_with(|| Search::new(grace)).next();
+        self.sleep = wait.map(|wait| Box::pin(sleep(wait)));
+        wait.is_some()
     }
 
     /// The backend is there.
@@ -537,12 +548,6 @@ impl Drop for Server {
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server").field("key", &self.key).finish_non_exhaustive()
-    }
-}
-
-impl Search {
-    fn lost_ms(&self) -> u64 {
-        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 

@@ -140,12 +140,12 @@ impl Core {
                 let (number, seen) = self.subscriptions.add(client, key, names, random);
                 self.clients.entry(client).or_default().subscriptions.insert(number);
                 let text = splice(text, [(id, &asker.id), (result, &seen)]);
-                if self.has_room(&asker, &text) {
-                    self.deliver(&asker, text, Some(number), actions);
-                } else {
-                    let text = Fault::TOO_LARGE.answer(&asker.id);
-                    self.deliver(&asker, text, None, actions);
-                    self.end(number, now, actions);
+                match self.look_for_room(&asker, &text) {
+                    Ok(()) => self.deliver(&asker, text, Some(number), actions),
+                    Err(fault) => {
+                        self.deliver(&asker, fault.answer(&asker.id), None, actions);
+                        self.end(number, now, actions);
+                    }
                 }
             }
             (..) => {
@@ -161,10 +161,17 @@ impl Core {
         self.ending.range((key.clone(), hub_id)..=(key.clone(), u64::MAX)).next().is_some()
     }
 
-    /// The answer is not too large, or its batch with it.
-    pub(super) fn has_room(&self, asker: &Asker, text: &str) -> bool {
-        let before = if asker.place.is_some() { self.batch_bytes(asker.client) } else { 0 };
-        before + text.len() + "[]".len() <= self.limits.max_message_bytes
+    /// Whether the answer is too large, or its batch with it, or there is no memory for it to wait.
+    fn look_for_room(&self, asker: &Asker, text: &str) -> Result<(), Fault> {
+        let is_in_batch = asker.place.is_some();
+        let before = if is_in_batch { self.batch_bytes(asker.client) } else { 0 };
+        if before + text.len() + "[]".len() > self.limits.max_message_bytes {
+            return Err(Fault::TOO_LARGE);
+        }
+        if is_in_batch && self.kept + text.len() > self.room {
+            return Err(Fault::NO_MEMORY);
+        }
+        Ok(())
     }
 
     pub(super) fn batch_bytes(&self, client: Client) -> usize {
@@ -174,7 +181,7 @@ impl Core {
     /// The answer goes to whoever asked: at once, or when their batch is whole. What it begins, if anything, is theirs from then on.
     pub(super) fn deliver(&mut self, asker: &Asker, text: String, begins: Option<Number>, actions: &mut Vec<Action>) {
         let client = asker.client;
-        let text = if self.has_room(asker, &text) { text } else { Fault::TOO_LARGE.answer(&asker.id) };
+        let text = self.look_for_room(asker, &text).map_or_else(|fault| fault.answer(&asker.id), |()| text);
         let Some(place) = asker.place else {
             actions.push(Action::ToClient { client, text });
             if let Some(number) = begins {
@@ -188,6 +195,7 @@ impl Core {
         }
         // With the comma behind it.
         batch.bytes += text.len() + 1;
+        self.kept += text.len() + 1;
         batch.subscriptions.extend(begins);
         batch.answers[place.index] = Some(text);
         batch.missing -= 1;
@@ -195,6 +203,7 @@ impl Core {
             return;
         }
         let Some(batch) = self.batches.remove(&place.batch) else { return };
+        self.kept -= batch.bytes;
         if let Some(holding) = self.clients.get_mut(&client) {
             holding.bytes -= batch.bytes;
             holding.batches.remove(&place.batch);

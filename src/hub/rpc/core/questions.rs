@@ -46,6 +46,10 @@ impl Core {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::TOO_MANY_REQUESTS.answer("null") });
             }
+            Ok(Message::Batch(_)) if self.kept >= self.room => {
+                self.counts.refused += 1;
+                return actions.push(Action::ToClient { client, text: Fault::FULL.answer("null") });
+            }
             Ok(Message::Batch(elements)) if text.len() + elements.len() * ID_BYTES > self.limits.max_message_bytes => {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::LONG_BATCH.answer("null") });
@@ -89,6 +93,7 @@ impl Core {
             let holding = self.clients.entry(client).or_default();
             holding.batches.insert(number);
             holding.bytes += batch.bytes;
+            self.kept += batch.bytes;
             self.batches.insert(number, batch);
         } else if !batch.answers.is_empty() {
             // "The Server MUST NOT return an empty Array and should return nothing at all" (JSON-RPC 2.0, 6).

@@ -129,6 +129,32 @@ fn only_the_id_is_replaced() {
     }
 }
 
+/// Where there is no memory for answers to wait for the rest of their batch, error objects do so, and another batch is refused; who asks alone
+/// is answered, and so are batches when there is memory again.
+#[test]
+fn batches_take_memory() {
+    let mut hub = Hub::new();
+    let two = r#"[{"jsonrpc":"2.0","id":"a","method":"x"},{"jsonrpc":"2.0","id":"b","method":"x"}]"#;
+    let answer = |id: u64, length: usize| format!(r#"{{"jsonrpc":"2.0","id":{id},"result":"{}"}}"#, "x".repeat(length));
+    hub.core.allow(300);
+    hub.client(1, two);
+    assert_eq!(hub.backend(&answer(1, 300)), NOTHING);
+    assert!(hub.core.has_batches() && (1..300).contains(&hub.core.kept()));
+    hub.core.allow(100);
+    fault(2, "null", -32056)(&hub.client(2, two));
+    hub.client(2, r#"{"jsonrpc":"2.0","id":"c","method":"x"}"#);
+    assert!(hub.backend(&answer(3, 300))[0].contains(r#""id":"c","result""#));
+    hub.core.allow(1000);
+    let told = hub.backend(&answer(2, 1)).concat();
+    assert!(told.contains(r#""id":"a","error":{"code":-32056"#) && told.contains(r#""id":"b","result""#), "{told}");
+    assert_eq!(told.matches(r#""carried_out":"unknown""#).count(), 1);
+    hub.client(1, two);
+    hub.backend(&answer(4, 9));
+    hub.left(1);
+    hub.backend(&answer(5, 9));
+    assert!(hub.core.is_at_rest());
+}
+
 /// What is no request gets an error object with its id, if that can be told, and the backend hears nothing of it.
 #[test]
 fn malformed_messages_are_answered_by_the_hub() {

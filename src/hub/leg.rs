@@ -1,4 +1,7 @@
-//! One client among those who ask on the same WebSocket. To its relay it is the backend's leg.
+//! One client among those who share a WebSocket. To its relay it is the backend's leg.
+//!
+//! It keeps no message: at most the rest of one that did not fit into a read, one that waits for room, and a few answers. Where its client's
+//! messages go, and where those for it are, is for its [`Member`] to know: `broadcast/member.rs`, `rpc/member.rs`.
 
 use std::{
     fmt, io,
@@ -9,33 +12,54 @@ use std::{
 use bytes::{Buf as _, Bytes};
 
 use super::{
-    Guest,
-    core::Client,
-    mailbox::{Found, Mailbox},
+    End,
+    inbox::{Inbox, Said, answer_to_close},
 };
 use crate::{
-    hub::{
-        End, Opener,
-        inbox::{Inbox, Said, Takes, Terms, answer_to_close},
-        key::Key,
-    },
     metrics::Traffic,
     net::{Fault, Local},
-    pool::Pool,
     ws::Violation,
 };
 
-/// Bytes of answers to Pings that wait for a client that does not read; then nothing more is read of it.
+/// Bytes of answers that wait for a client that does not read; then nothing more is read of it.
 const ANSWERS: usize = 1024;
 
+/// What a client is in its room. Dropped, it has left.
+pub(super) trait Member: fmt::Debug + Send + Sync + 'static {
+    /// For what its client says, from its first frame on.
+    fn inbox(&self) -> Inbox;
+
+    /// Moves what is for it and fits; of the last message the rest goes to `rest`, which is empty.
+    fn poll_take(&mut self, cx: &Context<'_>, rest: &mut Bytes, buffer: &mut [u8]) -> Poll<Found>;
+
+    /// The same of what is there already: bytes, and of how many messages. Whether it is too slow does not count any more.
+    fn take_last(&mut self, rest: &mut Bytes, buffer: &mut [u8]) -> Option<(usize, u64)>;
+
+    /// Passes on what its client says, of which is said whether it is text, as soon as there is room.
+    fn poll_say(&mut self, cx: &Context<'_>, message: &(bool, Bytes)) -> Poll<()>;
+
+    /// What waits for room is not to be said any more.
+    fn take_back(&mut self);
+
+    /// It can't take anything now. Whether it is too slow.
+    fn hold(&mut self, cx: &Context<'_>) -> bool;
+}
+
+/// What there is for a client.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Bytes, of so many messages that it begins with.
+    Bytes(usize, u64),
+    /// More than is kept for it.
+    Slow,
+    /// Nothing any more.
+    Over(End),
+}
+
 /// See the module.
-pub(super) struct Leg {
-    guest: Guest,
-    client: Client,
-    mailbox: Arc<Mailbox>,
-    /// Of what it says.
-    max_message: u64,
-    terms: Terms,
+#[derive(Debug)]
+pub(super) struct Leg<M> {
+    member: M,
     traffic: Arc<Traffic>,
     /// Of a message, what did not fit.
     rest: Bytes,
@@ -43,8 +67,8 @@ pub(super) struct Leg {
     /// To be said between two messages.
     answers: Vec<u8>,
     inbox: Option<Box<Inbox>>,
-    /// A message for the hub that waits for room.
-    outbox: Option<Bytes>,
+    /// A message of its client's that waits for room; until then nothing more is heard.
+    outbox: Option<(bool, Bytes)>,
     /// Whoever found nothing to be read.
     reader: Option<Waker>,
 }
@@ -62,24 +86,11 @@ enum State {
     Over,
 }
 
-impl Leg {
-    /// One that its hub knows from now on.
-    pub(super) fn new(
-        guest: Guest,
-        mailbox: Arc<Mailbox>,
-        pool: Pool<Key, Opener>,
-        max_message: u64,
-        terms: Terms,
-        traffic: Arc<Traffic>,
-    ) -> Self {
-        let client = guest.number();
-        guest.queue().join(client, Arc::clone(&mailbox), pool);
+impl<M: Member> Leg<M> {
+    /// Of one who has just come. `traffic`: of its worker.
+    pub(super) fn new(member: M, traffic: Arc<Traffic>) -> Self {
         Self {
-            guest,
-            client,
-            mailbox,
-            max_message,
-            terms,
+            member,
             traffic,
             rest: Bytes::new(),
             state: State::Open,
@@ -97,67 +108,8 @@ impl Leg {
         }
     }
 
-    /// What its client says, up to the next message. Gives how many bytes that was.
-    fn hear(&mut self, bytes: &[u8]) -> Result<usize, Violation> {
-        let (limit, terms) = (self.max_message, &self.terms);
-        let new = || Box::new(Inbox::new(Takes::Text, limit).on(terms.clone()));
-        let inbox = self.inbox.get_or_insert_with(new);
-        let mut rest = bytes;
-        while self.outbox.is_none()
-            && self.answers.len() <= ANSWERS
-            && let Some(said) = inbox.next(&mut rest)?
-        {
-            match said {
-                Said::Message(_, text) => self.outbox = Some(text),
-                Said::Answer(answer) => self.answers.extend_from_slice(&answer),
-                Said::Close(answer) => {
-                    self.answers.extend_from_slice(&answer);
-                    self.state = State::Closing;
-                    break;
-                }
-            }
-        }
-        Ok(bytes.len() - rest.len())
-    }
-
-    /// Passes on what it has for the hub; ready when that was all.
-    fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
-        if let Some(text) = &self.outbox {
-            ready!(self.guest.queue().poll_say(cx, self.client, text));
-            self.outbox = None;
-            if let Some(inbox) = &mut self.inbox {
-                inbox.release();
-            }
-        }
-        Poll::Ready(())
-    }
-
-    /// Whether what its client has begun to say takes too long.
-    fn look_for_end(&mut self, cx: &mut Context<'_>) -> Result<(), Fault> {
-        match self.inbox.as_mut().map(|inbox| inbox.poll_late(cx)) {
-            Some(Poll::Ready(violation)) => Err(self.refuse(violation)),
-            Some(Poll::Pending) | None => Ok(()),
-        }
-    }
-
-    fn refuse(&mut self, violation: Violation) -> Fault {
-        self.state = State::Faulty;
-        (self.outbox, self.inbox) = (None, None);
-        Fault::Broke(violation)
-    }
-
-    fn take_answers(&mut self, buffer: &mut [u8]) -> usize {
-        let count = self.answers.len().min(buffer.len());
-        buffer[..count].copy_from_slice(&self.answers[..count]);
-        self.answers.drain(..count);
-        if self.answers.is_empty() {
-            self.answers = Vec::new();
-        }
-        count
-    }
-
-    fn poll_mailbox(&mut self, cx: &Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        match ready!(self.mailbox.poll_take(cx, &mut self.rest, buffer)) {
+    fn poll_member(&mut self, cx: &Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match ready!(self.member.poll_take(cx, &mut self.rest, buffer)) {
             Found::Bytes(count, messages) => {
                 self.traffic.deliver(messages);
                 Poll::Ready(Ok(count))
@@ -177,9 +129,67 @@ impl Leg {
             }
         }
     }
+
+    /// What its client says, as far as it may, up to the next message. Gives how many bytes that was.
+    fn hear(&mut self, bytes: &[u8]) -> Result<usize, Violation> {
+        let inbox = self.inbox.get_or_insert_with(|| Box::new(self.member.inbox()));
+        let mut rest = bytes;
+        while self.outbox.is_none()
+            && self.answers.len() <= ANSWERS
+            && let Some(said) = inbox.next(&mut rest)?
+        {
+            match said {
+                Said::Message(is_text, payload) => self.outbox = Some((is_text, payload)),
+                Said::Answer(answer) => self.answers.extend_from_slice(&answer),
+                Said::Close(answer) => {
+                    self.answers.extend_from_slice(&answer);
+                    self.state = State::Closing;
+                    break;
+                }
+            }
+        }
+        Ok(bytes.len() - rest.len())
+    }
+
+    /// Passes on what it has to say; ready when that was all.
+    fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if let Some(message) = &self.outbox {
+            ready!(self.member.poll_say(cx, message));
+            self.outbox = None;
+            if let Some(inbox) = &mut self.inbox {
+                inbox.release();
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Whether what its client has begun to say takes too long.
+    fn look_for_end(&mut self, cx: &mut Context<'_>) -> Result<(), Fault> {
+        match self.inbox.as_mut().map(|inbox| inbox.poll_late(cx)) {
+            Some(Poll::Ready(violation)) => Err(self.refuse(violation)),
+            Some(Poll::Pending) | None => Ok(()),
+        }
+    }
+
+    fn refuse(&mut self, violation: Violation) -> Fault {
+        self.state = State::Faulty;
+        self.member.take_back();
+        (self.outbox, self.inbox) = (None, None);
+        Fault::Broke(violation)
+    }
+
+    fn take_answers(&mut self, buffer: &mut [u8]) -> usize {
+        let count = self.answers.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&self.answers[..count]);
+        self.answers.drain(..count);
+        if self.answers.is_empty() {
+            self.answers = Vec::new();
+        }
+        count
+    }
 }
 
-impl Local for Leg {
+impl<M: Member> Local for Leg<M> {
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         if !self.rest.is_empty() {
             let count = self.rest.len().min(buffer.len());
@@ -196,7 +206,7 @@ impl Local for Leg {
         }
         if self.state == State::Closing {
             self.state = State::Answering;
-            if let Poll::Ready(Found::Bytes(count, messages)) = self.mailbox.poll_take(cx, &mut self.rest, buffer) {
+            if let Some((count, messages)) = self.member.take_last(&mut self.rest, buffer) {
                 self.traffic.deliver(messages);
                 return Poll::Ready(Ok(count));
             }
@@ -207,7 +217,7 @@ impl Local for Leg {
         let polled = match self.state {
             State::Open => {
                 self.look_for_end(cx)?;
-                self.poll_mailbox(cx, buffer)
+                self.poll_member(cx, buffer)
             }
             State::Faulty => Poll::Pending,
             State::Closing | State::Answering | State::Over => {
@@ -264,22 +274,10 @@ impl Local for Leg {
             return Ok(());
         }
         self.look_for_end(cx)?;
-        if self.mailbox.hold(cx) {
+        if self.member.hold(cx) {
             self.state = State::Faulty;
             return Err(Fault::Slow.into());
         }
         Ok(())
-    }
-}
-
-impl Drop for Leg {
-    fn drop(&mut self) {
-        self.guest.queue().leave(self.client);
-    }
-}
-
-impl fmt::Debug for Leg {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Leg").field("client", &self.client).field("state", &self.state).finish_non_exhaustive()
     }
 }
