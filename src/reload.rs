@@ -461,7 +461,7 @@ impl Reload {
             let hubs = if is_same && new.relay == old.relay {
                 first.hubs.clone()
             } else {
-                Hubs::new(&upstreams, homes, &new.relay, &first.metrics, &first.admission)
+                Hubs::new(&upstreams, homes, &new.relay, &first.metrics, &first.admission).after(&first.hubs)
             };
             for context in contexts {
                 let context = context.latest();

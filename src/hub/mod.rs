@@ -23,7 +23,11 @@ pub mod rpc;
 mod search;
 mod turnstile;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request};
@@ -41,7 +45,7 @@ use crate::{
     admission::Admission,
     metrics::{Metrics, Traffic},
     net::Stream,
-    pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
+    pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports, WeakPool},
     relay,
     upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
     ws::Limits,
@@ -57,6 +61,8 @@ const EVERYBODY: usize = 1 << 30;
 #[derive(Clone, Default)]
 pub struct Hubs {
     ways: Arc<Vec<Way>>,
+    /// Those of before a reload, of which some may not have ended.
+    earlier: Arc<Vec<Arc<Earlier>>>,
 }
 
 /// A client's part of one.
@@ -93,6 +99,13 @@ struct Way {
     callers: Option<Arc<rpc::Callers>>,
     /// Nobody comes any more.
     gone: CancellationToken,
+}
+
+/// Those of a route as it was, as long as anybody uses one.
+struct Earlier {
+    route: Arc<str>,
+    pool: WeakPool<Key, Opener>,
+    callers: Option<Weak<rpc::Callers>>,
 }
 
 /// Opens them.
@@ -157,7 +170,15 @@ impl Hubs {
             });
             ways.push(Way { route, pool, lines, sharing, callers, gone });
         }
-        Self { ways: Arc::new(ways) }
+        Self { ways: Arc::new(ways), earlier: Arc::default() }
+    }
+
+    /// Those of before are told of as well, until they have ended.
+    #[must_use]
+    pub fn after(self, before: &Self) -> Self {
+        let known = before.earlier.iter().filter(|earlier| earlier.pool.upgrade().is_some()).cloned();
+        let earlier = before.ways.iter().map(|way| Arc::new(way.downgrade())).chain(known);
+        Self { earlier: Arc::new(earlier.collect()), ..self }
     }
 
     /// Makes a client one of those who are alike: its handshake, as it would be passed on to the backend of `route`. To be called on its
@@ -192,6 +213,7 @@ impl Hubs {
             }
             let lease = pool.acquire(&key).await.map_err(refusal)?;
             let (present, opened_at, protocol, endpoint) = match &*lease {
+                Connected::Feed(hub) if hub.is_over() => continue,
                 Connected::Feed(hub) => {
                     (Some((Arc::clone(hub), hub.enter())), hub.opened_at(), hub.protocol(), hub.endpoint())
                 }
@@ -224,12 +246,17 @@ impl Hubs {
     /// What there is, for people: of `most` keys, by their hashes; and how many there are besides.
     pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
         let (now, mut all, mut more) = (std::time::Instant::now(), Vec::new(), 0);
-        for way in self.ways.iter() {
-            let mut keys = way.pool.snapshot();
-            if let Some(callers) = &way.callers {
+        let earlier = self.earlier.iter().filter_map(|earlier| {
+            let Earlier { route, pool, callers } = &**earlier;
+            Some((route, pool.upgrade()?, callers.as_ref().and_then(Weak::upgrade)))
+        });
+        let now_used = self.ways.iter().map(|way| (&way.route, way.pool.clone(), way.callers.clone()));
+        for (route, pool, callers) in now_used.chain(earlier) {
+            let mut keys = pool.snapshot();
+            if let Some(callers) = callers {
                 // Those whose clients ask nothing just now.
                 callers.keys(|key| {
-                    if !way.pool.knows(key) {
+                    if !pool.knows(key) {
                         let connections = Vec::new();
                         keys.push(KeySnapshot { key: key.to_string(), connections, waiters: 0, fails_until: None });
                     }
@@ -237,7 +264,7 @@ impl Hubs {
             }
             for key in keys {
                 if all.len() < most {
-                    all.push(Shared::new(&way.route, key, now));
+                    all.push(Shared::new(route, key, now));
                 } else {
                     more += 1;
                 }
@@ -300,6 +327,13 @@ fn refusal(error: AcquireError<Fault>) -> Refusal {
         }
         AcquireError::Full | AcquireError::Timeout => Refusal::Busy,
         AcquireError::Open(OpenError::Aborted) | AcquireError::Closing => Refusal::Closing,
+    }
+}
+
+impl Way {
+    fn downgrade(&self) -> Earlier {
+        let Self { route, pool, callers, .. } = self;
+        Earlier { route: Arc::clone(route), pool: pool.downgrade(), callers: callers.as_ref().map(Arc::downgrade) }
     }
 }
 

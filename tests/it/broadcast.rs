@@ -789,6 +789,11 @@ fn a_reload_leaves_those_who_share() {
         c.handshake("/feed/a").await;
         if all.join().await {
             assert_eq!(feed.heads.read(Vec::len), 2);
+            // The one of before is told of until it ends.
+            let told: serde_json::Value = serde_json::from_str(&t.proxy().get("/connections").text()).expect("JSON");
+            let of_shared = |shared: &serde_json::Value| shared["connections"][0]["references"].as_u64();
+            let shared: Vec<_> = told["shared"].as_array().expect("a list").iter().map(of_shared).collect();
+            assert_eq!(shared, [Some(2), Some(1)], "{told}");
             reloaded.open();
         }
         assert_eq!(c.read_text().await, "still there");

@@ -42,7 +42,6 @@ pub(super) struct Feed {
     route: Arc<str>,
     key: Key,
     home: Home,
-    _reports: Reports,
 }
 
 /// Why a line is not served any longer.
@@ -56,19 +55,18 @@ enum Over {
 }
 
 impl Feed {
-    pub(super) fn new(hub: &Arc<Hub>, opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Self {
+    pub(super) fn new(hub: &Arc<Hub>, opener: &Opener, key: &Key, home: &Home) -> Self {
         Self {
             hub: Arc::clone(hub),
             lines: opener.lines.clone(),
             route: Arc::clone(&opener.route),
             key: key.clone(),
             home: home.clone(),
-            _reports: reports,
         }
     }
 
-    /// Serves until nobody needs it, or the backend has ended for good.
-    pub(super) async fn run(self, mut line: Line) {
+    /// Serves until nobody needs it, or the backend has ended for good. `reports` are dropped as soon as it is of no use to those who come.
+    pub(super) async fn run(self, mut line: Line, reports: Reports) {
         let Self { hub, route, key, home, .. } = &self;
         debug!(%route, %key, endpoint = %line.endpoint, "a shared WebSocket is open");
         let mut before = None;
@@ -84,6 +82,7 @@ impl Feed {
                     return;
                 }
                 Over::Close(frame) => {
+                    drop(reports);
                     hub.finish(End::Close(frame));
                     line.end(Code::NORMAL).await;
                     debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend");

@@ -89,14 +89,19 @@ impl Hub {
             protocol: line.protocol.clone(),
             endpoint: Mutex::new(Arc::clone(&line.endpoint)),
         });
-        let feed = Feed::new(&hub, opener, key, home, reports);
-        home.spawn(feed.run(line));
+        let feed = Feed::new(&hub, opener, key, home);
+        home.spawn(feed.run(line, reports));
         Ok(hub)
     }
 
     /// Nobody needs it any more: it ends in order.
     pub(super) fn close(&self) {
         self.end.cancel();
+    }
+
+    /// Nothing more comes: who joins needs another one.
+    pub(super) fn is_over(&self) -> bool {
+        self.ring.is_over()
     }
 
     /// When the backend's 101 came.
