@@ -294,6 +294,59 @@ impl Reconnect {
     }
 }
 
+/// Why a JSON-RPC message on a WebSocket that clients share was for nobody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RpcDrop {
+    /// The backend's is no JSON-RPC.
+    Malformed,
+    /// The backend's is no text.
+    Binary,
+    /// An error of the backend's about something that it did not understand.
+    WithoutId,
+    /// The backend's answer to what is not asked, or not any more.
+    Stray,
+    /// A notification of a subscription that nobody has.
+    Unheard,
+    /// A notification by a method that is of no subscription, nor for all.
+    Unlisted,
+    /// A notification of which too many waited for their client to know the id.
+    Overflow,
+    /// With the id that its client knows it would be too long.
+    TooLong,
+    /// A response, by a client.
+    ClientResponse,
+}
+
+impl RpcDrop {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::Malformed,
+        Self::Binary,
+        Self::WithoutId,
+        Self::Stray,
+        Self::Unheard,
+        Self::Unlisted,
+        Self::Overflow,
+        Self::TooLong,
+        Self::ClientResponse,
+    ];
+
+    /// For labels and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::Binary => "binary",
+            Self::WithoutId => "without_id",
+            Self::Stray => "stray",
+            Self::Unheard => "unheard",
+            Self::Unlisted => "unlisted",
+            Self::Overflow => "overflow",
+            Self::TooLong => "too_long",
+            Self::ClientResponse => "client_response",
+        }
+    }
+}
+
 /// What became of a JSON-RPC request on a WebSocket that clients share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RpcResult {
@@ -393,6 +446,7 @@ pub struct Metrics {
     shared_slow_clients: [Counter; SLOW_CLIENTS.len()],
     shared_reconnects: [Counter; Reconnect::ALL.len()],
     rpc_requests: [Counter; RpcResult::ALL.len()],
+    rpc_drops: [Counter; RpcDrop::ALL.len()],
     /// JSON-RPC requests that wait for their answer.
     pub rpc_outstanding: Gauge,
     /// Subscriptions of clients.
@@ -447,8 +501,8 @@ impl Metrics {
         let idle: Family<Labels<1>, Gauge> = Family::default();
         let idle_uses: Family<Labels<2>, Counter> = Family::default();
         // A series that alerts are built on must be there before it counts: all of a family are made at once.
-        let families: [Family<Labels<1>, Counter>; 7] = Default::default();
-        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc] = &families;
+        let families: [Family<Labels<1>, Counter>; 8] = Default::default();
+        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc, rpc_drops] = &families;
         let ends = Ends::default();
         registry.register_collector(Box::new(ends.clone()));
         let metrics = Self {
@@ -493,6 +547,7 @@ impl Metrics {
             shared_reconnects: Reconnect::ALL
                 .map(|result| reconnects.get_or_create(&[("result", result.as_str())]).clone()),
             rpc_requests: RpcResult::ALL.map(|result| rpc.get_or_create(&[("result", result.as_str())]).clone()),
+            rpc_drops: RpcDrop::ALL.map(|why| rpc_drops.get_or_create(&[("reason", why.as_str())]).clone()),
             rpc_outstanding: Gauge::default(),
             rpc_subscriptions: Gauge::default(),
             pool_fallbacks: Family::default(),
@@ -511,7 +566,7 @@ impl Metrics {
             accept_errors: Family::default(),
         };
         let Self { sessions, connections, lingering, crossed_messages, .. } = &metrics;
-        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc] = families;
+        let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc, rpc_drops] = families;
         registry.register("connections_active", "WebSocket sessions that are being relayed", sessions.clone());
         registry.register(
             "client_connections",
@@ -576,6 +631,8 @@ impl Metrics {
         registry.register("shared_reconnects", help, reconnects);
         let help = "JSON-RPC requests on WebSockets that clients share, by what became of them";
         registry.register("rpc_requests", help, rpc);
+        let help = "JSON-RPC messages on WebSockets that clients share that were for nobody, by reason; client_response: a client's, all others are the backend's";
+        registry.register("rpc_dropped_messages", help, rpc_drops);
         registry.register("rpc_outstanding", "Of them, those that wait for an answer", metrics.rpc_outstanding.clone());
         let help = "Subscriptions of clients on WebSockets that they share";
         registry.register("rpc_subscriptions", help, metrics.rpc_subscriptions.clone());
@@ -664,6 +721,11 @@ impl Metrics {
     /// So many JSON-RPC requests came to their end.
     pub fn rpc(&self, result: RpcResult, count: u64) {
         self.rpc_requests[result as usize].inc_by(count);
+    }
+
+    /// So many JSON-RPC messages were for nobody.
+    pub fn rpc_drop(&self, why: RpcDrop, count: u64) {
+        self.rpc_drops[why as usize].inc_by(count);
     }
 
     /// How the lines are counted that the log has lost; to be said once.

@@ -80,6 +80,8 @@ pub enum Reason {
     PoolFull,
     /// Its route has as many WebSockets that clients share as `pool.max_keys` allows.
     PoolKeys,
+    /// Its handshake was to be shown to the backend (`pool.authorize`), and as many of its route's are.
+    PoolProbes,
     /// Its address has as many connections as `limits.max_connections_per_address` allows.
     AddressConnections,
     /// Its address has begun as many handshakes as `limits.handshakes_per_address` allows.
@@ -90,7 +92,7 @@ pub enum Reason {
 
 impl Reason {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::MaxConnections,
         Self::Memory,
         Self::Descriptors,
@@ -100,6 +102,7 @@ impl Reason {
         Self::QueueTimeout,
         Self::PoolFull,
         Self::PoolKeys,
+        Self::PoolProbes,
         Self::AddressConnections,
         Self::AddressRate,
         Self::RouteSessions,
@@ -117,6 +120,7 @@ impl Reason {
             Self::QueueTimeout => "queue_timeout",
             Self::PoolFull => "pool_full",
             Self::PoolKeys => "pool_keys",
+            Self::PoolProbes => "pool_probes",
             Self::AddressConnections => "address_connections",
             Self::AddressRate => "address_rate",
             Self::RouteSessions => "route_sessions",
@@ -139,6 +143,9 @@ impl Reason {
             }
             Self::PoolFull => "raise pool.max_connections or pool.max_streams",
             Self::PoolKeys => "raise pool.max_keys of the route, if its backend can bear as many WebSockets",
+            Self::PoolProbes => {
+                "the backend is slow to answer the handshakes that pool.authorize = \"always\" shows it"
+            }
             Self::RouteSessions => "raise max_sessions of the route, if its backend can bear more",
             Self::AddressConnections => {
                 "limits.max_connections_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
@@ -158,7 +165,7 @@ impl Reason {
             Self::Rate | Self::AddressRate => "too many handshakes at once",
             Self::AddressConnections => "too many connections of one address",
             Self::RouteSessions => "too many sessions for this path",
-            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull | Self::PoolKeys => {
+            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull | Self::PoolKeys | Self::PoolProbes => {
                 "too many requests are waiting for the backend"
             }
         }

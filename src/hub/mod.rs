@@ -83,6 +83,8 @@ pub enum Refusal {
     Backend(Fault),
     /// As many keys as `pool.max_keys` allows.
     Keys,
+    /// As many handshakes are shown to the backend as may be.
+    Probes,
     /// As many wait as may, or it has waited for too long.
     Busy,
     /// The process is about to end.
@@ -227,7 +229,7 @@ impl Hubs {
             if sharing.authorize == Authorize::Always && !is_shown {
                 let mut own = request.clone();
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
-                lines.show(own, home).await.ok_or(Refusal::Busy)?.map_err(Refusal::Backend)?;
+                lines.show(own, home).await.ok_or(Refusal::Probes)?.map_err(Refusal::Backend)?;
             }
             let leg = match (present, guest.take()) {
                 (Some((hub, present)), _) => hub.leg(present, home, traffic, admission, lease),

@@ -500,6 +500,7 @@ impl Context {
             }
             Err(Refusal::Backend(Fault::Upstream(error))) => self.fail(&error, &about, &at),
             Err(Refusal::Keys) => shed(Reason::PoolKeys),
+            Err(Refusal::Probes) => shed(Reason::PoolProbes),
             Err(Refusal::Busy) => shed(Reason::QueueTimeout),
             Err(Refusal::Closing) => {
                 let what = "the server is going away";

@@ -108,6 +108,8 @@ pub struct Counts {
     pub unheard: u64,
     /// Notifications by methods that are of no subscription, nor for all.
     pub unlisted: u64,
+    /// Notifications of which too many waited for their clients to know the id.
+    pub overflowed: u64,
 }
 
 /// All about one hub.
@@ -229,7 +231,8 @@ impl Core {
 
     /// Since the beginning.
     pub fn counts(&self) -> Counts {
-        Counts { unheard: self.counts.unheard + self.subscriptions.dropped, ..self.counts }
+        let Subscriptions { forgotten, overflowed, .. } = &self.subscriptions;
+        Counts { unheard: self.counts.unheard + forgotten, overflowed: *overflowed, ..self.counts }
     }
 
     /// Nothing is outstanding, subscribed or kept for anybody.

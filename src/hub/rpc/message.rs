@@ -50,7 +50,16 @@ impl Fault {
     pub const LOST: Self = Self::open(-32050, "the backend was lost", "backend lost");
     pub const TIMEOUT: Self = Self::open(-32051, "the backend did not answer in time", "timeout");
     pub const TOO_MANY_REQUESTS: Self = Self::new(-32052, "too many requests outstanding", "pool.max_requests");
+    pub const UNFINISHED: Self =
+        Self::new(-32052, "too many requests outstanding", "websocket.max_message is full of answers of other batches");
+    pub const ABANDONED: Self = Self::new(
+        -32052,
+        "too many requests outstanding",
+        "the backend owes too many answers to clients that have left",
+    );
     pub const TOO_MANY_SUBSCRIPTIONS: Self = Self::new(-32053, "too many subscriptions", "pool.max_subscriptions");
+    pub const LATE: Self =
+        Self::new(-32053, "too many subscriptions", "the backend owes too many answers that are late");
     pub const TOO_LARGE: Self = Self::open(-32054, "the answer is too large", "websocket.max_message");
     pub const NO_MEMORY: Self = Self::open(-32056, "no memory for the answer", "limits.memory");
     pub const FULL: Self = Self::new(-32056, "no memory for another batch", "limits.memory");

@@ -30,7 +30,7 @@ use super::{
     queue::Word,
 };
 use crate::{
-    metrics::{Gap, Metrics, Reconnect, RpcResult},
+    metrics::{Gap, Metrics, Reconnect, RpcDrop, RpcResult},
     pool::{AcquireError, Lease, OpenError, Pool, Reports},
     sparse::Sparse,
     upstream::Home,
@@ -96,6 +96,11 @@ struct Open {
 struct Told {
     metrics: Arc<Metrics>,
     counts: Counts,
+    /// What was for nobody, and is none of the core's.
+    binary: u64,
+    too_long: u64,
+    /// Reasons for which anything was, which the log knows by now.
+    said: [bool; RpcDrop::ALL.len()],
     outstanding: usize,
     subscriptions: usize,
 }
@@ -127,6 +132,9 @@ impl Server {
             told: Told {
                 metrics: Arc::clone(&callers.metrics),
                 counts: Counts::default(),
+                binary: 0,
+                too_long: 0,
+                said: [false; RpcDrop::ALL.len()],
                 outstanding: 0,
                 subscriptions: 0,
             },
@@ -152,8 +160,7 @@ impl Server {
         self.end_unused(cx);
         is_busy |= !self.actions.is_empty();
         self.memory.fit(self.core.kept());
-        self.say_unlisted();
-        self.told.tell(&self.core);
+        self.told.tell(&self.core, &self.callers.route, &self.key);
         if is_busy {
             // Behind those who have just been woken.
             cx.waker().wake_by_ref();
@@ -166,18 +173,6 @@ impl Server {
     /// The backend is needed.
     fn is_needed(&self) -> bool {
         self.core.references() > 0 || !self.actions.is_empty() || !self.unsent.is_empty() || self.search.is_some()
-    }
-
-    /// What the backend tells nobody may be what somebody has subscribed to by a method that is not set up.
-    fn say_unlisted(&self) {
-        static SAID: Sparse = Sparse::new();
-        let count = self.core.counts().unlisted - self.told.counts.unlisted;
-        if count > 0
-            && let Some(unsaid) = SAID.is_due()
-        {
-            let (route, key) = (&self.callers.route, &self.key);
-            warn!(%route, %key, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
-        }
     }
 
     fn take_opened(&mut self) {
@@ -219,7 +214,7 @@ impl Server {
                     self.carry_out(actions);
                 }
                 // JSON is text; whose this is can't be known.
-                Heard::Message(false, _) => {}
+                Heard::Message(false, _) => self.told.binary += 1,
                 Heard::Close(close) => self.lose(for_all_who_speak(close)),
                 Heard::Lost => self.lose(None),
             }
@@ -390,7 +385,9 @@ impl Server {
             match action {
                 Action::ToClient { client, text } => {
                     // A notification may have become too long by the id that its client knows.
-                    if let Some(mailbox) = self.clients.get(&client).filter(|_| text.len() as u64 <= limits.message) {
+                    let is_too_long = text.len() as u64 > limits.message;
+                    self.told.too_long += u64::from(is_too_long);
+                    if let Some(mailbox) = self.clients.get(&client).filter(|_| !is_too_long) {
                         mailbox.push(encode(true, text.as_bytes(), limits.frame), Whose::Own);
                     }
                 }
@@ -552,7 +549,7 @@ impl fmt::Debug for Server {
 }
 
 impl Told {
-    fn tell(&mut self, core: &Core) {
+    fn tell(&mut self, core: &Core, route: &str, key: &Key) {
         let (new, old) = (core.counts(), std::mem::replace(&mut self.counts, core.counts()));
         for (result, count) in [
             (RpcResult::Answered, new.answered - old.answered),
@@ -565,6 +562,45 @@ impl Told {
             self.metrics.rpc(result, count);
         }
         self.gauges(core.outstanding(), core.subscriptions());
+        for (why, count) in [
+            (RpcDrop::Malformed, new.malformed - old.malformed),
+            (RpcDrop::Binary, std::mem::take(&mut self.binary)),
+            (RpcDrop::WithoutId, new.without_id - old.without_id),
+            (RpcDrop::Stray, new.strays - old.strays),
+            (RpcDrop::Unheard, new.unheard - old.unheard),
+            (RpcDrop::Unlisted, new.unlisted - old.unlisted),
+            (RpcDrop::Overflow, new.overflowed - old.overflowed),
+            (RpcDrop::TooLong, std::mem::take(&mut self.too_long)),
+            (RpcDrop::ClientResponse, new.client_responses - old.client_responses),
+        ] {
+            if count > 0 {
+                self.metrics.rpc_drop(why, count);
+                self.say(why, count, route, key);
+            }
+        }
+    }
+
+    /// Once of each hub; what a backend ought not to do, or may be of a subscription that is not set up, now and then to all who look.
+    fn say(&mut self, why: RpcDrop, count: u64, route: &str, key: &Key) {
+        static UNLISTED: Sparse = Sparse::new();
+        static ODD: Sparse = Sparse::new();
+        let reason = why.as_str();
+        if !std::mem::replace(&mut self.said[why as usize], true) {
+            debug!(%route, %key, reason, count, "JSON-RPC messages of a shared WebSocket are for nobody");
+        }
+        match why {
+            RpcDrop::Unlisted => {
+                if let Some(unsaid) = UNLISTED.is_due() {
+                    warn!(%route, %key, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
+                }
+            }
+            RpcDrop::Malformed | RpcDrop::Binary | RpcDrop::WithoutId => {
+                if let Some(unsaid) = ODD.is_due() {
+                    warn!(%route, %key, reason, count, unsaid, "the backend of a shared WebSocket says what is no JSON-RPC, or does not understand it");
+                }
+            }
+            _ => {}
+        }
     }
 
     fn gauges(&mut self, outstanding: usize, subscriptions: usize) {

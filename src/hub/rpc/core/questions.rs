@@ -44,7 +44,7 @@ impl Core {
             // What is here already is bounded, but what comes with each further batch would not be.
             Ok(Message::Batch(_)) if self.batch_bytes(client) >= self.limits.max_message_bytes => {
                 self.counts.refused += 1;
-                return actions.push(Action::ToClient { client, text: Fault::TOO_MANY_REQUESTS.answer("null") });
+                return actions.push(Action::ToClient { client, text: Fault::UNFINISHED.answer("null") });
             }
             Ok(Message::Batch(_)) if self.kept >= self.room => {
                 self.counts.refused += 1;
@@ -209,12 +209,15 @@ impl Core {
     ) -> Result<String, Fault> {
         let holding = self.clients.get(&client);
         let count = holding.map_or(0, |holding| holding.requests.len());
-        if count >= self.limits.max_requests || self.abandoned >= MAX_ABANDONED {
+        if count >= self.limits.max_requests {
             return Err(Fault::TOO_MANY_REQUESTS);
+        }
+        if self.abandoned >= MAX_ABANDONED {
+            return Err(Fault::ABANDONED);
         }
         if let Kind::Subscribe(names) = &kind {
             if self.late.len() >= MAX_LATE {
-                return Err(Fault::TOO_MANY_SUBSCRIPTIONS);
+                return Err(Fault::LATE);
             }
             *self.awaited.entry(names.notification.clone()).or_default() += 1;
         }

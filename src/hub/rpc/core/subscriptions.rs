@@ -54,7 +54,9 @@ pub(super) struct Subscriptions {
     held: VecDeque<Held>,
     held_bytes: usize,
     /// Notifications that waited in vain.
-    pub(super) dropped: u64,
+    pub(super) forgotten: u64,
+    /// Those that were too many.
+    pub(super) overflowed: u64,
 }
 
 /// A notification that waits.
@@ -189,7 +191,7 @@ impl Subscriptions {
         while self.held.len() > MAX_HELD || self.held_bytes > MAX_HELD_BYTES {
             let Some(oldest) = self.held.pop_front() else { return };
             self.held_bytes -= oldest.text.len();
-            self.dropped += 1;
+            self.overflowed += 1;
         }
     }
 
@@ -206,14 +208,15 @@ impl Subscriptions {
     fn forget(&mut self, is_over: impl Fn(&Whose) -> bool) {
         let before = self.held.len();
         self.held.retain(|held| !is_over(&held.whose));
-        self.dropped += (before - self.held.len()) as u64;
+        self.forgotten += (before - self.held.len()) as u64;
         self.held_bytes = self.held.iter().map(|held| held.text.len()).sum();
     }
 
     /// The backend's connection is gone, and all of this with it. Ids are not used again.
     pub(super) fn clear(&mut self) {
-        let dropped = self.dropped + self.held.len() as u64;
-        *self = Self { last_number: self.last_number, dropped, ..Self::default() };
+        let (last_number, overflowed) = (self.last_number, self.overflowed);
+        let forgotten = self.forgotten + self.held.len() as u64;
+        *self = Self { last_number, forgotten, overflowed, ..Self::default() };
     }
 
     /// Nothing is left.
