@@ -4,8 +4,10 @@
 //! other end of that relay is a pipe within this process. Its session is nobody's: it is in no count of clients or of what they sent.
 
 use std::{
+    fmt::Write as _,
+    future::poll_fn,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -28,15 +30,16 @@ use tokio::{
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
-        Message, Utf8Bytes,
+        self, Message, Utf8Bytes,
         protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 
 use crate::{
     drain::Drain,
+    metrics::Metrics,
     net::Stream,
-    relay::{self, Leg, Relay},
+    relay::{self, Cause, Gone, Leg, Relay, Report},
     side::Side,
     upstream::{Answer, Error, Failure, Home, Load, Placed, Reply, Upstream},
     ws::{self, Code, Rsv},
@@ -75,6 +78,7 @@ pub(super) struct Lines {
     upstream: Upstream,
     relay: Arc<relay::Config>,
     socket: WebSocketConfig,
+    metrics: Arc<Metrics>,
 }
 
 /// Why there is no WebSocket.
@@ -102,11 +106,19 @@ pub struct Refused {
 /// A WebSocket to the backend. Dropped, it is ended as that of a client which has vanished.
 pub(super) struct Line {
     socket: WebSocketStream<DuplexStream>,
+    relay: Relayed,
+    /// What is wrong with what came.
+    error: Option<String>,
+    metrics: Arc<Metrics>,
     /// The subprotocol that the backend has chosen.
     pub(super) protocol: Option<HeaderValue>,
     /// Where it is.
     pub(super) endpoint: Arc<str>,
 }
+
+/// The relay of a line, which that asks how it goes. Both are of one thread, so nobody waits for the lock.
+#[derive(Clone)]
+struct Relayed(Arc<Mutex<Relay>>);
 
 /// What comes of a backend.
 pub(super) enum Heard {
@@ -144,7 +156,7 @@ impl Lines {
     }
 
     /// To this backend, by these rules.
-    pub(super) fn new(upstream: &Upstream, relay: &relay::Config) -> Self {
+    pub(super) fn new(upstream: &Upstream, relay: &relay::Config, metrics: &Arc<Metrics>) -> Self {
         let lost = Code::RESTART.get();
         let relay = relay::Config {
             // What its sessions are given is theirs.
@@ -166,7 +178,8 @@ impl Lines {
             .max_write_buffer_size(limit.saturating_add(PIPE))
             .max_message_size(Some(limit))
             .max_frame_size(Some(limit));
-        Self { extra: Arc::new(Semaphore::new(EXTRA)), upstream: upstream.clone(), relay: Arc::new(relay), socket }
+        let (extra, metrics) = (Arc::new(Semaphore::new(EXTRA)), Arc::clone(metrics));
+        Self { extra, upstream: upstream.clone(), relay: Arc::new(relay), socket, metrics }
     }
 
     /// Opens one on a worker. What is under way when this is dropped is ended in order.
@@ -235,36 +248,101 @@ impl Lines {
             }
         };
         let (ours, theirs) = duplex(PIPE);
+        let client = Leg { stream: Some(Stream::Local(Box::new(theirs))), early: Bytes::new() };
+        let drain = Drain::new((*home.drain.config()).clone());
+        let backend = Leg { stream: Some(stream), early };
+        let relay = Relayed::new(self.relay, &drain, client, backend);
         let line = Line {
             socket: WebSocketStream::from_raw_socket(ours, Role::Client, Some(self.socket)).await,
+            relay: relay.clone(),
+            error: None,
+            metrics: Arc::clone(&self.metrics),
             protocol: response.headers().get(SEC_WEBSOCKET_PROTOCOL).cloned(),
             endpoint: Arc::clone(load.endpoint()),
         };
         // Nobody may be there any more: then it is dropped here, and the backend gets its Close.
         drop(done.send(Ok(line)));
-        let client = Leg { stream: Some(Stream::Local(Box::new(theirs))), early: Bytes::new() };
-        let backend = Leg { stream: Some(stream), early };
-        relayed(self.relay, &home, client, backend).await;
+        relay.run(&home, &drain).await;
+        if let Some(cause) = abnormal(&relay.lock().report()) {
+            self.metrics.abnormal(cause);
+        }
         drop((load, place));
     }
 }
 
-/// Relays until both legs have ended. It does not follow a drain, which ends its clients first, but hurries with it.
-async fn relayed(config: Arc<relay::Config>, home: &Home, client: Leg, backend: Leg) {
-    let drain = Drain::new((*home.drain.config()).clone());
-    let mut relay = Relay::new(config, Arc::default(), drain.clone(), Arc::default(), Rsv::None, client, backend);
-    let mut hurried = pin!(home.drain.hurried());
-    for _ in Side::BOTH {
-        let ended = loop {
-            tokio::select! {
-                biased;
-                ended = relay.next_ended() => break ended,
-                () = &mut hurried, if !drain.is_hurried() => drain.hurry(),
+impl Relayed {
+    fn new(config: Arc<relay::Config>, drain: &Drain, client: Leg, backend: Leg) -> Self {
+        let relay = Relay::new(config, Arc::default(), drain.clone(), Arc::default(), Rsv::None, client, backend);
+        Self(Arc::new(Mutex::new(relay)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Relay> {
+        // After a panic it says so itself.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Relays until both legs have ended. It does not follow a drain of the process, which ends its clients first, but hurries with it.
+    async fn run(&self, home: &Home, drain: &Drain) {
+        let mut hurried = pin!(home.drain.hurried());
+        for _ in Side::BOTH {
+            let ended = loop {
+                tokio::select! {
+                    biased;
+                    // All that it knows is in the relay, which is free again after each turn.
+                    ended = poll_fn(|cx| pin!(self.lock().next_ended()).poll(cx)) => break ended,
+                    () = &mut hurried, if !drain.is_hurried() => drain.hurry(),
+                }
+            };
+            if let (Side::Backend, Some(stream)) = (ended.side, ended.stream) {
+                (home.end)(stream);
             }
-        };
-        if let (Side::Backend, Some(stream)) = (ended.side, ended.stream) {
-            (home.end)(stream);
         }
+    }
+}
+
+/// What a backend has done to end it, for the log.
+fn told(report: &Report) -> String {
+    match report.cause {
+        Cause::Close => {
+            let mut told = "Close".to_owned();
+            // To a string nothing fails.
+            if let Some(code) = report.sent[Side::Backend as usize] {
+                let _ = write!(told, " {code}");
+            }
+            if !report.reason.is_empty() {
+                let _ = write!(told, ": {}", report.reason.escape_debug());
+            }
+            told
+        }
+        Cause::Gone(Side::Backend, gone) => match gone {
+            Gone::Fin => "FIN without Close".to_owned(),
+            Gone::Reset => "RST".to_owned(),
+            Gone::Silent => "silent for websocket.pong_timeout".to_owned(),
+            Gone::Stalled => "takes nothing for websocket.write_timeout".to_owned(),
+            Gone::Broke(violation) => violation.to_string(),
+        },
+        Cause::Fault => "a bug in tidegate: please report it".to_owned(),
+        Cause::Gone(Side::Client, _) | Cause::Drain | Cause::Age | Cause::Idle | Cause::Slow => String::new(),
+    }
+}
+
+/// The cause for which it counts as abnormal, of `metrics::ABNORMAL`: as for a session, but its client is us.
+fn abnormal(report: &Report) -> Option<&'static str> {
+    let backend = Side::Backend as usize;
+    // How it left is told by its first sign: a RST for our data after its Close and FIN is normal.
+    let first = match report.cause {
+        Cause::Fault => return Some("panic"),
+        Cause::Gone(Side::Backend, how) => Some(how),
+        _ => None,
+    };
+    let is_unanswered = report.told[backend] && !report.heard[backend];
+    match first.or(report.gone[backend]) {
+        Some(Gone::Silent) => Some("backend_silent"),
+        Some(Gone::Stalled) => Some("backend_stalled"),
+        Some(Gone::Broke(_)) => Some("backend_violation"),
+        Some(Gone::Reset) if first.is_some() => Some("backend_reset"),
+        Some(Gone::Fin) if first.is_some() => Some("backend_fin"),
+        _ => is_unanswered.then_some("backend_no_answer"),
     }
 }
 
@@ -299,10 +377,24 @@ impl Line {
                 Some(Ok(Message::Close(close))) => {
                     Heard::Close(close.map(|close| (close.code.into(), close.reason.to_string())))
                 }
-                Some(Err(_)) | None => Heard::Lost,
+                Some(Err(error)) => {
+                    // What the relay does not look at, since it passes it on as it is.
+                    if let tungstenite::Error::Utf8(_) = error {
+                        self.metrics.abnormal("backend_violation");
+                    }
+                    self.error = Some(error.to_string());
+                    Heard::Lost
+                }
+                None => Heard::Lost,
             };
             return Poll::Ready(heard);
         }
+    }
+
+    /// How the backend has ended it, for the log; after [`Heard::Close`] or [`Heard::Lost`].
+    pub(super) fn how(&self) -> String {
+        let told = told(&self.relay.lock().report());
+        if told.is_empty() { self.error.clone().unwrap_or_default() } else { told }
     }
 
     /// It takes another message. An end is heard by [`Line::poll_heard`].

@@ -140,7 +140,7 @@ impl Hubs {
         for way in upstreams.ways() {
             let config = way.upstream.config();
             let Some(home) = homes.first().filter(|_| config.pool.mode == Mode::Shared) else { continue };
-            let lines = Lines::new(&way.upstream, relay);
+            let lines = Lines::new(&way.upstream, relay, metrics);
             let (route, sharing) = (Arc::clone(&way.route), Arc::new(config.pool.sharing.clone()));
             let message_limits = Limits { frame: relay.max_frame, message: relay.max_message };
             let callers = (sharing.kind == Some(SharedKind::Rpc))

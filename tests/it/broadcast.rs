@@ -230,7 +230,13 @@ fn only_those_who_are_alike_share() {
 /// what they miss.
 #[test]
 fn a_lost_backend_is_found_again() {
-    for word in [Word::Fin, Word::Rst, Word::Close(1001, "bye"), Word::Close(1012, "")] {
+    for (word, how, abnormal) in [
+        (Word::Fin, "FIN without Close", "fin"),
+        (Word::Rst, "RST", "reset"),
+        (Word::Close(1001, "bye"), "Close 1001: bye", ""),
+        (Word::Close(1012, ""), "Close 1012", ""),
+        (Word::Say(Frame::new(3, "x")), "reserved opcode", "violation"),
+    ] {
         let feed = Feed::new();
         let t = scene(&feed, "idle_timeout = '0s'");
         let all = Meeting::of(2);
@@ -252,6 +258,14 @@ fn a_lost_backend_is_found_again() {
         assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 1, "{word:?}");
         assert_eq!(metrics.count("tidegate_shared_reconnects_total{result=\"connected\"}"), 1, "{word:?}");
         assert_eq!(t.backend().count(), 2);
+        for known in ["fin", "reset", "violation", "silent", "stalled", "no_answer"] {
+            let counted = metrics.count(&format!("tidegate_abnormal_closes_total{{cause=\"backend_{known}\"}}"));
+            assert_eq!(counted, u64::from(known == abnormal), "{word:?}: {known}");
+        }
+        let is_lost =
+            |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.contains("WebSocket is lost"));
+        let said = t.proxy().log_where("the loss", is_lost);
+        assert_eq!(said["how"], how, "{said}");
         t.no_rst();
     }
 }
@@ -900,5 +914,6 @@ fn a_silent_backend_is_lost() {
     assert_eq!(t.connection(0).seen().closes(), [1001]);
     let metrics = t.proxy().metrics();
     assert_eq!(metrics.count("tidegate_shared_gaps_total{cause=\"lost\"}"), 1);
+    assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"backend_silent\"}"), 1);
     t.no_rst();
 }

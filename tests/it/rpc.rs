@@ -97,6 +97,7 @@ impl Asked {
                                     }
                                 }
                                 "die" => return,
+                                "odd" => say_odd(c, &answer(&params)).await,
                                 "dislike" => {
                                     let code = params[0].as_u64().and_then(|code| code.try_into().ok());
                                     c.send_close(code.expect("a code"), "").await;
@@ -143,6 +144,24 @@ impl Asked {
             }
         }
     }
+}
+
+/// What means nothing to anybody: no JSON, an error about nobody knows what, an answer without a question, a notification by an unknown method.
+const ODD: [&str; 4] = [
+    "x",
+    r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32700,"message":"what?"}}"#,
+    r#"{"jsonrpc":"2.0","id":999999,"result":1}"#,
+    r#"{"jsonrpc":"2.0","method":"other","params":[]}"#,
+];
+
+/// All of that, and news that nobody has subscribed to; then an answer.
+async fn say_odd(c: &mut Peer, answer: &str) {
+    c.send(&Frame::binary("x")).await;
+    for text in ODD {
+        c.send_text(text).await;
+    }
+    c.send_text(&news("0x0", "unasked")).await;
+    c.send_text(answer).await;
 }
 
 /// Requests of a burst.
@@ -533,6 +552,49 @@ fn malformed_messages_harm_nobody() {
     });
     assert_eq!(t.backend().count(), 1);
     assert_eq!(asked.count("echo"), 8);
+    over(&t);
+}
+
+/// What is for nobody reaches nobody, is counted by its reason, and the log has it once of each hub. Method: a backend, and a client, that say one of
+/// each.
+#[test]
+fn what_is_for_nobody_is_told_of() {
+    let asked = Asked::new();
+    let t = Scene::new(&settings(
+        "idle_timeout = '45s', subscriptions = ['eth_subscribe eth_unsubscribe eth_subscription']",
+        "log.filter = 'debug'",
+    ))
+    .backend(asked.script())
+    .start();
+    t.client(async |c| {
+        c.handshake("/rpc").await;
+        c.send_text(&answer("1", "1")).await;
+        for id in ["1", "2"] {
+            c.send_text(&request(id, "odd", "[]")).await;
+            assert_eq!(c.read_text().await, answer(id, "[]"));
+        }
+        leave(c).await;
+    });
+    let metrics = t.proxy().metrics();
+    for (reason, count) in [
+        ("malformed", 2),
+        ("binary", 2),
+        ("without_id", 2),
+        ("stray", 2),
+        ("unheard", 2),
+        ("unlisted", 2),
+        ("overflow", 0),
+        ("too_long", 0),
+        ("client_response", 1),
+    ] {
+        let counted = metrics.count(&format!("tidegate_rpc_dropped_messages_total{{reason=\"{reason}\"}}"));
+        assert_eq!(counted, count, "{reason}");
+        let is_it = |line: &Value| {
+            line["message"] == "JSON-RPC messages of a shared WebSocket are for nobody" && line["reason"] == reason
+        };
+        let said = t.proxy().log().iter().filter(|line| is_it(line)).count();
+        assert_eq!(said, usize::from(count > 0), "{reason}");
+    }
     over(&t);
 }
 

@@ -73,7 +73,7 @@ impl Feed {
         loop {
             let since = Instant::now();
             let over = self.serve(&mut line).await;
-            let endpoint = Arc::clone(&line.endpoint);
+            let (endpoint, how) = (Arc::clone(&line.endpoint), line.how());
             match over {
                 Over::Asked => {
                     let code = if home.drain.has_begun() { Code::GOING_AWAY } else { Code::NORMAL };
@@ -85,7 +85,7 @@ impl Feed {
                     drop(reports);
                     hub.finish(End::Close(frame));
                     line.end(Code::NORMAL).await;
-                    debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend");
+                    debug!(%route, %key, %endpoint, how, "a shared WebSocket is closed by the backend");
                     return;
                 }
                 Over::Lost => {
@@ -96,7 +96,7 @@ impl Feed {
             if since.elapsed() >= STEADY {
                 before = None;
             }
-            let Some((found, search)) = self.reconnect(&endpoint, before).await else { return };
+            let Some((found, search)) = self.reconnect(&endpoint, &how, before).await else { return };
             (line, before) = (found, Some(search));
         }
     }
@@ -148,8 +148,9 @@ impl Feed {
         .await
     }
 
-    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost. `before`: it had just been found by that.
-    async fn reconnect(&self, endpoint: &str, before: Option<Search>) -> Option<(Line, Search)> {
+    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost. `how`: it ended. `before`: it had just been
+    /// found by that.
+    async fn reconnect(&self, endpoint: &str, how: &str, before: Option<Search>) -> Option<(Line, Search)> {
         static SAID: Sparse = Sparse::new();
         static GIVEN_UP: Sparse = Sparse::new();
         static FOUND: Sparse = Sparse::new();
@@ -162,7 +163,7 @@ impl Feed {
         let mut search = before.map_or_else(|| Search::new(hub.sharing.reconnect_grace), Search::again);
         let clients = hub.present.load(std::sync::atomic::Ordering::Relaxed);
         if let Some(unsaid) = SAID.is_due() {
-            warn!(%route, %key, endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
+            warn!(%route, %key, endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
         }
         let mut asked = pin!(hub.end.cancelled());
         let mut error = String::new();
@@ -212,9 +213,9 @@ impl Feed {
                 hub.metrics.reconnect(result);
                 let why = result.as_str();
                 if matches!(result, Reconnect::Unused) {
-                    debug!(%route, %key, endpoint, lost_ms, why, error, "a shared WebSocket is given up");
+                    debug!(%route, %key, endpoint, how, lost_ms, why, error, "a shared WebSocket is given up");
                 } else if let Some(unsaid) = GIVEN_UP.is_due() {
-                    warn!(%route, %key, endpoint, clients, lost_ms, why, error, unsaid, "a shared WebSocket is given up: its clients get their end");
+                    warn!(%route, %key, endpoint, how, clients, lost_ms, why, error, unsaid, "a shared WebSocket is given up: its clients get their end");
                 }
                 None
             }

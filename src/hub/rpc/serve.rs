@@ -70,6 +70,8 @@ pub(super) struct Server {
     acquiring: Option<Acquiring>,
     /// For a backend that was lost, or can't be reached.
     search: Option<Search>,
+    /// Why the last try came to nothing.
+    error: String,
     /// By which the backend was found, that may not stay.
     before: Option<Search>,
     /// Until then no WebSocket is asked for.
@@ -123,6 +125,7 @@ impl Server {
             lease: None,
             acquiring: None,
             search: None,
+            error: String::new(),
             before: None,
             sleep: None,
             unsent: VecDeque::new(),
@@ -417,6 +420,7 @@ impl Server {
     fn lose(&mut self, close: Option<Bytes>) {
         static SAID: Sparse = Sparse::new();
         let Some(Open { line, endpoint, since, .. }) = self.open.take() else { return };
+        let how = line.how();
         // The backend's Close is owed an answer.
         self.home.tracker.spawn(line.end(Code::NORMAL));
         let is_used = self.is_needed();
@@ -428,7 +432,7 @@ impl Server {
         let (route, key, clients) = (&self.callers.route, &self.key, self.clients.len());
         // Nobody wants anything of it: the next request opens another one.
         if !is_used {
-            debug!(%route, %key, %endpoint, "a shared WebSocket is closed by the backend, and nobody uses it");
+            debug!(%route, %key, %endpoint, how, "a shared WebSocket is closed by the backend, and nobody uses it");
             self.core.closed_unused();
             // One that does so again and again is not asked at once.
             let grace = self.callers.sharing.reconnect_grace;
@@ -444,7 +448,7 @@ impl Server {
         }
         self.told.metrics.gap(Gap::Lost);
         if let Some(unsaid) = SAID.is_due() {
-            warn!(%route, %key, %endpoint, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
+            warn!(%route, %key, %endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
         }
         self.forget_all();
         match close {
@@ -487,6 +491,7 @@ impl Server {
         static FOUND: Sparse = Sparse::new();
         let (Some(search), Some(open)) = (self.search.take(), &self.open) else { return };
         self.told.metrics.reconnect(Reconnect::Connected);
+        self.error.clear();
         let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
         if let Some(unsaid) = FOUND.is_due() {
             info!(%route, %key, %endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
@@ -504,6 +509,7 @@ impl Server {
             _ => false,
         };
         debug!(route = %self.callers.route, key = %self.key, %error, "the backend of a shared WebSocket is not there");
+        self.error = error.to_string();
         if is_closing || self.clients.is_empty() {
             // Its clients are ended by the drain, each in its turn.
             self.told.metrics.reconnect(Reconnect::Unused);
@@ -524,9 +530,10 @@ impl Server {
         self.told.metrics.reconnect(result);
         let (route, key, why) = (&self.callers.route, &self.key, result.as_str());
         let lost_ms = self.search.take().map_or(0, |search| search.lost_ms());
+        let error = std::mem::take(&mut self.error);
         if let Some(unsaid) = GIVEN_UP.is_due() {
             let clients = self.clients.len();
-            warn!(%route, %key, clients, lost_ms, why, unsaid, "a shared WebSocket is given up: its clients get their end");
+            warn!(%route, %key, clients, lost_ms, why, error, unsaid, "a shared WebSocket is given up: its clients get their end");
         }
         self.forget_all();
         self.finish_all(&End::Lost);

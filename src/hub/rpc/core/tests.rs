@@ -298,7 +298,9 @@ fn a_batch_takes_no_more_than_its_room() {
     let large = "x".repeat(limits.max_message_bytes - 50);
     assert_eq!(hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":1,"result":"{large}"}}"#)), NOTHING);
     assert_eq!(hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":2,"result":"{large}"}}"#)), NOTHING);
-    fault(1, "null", -32052)(&hub.client(1, "[1]"));
+    let told = hub.client(1, "[1]");
+    fault(1, "null", -32052)(&told);
+    assert!(told[0].contains("websocket.max_message"), "{told:?}");
     assert_eq!(hub.client(1, request).len(), 1, "what is no batch is not concerned");
     // What fits does not with the errors in place of what does not: one error for all of it.
     fault(1, "null", -32054)(&hub.backend(r#"{"jsonrpc":"2.0","id":3,"error":{}}"#));
@@ -590,7 +592,9 @@ fn what_was_left_behind_is_bounded() {
         assert_eq!(hub.left(client), NOTHING);
     }
     assert_eq!(hub.core.outstanding(), MAX_ABANDONED);
-    fault(9, "1", -32052)(&hub.client(9, call));
+    let told = hub.client(9, call);
+    fault(9, "1", -32052)(&told);
+    assert!(told[0].contains("clients that have left"), "{told:?}");
     hub.backend(r#"{"jsonrpc":"2.0","id":7,"result":1}"#);
     assert!(hub.client(9, call)[0].starts_with('>'));
     hub.after(TIMEOUT);
@@ -601,7 +605,9 @@ fn what_was_left_behind_is_bounded() {
         hub.left(client);
     }
     hub.after(TIMEOUT);
-    fault(9, "1", -32053)(&hub.client(9, subscribe));
+    let told = hub.client(9, subscribe);
+    fault(9, "1", -32053)(&told);
+    assert!(told[0].contains("answers that are late"), "{told:?}");
     assert!(hub.core.is_at_rest());
     for id in first..first + MAX_LATE as u64 + 5 {
         let told = hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":{id},"result":"0x{id}"}}"#));
