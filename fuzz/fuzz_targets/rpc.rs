@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 use tidegate::hub::rpc::{
-    core::{Action, Core, Limits},
+    core::{Action, Core, Limits, with_id},
     methods::Methods,
 };
 
@@ -74,8 +74,17 @@ fuzz_target!(|input: &str| {
                     }
                 }
                 Action::ToAll { text } => _ = json(&text),
-                Action::ToBackend { text } | Action::Refusal { text } => {
-                    let value = json(&text);
+                Action::News { text, id, holders } => {
+                    for (client, seen) in holders {
+                        assert!(questions.contains_key(&client), "nobody is told of what they did not ask for");
+                        json(&with_id(&text, &id, &seen).concat());
+                    }
+                }
+                Action::Tell { ref text, .. } | Action::ToBackend { ref text } | Action::Refusal { ref text } => {
+                    if let Action::Tell { client, count, .. } = action {
+                        core.told(client, count);
+                    }
+                    let value = json(text);
                     let elements = value.as_array().cloned().unwrap_or_else(|| vec![value]);
                     assert!(!elements.is_empty());
                     for id in elements.iter().filter(|one| one.get("method").is_some()).filter_map(|one| one.get("id"))

@@ -51,9 +51,6 @@ use crate::{
     ws::Limits,
 };
 
-/// For each key that may be in use, so many whose opens have just failed.
-const REMEMBERED: usize = 8;
-
 /// More than there are clients: all who are alike share one.
 const EVERYBODY: usize = 1 << 30;
 
@@ -208,10 +205,12 @@ impl Hubs {
         };
         // One that ends in this very moment is no answer to anybody.
         for _ in 0..2 {
-            // A refusal that is remembered is no WebSocket; but it, too, takes memory.
-            let most_known = sharing.max_keys.saturating_mul(REMEMBERED);
-            if !pool.is_busy(&key) && (pool.busy() >= sharing.max_keys || pool.keys() >= most_known) {
+            if !pool.is_busy(&key) && pool.busy() >= sharing.max_keys {
                 return Err(Refusal::Keys);
+            }
+            // A refusal that is remembered is no WebSocket; but it, too, takes memory.
+            if !pool.knows(&key) && pool.keys().saturating_sub(pool.busy()) >= sharing.max_keys {
+                pool.forget_failure();
             }
             let lease = pool.acquire(&key).await.map_err(refusal)?;
             let (present, opened_at, protocol, endpoint) = match &*lease {

@@ -249,6 +249,12 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         self.shared.busy()
     }
 
+    /// One less of the keys of which only a failure is remembered: that which would be forgotten next. For whoever bounds them.
+    #[cfg(not(loom))]
+    pub fn forget_failure(&self) {
+        self.shared.forget_failure();
+    }
+
     /// A connection is being opened.
     pub fn is_opening(&self, key: &K) -> bool {
         self.shared.look(key, core::Entry::is_opening)

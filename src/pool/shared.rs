@@ -328,6 +328,14 @@ impl<K: Key, C: Connector<K>> Shared<K, C> {
         }
     }
 
+    /// The failure that would be forgotten next is forgotten now.
+    #[cfg(not(loom))]
+    pub(super) fn forget_failure(self: &Arc<Self>) {
+        if let Some((key, timer, generation)) = self.timers.take_failure() {
+            self.apply(&key, Event::Timer { timer, generation });
+        }
+    }
+
     /// Opens a connection in a task of its own, which answers the core whatever happens to it.
     fn open(self: &Arc<Self>, key: K, slot: Id, abort: CancellationToken, timeout: Duration) {
         let opening = Opening { shared: Arc::clone(self), key, slot, is_answered: false };

@@ -466,3 +466,29 @@ fn many_threads_may_use_it() {
     assert_eq!(stage.stats.census().references, 0);
     runtime.block_on(stage.end());
 }
+
+/// Of failures that are remembered the one that would be forgotten first can be forgotten before, and no other; whoever asks for that key again
+/// is not refused for it. Method: two keys that fail one after the other.
+#[tokio::test(start_paused = true)]
+async fn a_failure_can_be_forgotten() {
+    let stage = Stage::held(config(), 1);
+    *lock(&stage.backend.plan) = Plan::Fail;
+    stage.backend.gate.add_permits(9);
+    for key in ["a", "b"] {
+        assert!(stage.pool.acquire(&key).await.is_err());
+        sleep(Duration::from_millis(1)).await;
+    }
+    let known = || ["a", "b"].map(|key| stage.pool.knows(&key));
+    let snapshot = stage.pool.snapshot();
+    let first = snapshot.iter().min_by_key(|one| one.fails_until).map_or("", |one| &one.key);
+    let first = usize::from(first == "b");
+    stage.pool.forget_failure();
+    assert_eq!((known()[first], known()[1 - first], stage.pool.keys()), (false, true, 1));
+    let opens = stage.backend.opens.load(Ordering::SeqCst);
+    assert!(stage.pool.acquire(&["a", "b"][first]).await.is_err());
+    assert_eq!(stage.backend.opens.load(Ordering::SeqCst), opens + 1);
+    stage.pool.forget_failure();
+    stage.pool.forget_failure();
+    stage.pool.forget_failure();
+    assert_eq!((stage.pool.keys(), stage.pool.shared.timers.len()), (0, 0));
+}

@@ -39,6 +39,15 @@ impl<K> Timers<K> {
         drop(disarmed);
     }
 
+    /// Takes out the next one that is for a failure.
+    #[cfg(not(loom))]
+    pub(super) fn take_failure(&self) -> Option<(K, Timer, Id)> {
+        let mut armed = lock(&self.armed);
+        let (at, generation) =
+            armed.iter().find_map(|(at, (_, timer))| matches!(timer, Timer::Failure).then_some(*at))?;
+        armed.remove(&(at, generation)).map(|(key, timer)| (key, timer, generation))
+    }
+
     /// Takes out those that are due.
     pub(super) fn due(&self, now: Instant) -> impl Iterator<Item = (K, Timer, Id)> + use<K> {
         let mut armed = lock(&self.armed);

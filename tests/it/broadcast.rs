@@ -709,6 +709,8 @@ fn refusals_take_no_key() {
             let request = Message::websocket("/feed/a").header("X-Bad", &index.to_string());
             assert_eq!(c.request(request).await.code(), 401);
         });
+        // Of those that were refused no more are remembered than there may be others.
+        assert!(t.proxy().metrics().count("tidegate_pool_keys") <= 2);
     }
     t.client(async |c| {
         c.handshake("/feed/a").await;

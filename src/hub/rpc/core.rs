@@ -10,7 +10,7 @@
 //! a client's           to the backend                  to the client
 //! request              with the hub's id               its answer, with the client's id
 //! batch                its requests, as a batch        one list, when all answers are here
-//! notification         as it is                        -
+//! notification         as it is                        -; if too many are not sent yet: an error object
 //! subscribe            with the hub's id               with an id of the hub's in place of the backend's
 //! unsubscribe          with the backend's id           its answer; if others hold it too: at once, and nothing to the backend
 //! response             -                               -
@@ -25,6 +25,8 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -46,7 +48,7 @@ pub type Client = u64;
 /// What a hub and its clients may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Requests of one client that are not answered.
+    /// Requests of one client that are not answered, and notifications that are not sent.
     pub max_requests: usize,
     /// Subscriptions of one client, with those that are asked for.
     pub max_subscriptions: usize,
@@ -70,6 +72,18 @@ pub enum Action {
     ToBackend {
         text: String,
     },
+    /// The same, with so many notifications of this client in it: [`Core::told`] is to hear of it when they are sent.
+    Tell {
+        client: Client,
+        count: usize,
+        text: String,
+    },
+    /// A notification, to each of these clients with the id that they know in place of that part of it: [`with_id`].
+    News {
+        text: String,
+        id: Range<usize>,
+        holders: Vec<(Client, Arc<str>)>,
+    },
     /// To the backend, which has asked something: only if there is room, since it may ask without end.
     Refusal {
         text: String,
@@ -78,6 +92,11 @@ pub enum Action {
     EndClient {
         client: Client,
     },
+}
+
+/// A text with another id in its place, in pieces.
+pub fn with_id<'a>(text: &'a str, place: &Range<usize>, id: &'a str) -> [&'a str; 3] {
+    [&text[..place.start], id, &text[place.end..]]
 }
 
 /// What became of requests, and what came that was for nobody.
@@ -188,6 +207,8 @@ struct Holding {
     subscriptions: BTreeSet<Number>,
     /// Of the requests, those that ask for a subscription.
     subscribing: usize,
+    /// Notifications that are not sent.
+    telling: usize,
     batches: BTreeSet<u64>,
     /// In its batches.
     bytes: usize,
@@ -267,6 +288,14 @@ impl Core {
         self.requests.first_key_value().map(|(_, request)| request.deadline)
     }
 
+    /// Notifications of this client's are sent.
+    pub fn told(&mut self, client: Client, count: usize) {
+        if let Some(holding) = self.clients.get_mut(&client) {
+            holding.telling = holding.telling.saturating_sub(count);
+            self.tidy(client);
+        }
+    }
+
     /// The client is gone: nothing is for it any more, and what it holds at the backend is given back. What it has asked the backend still does.
     pub fn client_left(&mut self, client: Client, now: Instant, actions: &mut Vec<Action>) {
         let Some(holding) = self.clients.remove(&client) else { return };
@@ -311,9 +340,11 @@ impl Core {
         self.awaited.clear();
         ended.sort_unstable();
         ended.dedup();
-        for client in &ended {
-            self.tidy(*client);
-        }
+        // What was not sent never is.
+        self.clients.retain(|_, holding| {
+            holding.telling = 0;
+            !holding.is_idle()
+        });
         actions.extend(ended.into_iter().map(|client| Action::EndClient { client }));
     }
 
@@ -421,10 +452,16 @@ impl Core {
 
     /// Nothing is kept of whom there is nothing to be kept.
     fn tidy(&mut self, client: Client) {
-        let is_idle = |one: &Holding| one.requests.is_empty() && one.subscriptions.is_empty() && one.batches.is_empty();
-        if self.clients.get(&client).is_some_and(is_idle) {
+        if self.clients.get(&client).is_some_and(Holding::is_idle) {
             self.clients.remove(&client);
         }
+    }
+}
+
+impl Holding {
+    fn is_idle(&self) -> bool {
+        let is_asking = !self.requests.is_empty() || !self.batches.is_empty() || self.telling > 0;
+        !is_asking && self.subscriptions.is_empty()
     }
 }
 

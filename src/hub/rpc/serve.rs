@@ -18,14 +18,14 @@ use tracing::{debug, info, warn};
 use super::{
     super::{
         End, Opener,
-        encode::encode,
+        encode::{encode, encode_pieces},
         key::Key,
         line::{Fault, Heard, Line, for_all_who_speak},
         memory::Memory,
         search::{STEADY, Search},
     },
     Callers, Hub, Opened,
-    core::{Action, Client, Core, Counts},
+    core::{Action, Client, Core, Counts, with_id},
     mailbox::{Mailbox, Whose},
     queue::Word,
 };
@@ -77,11 +77,17 @@ pub(super) struct Server {
     /// Until then no WebSocket is asked for.
     sleep: Option<Pin<Box<Sleep>>>,
     /// Messages for the backend.
-    unsent: VecDeque<String>,
+    unsent: VecDeque<Unsent>,
     unsent_bytes: usize,
     timer: Option<(Instant, Pin<Box<Sleep>>)>,
     begun: Pin<Box<WaitForCancellationFutureOwned>>,
     told: Told,
+}
+
+/// A message for the backend, and whose notifications are in it, and how many.
+struct Unsent {
+    text: String,
+    tells: Option<(Client, usize)>,
 }
 
 /// A WebSocket.
@@ -341,10 +347,13 @@ impl Server {
         if self.lease.is_some() {
             while !self.unsent.is_empty()
                 && open.line.poll_ready(cx) == Poll::Ready(true)
-                && let Some(text) = self.unsent.pop_front()
+                && let Some(Unsent { text, tells }) = self.unsent.pop_front()
             {
                 self.unsent_bytes -= text.len();
                 open.line.send(true, Bytes::from(text));
+                if let Some((client, count)) = tells {
+                    self.core.told(client, count);
+                }
             }
         }
         open.line.poll_flush(cx);
@@ -373,6 +382,11 @@ impl Server {
         }
     }
 
+    fn say(&mut self, text: String, tells: Option<(Client, usize)>) {
+        self.unsent_bytes += text.len();
+        self.unsent.push_back(Unsent { text, tells });
+    }
+
     fn carry_out(&mut self, actions: Vec<Action>) {
         self.actions.extend(actions);
         self.carry_on(DELIVERIES);
@@ -384,7 +398,11 @@ impl Server {
         while self.done < most
             && let Some(action) = self.actions.pop_front()
         {
-            self.done += if matches!(action, Action::ToAll { .. }) { self.clients.len() } else { 1 };
+            self.done += match &action {
+                Action::ToAll { .. } => self.clients.len(),
+                Action::News { holders, .. } => holders.len(),
+                _ => 1,
+            };
             match action {
                 Action::ToClient { client, text } => {
                     // A notification may have become too long by the id that its client knows.
@@ -402,11 +420,19 @@ impl Server {
                     };
                     self.clients.values().for_each(|mailbox| mailbox.push(frame.clone(), whose));
                 }
-                Action::Refusal { .. } if !self.has_room() => {}
-                Action::ToBackend { text } | Action::Refusal { text } => {
-                    self.unsent_bytes += text.len();
-                    self.unsent.push_back(text);
+                Action::News { text, id, holders } => {
+                    for (client, seen) in holders {
+                        // It may have become too long by the id that its client knows.
+                        let is_too_long = (text.len() - id.len() + seen.len()) as u64 > limits.message;
+                        self.told.too_long += u64::from(is_too_long);
+                        if let Some(mailbox) = self.clients.get(&client).filter(|_| !is_too_long) {
+                            mailbox.push(encode_pieces(with_id(&text, &id, &seen), limits.frame), Whose::Own);
+                        }
+                    }
                 }
+                Action::Refusal { .. } if !self.has_room() => {}
+                Action::ToBackend { text } | Action::Refusal { text } => self.say(text, None),
+                Action::Tell { client, count, text } => self.say(text, Some((client, count))),
                 Action::EndClient { client } => {
                     if let Some(mailbox) = self.clients.get(&client) {
                         mailbox.finish(End::Lost);

@@ -25,6 +25,8 @@ enum Verdict {
     Ask(String),
     /// To the backend, and that is all.
     Tell(String),
+    /// The same, by the hub itself.
+    End(String),
     Answer(String),
     Nothing,
 }
@@ -35,7 +37,8 @@ impl Core {
         let elements = match Message::read(text, MAX_BATCH) {
             Ok(Message::One(text)) => {
                 match self.judge(client, text, None, now) {
-                    Verdict::Ask(text) | Verdict::Tell(text) => actions.push(Action::ToBackend { text }),
+                    Verdict::Ask(text) | Verdict::End(text) => actions.push(Action::ToBackend { text }),
+                    Verdict::Tell(text) => actions.push(Action::Tell { client, count: 1, text }),
                     Verdict::Answer(text) => actions.push(Action::ToClient { client, text }),
                     Verdict::Nothing => {}
                 }
@@ -69,7 +72,7 @@ impl Core {
         self.last_batch += 1;
         let number = self.last_batch;
         let mut batch = Batch { answers: Vec::new(), missing: 0, bytes: 0, subscriptions: Vec::new() };
-        let mut passed = Vec::new();
+        let (mut passed, mut telling) = (Vec::new(), 0);
         for element in elements {
             let place = Place { batch: number, index: batch.answers.len() };
             match self.judge(client, element, Some(place), now) {
@@ -78,7 +81,11 @@ impl Core {
                     batch.missing += 1;
                     passed.push(text);
                 }
-                Verdict::Tell(text) => passed.push(text),
+                Verdict::Tell(text) => {
+                    telling += 1;
+                    passed.push(text);
+                }
+                Verdict::End(text) => passed.push(text),
                 Verdict::Answer(text) => {
                     batch.bytes += text.len() + 1;
                     batch.answers.push(Some(text));
@@ -86,7 +93,9 @@ impl Core {
                 Verdict::Nothing => {}
             }
         }
-        if !passed.is_empty() {
+        if telling > 0 {
+            actions.push(Action::Tell { client, count: telling, text: list(&passed) });
+        } else if !passed.is_empty() {
             actions.push(Action::ToBackend { text: list(&passed) });
         }
         if batch.missing > 0 {
@@ -151,7 +160,14 @@ impl Core {
             return Err(refuse(Fault::LONG_REQUEST));
         }
         match (self.methods.role(&method), id) {
-            (Role::Other, None) => Ok(Verdict::Tell(text.to_owned())),
+            (Role::Other, None) => {
+                // Nobody answers it, so nothing else would bound how many wait.
+                if self.asking(client) >= self.limits.max_requests {
+                    return Err(refuse(Fault::TOO_MANY_REQUESTS));
+                }
+                self.clients.entry(client).or_default().telling += 1;
+                Ok(Verdict::Tell(text.to_owned()))
+            }
             // Nobody would hear of the id, and so nobody could end it.
             (Role::Subscribe(_), None) => Err(refuse(Fault::INVALID)),
             (Role::Other, Some(id)) => {
@@ -178,7 +194,7 @@ impl Core {
                     let mut actions = Vec::new();
                     self.end(number, now, &mut actions);
                     return Ok(match actions.pop() {
-                        Some(Action::ToBackend { text }) => Verdict::Tell(text),
+                        Some(Action::ToBackend { text }) => Verdict::End(text),
                         _ => Verdict::Nothing,
                     });
                 };
@@ -198,6 +214,11 @@ impl Core {
         }
     }
 
+    /// Of a client: requests that are not answered, and notifications that are not sent.
+    fn asking(&self, client: Client) -> usize {
+        self.clients.get(&client).map_or(0, |holding| holding.requests.len() + holding.telling)
+    }
+
     /// One more of a client's requests, and its id at the backend.
     fn ask(
         &mut self,
@@ -207,9 +228,7 @@ impl Core {
         kind: Kind,
         now: Instant,
     ) -> Result<String, Fault> {
-        let holding = self.clients.get(&client);
-        let count = holding.map_or(0, |holding| holding.requests.len());
-        if count >= self.limits.max_requests {
+        if self.asking(client) >= self.limits.max_requests {
             return Err(Fault::TOO_MANY_REQUESTS);
         }
         if self.abandoned >= MAX_ABANDONED {

@@ -3,7 +3,10 @@
 //! A client sees an id of the hub's own making; the backend's is known here alone. Several may hold the same one of the backend's: some
 //! (Solana's) give the same id for the same question twice on a connection, and end it for all with one unsubscribe.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 use super::{
     super::{
@@ -41,7 +44,7 @@ pub(super) struct Subscription {
     /// Its client's own unsubscribe is at the backend.
     pub(super) is_ending: bool,
     /// JSON text of the id that its client sees.
-    seen: Box<str>,
+    seen: Arc<str>,
 }
 
 /// All of a hub.
@@ -49,7 +52,7 @@ pub(super) struct Subscription {
 pub(super) struct Subscriptions {
     all: BTreeMap<Number, Subscription>,
     holders: BTreeMap<Key, Vec<Number>>,
-    by_seen: BTreeMap<Box<str>, Number>,
+    by_seen: BTreeMap<Arc<str>, Number>,
     last_number: Number,
     held: VecDeque<Held>,
     held_bytes: usize,
@@ -106,11 +109,11 @@ impl Subscriptions {
         key: Key,
         names: Names,
         random: &mut dyn FnMut() -> u128,
-    ) -> (Number, Box<str>) {
+    ) -> (Number, Arc<str>) {
         self.last_number += 1;
         let number = self.last_number;
         // As the backend's look: clients may parse them. Numbers can be guessed, which is of no use to whom they don't belong.
-        let seen: Box<str> = match key.id.strip_prefix('"') {
+        let seen: Arc<str> = match key.id.strip_prefix('"') {
             Some(id) => format!("\"{}{:032x}\"", if id.starts_with("0x") { "0x" } else { "" }, random()).into(),
             None => number.to_string().into(),
         };
@@ -120,11 +123,11 @@ impl Subscriptions {
             self.held_bytes += held.text.len();
             held.whose = Whose::Of(number);
         }
-        self.by_seen.insert(seen.clone(), number);
+        self.by_seen.insert(Arc::clone(&seen), number);
         self.holders.entry(key.clone()).or_default().push(number);
         let (is_announced, is_ending) = (false, false);
         let unsubscribe = names.unsubscribe;
-        let new = Subscription { client, key, unsubscribe, is_announced, is_ending, seen: seen.clone() };
+        let new = Subscription { client, key, unsubscribe, is_announced, is_ending, seen: Arc::clone(&seen) };
         self.all.insert(number, new);
         (number, seen)
     }
@@ -164,15 +167,19 @@ impl Subscriptions {
     /// A notification of this key, whose id is this part of its text, goes to all who hold it. Whether there is anybody.
     pub(super) fn notify(&mut self, key: &Key, text: &str, id: &str, actions: &mut Vec<Action>) -> bool {
         let Some(holders) = self.holders.get(key) else { return false };
-        let mut waiting = Vec::new();
+        let (mut told, mut waiting) = (Vec::new(), Vec::new());
         for number in holders {
             let Some(one) = self.all.get(number) else { continue };
-            let text = splice(text, [(id, &one.seen)]);
             if one.is_announced {
-                actions.push(Action::ToClient { client: one.client, text });
+                told.push((one.client, Arc::clone(&one.seen)));
             } else {
-                waiting.push(Held { whose: Whose::Of(*number), text });
+                waiting.push(Held { whose: Whose::Of(*number), text: splice(text, [(id, &one.seen)]) });
             }
+        }
+        if !told.is_empty() {
+            let start = id.as_ptr().addr() - text.as_ptr().addr();
+            let id = start..start + id.len();
+            actions.push(Action::News { text: text.to_owned(), id, holders: told });
         }
         for held in waiting {
             self.hold(held);

@@ -2,9 +2,12 @@
 
 mod model;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use super::{Action, Core, Limits, MAX_ABANDONED, MAX_LATE, questions::MAX_BATCH};
+use super::{Action, Core, Limits, MAX_ABANDONED, MAX_LATE, questions::MAX_BATCH, with_id};
 use crate::hub::rpc::{
     message::{MAX_ID_BYTES, MAX_METHOD_BYTES},
     methods::Methods,
@@ -36,6 +39,11 @@ impl Hub {
     fn client(&mut self, client: u64, text: &str) -> Vec<String> {
         let mut actions = Vec::new();
         self.core.client_says(client, text, self.now, &mut actions);
+        for action in &actions {
+            if let Action::Tell { client, count, .. } = action {
+                self.core.told(*client, *count);
+            }
+        }
         told(actions)
     }
 
@@ -83,12 +91,16 @@ impl Hub {
 
 /// Who is told what: `1: ` a client, `*: ` all, `>: ` the backend.
 fn told(actions: Vec<Action>) -> Vec<String> {
-    let told = actions.into_iter().map(|action| match action {
-        Action::ToClient { client, text } => format!("{client}: {text}"),
-        Action::ToAll { text } => format!("*: {text}"),
-        Action::ToBackend { text } => format!(">: {text}"),
-        Action::Refusal { text } => format!("?: {text}"),
-        Action::EndClient { client } => format!("{client}: end"),
+    let told = actions.into_iter().flat_map(|action| match action {
+        Action::ToClient { client, text } => vec![format!("{client}: {text}")],
+        Action::ToAll { text } => vec![format!("*: {text}")],
+        Action::News { text, id, holders } => {
+            let one = |(client, seen): &(_, Arc<str>)| format!("{client}: {}", with_id(&text, &id, seen).concat());
+            holders.iter().map(one).collect()
+        }
+        Action::ToBackend { text } | Action::Tell { text, .. } => vec![format!(">: {text}")],
+        Action::Refusal { text } => vec![format!("?: {text}")],
+        Action::EndClient { client } => vec![format!("{client}: end")],
     });
     told.collect()
 }
@@ -127,6 +139,40 @@ fn only_the_id_is_replaced() {
         assert!(hub.core.is_at_rest());
         assert_eq!((hub.core.counts().answered, hub.core.counts().strays), (2, 1));
     }
+}
+
+/// Notifications count as requests do until they are sent, also those of one batch; then an error object says so, and when they are sent, or the
+/// backend is lost, there is room again.
+#[test]
+fn a_client_has_so_many_notifications_at_once() {
+    let tell = r#"{"jsonrpc":"2.0","method":"m"}"#;
+    let mut hub = Hub::new();
+    let said = |hub: &mut Hub, text: &str| {
+        let mut actions = Vec::new();
+        hub.core.client_says(1, text, hub.now, &mut actions);
+        actions
+    };
+    let is_told =
+        |count| move |action: &Action| matches!(action, Action::Tell { client: 1, count: all, .. } if *all == count);
+    assert!(said(&mut hub, tell).iter().all(is_told(1)));
+    assert!(hub.client(1, r#"{"jsonrpc":"2.0","id":1,"method":"m"}"#)[0].starts_with('>'));
+    let actions = said(&mut hub, &format!("[{tell},{tell},{tell}]"));
+    assert!(is_told(2)(&actions[0]), "{actions:?}");
+    let told = told(actions);
+    assert!(
+        told.len() == 2 && told[1].starts_with(r#"1: [{"jsonrpc":"2.0","id":null,"error":{"code":-32052"#),
+        "{told:?}"
+    );
+    fault(1, "7", -32052)(&hub.client(1, r#"{"jsonrpc":"2.0","id":7,"method":"m"}"#));
+    fault(1, "null", -32052)(&hub.client(1, tell));
+    hub.core.told(1, 2);
+    assert!(said(&mut hub, tell).iter().all(is_told(1)));
+    hub.lost();
+    assert!(hub.core.is_at_rest());
+    assert!(said(&mut hub, &format!("[{tell},{tell},{tell},{tell}]")).iter().all(is_told(4)));
+    hub.left(1);
+    hub.core.told(1, 4);
+    assert!(hub.core.is_at_rest());
 }
 
 /// Where there is no memory for answers to wait for the rest of their batch, error objects do so, and another batch is refused; who asks alone

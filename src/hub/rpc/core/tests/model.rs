@@ -17,7 +17,7 @@ use proptest::{
 use serde::Deserialize;
 use serde_json::{Value, value::RawValue};
 
-use super::super::{Action, Client, Core, Limits};
+use super::super::{Action, Client, Core, Limits, with_id};
 use crate::hub::rpc::methods::Methods;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -111,6 +111,8 @@ struct World {
     actions: usize,
     /// The last random number.
     drawn: u128,
+    /// Notifications of the batch that is being made.
+    telling: usize,
     /// Errors that clients were told of, by code, and 0 for what the hub has unsubscribed itself.
     codes: BTreeSet<i64>,
 }
@@ -135,6 +137,7 @@ impl World {
             sent: Vec::new(),
             actions: 0,
             drawn: 0,
+            telling: 0,
             codes: BTreeSet::new(),
         }
     }
@@ -187,7 +190,7 @@ impl World {
         let is_out = |ask: &&Ask| !matches!(ask.what, What::Fault(_) | What::Done);
         let outs = self.outs.values().filter(|out| out.client == Some(client));
         let taken: Vec<_> = taken.iter().filter(is_out).collect();
-        let count = outs.clone().count() + taken.len();
+        let count = outs.clone().count() + taken.len() + self.telling;
         let is_full = count >= LIMITS.max_requests;
         let request = |method: &str, params: &str| {
             format!(r#"{{"n":{n},"jsonrpc":"2.0","id" : {id},"method":"{method}","params":{params}}}"#)
@@ -233,11 +236,13 @@ impl World {
             }
             13 => {
                 let seen = self.subs.values().find(|sub| sub.client == client).and_then(|sub| sub.seen.clone());
-                let Some(seen) = seen else { return (r#"{"jsonrpc":"2.0","method":"tell"}"#.to_owned(), None) };
+                let Some(seen) = seen else {
+                    return self.notification(r#"{"jsonrpc":"2.0","method":"tell"}"#, is_full);
+                };
                 self.subs.retain(|_, sub| sub.seen.as_ref() != Some(&seen));
                 (format!(r#"{{"jsonrpc":"2.0","method":"a_unsubscribe","params":[{seen}]}}"#), None)
             }
-            14 => (r#"{"jsonrpc":"2.0","method":"tell","params":{"id":1}}"#.to_owned(), None),
+            14 => self.notification(r#"{"jsonrpc":"2.0","method":"tell","params":{"id":1}}"#, is_full),
             _ => {
                 let (text, id, code) = INVALID[drawn % INVALID.len()];
                 // Alone a list in a list is a batch of its own.
@@ -245,6 +250,13 @@ impl World {
                 (text.to_owned(), Some(Ask { n, id, what: What::Fault(code), at }))
             }
         }
+    }
+
+    /// That is one too many only together with others that are not sent.
+    fn notification(&mut self, text: &str, is_full: bool) -> (String, Option<Ask>) {
+        self.telling += usize::from(!is_full);
+        let ask = Ask { n: self.last_n, id: "null", what: What::Fault(-32052), at: self.now };
+        (text.to_owned(), is_full.then_some(ask))
     }
 
     fn ask(&mut self, client: Client, drawn: usize) {
@@ -275,6 +287,7 @@ impl World {
         let mut actions = Vec::new();
         self.core.client_says(client, text, self.now, &mut actions);
         self.hear(actions);
+        self.telling = 0;
         // What the hub answers itself it answers at once.
         let waits = |ask: &Ask| !matches!(ask.what, What::Fault(_) | What::Done);
         let person = &self.people[&client];
@@ -446,8 +459,16 @@ impl World {
             match action {
                 Action::ToClient { client, text } => self.heard_by_client(client, &text),
                 Action::ToAll { text } => assert!(text.contains("news"), "{text}"),
-                Action::ToBackend { text } | Action::Refusal { text } => {
-                    match serde_json::from_str(&text).expect("the hub speaks JSON") {
+                Action::News { text, id, holders } => {
+                    for (client, seen) in holders {
+                        self.heard_by_client(client, &with_id(&text, &id, &seen).concat());
+                    }
+                }
+                Action::ToBackend { ref text } | Action::Tell { ref text, .. } | Action::Refusal { ref text } => {
+                    if let Action::Tell { client, count, .. } = action {
+                        self.core.told(client, count);
+                    }
+                    match serde_json::from_str(text).expect("the hub speaks JSON") {
                         Value::Array(elements) => elements.iter().for_each(|element| self.heard_by_backend(element)),
                         element => self.heard_by_backend(&element),
                     }
