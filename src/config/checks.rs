@@ -54,6 +54,7 @@ const MAX_STREAMS: Name = name("pool", "max_streams");
 const MAX_USES: Name = name("pool", "max_uses");
 const POOL_MODE: Name = name("pool", "mode");
 const QUEUE_MESSAGES: Name = name("pool", "queue_messages");
+const KEY_HEADERS: Name = name("pool", "key_headers");
 const REPLAY_MESSAGES: Name = name("pool", "replay_messages");
 const DELAY: Name = name("drain", "delay");
 const WINDOW: Name = name("drain", "window");
@@ -152,6 +153,9 @@ fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
 }
 
+/// Fields that no two handshakes have in common: tidegate, or what is in front of it, makes them anew for each.
+const ALWAYS_OTHER: [&str; 2] = ["x-request-id", "traceparent"];
+
 /// Routes whose clients share one WebSocket.
 fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     if settings.upstream.pool.mode == Mode::Shared {
@@ -184,6 +188,16 @@ fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
             let own = own(index, route);
             if origins.written.contains_key(&own) { own } else { name }
         };
+        let named = place(KEY_HEADERS, "pool.key_headers");
+        if let Some(name) = sharing.key_headers.iter().find(|name| ALWAYS_OTHER.contains(&name.as_str()))
+            && origins.judged(&[named])
+        {
+            findings.push(Finding::error(
+                format!("`pool.key_headers` of {of} has {name:?}, which is another one in each handshake"),
+                origins.place(named),
+                "leave it out: nobody would share a WebSocket with anybody; the backend gets one of the WebSocket's own",
+            ));
+        }
         let (replayed, kept) =
             (place(REPLAY_MESSAGES, "pool.replay_messages"), place(QUEUE_MESSAGES, "pool.queue_messages"));
         let is_more = sharing.replay == Replay::LastN && sharing.replay_messages > sharing.queue_messages;

@@ -265,7 +265,9 @@ impl Hubs {
             }
             for key in keys {
                 if all.len() < most {
-                    all.push(Shared::new(route, key, now));
+                    let mut shared = Shared::new(route, key, now);
+                    shared.connections.iter_mut().for_each(|one| one.capacity = None);
+                    all.push(shared);
                 } else {
                     more += 1;
                 }

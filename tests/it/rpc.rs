@@ -640,20 +640,26 @@ fn a_slow_client_is_ended() {
     t.no_rst();
 }
 
-/// A request has its deadline; its answer comes too late for anybody.
+/// A request has its deadline; its answer comes too late for anybody. Method: the backend is told to send it when its client has the error, and
+/// then answers something else.
 #[test]
 fn an_answer_may_be_too_late() {
     let asked = Asked::new();
-    let t = scene(&asked, "idle_timeout = '45s', request_timeout = '100ms'");
+    let t = scene(&asked, "idle_timeout = '45s', request_timeout = '1s'");
     t.client(async |c| {
         c.handshake("/rpc").await;
         c.send_text(&request("\"a\"", "hold", "[]")).await;
         let told = c.read_text().await;
         assert!(told.contains("\"id\":\"a\"") && told.contains("\"code\":-32051"), "{told}");
+        c.send_text(&request("\"b\"", "free", "[1]")).await;
+        assert_eq!(c.read_text().await, answer("\"b\"", "[1]"));
+        ask(c, "more").await;
         leave(c).await;
     });
     let metrics = t.proxy().metrics();
     assert_eq!(metrics.count("tidegate_rpc_requests_total{result=\"timeout\"}"), 1);
+    assert_eq!(metrics.count("tidegate_rpc_requests_total{result=\"answered\"}"), 2);
+    assert_eq!(metrics.count("tidegate_rpc_dropped_messages_total{reason=\"stray\"}"), 1);
     over(&t);
 }
 
