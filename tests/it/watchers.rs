@@ -7,7 +7,7 @@
 use crate::harness::{
     Board, DEADLINE, LIMIT, Message,
     crowd::{Backend, Front, Member, Stage, is_strict, tally},
-    feed::{Delays, Heard, Part, Stop, ask, end, follow, join, join_all, join_by, leave, now_us, say},
+    feed::{Delays, Heard, Part, Stop, ask, end, feed_on, follow, join, join_all, join_by, leave},
     proxy::Metrics,
     ws::{CLOSE, Frame},
 };
@@ -78,25 +78,9 @@ fn told_feed(stage: &Stage, bytes: usize, every: Duration) -> (Backend<String>, 
         stage.backend(async move |mut member: Member| {
             let request = member.message().await.expect("a handshake");
             member.send_bytes(&Message::switching(&request).bytes()).await.expect("who has asked");
-            let (feed, mut number, mut ticks) = (now_us(), 0, interval(every));
-            let close = loop {
-                // What is said goes on while it waits.
-                let more = allowed.until(LIMIT, |allowed| (number < *allowed).then_some(()));
-                tokio::select! {
-                    frame = member.frame() => break frame,
-                    more = more => more.expect("a test that goes on"),
-                }
-                ticks.tick().await;
-                member.send(&say(feed, number, bytes)).await.expect("who is there");
-                number += 1;
-            };
-            match close {
-                Ok(close) if close.opcode == CLOSE => {
-                    let code = close.code();
-                    end(member, &close).await;
-                    format!("Close {code}")
-                }
-                other => format!("{other:?}"),
+            match feed_on(member, every, bytes, Some(&allowed)).await {
+                Some(code) => format!("Close {code}"),
+                None => "no Close".to_owned(),
             }
         })
     };
@@ -387,21 +371,8 @@ fn a_drain_is_1001_for_all_watchers() {
         stage.backend(async move |mut member: Member| {
             let request = member.message().await.expect("a handshake");
             member.send_bytes(&Message::switching(&request).bytes()).await.expect("who has asked");
-            let (feed, mut number, mut ticks) = (now_us(), 0, interval(EVERY));
-            loop {
-                tokio::select! {
-                    frame = member.frame() => {
-                        let close = frame.expect("a Close before the end");
-                        assert_eq!(close.opcode, CLOSE, "{close:?}");
-                        codes.change(|codes| codes.push(close.code()));
-                        return end(member, &close).await;
-                    }
-                    _ = ticks.tick() => {
-                        member.send(&say(feed, number, BYTES)).await.expect("who is there");
-                        number += 1;
-                    }
-                }
-            }
+            let code = feed_on(member, EVERY, BYTES, None).await.expect("a Close before the end");
+            codes.change(|codes| codes.push(code));
         })
     };
     let t = stage.tidegate(&format!("drain = {{ delay = '0s', window = '1s' }}\n{}", shared("")), backend.address);

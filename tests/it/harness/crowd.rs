@@ -676,7 +676,8 @@ pub async fn anything(mut member: Member) {
             break;
         }
         if response.code() == 101 && request.target().starts_with("/feed") {
-            return feed::feed_on(member, feed::EVERY, feed::BYTES).await;
+            feed::feed_on(member, feed::EVERY, feed::BYTES, None).await;
+            return;
         }
         if response.code() == 101 {
             return echo_on(member).await;

@@ -1,7 +1,7 @@
 //! Feeds, and those who watch them: numbered messages that say when they were sent, so that whoever hears them finds each gap.
 
 use super::{
-    DEADLINE, End, Frame, Message,
+    Board, DEADLINE, End, Frame, LIMIT, Message,
     crowd::Member,
     ws::{CLOSE, PING, PONG, SeenFrame, TEXT},
 };
@@ -42,19 +42,33 @@ fn said(frame: &SeenFrame) -> Option<[u64; 3]> {
     Some([words.next()?, words.next()?, words.next()?])
 }
 
-/// A connection of a backend that says something every so often, and answers what it has to.
-pub async fn feed_on(mut member: Member, every: Duration, bytes: usize) {
+/// A connection of a backend that says something every so often, so many messages as it may (`None`: any number), and answers what it has to. Gives
+/// the code of its Close; `None`: there was none.
+pub async fn feed_on(mut member: Member, every: Duration, bytes: usize, may: Option<&Board<u64>>) -> Option<u16> {
     let (feed, mut ticks, mut number) = (now_us(), interval(every), 0);
     loop {
+        let next = async {
+            if let Some(may) = may {
+                may.until(LIMIT, |may| (number < *may).then_some(())).await.expect("a test that goes on");
+            }
+            ticks.tick().await;
+        };
         tokio::select! {
             frame = member.frame() => match frame {
-                Ok(frame) if frame.opcode == CLOSE => return end(member, &frame).await,
+                Ok(frame) if frame.opcode == CLOSE => {
+                    let code = frame.code();
+                    end(member, &frame).await;
+                    return Some(code);
+                }
                 // The failure of an answer is seen with the next read.
                 Ok(frame) if frame.opcode == PING => _ = member.send(&Frame::new(PONG, &frame.payload)).await,
                 Ok(_) => {}
-                Err(_) => return drop(member.fin_and_rest().await),
+                Err(_) => {
+                    member.fin_and_rest().await;
+                    return None;
+                }
             },
-            _ = ticks.tick() => {
+            () = next => {
                 let _ = member.send(&say(feed, number, bytes)).await;
                 number += 1;
             }
