@@ -379,7 +379,7 @@ impl RpcResult {
     }
 }
 
-/// What is done about slow clients, in the order of `upstream::SlowClient`.
+/// What is done about slow clients, in the order of `hub::SlowClient`.
 const SLOW_CLIENTS: [&str; 3] = ["disconnect", "drop_oldest", "conflate"];
 
 /// All of it.

@@ -424,6 +424,7 @@ impl Reload {
         let Parts { contexts, homes, listeners, bounds, admin, ports, most_orphans, tracker } = parts;
         let first = contexts.first().expect("there is a worker").latest();
         let is_same = new.upstream == old.upstream && new.ways().eq(old.ways()) && new.socket == old.socket;
+        let is_shared_alike = new.sharing().eq(old.sharing());
         let upstreams = if is_same {
             first.upstreams.clone()
         } else {
@@ -447,7 +448,8 @@ impl Reload {
             && new.relay == old.relay
             && new.close.patience == old.close.patience
             && new.log.sample == old.log.sample
-            && upstreams.is(&first.upstreams);
+            && upstreams.is(&first.upstreams)
+            && is_shared_alike;
         if !is_same_for_sessions {
             if !is_same {
                 warn_of_idle(&upstreams);
@@ -458,10 +460,11 @@ impl Reload {
                 first.upstreams.retire(&upstreams);
             }
             // Clients who have joined stay; whoever comes now finds others.
-            let hubs = if is_same && new.relay == old.relay {
+            let hubs = if is_same && is_shared_alike && new.relay == old.relay {
                 first.hubs.clone()
             } else {
-                Hubs::new(&upstreams, homes, &new.relay, &first.metrics, &first.admission).after(&first.hubs)
+                Hubs::new(&upstreams, new.sharing(), homes, &new.relay, &first.metrics, &first.admission)
+                    .after(&first.hubs)
             };
             for context in contexts {
                 let context = context.latest();

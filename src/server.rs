@@ -210,7 +210,7 @@ impl Server {
                 Home { worker, workers, runtime, tracker, drain, end }
             })
             .collect();
-        let hubs = Hubs::new(&upstreams, &homes, &relay, &metrics, &admission);
+        let hubs = Hubs::new(&upstreams, settings.sharing(), &homes, &relay, &metrics, &admission);
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let (drain, home) = (drain.clone(), homes[index].clone());

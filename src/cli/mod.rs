@@ -354,7 +354,7 @@ fn demo(mut settings: Settings) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     settings.upstream.address = Address::Tcp { host: address.ip().to_string(), port: address.port() }.into();
     // What is to be seen of it: one connection for all who watch.
-    settings.routes = vec![Route::broadcast(demo::FEED, &settings.upstream)];
+    settings.routes = vec![Route::broadcast(demo::FEED, &settings)];
     let shutdown = CancellationToken::new();
     let backend = {
         let shutdown = shutdown.clone();

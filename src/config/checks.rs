@@ -17,8 +17,9 @@ use super::{
 };
 use crate::{
     downstream::{ClientAuth, ProxyProtocol},
+    hub::Replay,
     net::{Address, TlsFile, TlsFileError, TlsServer},
-    upstream::{Addresses, Mode, Pool, Replay, SharedKind},
+    upstream::{Addresses, Mode, Pool},
 };
 
 /// Where the values came from.
@@ -168,7 +169,7 @@ fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
     }
     let own = |index, key| Name { section: ROUTE, route: Some(index), key };
     for (index, route) in settings.routes.iter().enumerate().filter(|(_, route)| route.pool.mode == Mode::Shared) {
-        let sharing = &route.pool.sharing;
+        let sharing = &route.sharing;
         let (mode, kind) = (own(index, "pool.mode"), own(index, "pool.shared"));
         let path = route.path.as_ref().map(ToString::to_string);
         let of = named_route(index, path.as_deref());
@@ -176,7 +177,7 @@ fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
             continue;
         }
         match sharing.kind {
-            Some(SharedKind::Broadcast | SharedKind::Rpc) => {}
+            Some(_) => {}
             None => findings.push(Finding::error(
                 format!("`pool.mode` of {of} is \"shared\", and `pool.shared` says nothing"),
                 origins.place(mode),

@@ -26,14 +26,14 @@ use crate::{
     close,
     downstream::{self, BadOrigin, ClientAuth, Origin, ProxyProtocol},
     drain::{self, Readiness},
-    hub::rpc::methods::Triple,
+    hub::{
+        self, Authorize, Replay, SlowClient,
+        rpc::methods::{Triple, TripleError},
+    },
     listen,
     net::{Address, SocketConfig, is_server_name},
     relay,
-    upstream::{
-        self, Addresses, Authorize, Mode, Pattern, Pool, Replay, Rules, SharedKind, Sharing, SlowClient, Subscription,
-        Tls,
-    },
+    upstream::{self, Addresses, Mode, Pattern, Pool, Rules, Tls},
 };
 
 /// What a key is called.
@@ -83,7 +83,7 @@ pub(super) enum Slot<'a> {
     /// Names of header fields.
     HeaderNames(&'a mut Vec<HeaderName>),
     /// Each the names of three methods.
-    Subscriptions(&'a mut Vec<Subscription>),
+    Subscriptions(&'a mut Vec<Triple>),
     /// Names of methods, or how they begin, with a `*` behind it.
     Methods(&'a mut Vec<String>),
     /// A whole number.
@@ -170,9 +170,9 @@ impl<T: Spelled> Words for T {
     }
 }
 
-impl Spelled for Option<SharedKind> {
+impl Spelled for Option<hub::Kind> {
     const SPELLED: &'static [(&'static str, Self)] =
-        &[("", None), ("broadcast", Some(SharedKind::Broadcast)), ("rpc", Some(SharedKind::Rpc))];
+        &[("", None), ("broadcast", Some(hub::Kind::Broadcast)), ("rpc", Some(hub::Kind::Rpc))];
 }
 
 impl Spelled for Authorize {
@@ -230,6 +230,9 @@ pub(super) const MAX_METHODS: usize = 64;
 /// A request is compared with each of them at most.
 pub(super) const MAX_ROUTES: usize = 256;
 
+/// The methods of the subscriptions that there are most of.
+const ETHEREUM: &str = "eth_subscribe eth_unsubscribe eth_subscription";
+
 impl Settings {
     /// The defaults as `proxy.toml` says them: `listen.workers` is 0, and what depends on other settings is not computed yet.
     #[expect(clippy::too_many_lines, reason = "a line for each setting")]
@@ -278,29 +281,6 @@ impl Settings {
                     idle_timeout: seconds(10),
                     stall_timeout: seconds(10),
                     ping_interval: Some(seconds(15)),
-                    sharing: Sharing {
-                        kind: None,
-                        authorize: Authorize::First,
-                        key_headers: Vec::new(),
-                        ignore_headers: Vec::new(),
-                        max_keys: 1024,
-                        reconnect_grace: seconds(10),
-                        queue_messages: 1024,
-                        queue_bytes: 1 << 20,
-                        slow_client: SlowClient::Disconnect,
-                        replay: Replay::None,
-                        replay_messages: 16,
-                        allow_client_messages: false,
-                        request_timeout: seconds(30),
-                        max_requests: 256,
-                        max_subscriptions: 256,
-                        subscriptions: vec![Subscription {
-                            subscribe: "eth_subscribe".to_owned(),
-                            unsubscribe: "eth_unsubscribe".to_owned(),
-                            notification: "eth_subscription".to_owned(),
-                        }],
-                        notifications: Vec::new(),
-                    },
                 },
                 rules: Rules::default(),
                 tls: Tls::OFF,
@@ -318,6 +298,25 @@ impl Settings {
                 source_addresses: Vec::new(),
                 header_bytes: 32 << 10,
                 write_timeout: seconds(30),
+            },
+            sharing: hub::Config {
+                kind: None,
+                authorize: Authorize::First,
+                key_headers: Vec::new(),
+                ignore_headers: Vec::new(),
+                max_keys: 1024,
+                reconnect_grace: seconds(10),
+                queue_messages: 1024,
+                queue_bytes: 1 << 20,
+                slow_client: SlowClient::Disconnect,
+                replay: Replay::None,
+                replay_messages: 16,
+                allow_client_messages: false,
+                request_timeout: seconds(30),
+                max_requests: 256,
+                max_subscriptions: 256,
+                subscriptions: vec![ETHEREUM.parse().expect("three methods")],
+                notifications: Vec::new(),
             },
             relay: relay::Config {
                 max_message: 16 << 20,
@@ -381,7 +380,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     }
 
     // Taken apart in full, so that a new setting without a key does not go unnoticed. `_`: computed by `Settings::resolve`.
-    let Settings { listen, limits, downstream, upstream, relay, close, drain, admin: Admin { address: admin, token_file, token: _ }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
+    let Settings { listen, limits, downstream, upstream, sharing, relay, close, drain, admin: Admin { address: admin, token_file, token: _ }, reload: Reload { watch }, grace: Grace { period: grace_period, backend_stop }, socket, log, routes } = settings;
     let listen::Config { address, backlog, max_sockets, accept_loops, workers, hand_off } = listen;
     let admission::Config { max_connections, max_connections_per_address, handshakes_per_second, handshakes_per_address, handshake_delay, memory } = limits;
     let downstream::Config { header_timeout, body_rate, header_bytes, header_count, retry_after, proxy_protocol, trusted_proxies, allowed_origins, tls: clients_tls, http2: downstream::Http2 { is_on: http2, max_streams: client_streams } } = downstream;
@@ -457,7 +456,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("upstream", "tls_client_key", Slot::File(client_key)),
 
     ];
-    keys.extend(pool_slots(pool).map(|(key, slot)| live("pool", key.trim_start_matches(POOL), slot)));
+    keys.extend(pool_slots(pool, sharing).map(|(key, slot)| live("pool", key.trim_start_matches(POOL), slot)));
     keys.extend([
         live("websocket", "max_message", Size(U64(max_message), CONTROL_FRAME_BYTES..=1024 * GIB)),
         live("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
@@ -511,7 +510,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 }
 
 /// `[pool]`, and what a route has of its own.
-fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 28] {
+fn pool_slots<'a>(pool: &'a mut Pool, sharing: &'a mut hub::Config) -> [(&'static str, Slot<'a>); 28] {
     let Pool {
         mode,
         prewarm,
@@ -524,9 +523,8 @@ fn pool_slots(pool: &mut Pool) -> [(&'static str, Slot<'_>); 28] {
         idle_timeout,
         stall_timeout,
         ping_interval,
-        sharing,
     } = pool;
-    let Sharing {
+    let hub::Config {
         kind,
         authorize,
         key_headers,
@@ -587,12 +585,12 @@ pub(super) fn names() -> Vec<(&'static str, &'static str)> {
 impl Route {
     /// One of which nothing was read yet.
     pub(super) fn unresolved() -> Self {
-        let upstream::Config { address, pool, .. } = Settings::unresolved().upstream;
-        Self { path: None, address, pool, rules: Rules::default(), own: [false; OVERRIDES] }
+        let Settings { upstream: upstream::Config { address, pool, .. }, sharing, .. } = Settings::unresolved();
+        Self { path: None, address, pool, sharing, rules: Rules::default(), own: [false; OVERRIDES] }
     }
 
-    /// One of which all is resolved: on `path` clients share a WebSocket (`pool.shared = "broadcast"`) to the backend of `upstream`.
-    pub fn broadcast(path: &str, upstream: &upstream::Config) -> Self {
+    /// One of which all is resolved: on `path` clients share a WebSocket (`pool.shared = "broadcast"`) to the backend of `settings`.
+    pub fn broadcast(path: &str, settings: &Settings) -> Self {
         let mut route = Self { path: Some(Pattern::Exact(path.to_owned())), ..Self::unresolved() };
         for (key, mut slot, is_own) in route.keys().1 {
             let word = match key {
@@ -603,13 +601,14 @@ impl Route {
             slot.read(&Value::Text(word.to_owned())).expect("a word of this key");
             *is_own = true;
         }
-        route.resolve(upstream);
+        route.resolve(&settings.upstream, &settings.sharing);
         route
     }
 
     /// What is not its own is as in the sections that are for all.
-    pub(super) fn resolve(&mut self, upstream: &upstream::Config) {
-        let mut all = Self { address: upstream.address.clone(), pool: upstream.pool.clone(), ..Self::unresolved() };
+    pub(super) fn resolve(&mut self, upstream: &upstream::Config, sharing: &hub::Config) {
+        let (address, pool, sharing) = (upstream.address.clone(), upstream.pool.clone(), sharing.clone());
+        let mut all = Self { address, pool, sharing, ..Self::unresolved() };
         for ((_, theirs, _), (_, mut ours, is_own)) in all.keys().1.zip(self.keys().1) {
             if !*is_own {
                 ours.read(&theirs.write().into()).expect("what was written by a key is read by the same key");
@@ -619,8 +618,8 @@ impl Route {
 
     /// Its path; then what it may have of its own, and whether it has.
     pub(super) fn keys(&mut self) -> (Slot<'_>, impl Iterator<Item = (&'static str, Slot<'_>, &mut bool)>) {
-        let Self { path, address, pool, rules: Rules { allow, deny, max_sessions }, own } = self;
-        let slots = std::iter::once((BACKEND, Slot::Backends(address))).chain(pool_slots(pool)).chain([
+        let Self { path, address, pool, sharing, rules: Rules { allow, deny, max_sessions }, own } = self;
+        let slots = std::iter::once((BACKEND, Slot::Backends(address))).chain(pool_slots(pool, sharing)).chain([
             ("allow", Slot::Networks(allow)),
             ("deny", Slot::Networks(deny)),
             ("max_sessions", Slot::Count(Number::OptionUsize(max_sessions), 0..=1_000_000)),
@@ -1003,23 +1002,18 @@ fn parse_header_name(text: &str) -> Result<HeaderName, Refusal> {
     Ok(name)
 }
 
-fn parse_subscription(text: &str) -> Result<Subscription, Refusal> {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let [subscribe, unsubscribe, notification] = words[..] else {
-        return refuse(
+fn parse_subscription(text: &str) -> Result<Triple, Refusal> {
+    text.parse().or_else(|error| match error {
+        TripleError::Count => refuse(
             format!("contains an item that is not three methods: {text:?}"),
             "write the method that subscribes, the one that unsubscribes, and that of the notifications: \"eth_subscribe eth_unsubscribe \
              eth_subscription\"",
-        );
-    };
-    if let Err(error) = text.parse::<Triple>() {
-        return refuse(
+        ),
+        TripleError::Stars(_) | TripleError::Unbound(_) => refuse(
             format!("contains an item with {error}: {text:?}"),
             "one * in a name stands for what is the same in all three: \"*Subscribe *Unsubscribe *Notification\"",
-        );
-    }
-    let [subscribe, unsubscribe, notification] = [subscribe, unsubscribe, notification].map(str::to_owned);
-    Ok(Subscription { subscribe, unsubscribe, notification })
+        ),
+    })
 }
 
 fn parse_method(text: &str) -> Result<String, Refusal> {

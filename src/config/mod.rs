@@ -37,11 +37,11 @@ pub use self::{
     written::Seen,
 };
 use crate::{
-    admission, close, downstream, drain, listen,
+    admission, close, downstream, drain, hub, listen,
     net::SocketConfig,
     relay,
     token::{BadToken, Token},
-    upstream::{self, Addresses, Pattern, Pool, Rules},
+    upstream::{self, Addresses, Mode, Pattern, Pool, Rules},
 };
 
 /// The `proxy.toml` that comes with the program: every key with its default and its explanation.
@@ -60,6 +60,8 @@ pub struct Settings {
     pub downstream: downstream::Config,
     /// `[upstream]`, `[pool]`, `http.header_bytes` and `websocket.write_timeout`.
     pub upstream: upstream::Config,
+    /// Of `[pool]`, how WebSockets are shared where they are.
+    pub sharing: hub::Config,
     /// `[websocket]` without the buffers, and the delay, the handshake and the codes of `[close]`.
     pub relay: relay::Config,
     /// The lingers of `[close]`.
@@ -88,6 +90,8 @@ pub struct Route {
     address: Addresses,
     /// How connections to that are used.
     pool: Pool,
+    /// How WebSockets to it are shared, if they are.
+    sharing: hub::Config,
     /// Whom it is for.
     rules: Rules,
     /// What it has of its own, in the order of its keys.
@@ -369,7 +373,7 @@ impl Settings {
         self.upstream.header_bytes = self.downstream.header_bytes;
         self.upstream.write_timeout = self.relay.write_timeout;
         for route in &mut self.routes {
-            route.resolve(&self.upstream);
+            route.resolve(&self.upstream, &self.sharing);
         }
         // TCP_USER_TIMEOUT also ends a live peer that only keeps its window at zero, and it ends it with a reset. So it must
         // never be first: all our own deadlines, one after the other, have ended such a socket in order before. It remains for
@@ -411,6 +415,12 @@ impl Settings {
             let config = upstream::Config { address, pool, rules, ..self.upstream.clone() };
             Some((path.clone()?, config))
         })
+    }
+
+    /// How clients of each route share a WebSocket where they do, by its path.
+    pub fn sharing(&self) -> impl Iterator<Item = (String, hub::Config)> {
+        let shared = self.routes.iter().filter(|route| route.pool.mode == Mode::Shared);
+        shared.filter_map(|Route { path, sharing, .. }| Some((path.as_ref()?.to_string(), sharing.clone())))
     }
 
     /// A `proxy.toml` that reads back to the same settings, as far as durations are whole milliseconds.

@@ -209,7 +209,7 @@ fn changes_of_routes(from: &Settings, to: &Settings) -> Vec<Change> {
         let is_new = before.is_none();
         let mut before = before.unwrap_or_else(|| {
             let mut route = Route::unresolved();
-            route.resolve(&to.upstream);
+            route.resolve(&to.upstream, &to.sharing);
             route
         });
         for ((key, old, was_own), (_, new, is_own)) in before.keys().1.zip(route.keys().1) {

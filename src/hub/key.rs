@@ -19,7 +19,8 @@ use http::{
 use ring::hmac;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 
-use crate::{fields::tokens, upstream::Sharing};
+use super::Config;
+use crate::fields::tokens;
 
 /// Fields that say who somebody is, what he may do, or where he has come in, beside those that browsers send.
 const NAMES: [&str; 55] = [
@@ -172,7 +173,7 @@ struct Inner {
 
 impl Key {
     /// Of a client's handshake as it would be passed on to the backend of `route`.
-    pub(super) fn new(route: &str, request: &Request<()>, sharing: &Sharing) -> Self {
+    pub(super) fn new(route: &str, request: &Request<()>, sharing: &Config) -> Self {
         let from = request.headers();
         let (mut names, mut is_whole) = (Vec::new(), true);
         for name in from.keys() {
@@ -292,8 +293,8 @@ mod tests {
     use super::*;
     use crate::config::Settings;
 
-    fn sharing() -> Sharing {
-        Settings::default().upstream.pool.sharing
+    fn sharing() -> Config {
+        Settings::default().sharing
     }
 
     fn request(target: &str, fields: &[(&str, &str)]) -> Request<()> {

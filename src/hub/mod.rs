@@ -13,6 +13,7 @@
 //! ```
 
 mod broadcast;
+mod config;
 mod encode;
 mod inbox;
 mod key;
@@ -24,6 +25,7 @@ mod search;
 mod turnstile;
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{Arc, Weak},
     time::Duration,
@@ -34,7 +36,10 @@ use http::{HeaderValue, Request};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-pub use self::line::{Fault, Refused};
+pub use self::{
+    config::{Authorize, Config, Kind, Replay, SlowClient},
+    line::{Fault, Refused},
+};
 use self::{
     inbox::Terms,
     key::Key,
@@ -47,7 +52,7 @@ use crate::{
     net::Stream,
     pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports, WeakPool},
     relay,
-    upstream::{Authorize, Config, Error, Home, Mode, Shared, SharedKind, Sharing, Upstreams},
+    upstream::{self, Error, Home, Mode, Shared, Upstreams},
     ws::Limits,
 };
 
@@ -93,7 +98,7 @@ struct Way {
     route: Arc<str>,
     pool: Pool<Key, Opener>,
     lines: Lines,
-    sharing: Arc<Sharing>,
+    sharing: Arc<Config>,
     /// Who asks there, if that is what is shared.
     callers: Option<Arc<rpc::Callers>>,
     /// Nobody comes any more.
@@ -112,7 +117,7 @@ struct Opener {
     lines: Lines,
     callers: Option<Arc<rpc::Callers>>,
     route: Arc<str>,
-    sharing: Arc<Sharing>,
+    sharing: Arc<Config>,
     /// What clients may send, and are sent.
     limits: Limits,
     /// For a client's message that has begun.
@@ -125,22 +130,24 @@ struct Opener {
 }
 
 impl Hubs {
-    /// None is open. `homes`: of all workers, in their order. `admission` has memory for what they keep.
+    /// None is open. `sharing`: of each route where clients share, by its path. `homes`: of all workers, in their order. `admission` has memory for what they keep.
     pub fn new(
         upstreams: &Upstreams,
+        sharing: impl IntoIterator<Item = (String, Config)>,
         homes: &Arc<[Home]>,
         relay: &relay::Config,
         metrics: &Arc<Metrics>,
         admission: &Admission,
     ) -> Self {
-        let mut ways = Vec::new();
+        let (mut ways, mut shared) = (Vec::new(), HashMap::<_, _>::from_iter(sharing));
         for way in upstreams.ways() {
             let config = way.upstream.config();
             let Some(home) = homes.first().filter(|_| config.pool.mode == Mode::Shared) else { continue };
+            let Some(sharing) = shared.remove(&*way.route) else { continue };
             let lines = Lines::new(&way.upstream, relay, metrics);
-            let (route, sharing) = (Arc::clone(&way.route), Arc::new(config.pool.sharing.clone()));
+            let (route, sharing) = (Arc::clone(&way.route), Arc::new(sharing));
             let message_limits = Limits { frame: relay.max_frame, message: relay.max_message };
-            let callers = (sharing.kind == Some(SharedKind::Rpc))
+            let callers = (sharing.kind == Some(Kind::Rpc))
                 .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics, admission));
             let opener = Opener {
                 lines: lines.clone(),
@@ -298,8 +305,8 @@ fn signed(bytes: usize) -> i64 {
 }
 
 /// One for each key, however many use it.
-fn limits(config: &Config) -> pool::Config {
-    let Config { pool, connect_timeout, handshake_timeout, queue_timeout, max_waiting, .. } = config;
+fn limits(config: &upstream::Config) -> pool::Config {
+    let upstream::Config { pool, connect_timeout, handshake_timeout, queue_timeout, max_waiting, .. } = config;
     // Each of its parts has a deadline of its own, after which it ends in order.
     let patience = *queue_timeout + *connect_timeout + *handshake_timeout + REFUSAL_TIMEOUT + Duration::from_secs(5);
     pool::Config {

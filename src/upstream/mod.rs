@@ -45,7 +45,7 @@ use tokio::{
 };
 
 pub use self::{
-    config::{Addresses, Authorize, Kind as SharedKind, Mode, Pool, Replay, Sharing, SlowClient, Subscription},
+    config::{Addresses, Mode, Pool},
     endpoints::{Load, State as EndpointState},
     multiplexed::{End, Home, StreamBody, extended_connect},
     routes::{Ambiguous, Pattern, Routes},

@@ -14,7 +14,8 @@ use std::{
 
 use tidegate::{
     config::{self, FileSource, Findings, Level, Loaded, Settings, Sources},
-    upstream::{Mode, SharedKind},
+    hub::Kind,
+    upstream::Mode,
 };
 
 /// Relative, as cargo runs tests at the root of the package: so messages are the same on every machine.
@@ -259,7 +260,9 @@ fn routes() {
     );
     assert_eq!((exact.address.to_string().as_str(), &exact.pool), ("127.0.0.1:9001, 127.0.0.1:9002", &all.pool));
     assert_eq!((of_pool.pool.keep_alive, of_pool.pool.prewarm, &of_pool.address), (0, 2, &all.address));
-    assert_eq!((shared.pool.mode, shared.pool.sharing.kind), (Mode::Shared, Some(SharedKind::Broadcast)));
+    assert_eq!(shared.pool.mode, Mode::Shared);
+    let kinds: Vec<_> = loaded.settings.sharing().map(|(path, sharing)| (path, sharing.kind)).collect();
+    assert_eq!(kinds, [("/prices".to_owned(), Some(Kind::Broadcast))]);
     assert_eq!(rest, all);
 
     let many = |count: usize| {

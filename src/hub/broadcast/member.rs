@@ -11,12 +11,12 @@ use super::{Present, ring, ward::Bed};
 use crate::{
     admission::Admission,
     hub::{
+        SlowClient,
         inbox::{Inbox, Takes, Terms},
         leg::{self, Found},
         turnstile::Ticket,
     },
     metrics::Gap,
-    upstream::SlowClient,
 };
 
 /// See the module.

@@ -32,11 +32,11 @@ use self::{feed::Feed, inbound::Inbound, member::Member, ring::Ring, ward::Ward}
 use super::{Opener, key::Key, line::Fault};
 use crate::{
     admission::Admission,
-    hub::{End, leg::Leg, memory::Memory},
+    hub::{Config, End, Replay, leg::Leg, memory::Memory},
     metrics::{Metrics, Traffic},
     net::Local,
     pool::Reports,
-    upstream::{Home, Replay, Sharing},
+    upstream::Home,
 };
 
 /// What all clients of a key have in common.
@@ -46,7 +46,7 @@ pub(super) struct Hub {
     wards: Box<[Ward]>,
     /// Of a route where clients may say something.
     inbound: Option<Inbound>,
-    sharing: Arc<Sharing>,
+    sharing: Arc<Config>,
     /// Of a client's message, in bytes.
     max_message: u64,
     /// For a client's message that has begun.
@@ -72,7 +72,7 @@ impl Hub {
     /// Opens one on this worker. `reports` are dropped with its end.
     pub(super) async fn open(opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Result<Arc<Self>, Fault> {
         let line = opener.lines.open(key.request(), home).await?;
-        let Sharing { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
+        let Config { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
         let hub = Arc::new(Self {
             ring: Ring::new(queue_bytes, Memory::new(&opener.admission)),
             wards: (0..home.workers).map(|_| Ward::default()).collect(),

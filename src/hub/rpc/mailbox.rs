@@ -9,9 +9,8 @@ use std::{
 use bytes::{Buf as _, Bytes};
 
 use crate::{
-    hub::{End, leg::Found, memory::Memory, signed},
+    hub::{End, SlowClient, leg::Found, memory::Memory, signed},
     metrics::Metrics,
-    upstream::SlowClient,
 };
 
 #[derive(Debug)]

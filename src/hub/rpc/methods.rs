@@ -1,6 +1,6 @@
 //! Which methods begin and end a subscription, and by which its notifications come.
 
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 /// Subscribe, unsubscribe, notification: three names of methods. In each a `*` may stand for what is the same in all three, as in
 /// `*Subscribe *Unsubscribe *Notification`.
@@ -44,6 +44,19 @@ impl FromStr for Triple {
         }
         let [subscribe, unsubscribe, notification] = [subscribe, unsubscribe, notification].map(Pattern::read);
         Ok(Self { subscribe: subscribe?, unsubscribe: unsubscribe?, notification: notification? })
+    }
+}
+
+impl fmt::Display for Triple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.subscribe, self.unsubscribe, self.notification)
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.before)?;
+        self.behind.as_ref().map_or(Ok(()), |behind| write!(f, "*{behind}"))
     }
 }
 
@@ -160,6 +173,7 @@ mod tests {
             ),
             ("*_subscribe *_unsubscribe update", "a_subscribe", "a_unsubscribe", "update"),
         ] {
+            assert_eq!(triple.parse::<Triple>().unwrap().to_string(), triple);
             let methods = methods(&[triple]);
             let names = Names { unsubscribe: unsubscribe.into(), notification: notification.into() };
             assert_eq!(methods.role(subscribe), Role::Subscribe(names), "{triple}");

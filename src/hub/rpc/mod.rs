@@ -37,17 +37,17 @@ use self::{
     core::{Client, Limits},
     mailbox::Mailbox,
     member::Member,
-    methods::{Methods, Triple},
+    methods::Methods,
     queue::Queue,
     serve::Server,
 };
-use super::{Opener, inbox::Terms, key::Key, leg::Leg, line::Line, memory::Memory};
+use super::{Config, Opener, inbox::Terms, key::Key, leg::Leg, line::Line, memory::Memory};
 use crate::{
     admission::Admission,
     metrics::{Metrics, Traffic},
     net::Local,
     pool::{Pool, Reports},
-    upstream::{Home, Sharing},
+    upstream::Home,
     ws,
 };
 
@@ -55,7 +55,7 @@ use crate::{
 pub(super) struct Callers {
     hubs: Mutex<HashMap<Key, Arc<Hub>>>,
     route: Arc<str>,
-    sharing: Arc<Sharing>,
+    sharing: Arc<Config>,
     methods: Methods,
     /// What clients may send, and are sent.
     limits: ws::Limits,
@@ -115,19 +115,17 @@ impl Callers {
     /// Nobody is there.
     pub(super) fn new(
         route: &Arc<str>,
-        sharing: &Arc<Sharing>,
+        sharing: &Arc<Config>,
         limits: ws::Limits,
         homes: &Arc<[Home]>,
         metrics: &Arc<Metrics>,
         admission: &Admission,
     ) -> Arc<Self> {
-        // Which the configuration has looked at.
-        let triples = sharing.subscriptions.iter().filter_map(|one| one.to_string().parse::<Triple>().ok());
         Arc::new(Self {
             hubs: Mutex::default(),
             route: Arc::clone(route),
             sharing: Arc::clone(sharing),
-            methods: Methods::new(triples.collect()).for_all(&sharing.notifications),
+            methods: Methods::new(sharing.subscriptions.clone()).for_all(&sharing.notifications),
             limits,
             homes: Arc::clone(homes),
             metrics: Arc::clone(metrics),
@@ -144,7 +142,7 @@ impl Callers {
 
     /// One more for the hub of this key. `None`: there is none, and no place for one more.
     pub(super) fn enter(self: &Arc<Self>, key: &Key) -> Option<Guest> {
-        let Sharing { queue_messages, queue_bytes, max_keys, .. } = *self.sharing;
+        let Config { queue_messages, queue_bytes, max_keys, .. } = *self.sharing;
         let mut hubs = self.lock();
         let (hub, is_new) = match hubs.get(key) {
             Some(hub) => (Arc::clone(hub), false),
@@ -200,7 +198,7 @@ impl Callers {
     }
 
     fn core_limits(&self) -> Limits {
-        let Sharing { max_requests, max_subscriptions, request_timeout, .. } = *self.sharing;
+        let Config { max_requests, max_subscriptions, request_timeout, .. } = *self.sharing;
         let max_message_bytes = usize::try_from(self.limits.message).unwrap_or(usize::MAX);
         Limits { max_requests, max_subscriptions, request_timeout, max_message_bytes }
     }
