@@ -32,7 +32,6 @@ use crate::{
     admission::connection_bytes,
     close,
     config::{self, Change, FileSource, Finding, Findings, Level, Loaded, Place, Rejected, Seen, Settings, Sources},
-    hub::Hubs,
     metrics::ReloadResult,
     net::{self, Listener},
     session::Context,
@@ -463,8 +462,7 @@ impl Reload {
             let hubs = if is_same && is_shared_alike && new.relay == old.relay {
                 first.hubs.clone()
             } else {
-                Hubs::new(&upstreams, new.sharing(), homes, &new.relay, &first.metrics, &first.admission)
-                    .after(&first.hubs)
+                first.hubs.reconfigured(&upstreams, new.sharing(), homes, &new.relay, &first.metrics, &first.admission)
             };
             for context in contexts {
                 let context = context.latest();

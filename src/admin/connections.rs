@@ -7,8 +7,9 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{MAX_ENDPOINTS, Parts};
+use super::{MAX_ENDPOINTS, MAX_WEBSOCKETS, Parts};
 use crate::{
+    hub::Told,
     session::{Entry, Roster, Session},
     stamp::Stamp,
     upstream::Shared,
@@ -38,10 +39,13 @@ enum Sort {
 
 #[derive(Debug, Serialize)]
 struct Connections<'a> {
-    /// Toward endpoints, or for those who share one WebSocket; so many at most.
+    /// Toward endpoints; so many at most.
     shared: Vec<Shared>,
-    /// Endpoints and keys besides.
+    /// Endpoints besides.
     more: usize,
+    /// That clients share; so many at most, the worst and the largest first.
+    websockets: Vec<Told>,
+    more_websockets: usize,
     /// All that there are.
     total: usize,
     /// Those that are asked for, of which `sessions` has some.
@@ -62,10 +66,11 @@ pub(super) fn connections(query: &str, rosters: &[Arc<Roster>], parts: &Parts) -
         Sort::Route => sessions.sort_by(|a, b| (a.route(), a.begun()).cmp(&(b.route(), b.begun()))),
         Sort::Endpoint => sessions.sort_by(|a, b| (a.endpoint(), a.begun()).cmp(&(b.endpoint(), b.begun()))),
     }
-    let (shared, more) = parts.shared(MAX_ENDPOINTS);
+    let (shared, more) = parts.upstreams.shared(MAX_ENDPOINTS);
+    let (websockets, more_websockets) = parts.hubs.told(MAX_WEBSOCKETS);
     let matching = sessions.len();
     let told = sessions.iter().take(query.limit).map(|session| session.told(now)).collect();
-    let all = Connections { shared, more, total, matching, sessions: told };
+    let all = Connections { shared, more, websockets, more_websockets, total, matching, sessions: told };
     let mut text = serde_json::to_string(&all).expect("numbers and texts are JSON");
     text.push('\n');
     Ok(text)

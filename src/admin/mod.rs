@@ -72,6 +72,9 @@ const MAX_LARGE: usize = 4;
 /// That are listed: a name may have hundreds.
 const MAX_ENDPOINTS: usize = 64;
 
+/// The same of WebSockets that clients share: there may be one for each client.
+const MAX_WEBSOCKETS: usize = 64;
+
 /// Said once in a while.
 static REFUSED: Sparse = Sparse::new();
 
@@ -111,17 +114,6 @@ pub struct Parts {
     pub address: SocketAddr,
     /// Descriptors that were open when the process began; not known everywhere.
     pub inherited: Option<u64>,
-}
-
-impl Parts {
-    /// What sessions share toward backends: connections to `most` endpoints, or WebSockets of as many keys; and what there is besides.
-    fn shared(&self, most: usize) -> (Vec<upstream::Shared>, usize) {
-        let ((mut shared, more), (hubs, more_hubs)) = (self.upstreams.shared(most), self.hubs.shared(most));
-        shared.extend(hubs);
-        let beyond = shared.len().saturating_sub(most);
-        shared.truncate(most);
-        (shared, more + more_hubs + beyond)
-    }
 }
 
 #[derive(Debug)]

@@ -57,6 +57,7 @@ struct Session {
     route: String,
     endpoint: String,
     way: String,
+    key: Option<String>,
     http: String,
     tls: Option<String>,
     path: String,
@@ -89,13 +90,15 @@ pub(super) fn table(admin: &Admin, wanted: &Wanted) -> anyhow::Result<(String, S
     let answer: Answer = serde_json::from_str(&json(admin, wanted)?).context("what it says is no list of sessions")?;
     let Answer { total, matching, sessions } = answer;
     let count = format!("{} shown of {matching} that match, {total} in all", sessions.len());
-    let head = ["CLIENT", "AGE", "ROUTE", "BACKEND", "WAY", "OVER", "PATH", "REQUEST"].map(str::to_owned);
+    let head = ["CLIENT", "AGE", "ROUTE", "BACKEND", "WAY", "KEY", "OVER", "PATH", "REQUEST"].map(str::to_owned);
     let rows = sessions.into_iter().map(|session| {
-        let Session { client, age_ms, route, endpoint, way, http, tls, path, request_id } = session;
+        let Session { client, age_ms, route, endpoint, way, key, http, tls, path, request_id } = session;
         let route = if route.is_empty() { "-".to_owned() } else { route };
         let over = tls.map_or_else(|| http.clone(), |tls| format!("{http} TLS {tls}"));
+        let key = key.unwrap_or_else(|| "-".to_owned());
         // Not for a terminal to obey.
-        [client, age(age_ms), route, endpoint, way, over, path, request_id].map(|text| text.escape_debug().to_string())
+        let cells = [client, age(age_ms), route, endpoint, way, key, over, path, request_id];
+        cells.map(|text| text.escape_debug().to_string())
     });
     Ok((columns(&[head].into_iter().chain(rows).collect::<Vec<_>>()), count))
 }

@@ -21,6 +21,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Home, and nothing below.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
+/// WebSockets that clients share, on a screen.
+const MOST_SHARED: usize = 16;
+
 /// In one line, without what is long: the history, the configuration, and what the doctor says.
 pub(super) fn json(admin: &Admin) -> anyhow::Result<String> {
     let mut all = ask(admin)?;
@@ -128,6 +131,49 @@ fn render(all: &Value) -> String {
     if all["more_endpoints"] != 0 {
         line(format_args!("and {} more", text(&all["more_endpoints"])));
     }
+    let websockets = list("websockets");
+    if !websockets.is_empty() {
+        let head = [
+            "SHARED",
+            "PATTERN",
+            "KEY",
+            "BACKEND",
+            "STATE",
+            "CLIENTS",
+            "WAITING",
+            "OUTSTANDING",
+            "SUBSCRIPTIONS",
+            "GAPS",
+            "RECONNECTS",
+        ];
+        let rows = websockets.iter().take(MOST_SHARED).map(|one| {
+            let state = match one["since_ms"].as_u64() {
+                Some(ms) => format!("{} {}", text(&one["state"]), age(ms)),
+                None => text(&one["state"]),
+            };
+            let of = |key: &str| text(&one[key]);
+            [
+                of("route"),
+                of("pattern"),
+                of("key"),
+                of("endpoint"),
+                state,
+                of("clients"),
+                of("waiting"),
+                of("outstanding"),
+                of("subscriptions"),
+                of("gaps"),
+                of("reconnects"),
+            ]
+        });
+        let rows = [head.map(str::to_owned)].into_iter().chain(rows);
+        line(format_args!("\n{}", columns(&rows.collect::<Vec<_>>()).trim_end()));
+        let hidden = websockets.len().saturating_sub(MOST_SHARED) as u64;
+        let more = hidden + all["more_websockets"].as_u64().unwrap_or(0);
+        if more > 0 {
+            line(format_args!("and {} more", grouped(more)));
+        }
+    }
     out
 }
 
@@ -221,6 +267,13 @@ mod tests {
                 {"name": "memory", "set_by": "limits.memory", "used": 19_931_136, "most": 0, "unit": "bytes"},
             ],
             "endpoints": [{"address": "127.0.0.1:9000", "state": "active", "sessions": 1003}], "more_endpoints": 2,
+            "websockets": [
+                {"route": "/feed/*", "pattern": "broadcast", "key": "0123456789ab", "endpoint": "127.0.0.1:9000", "state": "searching",
+                 "since_ms": 4200, "clients": 1200, "waiting": 3, "outstanding": 0, "subscriptions": 0, "gaps": 2, "reconnects": 1},
+                {"route": "/rpc", "pattern": "rpc", "key": "89abcdef0123", "endpoint": null, "state": "failed", "since_ms": null,
+                 "clients": 0, "waiting": 0, "outstanding": 0, "subscriptions": 0, "gaps": 0, "reconnects": 0, "retry_in_ms": 700},
+            ],
+            "more_websockets": 7,
         });
         insta::assert_snapshot!(render(&all));
     }

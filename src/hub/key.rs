@@ -6,6 +6,7 @@
 use std::{
     fmt,
     hash::{Hash, Hasher},
+    num::NonZeroU64,
     sync::{Arc, LazyLock},
 };
 
@@ -162,6 +163,10 @@ static SECRET: LazyLock<hmac::Key> = LazyLock::new(|| hmac::Key::new(hmac::HMAC_
 #[derive(Clone)]
 pub(super) struct Key(Arc<Inner>);
 
+/// The beginning of a key's hash: enough to know it again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Digest(NonZeroU64);
+
 struct Inner {
     /// All that follows is in it.
     hash: [u8; 32],
@@ -243,6 +248,13 @@ impl Key {
         self.0.is_whole
     }
 
+    /// What is shown of it.
+    pub(super) fn digest(&self) -> Digest {
+        let first = self.0.hash.first_chunk().expect("32 bytes are more than 8");
+        // Six of these bytes, and something that is never 0.
+        Digest(NonZeroU64::MIN | u64::from_be_bytes(*first) & !0xffff)
+    }
+
     /// Which of `count` it falls to.
     pub(super) fn share(&self, count: usize) -> usize {
         let [a, b, c, d, ..] = self.0.hash;
@@ -273,10 +285,29 @@ impl Hash for Key {
     }
 }
 
-/// Enough of the hash to know it again.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.hash.iter().take(6).try_for_each(|byte| write!(f, "{byte:02x}"))
+        self.digest().fmt(f)
+    }
+}
+
+#[cfg(test)]
+impl Digest {
+    /// That of no key.
+    pub(super) fn of(number: u64) -> Self {
+        Self(NonZeroU64::MIN | number << 16)
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:012x}", self.0.get() >> 16)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({self})")
     }
 }
 

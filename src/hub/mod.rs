@@ -10,6 +10,7 @@
 //! encode.rs  what is for clients, as frames
 //! memory.rs  whose memory all that is
 //! line.rs    the WebSocket to the backend; search.rs: for how long one that was lost is looked for
+//! roll.rs    where each stands, for people
 //! ```
 
 mod broadcast;
@@ -20,16 +21,12 @@ mod key;
 mod leg;
 mod line;
 mod memory;
+mod roll;
 pub mod rpc;
 mod search;
 mod turnstile;
 
-use std::{
-    collections::HashMap,
-    fmt,
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request};
@@ -38,21 +35,24 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{
     config::{Authorize, Config, Kind, Replay, SlowClient},
+    key::Digest,
     line::{Fault, Refused},
+    roll::{Known, Told},
 };
 use self::{
     inbox::Terms,
     key::Key,
     line::{Lines, REFUSAL_TIMEOUT},
+    roll::Roll,
     search::BACKOFF,
 };
 use crate::{
     admission::Admission,
     metrics::{Metrics, Traffic},
     net::Stream,
-    pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports, WeakPool},
+    pool::{self, AcquireError, Connector, OpenError, Opened, Pool, Reports},
     relay,
-    upstream::{self, Error, Home, Mode, Shared, Upstreams},
+    upstream::{self, Error, Home, Mode, Upstreams},
     ws::Limits,
 };
 
@@ -63,8 +63,8 @@ const EVERYBODY: usize = 1 << 30;
 #[derive(Clone, Default)]
 pub struct Hubs {
     ways: Arc<Vec<Way>>,
-    /// Those of before a reload, of which some may not have ended.
-    earlier: Arc<Vec<Arc<Earlier>>>,
+    /// Those of earlier settings too.
+    roll: Roll,
 }
 
 /// A client's part of one.
@@ -76,6 +76,8 @@ pub struct Joined {
     pub protocol: Option<HeaderValue>,
     /// Where the backend is.
     pub endpoint: Arc<str>,
+    /// Which one it is.
+    pub known: Arc<Known>,
 }
 
 /// Why a client can't join.
@@ -105,13 +107,6 @@ struct Way {
     gone: CancellationToken,
 }
 
-/// Those of a route as it was, as long as anybody uses one.
-struct Earlier {
-    route: Arc<str>,
-    pool: WeakPool<Key, Opener>,
-    callers: Option<Weak<rpc::Callers>>,
-}
-
 /// Opens them.
 struct Opener {
     lines: Lines,
@@ -127,6 +122,7 @@ struct Opener {
     metrics: Arc<Metrics>,
     /// Who has memory for what is kept.
     admission: Admission,
+    roll: Roll,
 }
 
 impl Hubs {
@@ -139,6 +135,21 @@ impl Hubs {
         metrics: &Arc<Metrics>,
         admission: &Admission,
     ) -> Self {
+        Self::default().reconfigured(upstreams, sharing, homes, relay, metrics, admission)
+    }
+
+    /// Those from now on. Whoever has joined before stays where he is.
+    #[must_use]
+    pub fn reconfigured(
+        &self,
+        upstreams: &Upstreams,
+        sharing: impl IntoIterator<Item = (String, Config)>,
+        homes: &Arc<[Home]>,
+        relay: &relay::Config,
+        metrics: &Arc<Metrics>,
+        admission: &Admission,
+    ) -> Self {
+        let roll = &self.roll;
         let (mut ways, mut shared) = (Vec::new(), HashMap::<_, _>::from_iter(sharing));
         for way in upstreams.ways() {
             let config = way.upstream.config();
@@ -148,7 +159,7 @@ impl Hubs {
             let (route, sharing) = (Arc::clone(&way.route), Arc::new(sharing));
             let message_limits = Limits { frame: relay.max_frame, message: relay.max_message };
             let callers = (sharing.kind == Some(Kind::Rpc))
-                .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics, admission));
+                .then(|| rpc::Callers::new(&route, &sharing, message_limits, homes, metrics, admission, roll));
             let opener = Opener {
                 lines: lines.clone(),
                 callers: callers.clone(),
@@ -159,6 +170,7 @@ impl Hubs {
                 homes: Arc::clone(homes),
                 metrics: Arc::clone(metrics),
                 admission: admission.clone(),
+                roll: roll.clone(),
             };
             let pool = Pool::new(limits(config), opener, Arc::clone(&metrics.pools), &home.tracker, &home.runtime);
             let gone = CancellationToken::new();
@@ -176,15 +188,7 @@ impl Hubs {
             });
             ways.push(Way { route, pool, lines, sharing, callers, gone });
         }
-        Self { ways: Arc::new(ways), earlier: Arc::default() }
-    }
-
-    /// Those of before are told of as well, until they have ended.
-    #[must_use]
-    pub fn after(self, before: &Self) -> Self {
-        let known = before.earlier.iter().filter(|earlier| earlier.pool.upgrade().is_some()).cloned();
-        let earlier = before.ways.iter().map(|way| Arc::new(way.downgrade())).chain(known);
-        Self { earlier: Arc::new(earlier.collect()), ..self }
+        Self { ways: Arc::new(ways), roll: roll.clone() }
     }
 
     /// Makes a client one of those who are alike: its handshake, as it would be passed on to the backend of `route`. To be called on its
@@ -237,50 +241,30 @@ impl Hubs {
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
                 lines.show(own, home).await.ok_or(Refusal::Probes)?.map_err(Refusal::Backend)?;
             }
-            let leg = match (present, guest.take()) {
-                (Some((hub, present)), _) => hub.leg(present, home, traffic, admission, lease),
+            let (leg, known) = match (present, guest.take()) {
+                (Some((hub, present)), _) => (hub.leg(present, home, traffic, admission, lease), hub.known()),
                 // It holds a lease itself as long as anybody asks.
                 (None, Some(guest)) => {
                     let terms = Terms { patience: lines.hold_timeout(), admission: admission.clone() };
-                    guest.leg(pool.clone(), terms, traffic)
+                    let known = guest.known();
+                    (guest.leg(pool.clone(), terms, traffic), known)
                 }
                 (None, None) => break,
             };
-            return Ok(Joined { leg: Stream::Local(leg), protocol, endpoint });
+            return Ok(Joined { leg: Stream::Local(leg), protocol, endpoint, known });
         }
         Err(Refusal::Backend(Error::BadAccept("the backend ends WebSockets as soon as they are open").into()))
     }
 
-    /// What there is, for people: of `most` keys, by their hashes; and how many there are besides.
-    pub fn shared(&self, most: usize) -> (Vec<Shared>, usize) {
-        let (now, mut all, mut more) = (std::time::Instant::now(), Vec::new(), 0);
-        let earlier = self.earlier.iter().filter_map(|earlier| {
-            let Earlier { route, pool, callers } = &**earlier;
-            Some((route, pool.upgrade()?, callers.as_ref().and_then(Weak::upgrade)))
-        });
-        let now_used = self.ways.iter().map(|way| (&way.route, way.pool.clone(), way.callers.clone()));
-        for (route, pool, callers) in now_used.chain(earlier) {
-            let mut keys = pool.snapshot();
-            if let Some(callers) = callers {
-                // Those whose clients ask nothing just now.
-                callers.keys(|key| {
-                    if !pool.knows(key) {
-                        let connections = Vec::new();
-                        keys.push(KeySnapshot { key: key.to_string(), connections, waiters: 0, fails_until: None });
-                    }
-                });
-            }
-            for key in keys {
-                if all.len() < most {
-                    let mut shared = Shared::new(route, key, now);
-                    shared.connections.iter_mut().for_each(|one| one.capacity = None);
-                    all.push(shared);
-                } else {
-                    more += 1;
-                }
-            }
-        }
-        (all, more)
+    /// `most` of those that there are, for people, the worst and the largest first; and how many there are besides.
+    pub fn told(&self, most: usize) -> (Vec<Told>, usize) {
+        let kind = |way: &Way| way.sharing.kind.unwrap_or(Kind::Broadcast);
+        self.roll.told(most, self.ways.iter().map(|way| (&*way.route, kind(way), way.pool.snapshot())))
+    }
+
+    /// Those whose backend was lost and is looked for, and their clients.
+    pub fn searching(&self) -> (usize, usize) {
+        self.roll.searching()
     }
 }
 
@@ -337,13 +321,6 @@ fn refusal(error: AcquireError<Fault>) -> Refusal {
         }
         AcquireError::Full | AcquireError::Timeout => Refusal::Busy,
         AcquireError::Open(OpenError::Aborted) | AcquireError::Closing => Refusal::Closing,
-    }
-}
-
-impl Way {
-    fn downgrade(&self) -> Earlier {
-        let Self { route, pool, callers, .. } = self;
-        Earlier { route: Arc::clone(route), pool: pool.downgrade(), callers: callers.as_ref().map(Arc::downgrade) }
     }
 }
 

@@ -156,24 +156,6 @@ impl<K: Key, C: Connector<K>> Clone for Pool<K, C> {
     }
 }
 
-/// Finds a pool as long as anybody has it, or anything of it.
-pub struct WeakPool<K: Key, C: Connector<K>> {
-    shared: Weak<Shared<K, C>>,
-}
-
-impl<K: Key, C: Connector<K>> fmt::Debug for WeakPool<K, C> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WeakPool").finish_non_exhaustive()
-    }
-}
-
-impl<K: Key, C: Connector<K>> WeakPool<K, C> {
-    /// `None`: it is gone.
-    pub fn upgrade(&self) -> Option<Pool<K, C>> {
-        self.shared.upgrade().map(|shared| Pool { shared })
-    }
-}
-
 impl<K: Key, C: Connector<K>> fmt::Debug for Pool<K, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").finish_non_exhaustive()
@@ -194,11 +176,6 @@ impl<K: Key, C: Connector<K>> Pool<K, C> {
         let shared = Shared::new(config, connector, stats, tasks);
         shared.start_timers();
         Self { shared }
-    }
-
-    /// For whoever is not to keep it.
-    pub fn downgrade(&self) -> WeakPool<K, C> {
-        WeakPool { shared: Arc::downgrade(&self.shared) }
     }
 
     /// A reference, as soon as there is one. May be dropped at any time.

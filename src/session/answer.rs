@@ -229,7 +229,7 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
         Error::Body(_) => 4,
         Error::Tls { .. } => 5,
     };
-    let About { client, path, request_id, trace_id, route } = about;
+    let About { client, path, request_id, trace_id, route, .. } = about;
     let trace_id = trace_id.as_ref().map(display);
     let endpoint = at.endpoint();
     let endpoint = endpoint.as_deref();

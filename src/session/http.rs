@@ -70,6 +70,7 @@ impl About {
             request_id: downstream::request_id(headers).into(),
             trace_id: downstream::trace_id(headers).map(Box::new),
             route: Arc::clone(route),
+            shared: None,
         }
     }
 }
@@ -465,7 +466,7 @@ impl Context {
     async fn join(
         self: &Arc<Self>,
         request: Request<()>,
-        about: About,
+        mut about: About,
         seat: Seat,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
@@ -475,7 +476,8 @@ impl Context {
             (Handshake::Shed, self.refusal(reason), None)
         };
         match self.hubs.join(&about.route, request, &self.home, &self.traffic, &self.admission).await {
-            Ok(Joined { leg, protocol, endpoint }) => {
+            Ok(Joined { leg, protocol, endpoint, known }) => {
+                about.shared = Some(known);
                 let mut response = Response::new(empty());
                 *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
                 let headers = response.headers_mut();
@@ -589,7 +591,7 @@ fn empty() -> Body {
 }
 
 fn say_refused(about: &About, endpoint: Option<&str>, status: u16) {
-    let About { client, path, request_id, trace_id, route } = about;
+    let About { client, path, request_id, trace_id, route, .. } = about;
     let trace_id = trace_id.as_ref().map(display);
     if let Some(unsaid) = REFUSED.is_due() {
         info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "the backend refused a handshake");

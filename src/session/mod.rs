@@ -45,7 +45,7 @@ use crate::{
     downstream::{self, ProxyProtocol, TraceId},
     drain::Drain,
     gate::{Gate, PendingQueue, Permit},
-    hub::Hubs,
+    hub::{Hubs, Known},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
     metrics::{Counted, Metrics, Traffic},
     net::{Kept, Stream, concat, read_ahead},
@@ -122,6 +122,8 @@ struct About {
     trace_id: Option<Box<TraceId>>,
     /// Of the configuration; empty: none is for its path.
     route: Arc<str>,
+    /// The WebSocket that it shares with others.
+    shared: Option<Arc<Known>>,
 }
 
 /// What the handshake leaves to the relay.

@@ -2,10 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tracing::{field::display, info, warn};
+use tracing::{
+    field::{DisplayValue, display},
+    info, warn,
+};
 
 use super::{About, Context, roster::Entry};
 use crate::{
+    hub::{Digest, Known},
     metrics::Counted,
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
@@ -105,10 +109,11 @@ impl<'a> Open<'a> {
         let entry = Arc::new(Entry { about, endpoint, way, begun: Stamp::now() });
         let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
-            let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, .. } = &*entry;
+            let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, .. } = &*entry;
             let (tls, sni, http, trace_id) =
                 (client.tls(), client.sni(), client.http(), trace_id.as_ref().map(display));
-            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), "open");
+            let key = key(shared.as_ref());
+            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, "open");
         }
         let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
         Self { entry, key, context, is_told, is_closed: false, _load: load, _counted: counted }
@@ -131,9 +136,13 @@ impl<'a> Open<'a> {
             Cause::Slow if self.entry.way == Mode::Shared => "pool.slow_client".to_owned(),
             Cause::Slow => "pool.stall_timeout".to_owned(),
             Cause::Fault => BUG.to_owned(),
+            Cause::Gone(Side::Backend, Gone::Fin) => {
+                self.entry.about.shared.as_ref().map_or("", |shared| shared.why(self.entry.begun)).to_owned()
+            }
             _ => String::new(),
         };
-        let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
+        let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, way, begun } =
+            &*self.entry;
         info!(
             %client,
             tls = client.tls(),
@@ -144,6 +153,7 @@ impl<'a> Open<'a> {
             %route,
             %endpoint,
             way = way.as_str(),
+            key = key(shared.as_ref()),
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -177,10 +187,17 @@ impl Drop for Open<'_> {
             if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
         self.context.metrics.close("tidegate", None, false, Duration::ZERO);
         self.context.metrics.abnormal(cause);
-        let Entry { about: About { client, path, request_id, trace_id, route }, endpoint, way, begun } = &*self.entry;
-        let (trace_id, duration_ms) = (trace_id.as_ref().map(display), millis(begun.elapsed()));
-        warn!(%client, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, way, begun } =
+            &*self.entry;
+        let (trace_id, key, duration_ms) =
+            (trace_id.as_ref().map(display), key(shared.as_ref()), millis(begun.elapsed()));
+        warn!(%client, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
+}
+
+/// Of the WebSocket that a session shares with others, for the log.
+fn key(shared: Option<&Arc<Known>>) -> Option<DisplayValue<Digest>> {
+    shared.map(|shared| display(shared.key()))
 }
 
 /// A number for the log.

@@ -34,6 +34,8 @@ pub struct Session<'a> {
     route: &'a str,
     endpoint: &'a str,
     way: &'static str,
+    /// Of the WebSocket that it shares with others.
+    key: Option<String>,
     http: &'static str,
     tls: Option<&'static str>,
     /// Without the query.
@@ -80,13 +82,14 @@ impl Entry {
 
     /// What is told of it.
     pub fn told(&self, now: Stamp) -> Session<'_> {
-        let About { client, path, request_id, trace_id, route } = &self.about;
+        let About { client, path, request_id, trace_id, route, shared } = &self.about;
         Session {
             client: client.to_string(),
             age_ms: millis(now - self.begun),
             route,
             endpoint: &self.endpoint,
             way: self.way.as_str(),
+            key: shared.as_ref().map(|shared| shared.key().to_string()),
             http: client.http(),
             tls: client.tls(),
             path,

@@ -44,7 +44,7 @@ pub struct Way {
 pub struct Shared {
     /// The path of the route; "" for that of `[upstream]`.
     pub route: String,
-    /// The endpoint, or the key of those who share one WebSocket to it.
+    /// Its address.
     pub endpoint: String,
     /// Sessions that wait for a stream.
     pub waiters: usize,
@@ -66,8 +66,8 @@ pub struct SharedConnection {
 }
 
 impl Shared {
-    /// Of a route's pool. Its keys are endpoints, or stand for those who are alike.
-    pub fn new(route: &str, key: KeySnapshot, now: Instant) -> Self {
+    /// Of a route's pool, whose keys are endpoints.
+    fn new(route: &str, key: KeySnapshot, now: Instant) -> Self {
         let millis = |until: Instant| u64::try_from((until - now).as_millis()).unwrap_or(u64::MAX);
         let connections =
             key.connections.into_iter().map(|ConnectionSnapshot { state, references, capacity, .. }| {

@@ -807,8 +807,8 @@ fn a_reload_leaves_those_who_share() {
             assert_eq!(feed.heads.read(Vec::len), 2);
             // The one of before is told of until it ends.
             let told: serde_json::Value = serde_json::from_str(&t.proxy().get("/connections").text()).expect("JSON");
-            let of_shared = |shared: &serde_json::Value| shared["connections"][0]["references"].as_u64();
-            let shared: Vec<_> = told["shared"].as_array().expect("a list").iter().map(of_shared).collect();
+            let clients = |shared: &serde_json::Value| shared["clients"].as_u64();
+            let shared: Vec<_> = told["websockets"].as_array().expect("a list").iter().map(clients).collect();
             assert_eq!(shared, [Some(2), Some(1)], "{told}");
             reloaded.open();
         }
@@ -840,13 +840,10 @@ fn keys_are_told_by_a_hash() {
         c.handshake_with(request.header("Authorization", "Bearer swordfish")).await;
         let told = t.proxy().get("/connections").text();
         let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
-        let shared = &told["shared"][0];
+        let shared = &told["websockets"][0];
         assert_eq!(shared["route"], "/feed/*");
-        assert_eq!(shared["endpoint"].as_str().map(str::len), Some(12), "{shared}");
-        assert_eq!(shared["connections"][0]["references"], 1, "{shared}");
-        assert_eq!(shared["connections"][0]["state"], "open", "{shared}");
-        // Any number may share it.
-        assert!(shared["connections"][0]["capacity"].is_null(), "{shared}");
+        assert_eq!(shared["key"].as_str().map(str::len), Some(12), "{shared}");
+        assert_eq!((&shared["clients"], &shared["state"]), (&1.into(), &"open".into()), "{shared}");
         leave(c).await;
     });
     for target in ["/connections", "/live.json", "/metrics", "/status"] {

@@ -145,6 +145,8 @@ fn json_has_what_the_page_shows() {
         "more_endpoints",
         "shared",
         "more_shared",
+        "websockets",
+        "more_websockets",
         "pool",
         "seq",
         "sample",

@@ -48,3 +48,4 @@ mod shared_endpoints;
 mod spike;
 mod tls;
 mod watchers;
+mod websockets;

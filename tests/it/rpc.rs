@@ -730,8 +730,8 @@ fn who_is_there_asks_on_after_a_reload() {
         // It has no WebSocket just now, and is listed all the same.
         asked.over.until(DEADLINE, |over| (*over == asked.heads.read(Vec::len)).then_some(())).await.expect("a pause");
         let told = listed();
-        // Those of before the reload are told of until they end.
-        assert_eq!((&told["total"], told["shared"].as_array().map(Vec::len)), (&2.into(), Some(2)), "{told}");
+        // So is that of who came before the reload.
+        assert_eq!((&told["total"], told["websockets"].as_array().map(Vec::len)), (&2.into(), Some(2)), "{told}");
         leave(c).await;
     });
     reloaded.change(|reloaded| *reloaded = true);

@@ -35,7 +35,7 @@ use self::{
     problems::{Limit, Seen, problems},
     told::{Named, Told},
 };
-use super::{MAX_ENDPOINTS, Parts, plain, typed};
+use super::{MAX_ENDPOINTS, MAX_WEBSOCKETS, Parts, plain, typed};
 use crate::{
     doctor::{self, Facts, Report},
     drain::{Phase, Status},
@@ -249,7 +249,8 @@ impl Live {
         let (now, drain, parts) = (Instant::now(), *self.drain.borrow(), self.parts.borrow().clone());
         let totals = metrics.totals(self.system.net_counters().as_ref());
         let (endpoints, more_endpoints) = parts.upstreams.endpoints(MAX_ENDPOINTS);
-        let (shared, more_shared) = parts.shared(MAX_ENDPOINTS);
+        let (shared, more_shared) = parts.upstreams.shared(MAX_ENDPOINTS);
+        let (websockets, more_websockets) = parts.hubs.told(MAX_WEBSOCKETS);
         let pool = metrics.pools.census();
         let limits = self.limits(&parts);
         let mut state = self.state();
@@ -301,6 +302,8 @@ impl Live {
             more_endpoints,
             shared,
             more_shared,
+            websockets,
+            more_websockets,
             pool: told::Pool { keys: pool.keys, references: pool.references, waiters: pool.waiters },
             seq: history.seq(),
             sample: Named(SERIES.into_iter().zip(history.last().map(known)).collect()),

@@ -4,7 +4,7 @@ use serde::{Serialize, Serializer};
 
 use super::problems::{Limit, Problem};
 use crate::{
-    doctor,
+    doctor, hub,
     upstream::{EndpointState, Shared},
 };
 
@@ -32,6 +32,8 @@ pub(super) struct Told<'a> {
     pub more_endpoints: usize,
     pub shared: Vec<Shared>,
     pub more_shared: usize,
+    pub websockets: Vec<hub::Told>,
+    pub more_websockets: usize,
     pub pool: Pool,
     pub seq: u64,
     pub sample: Named<Option<u32>>,

@@ -16,6 +16,7 @@ use super::{
         Opener,
         key::Key,
         line::{Fault, Heard, Line, Lines, for_all, for_all_who_speak},
+        roll::{State, given_up},
     },
     Hub,
 };
@@ -160,8 +161,10 @@ impl Feed {
             return None;
         }
         hub.metrics.gap(Gap::Lost);
+        hub.known.gap();
+        hub.known.is(State::Searching);
         let mut search = before.map_or_else(|| Search::new(hub.sharing.reconnect_grace), Search::again);
-        let clients = hub.present.load(std::sync::atomic::Ordering::Relaxed);
+        let clients = hub.known.clients.load(std::sync::atomic::Ordering::Relaxed);
         if let Some(unsaid) = SAID.is_due() {
             warn!(%route, %key, endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
         }
@@ -203,6 +206,7 @@ impl Feed {
         match result {
             Ok(line) => {
                 hub.metrics.reconnect(Reconnect::Connected);
+                hub.known.is_found_at(&line.endpoint);
                 *hub.endpoint.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&line.endpoint);
                 if let Some(unsaid) = FOUND.is_due() {
                     info!(%route, %key, endpoint = %line.endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
@@ -211,6 +215,7 @@ impl Feed {
             }
             Err(result) => {
                 hub.metrics.reconnect(result);
+                hub.known.give_up(given_up(result));
                 let why = result.as_str();
                 if matches!(result, Reconnect::Unused) {
                     debug!(%route, %key, endpoint, how, lost_ms, why, error, "a shared WebSocket is given up");

@@ -60,6 +60,7 @@ impl Member {
             SlowClient::Conflate => self.at = hub.ring.behind(1),
         }
         hub.metrics.gap(Gap::Slow);
+        hub.known.gap();
         true
     }
 

@@ -18,7 +18,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -29,10 +29,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::{feed::Feed, inbound::Inbound, member::Member, ring::Ring, ward::Ward};
-use super::{Opener, key::Key, line::Fault};
+use super::{
+    Opener,
+    key::Key,
+    line::Fault,
+    roll::{Known, Listed, State},
+};
 use crate::{
     admission::Admission,
-    hub::{Config, End, Replay, leg::Leg, memory::Memory},
+    hub::{Config, End, Kind, Replay, leg::Leg, memory::Memory},
     metrics::{Metrics, Traffic},
     net::Local,
     pool::Reports,
@@ -56,8 +61,8 @@ pub(super) struct Hub {
     metrics: Arc<Metrics>,
     /// Nobody needs it any more.
     end: CancellationToken,
-    /// Clients, those in their handshake included.
-    present: AtomicUsize,
+    /// What is told of it, and the number of its clients, those in their handshake included.
+    known: Listed,
     /// Of legs.
     numbers: AtomicU64,
     opened_at: Instant,
@@ -71,7 +76,9 @@ pub(super) struct Present(Arc<Hub>);
 impl Hub {
     /// Opens one on this worker. `reports` are dropped with its end.
     pub(super) async fn open(opener: &Opener, key: &Key, home: &Home, reports: Reports) -> Result<Arc<Self>, Fault> {
+        let known = opener.roll.enter(&opener.route, Kind::Broadcast, key.digest());
         let line = opener.lines.open(key.request(), home).await?;
+        known.is_at(&line.endpoint);
         let Config { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
         let hub = Arc::new(Self {
             ring: Ring::new(queue_bytes, Memory::new(&opener.admission)),
@@ -83,7 +90,7 @@ impl Hub {
             max_frame: opener.limits.frame,
             metrics: Arc::clone(&opener.metrics),
             end: CancellationToken::new(),
-            present: AtomicUsize::new(0),
+            known,
             numbers: AtomicU64::new(0),
             opened_at: Instant::now(),
             protocol: line.protocol.clone(),
@@ -96,6 +103,7 @@ impl Hub {
 
     /// Nobody needs it any more: it ends in order.
     pub(super) fn close(&self) {
+        self.known.is(State::Closing);
         self.end.cancel();
     }
 
@@ -119,9 +127,14 @@ impl Hub {
         Arc::clone(&self.endpoint.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// What is told of it.
+    pub(super) fn known(&self) -> Arc<Known> {
+        self.known.known()
+    }
+
     /// Somebody is there for whom it is to stay.
     pub(super) fn enter(self: &Arc<Self>) -> Present {
-        self.present.fetch_add(1, Ordering::Relaxed);
+        self.known.clients.fetch_add(1, Ordering::Relaxed);
         Present(Arc::clone(self))
     }
 
@@ -180,13 +193,14 @@ impl Hub {
 
     /// Nothing more comes. The first end counts.
     fn finish(&self, end: End) {
+        self.known.is(State::Closing);
         self.ring.finish(end);
         // Also those whose watch is about to begin.
         self.wards.iter().for_each(Ward::call);
     }
 
     fn is_alone(&self) -> bool {
-        self.present.load(Ordering::Relaxed) == 0
+        self.known.clients.load(Ordering::Relaxed) == 0
     }
 }
 
@@ -198,7 +212,7 @@ impl Drop for Hub {
 
 impl fmt::Debug for Hub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hub").field("present", &self.present).finish_non_exhaustive()
+        f.debug_struct("Hub").field("known", &self.known).finish_non_exhaustive()
     }
 }
 
@@ -215,6 +229,6 @@ impl Present {
 
 impl Drop for Present {
     fn drop(&mut self) {
-        self.0.present.fetch_sub(1, Ordering::Relaxed);
+        self.0.known.clients.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -41,7 +41,15 @@ use self::{
     queue::Queue,
     serve::Server,
 };
-use super::{Config, Opener, inbox::Terms, key::Key, leg::Leg, line::Line, memory::Memory};
+use super::{
+    Config, Kind, Opener,
+    inbox::Terms,
+    key::Key,
+    leg::Leg,
+    line::Line,
+    memory::Memory,
+    roll::{Known, Listed, Roll},
+};
 use crate::{
     admission::Admission,
     metrics::{Metrics, Traffic},
@@ -63,6 +71,7 @@ pub(super) struct Callers {
     homes: Arc<[Home]>,
     metrics: Arc<Metrics>,
     admission: Admission,
+    roll: Roll,
     /// Guests of all hubs.
     guests: AtomicUsize,
     /// There is none.
@@ -77,6 +86,8 @@ struct Hub {
     guests: AtomicUsize,
     /// Of clients.
     numbers: AtomicU64,
+    /// What is told of it.
+    known: Listed,
 }
 
 /// Somebody for whom a hub is to be there.
@@ -120,6 +131,7 @@ impl Callers {
         homes: &Arc<[Home]>,
         metrics: &Arc<Metrics>,
         admission: &Admission,
+        roll: &Roll,
     ) -> Arc<Self> {
         Arc::new(Self {
             hubs: Mutex::default(),
@@ -130,6 +142,7 @@ impl Callers {
             homes: Arc::clone(homes),
             metrics: Arc::clone(metrics),
             admission: admission.clone(),
+            roll: roll.clone(),
             guests: AtomicUsize::new(0),
             all_left: Notify::new(),
         })
@@ -149,7 +162,9 @@ impl Callers {
             None if hubs.len() >= max_keys => return None,
             None => {
                 let queue = Queue::new(queue_messages, queue_bytes);
-                let hub = Arc::new(Hub { queue, guests: AtomicUsize::new(0), numbers: AtomicU64::new(0) });
+                let (guests, numbers) = (AtomicUsize::new(0), AtomicU64::new(0));
+                let known = self.roll.enter(&self.route, Kind::Rpc, key.digest());
+                let hub = Arc::new(Hub { queue, guests, numbers, known });
                 hubs.insert(key.clone(), Arc::clone(&hub));
                 (hub, true)
             }
@@ -191,12 +206,6 @@ impl Callers {
         }
     }
 
-    /// Of all hubs, without a lock.
-    pub(super) fn keys(&self, mut see: impl FnMut(&Key)) {
-        let keys: Vec<Key> = self.lock().keys().cloned().collect();
-        keys.iter().for_each(&mut see);
-    }
-
     fn core_limits(&self) -> Limits {
         let Config { max_requests, max_subscriptions, request_timeout, .. } = *self.sharing;
         let max_message_bytes = usize::try_from(self.limits.message).unwrap_or(usize::MAX);
@@ -219,6 +228,11 @@ impl fmt::Debug for Callers {
 impl Guest {
     fn queue(&self) -> &Queue<Opened, Pool<Key, Opener>> {
         &self.hub.queue
+    }
+
+    /// What is told of its hub.
+    pub(super) fn known(&self) -> Arc<Known> {
+        self.hub.known.known()
     }
 
     /// One that no other client of the hub has.

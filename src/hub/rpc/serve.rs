@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::poll_fn,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
 };
 
@@ -22,6 +22,7 @@ use super::{
         key::Key,
         line::{Fault, Heard, Line, for_all_who_speak},
         memory::Memory,
+        roll::{State, given_up},
         search::{STEADY, Search},
     },
     Callers, Hub, Opened,
@@ -170,6 +171,7 @@ impl Server {
         is_busy |= !self.actions.is_empty();
         self.memory.fit(self.core.kept());
         self.told.tell(&self.core, &self.callers.route, &self.key);
+        self.note();
         if is_busy {
             // Behind those who have just been woken.
             cx.waker().wake_by_ref();
@@ -177,6 +179,25 @@ impl Server {
         }
         let is_idle = self.clients.is_empty() && self.open.is_none() && !self.is_needed();
         if is_idle && self.callers.leave(&self.key, &self.hub) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// For people who look.
+    fn note(&self) {
+        let known = &self.hub.known;
+        for (count, now) in [
+            (&known.clients, self.clients.len()),
+            (&known.outstanding, self.core.outstanding()),
+            (&known.subscriptions, self.core.subscriptions()),
+        ] {
+            count.store(now, Ordering::Relaxed);
+        }
+        known.is(match (&self.open, &self.search) {
+            (_, Some(_)) => State::Searching,
+            (Some(_), None) => State::Open,
+            // Its first client waits for the backend's 101.
+            (None, None) if self.acquiring.is_some() || self.clients.is_empty() => State::Opening,
+            (None, None) => State::Resting,
+        });
     }
 
     /// The backend is needed.
@@ -192,6 +213,7 @@ impl Server {
             self.give_up(Reconnect::Refused);
         }
         self.protocol.clone_from(&link.protocol);
+        self.hub.known.is_at(&link.endpoint);
         let end = Box::pin(link.end.clone().cancelled_owned());
         let (endpoint, since) = (Arc::clone(&link.endpoint), Instant::now());
         let open = Open { line, endpoint, since, end, _reports: reports };
@@ -473,6 +495,7 @@ impl Server {
             return;
         }
         self.told.metrics.gap(Gap::Lost);
+        self.hub.known.gap();
         if let Some(unsaid) = SAID.is_due() {
             warn!(%route, %key, %endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
         }
@@ -518,6 +541,7 @@ impl Server {
         let (Some(search), Some(open)) = (self.search.take(), &self.open) else { return };
         self.told.metrics.reconnect(Reconnect::Connected);
         self.error.clear();
+        self.hub.known.is_found_at(&open.endpoint);
         let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
         if let Some(unsaid) = FOUND.is_due() {
             info!(%route, %key, %endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
@@ -554,6 +578,7 @@ impl Server {
     fn give_up(&mut self, result: Reconnect) {
         static GIVEN_UP: Sparse = Sparse::new();
         self.told.metrics.reconnect(result);
+        self.hub.known.give_up(given_up(result));
         let (route, key, why) = (&self.callers.route, &self.key, result.as_str());
         let lost_ms = self.search.take().map_or(0, |search| search.lost_ms());
         let error = std::mem::take(&mut self.error);
@@ -569,6 +594,7 @@ impl Server {
 impl Drop for Server {
     /// Whatever came of it, a panic too, its clients hear of it.
     fn drop(&mut self) {
+        self.hub.known.is(State::Closing);
         self.finish_all(&End::Lost);
         self.hub.queue.close();
         self.callers.forget(&self.key, &self.hub);
