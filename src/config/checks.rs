@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     downstream::{ClientAuth, ProxyProtocol},
-    hub::Replay,
+    hub::{Kind, Replay},
     net::{Address, TlsFile, TlsFileError, TlsServer},
     upstream::{Addresses, Mode, Pool},
 };
@@ -55,7 +55,10 @@ const MAX_STREAMS: Name = name("pool", "max_streams");
 const MAX_USES: Name = name("pool", "max_uses");
 const POOL_MODE: Name = name("pool", "mode");
 const QUEUE_MESSAGES: Name = name("pool", "queue_messages");
+const QUEUE_BYTES: Name = name("pool", "queue_bytes");
 const KEY_HEADERS: Name = name("pool", "key_headers");
+const IGNORE_HEADERS: Name = name("pool", "ignore_headers");
+const SHARED: Name = name("pool", "shared");
 const REPLAY_MESSAGES: Name = name("pool", "replay_messages");
 const DELAY: Name = name("drain", "delay");
 const WINDOW: Name = name("drain", "window");
@@ -107,6 +110,7 @@ pub(super) fn check(settings: &Settings, origins: &Origins<'_>, findings: &mut V
     limits(settings, origins, findings);
     routes(settings, origins, findings);
     shared(settings, origins, findings);
+    unused(settings, origins, findings);
     grace(settings, origins, findings);
 }
 
@@ -157,6 +161,54 @@ fn routes(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
 /// Fields that no two handshakes have in common: tidegate, or what is in front of it, makes them anew for each.
 const ALWAYS_OTHER: [&str; 2] = ["x-request-id", "traceparent"];
 
+/// Keys that mean something with one kind of `pool.shared` alone.
+const OF_BROADCAST: &[&str] =
+    &["pool.slow_client", "pool.replay", "pool.replay_messages", "pool.allow_client_messages"];
+const OF_RPC: &[&str] = &[
+    "pool.request_timeout",
+    "pool.max_requests",
+    "pool.max_subscriptions",
+    "pool.subscriptions",
+    "pool.notifications",
+];
+
+/// Of keys that are written in a route: those in `[pool]` may be for others.
+fn unused(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
+    let is_shared = |pool: &Pool| pool.mode == Mode::Shared;
+    let mut routes = settings.routes.iter().map(|route| &route.pool).peekable();
+    // Where there are no routes yet it may be for those that are to come.
+    if origins.written.contains_key(&SHARED) && routes.peek().is_some() && !routes.any(is_shared) {
+        findings.push(Finding::warning(
+            "`pool.shared` is set, but no route has `pool.mode` \"shared\"",
+            origins.place(SHARED),
+            "set pool.mode to \"shared\" in the [[route]] whose clients may share one WebSocket, or leave it out",
+        ));
+    }
+    for (index, route) in settings.routes.iter().enumerate() {
+        let own = |key| Name { section: ROUTE, route: Some(index), key };
+        let (keys, of, fix) = match route.sharing.kind {
+            _ if !origins.judged(&[own("pool.mode"), own("pool.shared")]) => continue,
+            _ if !is_shared(&route.pool) => (
+                &["pool.shared"][..],
+                "`pool.mode` \"shared\"",
+                "set pool.mode to \"shared\" too, or leave it out: without that each client has a WebSocket of its own",
+            ),
+            Some(Kind::Rpc) => {
+                (OF_BROADCAST, "`pool.shared` \"broadcast\"", "leave it out: with \"rpc\" it changes nothing")
+            }
+            Some(Kind::Broadcast) => {
+                (OF_RPC, "`pool.shared` \"rpc\"", "leave it out: with \"broadcast\" it changes nothing")
+            }
+            None => continue,
+        };
+        for key in keys.iter().filter(|key| origins.written.contains_key(&own(key))) {
+            let path = route.path.as_ref().map(ToString::to_string);
+            let what = format!("`{key}` of {} is for {of} alone", named_route(index, path.as_deref()));
+            findings.push(Finding::warning(what, origins.place(own(key)), fix));
+        }
+    }
+}
+
 /// Routes whose clients share one WebSocket.
 fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding>) {
     if settings.upstream.pool.mode == Mode::Shared {
@@ -206,6 +258,26 @@ fn shared(settings: &Settings, origins: &Origins<'_>, findings: &mut Vec<Finding
             let values = (sharing.replay_messages.to_string(), sharing.queue_messages.to_string());
             let (what, place) = origins.pair((replayed, &values.0), "is more than", (kept, &values.1));
             findings.push(Finding::error(what, place, "no more can be replayed than is kept: raise queue_messages"));
+        }
+        let left_out = place(IGNORE_HEADERS, "pool.ignore_headers");
+        if let Some(header) = sharing.key_headers.iter().find(|header| sharing.ignore_headers.contains(header)) {
+            let (what, place) = origins.pair(
+                (named, header.as_str()),
+                "names a header that is left out by",
+                (left_out, header.as_str()),
+            );
+            let fix = "it is left out of the key, and the backend does not get it: name it in one of the two";
+            findings.push(Finding::error(what, place, fix));
+        }
+        let kept = place(QUEUE_BYTES, "pool.queue_bytes");
+        let is_said = [kept, MAX_MESSAGE].iter().any(|name| origins.written.contains_key(name));
+        let is_less = (sharing.queue_bytes as u64) < settings.relay.max_message;
+        if sharing.kind == Some(Kind::Rpc) && is_less && is_said && origins.judged(&[kept, MAX_MESSAGE]) {
+            let values = (format_size(sharing.queue_bytes as u64), format_size(settings.relay.max_message));
+            let (what, place) = origins.pair((kept, &values.0), "is less than", (MAX_MESSAGE, &values.1));
+            let fix = "a client's message beyond queue_bytes gets Close 1009, and who is sent two such answers at once 1013: raise queue_bytes, or \
+                       lower max_message";
+            findings.push(Finding::warning(what, place, fix));
         }
     }
 }

@@ -24,7 +24,7 @@ use std::{
     fmt,
     hash::Hash,
     ops::Deref,
-    sync::{Arc, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
