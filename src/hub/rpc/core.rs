@@ -154,6 +154,8 @@ pub struct Core {
     kept: usize,
     room: usize,
     subscriptions: Subscriptions,
+    /// The method of the last notification that is unlisted.
+    unlisted: Option<String>,
     /// Those with anything outstanding or subscribed.
     clients: BTreeMap<Client, Holding>,
     counts: Counts,
@@ -230,6 +232,7 @@ impl Core {
             kept: 0,
             room: usize::MAX,
             subscriptions: Subscriptions::default(),
+            unlisted: None,
             clients: BTreeMap::new(),
             counts: Counts::default(),
         }
@@ -254,6 +257,11 @@ impl Core {
     pub fn counts(&self) -> Counts {
         let Subscriptions { forgotten, overflowed, .. } = &self.subscriptions;
         Counts { unheard: self.counts.unheard + forgotten, overflowed: *overflowed, ..self.counts }
+    }
+
+    /// The method of the last notification that was for nobody since its method is not set up; as it was sent, at most so many bytes of it.
+    pub fn unlisted(&self) -> &str {
+        self.unlisted.as_deref().unwrap_or_default()
     }
 
     /// Nothing is outstanding, subscribed or kept for anybody.

@@ -634,13 +634,13 @@ impl Told {
         ] {
             if count > 0 {
                 self.metrics.rpc_drop(why, count);
-                self.say(why, count, route, key);
+                self.say(why, count, core.unlisted(), route, key);
             }
         }
     }
 
     /// Once of each hub; what a backend ought not to do, or may be of a subscription that is not set up, now and then to all who look.
-    fn say(&mut self, why: RpcDrop, count: u64, route: &str, key: &Key) {
+    fn say(&mut self, why: RpcDrop, count: u64, unlisted: &str, route: &str, key: &Key) {
         static UNLISTED: Sparse = Sparse::new();
         static ODD: Sparse = Sparse::new();
         let reason = why.as_str();
@@ -650,7 +650,8 @@ impl Told {
         match why {
             RpcDrop::Unlisted => {
                 if let Some(unsaid) = UNLISTED.is_due() {
-                    warn!(%route, %key, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
+                    let method = unlisted.escape_debug();
+                    warn!(%route, %key, %method, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
                 }
             }
             RpcDrop::Malformed | RpcDrop::Binary | RpcDrop::WithoutId => {

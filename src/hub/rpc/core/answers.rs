@@ -4,7 +4,10 @@ use std::time::Instant;
 
 use super::{
     super::{
-        message::{Fault, MAX_ID_BYTES, Message, Parts, is_id, splice, string, subscription_id, subscription_of},
+        message::{
+            Fault, MAX_ID_BYTES, MAX_METHOD_BYTES, Message, Parts, is_id, splice, string, subscription_id,
+            subscription_of,
+        },
         methods::Names,
     },
     Action, Asker, Client, Core, Key, Kind, Number, Request, list,
@@ -14,7 +17,7 @@ use super::{
 const MAX_BACKEND_BATCH: usize = 4096;
 
 impl Core {
-    /// A message of the backend's. `random` makes ids of subscriptions that nobody can guess.
+    /// A message of the backend's. `random` makes ids of subscriptions that nobody can guess, where they are texts.
     pub fn backend_says(
         &mut self,
         text: &str,
@@ -64,6 +67,7 @@ impl Core {
             let is_own = about.is_some() && parts.params.is_some_and(|params| params.starts_with('{'));
             if is_own || !self.methods.is_for_all(method) {
                 self.counts.unlisted += 1;
+                self.unlisted = Some(method[..method.floor_char_boundary(MAX_METHOD_BYTES)].to_owned());
             } else {
                 actions.push(Action::ToAll { text: text.to_owned() });
             }

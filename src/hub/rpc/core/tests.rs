@@ -441,6 +441,7 @@ fn notifications_are_for_all_or_for_one() {
         assert_eq!(hub.backend(text), NOTHING);
     }
     assert_eq!((hub.core.counts().unheard, hub.core.counts().unlisted), (3, 3));
+    assert_eq!(hub.core.unlisted(), "chain");
     assert!(hub.core.is_at_rest());
 }
 
