@@ -64,6 +64,8 @@ pub enum Handshake {
     Accepted,
     /// The backend answered with something else.
     Refused,
+    /// The same, when it was shown who wants to join others (`pool.authorize`).
+    Unauthorized,
     /// No valid WebSocket handshake; the backend was not asked.
     Invalid,
     /// Of a web page that is not among `http.allowed_origins`; the backend was not asked.
@@ -83,9 +85,10 @@ pub enum Handshake {
 }
 
 impl Handshake {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Accepted,
         Self::Refused,
+        Self::Unauthorized,
         Self::Invalid,
         Self::Origin,
         Self::Denied,
@@ -100,6 +103,7 @@ impl Handshake {
         match self {
             Self::Accepted => "accepted",
             Self::Refused => "refused",
+            Self::Unauthorized => "unauthorized",
             Self::Invalid => "invalid",
             Self::Origin => "origin",
             Self::Denied => "denied",
@@ -378,6 +382,10 @@ impl RpcResult {
         }
     }
 }
+
+/// What clients who share a WebSocket may suffer, for the live page: their backend was lost, it was not found again, they were too slow, their request
+/// was not answered in time.
+const SHARED: [&str; 4] = ["lost", "given_up", "slow", "rpc_timeout"];
 
 /// What is done about slow clients, in the order of `hub::SlowClient`.
 const SLOW_CLIENTS: [&str; 3] = ["disconnect", "drop_oldest", "conflate"];
@@ -854,6 +862,15 @@ impl Metrics {
         totals.set(Part::Handshakes, self.handshakes.iter().map(Counter::get));
         totals.set(Part::Requests, self.requests.iter().map(Counter::get));
         totals.set(Part::Causes, self.abnormal.iter().map(Counter::get));
+        let given_up =
+            [Reconnect::Refused, Reconnect::Expired].map(|result| self.shared_reconnects[result as usize].get());
+        let shared = [
+            self.shared_gaps[Gap::Lost as usize].get(),
+            given_up.iter().sum(),
+            self.shared_slow_clients.iter().map(Counter::get).sum(),
+            self.rpc_requests[RpcResult::Timeout as usize].get(),
+        ];
+        totals.set(Part::Shared, shared);
         totals.set(Part::Ends, self.closes.counts());
         totals.set(Part::Connect, self.handshake_duration.counts());
         totals.set(Part::Close, self.close_duration.counts());

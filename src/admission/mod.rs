@@ -80,8 +80,8 @@ pub enum Reason {
     PoolFull,
     /// Its route has as many WebSockets that clients share as `pool.max_keys` allows.
     PoolKeys,
-    /// Its handshake was to be shown to the backend (`pool.authorize`), and as many of its route's are.
-    PoolProbes,
+    /// Its route shows the backend as many who want to join a shared WebSocket (`pool.authorize`) as may be, or the backend has no turn for it.
+    Authorize,
     /// Its address has as many connections as `limits.max_connections_per_address` allows.
     AddressConnections,
     /// Its address has begun as many handshakes as `limits.handshakes_per_address` allows.
@@ -102,7 +102,7 @@ impl Reason {
         Self::QueueTimeout,
         Self::PoolFull,
         Self::PoolKeys,
-        Self::PoolProbes,
+        Self::Authorize,
         Self::AddressConnections,
         Self::AddressRate,
         Self::RouteSessions,
@@ -120,7 +120,7 @@ impl Reason {
             Self::QueueTimeout => "queue_timeout",
             Self::PoolFull => "pool_full",
             Self::PoolKeys => "pool_keys",
-            Self::PoolProbes => "pool_probes",
+            Self::Authorize => "authorize",
             Self::AddressConnections => "address_connections",
             Self::AddressRate => "address_rate",
             Self::RouteSessions => "route_sessions",
@@ -142,10 +142,10 @@ impl Reason {
                 "the backend is slow to answer; raise upstream.max_pending if it can bear more at once"
             }
             Self::PoolFull => "raise pool.max_connections or pool.max_streams",
-            Self::PoolKeys => "raise pool.max_keys of the route, if its backend can bear as many WebSockets",
-            Self::PoolProbes => {
-                "the backend is slow to answer the handshakes that pool.authorize = \"always\" shows it"
+            Self::Authorize => {
+                "clients join faster than the backend judges them (pool.authorize): it is slow to answer, or too many come at once"
             }
+            Self::PoolKeys => "raise pool.max_keys of the route, if its backend can bear as many WebSockets",
             Self::RouteSessions => "raise max_sessions of the route, if its backend can bear more",
             Self::AddressConnections => {
                 "limits.max_connections_per_address is at work; raise it if many sit behind this address (a NAT), or name it in \
@@ -165,7 +165,7 @@ impl Reason {
             Self::Rate | Self::AddressRate => "too many handshakes at once",
             Self::AddressConnections => "too many connections of one address",
             Self::RouteSessions => "too many sessions for this path",
-            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull | Self::PoolKeys | Self::PoolProbes => {
+            Self::MaxWaiting | Self::QueueTimeout | Self::PoolFull | Self::PoolKeys | Self::Authorize => {
                 "too many requests are waiting for the backend"
             }
         }

@@ -64,6 +64,9 @@ const FOR_ALL: [HeaderName; 9] = [
     UPGRADE,
 ];
 
+/// Of these, the ones that say what its body is.
+const OF_BODY: [HeaderName; 3] = [CONTENT_TYPE, CONTENT_ENCODING, CONTENT_LANGUAGE];
+
 /// Until all of them are here.
 pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -85,11 +88,22 @@ pub(super) struct Lines {
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The backend gave no answer.
-    #[error(transparent)]
-    Upstream(#[from] Error),
+    #[error("{error}")]
+    Upstream {
+        /// Why.
+        error: Error,
+        /// The endpoint that was tried last, if any was.
+        endpoint: Option<Arc<str>>,
+    },
     /// It said no.
     #[error("the backend refused it with {}", .0.status)]
     Refused(Arc<Refused>),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Upstream { error, endpoint: None }
+    }
 }
 
 /// What a backend said in place of 101.
@@ -101,6 +115,8 @@ pub struct Refused {
     pub headers: HeaderMap,
     /// All of what it said; nothing, if that is too long.
     pub body: Bytes,
+    /// Which one it was.
+    pub endpoint: Arc<str>,
 }
 
 /// A WebSocket to the backend. Dropped, it is ended as that of a client which has vanished.
@@ -204,7 +220,7 @@ impl Lines {
         let (done, opened) = oneshot::channel();
         home.spawn(self.clone().dial(request, home.clone(), done, place));
         // It is dropped unanswered only when the process ends.
-        opened.await.unwrap_or(Err(Fault::Upstream(Error::Timeout("the process ends"))))
+        opened.await.unwrap_or(Err(Error::Timeout("the process ends").into()))
     }
 
     /// The handshake, and then the relay until its end.
@@ -216,6 +232,7 @@ impl Lines {
         mut place: Option<OwnedSemaphorePermit>,
     ) {
         let mut exchange = self.upstream.websocket(request, &home);
+        let at = exchange.at();
         let answer = tokio::select! {
             biased;
             answer = &mut exchange => answer,
@@ -243,7 +260,7 @@ impl Lines {
                 if let Some(stream) = stream {
                     (home.end)(stream);
                 }
-                drop(done.send(Err(error.into())));
+                drop(done.send(Err(Fault::Upstream { error, endpoint: at.endpoint() })));
                 return;
             }
         };
@@ -349,7 +366,7 @@ fn abnormal(report: &Report) -> Option<&'static str> {
 /// Reads all of a refusal, as far as it is short.
 async fn refused(reply: Reply, load: Load, home: &Home) -> Refused {
     let Reply { response, connection } = reply;
-    let end = Arc::clone(&home.end);
+    let (end, endpoint) = (Arc::clone(&home.end), Arc::clone(load.endpoint()));
     home.spawn(async move {
         if let Some(stream) = connection.await {
             end(stream);
@@ -358,12 +375,14 @@ async fn refused(reply: Reply, load: Load, home: &Home) -> Refused {
     });
     let (head, body) = response.into_parts();
     let body = timeout(REFUSAL_TIMEOUT, Limited::new(body, REFUSAL_BYTES).collect()).await;
-    let body = body.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let body = body.ok().and_then(Result::ok).map(http_body_util::Collected::to_bytes);
     let mut headers = HeaderMap::new();
-    for (name, value) in head.headers.iter().filter(|(name, _)| FOR_ALL.contains(name)) {
+    // Without a body there is nothing that could be of some type, or encoded: a client would fail to decode it.
+    let is_meant = |name: &HeaderName| FOR_ALL.contains(name) && (body.is_some() || !OF_BODY.contains(name));
+    for (name, value) in head.headers.iter().filter(|(name, _)| is_meant(name)) {
         headers.append(name.clone(), value.clone());
     }
-    Refused { status: head.status, headers, body }
+    Refused { status: head.status, headers, body: body.unwrap_or_default(), endpoint }
 }
 
 impl Line {

@@ -85,10 +85,12 @@ pub struct Joined {
 pub enum Refusal {
     /// That is what the backend said, or did.
     Backend(Fault),
+    /// The same when it was shown who wants to join others (`pool.authorize`).
+    Probe(Fault),
+    /// As many are shown to it as may be.
+    Probes,
     /// As many keys as `pool.max_keys` allows.
     Keys,
-    /// As many handshakes are shown to the backend as may be.
-    Probes,
     /// As many wait as may, or it has waited for too long.
     Busy,
     /// The process is about to end.
@@ -239,7 +241,7 @@ impl Hubs {
             if sharing.authorize == Authorize::Always && !is_shown {
                 let mut own = request.clone();
                 own.headers_mut().remove(http::header::SEC_WEBSOCKET_EXTENSIONS);
-                lines.show(own, home).await.ok_or(Refusal::Probes)?.map_err(Refusal::Backend)?;
+                lines.show(own, home).await.ok_or(Refusal::Probes)?.map_err(Refusal::Probe)?;
             }
             let (leg, known) = match (present, guest.take()) {
                 (Some((hub, present)), _) => (hub.leg(present, home, traffic, admission, lease), hub.known()),
@@ -310,7 +312,7 @@ fn limits(config: &upstream::Config) -> pool::Config {
 fn refusal(error: AcquireError<Fault>) -> Refusal {
     match error {
         AcquireError::Open(OpenError::Failed(fault)) => Refusal::Backend(match &*fault {
-            Fault::Upstream(error) => Fault::Upstream(error.again()),
+            Fault::Upstream { error, endpoint } => Fault::Upstream { error: error.again(), endpoint: endpoint.clone() },
             Fault::Refused(refused) => Fault::Refused(Arc::clone(refused)),
         }),
         AcquireError::Open(OpenError::TimedOut) => {
@@ -350,7 +352,7 @@ impl Connector<Key> for Opener {
             None => Connected::Feed(broadcast::Hub::open(self, key, home, reports).await?),
             Some(callers) => {
                 // Not for a client: those who asked may be gone.
-                let guest = callers.enter(key).ok_or(Fault::Upstream(Error::PoolFull))?;
+                let guest = callers.enter(key).ok_or(Error::PoolFull)?;
                 let line = self.lines.open(key.request(), home).await?;
                 Connected::Calls(guest.opened(line, reports))
             }

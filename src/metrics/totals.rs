@@ -135,7 +135,8 @@ const HANDSHAKES: Range<usize> = 0..Handshake::ALL.len();
 const REFUSED: Range<usize> = HANDSHAKES.end..HANDSHAKES.end + Reason::ALL.len();
 const REQUESTS: Range<usize> = REFUSED.end..REFUSED.end + STATUS_CLASSES.len();
 const CAUSES: Range<usize> = REQUESTS.end..REQUESTS.end + ABNORMAL.len();
-const MESSAGES: Range<usize> = CAUSES.end..CAUSES.end + 2;
+const SHARED: Range<usize> = CAUSES.end..CAUSES.end + super::SHARED.len();
+const MESSAGES: Range<usize> = SHARED.end..SHARED.end + 2;
 const ENDS: Range<usize> = MESSAGES.end..MESSAGES.end + CLOSES;
 const CONNECT: Range<usize> = ENDS.end..ENDS.end + BOUNDS_NANOS.len() + 1;
 const CLOSE: Range<usize> = CONNECT.end..CONNECT.end + BOUNDS_NANOS.len() + 1;
@@ -187,6 +188,7 @@ impl Totals {
             Part::Refused => Reason::ALL[index].as_str(),
             Part::Requests => STATUS_CLASSES[index],
             Part::Causes => ABNORMAL[index],
+            Part::Shared => super::SHARED[index],
             Part::Kernel => super::KERNEL[index].0,
             Part::Messages | Part::Ends | Part::Connect | Part::Close => "",
         };
@@ -237,6 +239,8 @@ pub enum Part {
     Requests,
     /// Ends that were no Close handshake, by cause.
     Causes,
+    /// What clients who share a WebSocket suffer, by [`super::SHARED`].
+    Shared,
     /// Text and binary messages, of clients and of backends.
     Messages,
     /// Ends of sessions, by kind.
@@ -256,6 +260,7 @@ impl Part {
             Self::Refused => REFUSED,
             Self::Requests => REQUESTS,
             Self::Causes => CAUSES,
+            Self::Shared => SHARED,
             Self::Messages => MESSAGES,
             Self::Ends => ENDS,
             Self::Connect => CONNECT,

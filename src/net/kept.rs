@@ -37,6 +37,16 @@ const CRUMBS_PAUSE: Duration = Duration::from_millis(10);
 /// Of these a look is worth it at once, in bytes.
 const CRUMBS_AT_ONCE: i32 = 4096;
 
+/// See [`Kept::at_pace`].
+#[derive(Debug, thiserror::Error)]
+#[error("the peer takes nothing, or too little")]
+struct TooSlow;
+
+/// That is why a [`Kept`] takes no more.
+pub fn is_too_slow(error: &io::Error) -> bool {
+    matches!(error.get_ref(), Some(error) if error.is::<TooSlow>())
+}
+
 /// Since nothing more went out.
 #[derive(Debug)]
 struct Stalled {
@@ -156,10 +166,7 @@ impl Kept {
             let taken = unacked.zip(left).map_or(0, |(before, left)| before.saturating_sub(left));
             let owed = u128::from(*rate) * write_timeout.as_millis() / 1000;
             if taken == 0 || (taken as u128) < owed {
-                return Poll::Ready(Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "the peer takes nothing, or too little",
-                )));
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, TooSlow)));
             }
             *unacked = left;
             timer.as_mut().reset(Instant::now() + *write_timeout);

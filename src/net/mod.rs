@@ -35,7 +35,7 @@ use tokio::{
 
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
-    kept::Kept,
+    kept::{Kept, is_too_slow},
     lent::{Back, Lent, lend},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     local::{Fault, Local, fault},

@@ -30,7 +30,7 @@ impl Context {
     }
 
     /// The same for what there is too little of toward one endpoint.
-    fn refuse_at(&self, reason: Reason, client: SocketAddr, at: Option<(&str, &At)>) {
+    pub(super) fn refuse_at(&self, reason: Reason, client: SocketAddr, at: Option<(&str, &At)>) {
         static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
         self.traffic.refuse(reason);
         let is_rate = reason == Reason::AddressRate;
@@ -159,7 +159,7 @@ impl Context {
 
     /// What a client is told when the backend gave no answer: no addresses, no system errors.
     pub(super) fn blame(&self, error: &Error, client: SocketAddr, route: &str, at: &At) -> Response<Body> {
-        let (status, reason) = match error {
+        let reason = match error {
             // Not its fault.
             Error::Body(_) => return answer(StatusCode::BAD_REQUEST, "the request's body did not arrive in full"),
             Error::Shortage { lack, .. } => {
@@ -176,17 +176,16 @@ impl Context {
                 return self.refusal(Reason::QueueTimeout);
             }
             Error::PoolFull => {
-                self.refuse_for(Reason::PoolFull, client);
+                self.refuse_at(Reason::PoolFull, client, Some((route, at)));
                 return self.refusal(Reason::PoolFull);
             }
-            Error::Busy => (StatusCode::SERVICE_UNAVAILABLE, "the backend takes nobody else now"),
-            Error::Unreachable { .. } => (StatusCode::BAD_GATEWAY, "the backend is not reachable"),
-            Error::Tls { .. } => (StatusCode::BAD_GATEWAY, "there is no secure connection to the backend"),
-            Error::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, *reason),
-            Error::NoAnswer(_) | Error::NoStream(_) => (StatusCode::BAD_GATEWAY, "the backend gave no valid answer"),
-            Error::BadAccept(reason) => (StatusCode::BAD_GATEWAY, *reason),
+            Error::Busy => "the backend takes nobody else now",
+            Error::Unreachable { .. } => "the backend is not reachable",
+            Error::Tls { .. } => "there is no secure connection to the backend",
+            Error::NoAnswer(_) | Error::NoStream(_) => "the backend gave no valid answer",
+            Error::Timeout(reason) | Error::BadAccept(reason) => reason,
         };
-        answer_later(status, reason, self.downstream.retry_after)
+        answer_later(status_of(error), reason, self.downstream.retry_after)
     }
 
     /// An answer of a backend that could end in more than one place.
@@ -237,6 +236,26 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
         warn!(%client, path, request_id, trace_id, %route, endpoint, %error, unsaid, "request failed");
     } else {
         debug!(%client, path, request_id, trace_id, %route, endpoint, %error, "request failed");
+    }
+}
+
+/// Says that the backend could not be asked about a client, for whatever reason. Those whom the client wanted to join notice nothing.
+pub(super) fn say_unasked(error: &Error, about: &About, at: &At) {
+    static SAID: Sparse = Sparse::new();
+    let About { client, path, request_id, route, .. } = about;
+    let endpoint = at.endpoint();
+    let endpoint = endpoint.as_deref();
+    if let Some(unsaid) = SAID.is_due() {
+        warn!(%client, path, request_id, %route, endpoint, %error, unsaid, "the backend could not be asked whether a client may join a shared WebSocket (pool.authorize)");
+    }
+}
+
+/// Of an answer in place of the one that the backend did not give.
+pub(super) fn status_of(error: &Error) -> StatusCode {
+    match error {
+        Error::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
+        Error::Busy => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::BAD_GATEWAY,
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{
     convert::Infallible,
+    error::Error as _,
     future::{Future, poll_fn},
+    io,
     net::SocketAddr,
     pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
@@ -25,11 +27,11 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tower::{ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer};
-use tracing::{debug, field::display, info};
+use tracing::{debug, field::display, info, warn};
 
 use super::{
     About, Context, Tunnel,
-    answer::{complain, last, refuse_origin},
+    answer::{complain, last, refuse_origin, say_unasked, status_of},
     secure::Client,
 };
 use crate::{
@@ -41,7 +43,7 @@ use crate::{
     hub::{Fault, Joined, Refusal, Refused},
     listen::Accounting,
     metrics::{Handshake, Metrics},
-    net::{Kept, Stream, concat},
+    net::{Kept, Stream, concat, is_too_slow},
     relay::Leg,
     side::Side,
     sparse::Sparse,
@@ -51,6 +53,10 @@ use crate::{
 
 /// That a backend refuses a handshake is said once in a while: whoever has no right to one may ask a thousand times.
 static REFUSED: Sparse = Sparse::new();
+
+/// What is said then: of a handshake of its client's own or of many, and of one that is only shown.
+const REFUSED_TO_OPEN: &str = "the backend refused a handshake";
+const REFUSED_TO_JOIN: &str = "the backend refused a client that was to join a shared WebSocket (pool.authorize)";
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
@@ -89,12 +95,14 @@ pub(super) struct Stage {
     pub(super) permit: Option<Permit>,
     /// A request is here.
     is_asked: bool,
+    /// That of the last plain request.
+    route: Option<Arc<str>>,
 }
 
 impl Stage {
     /// A request is here.
     pub(super) const fn new(permit: Option<Permit>) -> Self {
-        Self { next: Next::Plain, permit, is_asked: true }
+        Self { next: Next::Plain, permit, is_asked: true, route: None }
     }
 }
 
@@ -211,7 +219,7 @@ impl Context {
         stream.writable().await;
         // An answer must be taken as a request must come: whoever takes it holds a place.
         let stream = stream.at_pace(self.downstream.body_rate, self.downstream.header_timeout);
-        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, permit, is_asked: false }));
+        let stage = Arc::new(Mutex::new(Stage { next: Next::Plain, permit, is_asked: false, route: None }));
         let service = {
             let (this, shared, whose) = (Arc::clone(&self), Arc::clone(&stage), client.clone());
             let handle = tower::service_fn(move |(request, intent)| {
@@ -300,7 +308,7 @@ impl Context {
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
                 if let Some(Err(error)) = served {
-                    debug!(%client, %error, "client connection ended");
+                    say_ended(&client, lock(&stage).route.as_deref(), &error);
                 }
                 self.linger(stream, &patience, accounting);
             }
@@ -334,7 +342,7 @@ impl Context {
     ) -> Response<Body> {
         match intent {
             Intent::Plain => {
-                let answer = pin!(self.plain(request, client));
+                let answer = pin!(self.plain(request, client, stage));
                 let response = self.in_time(client.address, stage, answer).await;
                 self.metrics.request(response.status().as_u16());
                 response
@@ -441,7 +449,7 @@ impl Context {
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
-                say_refused(&about, Some(load.endpoint()), status);
+                say_refused(&about, load.endpoint(), status, REFUSED_TO_OPEN);
                 (Handshake::Refused, self.pass_on(Placed { what: reply, load }, upstream.config().body_timeout), None)
             }
             Err(error) => self.fail(&error, &about, &at),
@@ -451,15 +459,7 @@ impl Context {
     /// What becomes of a handshake to which the backend gave no answer.
     fn fail(&self, error: &Error, about: &About, at: &At) -> (Handshake, Response<Body>, Option<Tunnel>) {
         complain(error, about, at);
-        let result = match error {
-            Error::Unreachable { .. } => Handshake::Unreachable,
-            Error::Shortage { .. } | Error::QueueTimeout | Error::PoolFull => Handshake::Shed,
-            Error::Timeout(_) => Handshake::Timeout,
-            Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => Handshake::BadBackend,
-            Error::Busy => Handshake::Refused,
-            Error::Body(_) => Handshake::Invalid,
-        };
-        (result, self.blame(error, about.client.address, &about.route, at), None)
+        (result_of(error), self.blame(error, about.client.address, &about.route, at), None)
     }
 
     /// A handshake where those who are alike share one WebSocket. Of the backend's 101 a client gets what is for all of them.
@@ -470,9 +470,9 @@ impl Context {
         seat: Seat,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
         let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
-        let (client, at) = (about.client.address, At::default());
-        let shed = |reason| {
-            self.refuse_for(reason, client);
+        let client = about.client.address;
+        let shed = |reason, endpoint| {
+            self.refuse_at(reason, client, Some((&about.route, &At::of(endpoint))));
             (Handshake::Shed, self.refusal(reason), None)
         };
         match self.hubs.join(&about.route, request, &self.home, &self.traffic, &self.admission).await {
@@ -493,17 +493,30 @@ impl Context {
                 (Handshake::Accepted, response, Some(tunnel))
             }
             Err(Refusal::Backend(Fault::Refused(refused))) => {
-                let Refused { status, headers, body } = &*refused;
-                say_refused(&about, None, status.as_u16());
-                let mut response = Response::new(Full::new(body.clone()).map_err(|never| match never {}).boxed());
-                (*response.status_mut(), *response.headers_mut()) = (*status, headers.clone());
-                downstream::forward_response(&mut response, false);
-                (Handshake::Refused, response, None)
+                say_refused(&about, &refused.endpoint, refused.status.as_u16(), REFUSED_TO_OPEN);
+                (Handshake::Refused, told_of(&refused), None)
             }
-            Err(Refusal::Backend(Fault::Upstream(error))) => self.fail(&error, &about, &at),
-            Err(Refusal::Keys) => shed(Reason::PoolKeys),
-            Err(Refusal::Probes) => shed(Reason::PoolProbes),
-            Err(Refusal::Busy) => shed(Reason::QueueTimeout),
+            Err(Refusal::Probe(Fault::Refused(refused))) => {
+                say_refused(&about, &refused.endpoint, refused.status.as_u16(), REFUSED_TO_JOIN);
+                (Handshake::Unauthorized, told_of(&refused), None)
+            }
+            Err(Refusal::Backend(Fault::Upstream { error, endpoint })) => self.fail(&error, &about, &At::of(endpoint)),
+            Err(Refusal::Probe(Fault::Upstream { error, endpoint })) => match result_of(&error) {
+                Handshake::Shed => shed(Reason::Authorize, endpoint),
+                result => {
+                    say_unasked(&error, &about, &At::of(endpoint));
+                    let status = status_of(&error);
+                    let response = answer_later(
+                        status,
+                        "the backend could not be asked who may join",
+                        self.downstream.retry_after,
+                    );
+                    (result, response, None)
+                }
+            },
+            Err(Refusal::Keys) => shed(Reason::PoolKeys, None),
+            Err(Refusal::Busy) => shed(Reason::QueueTimeout, None),
+            Err(Refusal::Probes) => shed(Reason::Authorize, None),
             Err(Refusal::Closing) => {
                 let what = "the server is going away";
                 let response = answer_later(StatusCode::SERVICE_UNAVAILABLE, what, self.downstream.retry_after);
@@ -513,7 +526,12 @@ impl Context {
     }
 
     /// A request that is no upgrade, streamed both ways.
-    pub(super) async fn plain<B>(self: &Arc<Self>, mut request: Request<B>, client: &Client) -> Response<Body>
+    pub(super) async fn plain<B>(
+        self: &Arc<Self>,
+        mut request: Request<B>,
+        client: &Client,
+        stage: &Mutex<Stage>,
+    ) -> Response<Body>
     where
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<BoxError>,
@@ -527,6 +545,7 @@ impl Context {
             return response;
         }
         let Way { route, upstream, .. } = way;
+        lock(stage).route = Some(Arc::clone(route));
         let about = About::new(client, &path, request.headers(), route);
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, false) {
@@ -590,13 +609,46 @@ fn empty() -> Body {
     Empty::new().map_err(|never| match never {}).boxed()
 }
 
-fn say_refused(about: &About, endpoint: Option<&str>, status: u16) {
+/// A client's connection came to an end that was none in order. Who takes his answer too slowly may be one of thousands who do so on purpose.
+fn say_ended(client: &Client, route: Option<&str>, error: &hyper::Error) {
+    static SLOW: Sparse = Sparse::new();
+    let is_slow = error.source().and_then(|error| error.downcast_ref::<io::Error>()).is_some_and(is_too_slow);
+    if is_slow && let Some(unsaid) = SLOW.is_due() {
+        let fix = "http.body_rate is what it has to take in a second; many at once may be an attack";
+        warn!(%client, route, fix, unsaid, "a client takes its answer too slowly: its connection is ended");
+    } else {
+        debug!(%client, route, %error, "client connection ended");
+    }
+}
+
+/// Of a handshake to which the backend gave no answer.
+fn result_of(error: &Error) -> Handshake {
+    match error {
+        Error::Unreachable { .. } => Handshake::Unreachable,
+        Error::Shortage { .. } | Error::QueueTimeout | Error::PoolFull => Handshake::Shed,
+        Error::Timeout(_) => Handshake::Timeout,
+        Error::Tls { .. } | Error::NoAnswer(_) | Error::NoStream(_) | Error::BadAccept(_) => Handshake::BadBackend,
+        Error::Busy => Handshake::Refused,
+        Error::Body(_) => Handshake::Invalid,
+    }
+}
+
+/// What a backend said to one handshake for many.
+fn told_of(refused: &Refused) -> Response<Body> {
+    let Refused { status, headers, body, .. } = refused;
+    let mut response = Response::new(Full::new(body.clone()).map_err(|never| match never {}).boxed());
+    (*response.status_mut(), *response.headers_mut()) = (*status, headers.clone());
+    downstream::forward_response(&mut response, false);
+    response
+}
+
+fn say_refused(about: &About, endpoint: &str, status: u16, what: &str) {
     let About { client, path, request_id, trace_id, route, .. } = about;
     let trace_id = trace_id.as_ref().map(display);
     if let Some(unsaid) = REFUSED.is_due() {
-        info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "the backend refused a handshake");
+        info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "{what}");
     } else {
-        debug!(%client, path, request_id, trace_id, %route, endpoint, status, "the backend refused a handshake");
+        debug!(%client, path, request_id, trace_id, %route, endpoint, status, "{what}");
     }
 }
 

@@ -329,7 +329,7 @@ impl Context {
                 stage.lock().unwrap_or_else(PoisonError::into_inner).permit = Some(permit);
                 match self.requests.try_acquire() {
                     Ok(_slot) => {
-                        let answer = pin!(self.plain(request, client));
+                        let answer = pin!(self.plain(request, client, &stage));
                         let response = self.in_time(client.address, &stage, answer).await;
                         self.metrics.request(response.status().as_u16());
                         response

@@ -397,6 +397,11 @@ impl Control {
 pub struct At(Arc<Control>);
 
 impl At {
+    /// With this one, or none.
+    pub fn of(endpoint: Option<Arc<str>>) -> Self {
+        Self(Arc::new(Control { endpoint: Mutex::new(endpoint), ..Control::default() }))
+    }
+
     /// The last one that it was begun with.
     pub fn endpoint(&self) -> Option<Arc<str>> {
         self.0.endpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()

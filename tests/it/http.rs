@@ -627,7 +627,8 @@ fn answers_must_be_taken_at_a_pace() {
             is_cut.open();
         }
     };
-    let t = Scene::new("http = { header_timeout = '1s', body_rate = 1000 }").backend(script).start();
+    let settings = "http = { header_timeout = '1s', body_rate = 1000 }\nroute = [{ path = '/drip' }]";
+    let t = Scene::new(settings).backend(script).start();
     let dial = Dial { recv_buffer: Some(16 << 10), ..Dial::default() };
     let seen = t.client_with(dial, async |c| {
         c.send_bytes(&Message::get("/drip").bytes()).await;
@@ -638,6 +639,12 @@ fn answers_must_be_taken_at_a_pace() {
         c.until_end().await
     });
     assert!(seen.raw.len() < LENGTH, "{} bytes", seen.raw.len());
+    let line = t.proxy().log_where("that it was too slow", |line| {
+        line["message"] == "a client takes its answer too slowly: its connection is ended"
+    });
+    let client = t.lab().address(Side::Client, Side::Proxy).to_string();
+    assert_eq!((&line["level"], &line["route"]), (&"WARN".into(), &"/drip".into()), "{line}");
+    assert!(line["client"].as_str().is_some_and(|address| address.starts_with(&client)), "{line}");
     let response = t.client_with(dial, async |c| {
         c.send_bytes(&Message::get("/").bytes()).await;
         while c.received_bytes() < LENGTH {

@@ -4,7 +4,7 @@ use std::{thread, time::Duration};
 
 use serde_json::Value;
 
-use crate::harness::{Board, DEADLINE, End, Gate, LIMIT, Peer, Scene, Side, ws::CLOSE};
+use crate::harness::{Board, DEADLINE, End, Gate, LIMIT, Message, Peer, Scene, Side, lab::Running, ws::CLOSE};
 
 fn settings(pool: &str) -> String {
     format!("route = [{{ path = '/s/*', pool = {{ mode = 'shared', idle_timeout = '45s', {pool} }} }}]\n")
@@ -36,6 +36,17 @@ fn listed(t: &Scene, what: &str, test: impl Fn(&Value) -> bool) -> Value {
     }
 }
 
+/// A client that is there until it may leave.
+fn stay(t: &Scene, leave: &Gate) -> Running<()> {
+    let leave = leave.clone();
+    t.start_client(async move |c| {
+        c.handshake("/s/a?token=swordfish").await;
+        leave.passed().await;
+        c.send_close(1000, "").await;
+        c.until_end().await.assert_closed_with(1000);
+    })
+}
+
 fn tidegate(t: &Scene, arguments: &[&str]) -> String {
     let mut command = t.lab().command_in(Side::Proxy, env!("CARGO_BIN_EXE_tidegate"));
     command.args(arguments).args(["--admin", &t.proxy().admin.to_string()]);
@@ -51,15 +62,7 @@ fn a_lost_one_is_searched_for() {
     let (lost, leave) = (Gate::new("the backend is lost"), Gate::new("all was asked"));
     let pool = settings("shared = 'broadcast', reconnect_grace = '45s'");
     let t = Scene::new(&pool).backend(lost_once(&lost)).start();
-    let clients = [(); 2].map(|()| {
-        let leave = leave.clone();
-        t.start_client(async move |c| {
-            c.handshake("/s/a?token=swordfish").await;
-            leave.passed().await;
-            c.send_close(1000, "").await;
-            c.until_end().await.assert_closed_with(1000);
-        })
-    });
+    let clients = [(); 2].map(|()| stay(&t, &leave));
     let backend = t.backend().address.to_string();
     let is_open = |one: &Value| one["state"] == "open" && one["clients"] == 2;
     let all = listed(&t, "open for two", |one| is_open(one));
@@ -81,6 +84,10 @@ fn a_lost_one_is_searched_for() {
     assert!(row.starts_with("/s/*") && row.contains(" searching "), "{row}");
     let live: Value = serde_json::from_str(&tidegate(&t, &["status", "--format", "json"])).expect("JSON");
     assert_eq!(live["websockets"][0]["key"], key, "{live}");
+    assert!(
+        screen.contains("error: shared WebSockets whose backend was lost and is looked for: 1, with 2 clients"),
+        "{screen}"
+    );
     let table = tidegate(&t, &["connections"]);
     assert_eq!(table.matches(&format!(" {key} ")).count(), 2, "{table}");
     leave.open();
@@ -97,15 +104,7 @@ fn a_lost_one_is_searched_for() {
 fn one_that_is_found_again_is_open() {
     let (lost, leave) = (Gate::new("the backend is lost"), Gate::new("all was asked"));
     let t = Scene::new(&settings("shared = 'broadcast'")).backend(lost_once(&lost)).start();
-    let client = t.start_client({
-        let leave = leave.clone();
-        async move |c| {
-            c.handshake("/s/a").await;
-            leave.passed().await;
-            c.send_close(1000, "").await;
-            c.until_end().await.assert_closed_with(1000);
-        }
-    });
+    let client = stay(&t, &leave);
     listed(&t, "open", |one| one["state"] == "open" && one["clients"] == 1);
     lost.open();
     let all = listed(&t, "open again", |one| one["state"] == "open" && one["reconnects"] == 1);
@@ -177,4 +176,86 @@ fn what_is_asked_is_told() {
         c.until_end().await.assert_closed_with(1000);
     });
     listed(&t, "gone", Value::is_null);
+}
+
+/// Who is turned away where a WebSocket is shared is told of with route and backend, whatever it was for: the backend is gone, or the route has as many as
+/// may be.
+#[test]
+fn refusals_name_their_route() {
+    let (kept, leave) = (Gate::new("all was asked"), Gate::new("all was asked"));
+    let t = Scene::new(&settings("shared = 'broadcast', max_keys = 1")).backend(lost_once(&kept)).start();
+    let client = stay(&t, &leave);
+    listed(&t, "open", |one| one["state"] == "open" && one["clients"] == 1);
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/s/b")).await.code(), 503));
+    leave.open();
+    client.join();
+    kept.open();
+    let line = t.proxy().log_where("a refusal", |line| line["reason"] == "pool_keys");
+    assert_eq!(line["route"], "/s/*", "{line}");
+    let t = Scene::new(&settings("shared = 'rpc'")).start();
+    t.backend().stop_listening();
+    t.client(async |c| assert_eq!(c.request(Message::websocket("/s/a")).await.code(), 502));
+    let line = t.proxy().log_where("a failure", |line| line["message"] == "request failed");
+    let address = t.backend().address.to_string();
+    assert_eq!((&line["route"], &line["endpoint"]), (&"/s/*".into(), &address.as_str().into()), "{line}");
+}
+
+/// With `authorize = "always"` a refusal of who wants to join, and a backend that can't be asked, are told apart from those of who opens: by words, by
+/// the count, and in the answer. Those who are there notice nothing.
+#[test]
+fn who_may_not_join_is_told_apart() {
+    let count = Board::new(0);
+    let script = async move |c: &mut Peer| {
+        // That of all, and of the first client, which is shown too.
+        if count.change(|count| std::mem::replace(count, *count + 1)) > 1 {
+            c.read_head().await;
+            c.reply(Message::status(401, "Unauthorized", "not you")).await;
+            return;
+        }
+        c.accept_websocket().await;
+        while c.next_frame(LIMIT).await.is_ok_and(|frame| frame.opcode != CLOSE) {}
+        c.answer_close().await;
+    };
+    let t = Scene::new(&settings("shared = 'broadcast', authorize = 'always'")).backend(script).start();
+    let backend = t.backend().address.to_string();
+    let leave = Gate::new("all was asked");
+    let client = stay(&t, &leave);
+    listed(&t, "open", |one| one["state"] == "open" && one["clients"] == 1);
+    let join = || Message::websocket("/s/a?token=swordfish");
+    t.client(async |c| assert_eq!(c.request(join()).await.code(), 401));
+    t.backend().stop_listening();
+    t.client(async |c| {
+        let answer = c.request(join()).await;
+        assert_eq!((answer.code(), answer.text().contains("could not be asked")), (502, true), "{answer:?}");
+    });
+    leave.open();
+    client.join();
+    let said = |what: &str| {
+        let what = format!("{what} a shared WebSocket (pool.authorize)");
+        let line = t.proxy().log_where(&what, |line| line["message"] == what.as_str());
+        assert_eq!((&line["route"], &line["endpoint"]), (&"/s/*".into(), &backend.as_str().into()), "{line}");
+    };
+    said("the backend refused a client that was to join");
+    said("the backend could not be asked whether a client may join");
+    let metrics = t.proxy().metrics();
+    for (result, count) in [("accepted", 1), ("unauthorized", 1), ("unreachable", 1), ("refused", 0)] {
+        assert_eq!(metrics.count(&format!("tidegate_handshakes_total{{result=\"{result}\"}}")), count, "{result}");
+    }
+}
+
+/// A refusal that is too long to be passed on to all who wait is passed on without its body, and without what is said of that.
+#[test]
+fn a_refusal_without_its_body_has_no_encoding() {
+    let script = async |c: &mut Peer| {
+        c.read_head().await;
+        let answer = Message::status(403, "Forbidden", &"x".repeat(100_000));
+        c.reply(answer.header("Content-Encoding", "gzip").header("Content-Type", "text/x").header("Retry-After", "7"))
+            .await;
+    };
+    let t = Scene::new(&settings("shared = 'broadcast'")).backend(script).start();
+    t.client(async |c| {
+        let answer = c.request(Message::websocket("/s/a")).await;
+        assert_eq!((answer.code(), answer.text().as_str(), answer.field("Retry-After")), (403, "", Some("7")));
+        assert_eq!((answer.field("Content-Encoding"), answer.field("Content-Type")), (None, None), "{answer:?}");
+    });
 }

@@ -42,6 +42,8 @@ pub(super) struct Seen<'a> {
     pub limits: &'a [Limit],
     /// Endpoints that take connections, and that are left alone.
     pub endpoints: [i64; 2],
+    /// WebSockets that clients share whose backend was lost and is looked for, and their clients.
+    pub searching: (usize, usize),
     pub is_reload_good: bool,
     /// As far as /readyz knows.
     pub is_backend_down: bool,
@@ -57,7 +59,7 @@ const NEARLY: [u64; 2] = [9, 10];
 pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
     let mut found: [Vec<Problem>; 3] = Default::default();
     let came = seen.came;
-    let mut say = |level, what: String, fix| {
+    let mut say = |level: &'static str, what: String, fix: &'static str| {
         let place = ["error", "warning"].iter().position(|worse| *worse == level).unwrap_or(2);
         found[place].push(Problem { level, what, fix });
     };
@@ -71,6 +73,7 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
         let what = format!("endpoints of backends that take no connections: {ejected} of {}", active + ejected);
         say(level, what, "tidegate status names them; look at the backend itself");
     }
+    shared(seen, &mut say);
     for (name, what, fix) in [
         (
             "unreachable",
@@ -139,6 +142,46 @@ pub(super) fn problems(seen: &Seen<'_>) -> Vec<Problem> {
     found.into_iter().flatten().collect()
 }
 
+/// Of WebSockets that clients share.
+fn shared(seen: &Seen<'_>, say: &mut dyn FnMut(&'static str, String, &'static str)) {
+    let (searching, clients) = seen.searching;
+    if searching > 0 {
+        let what = format!(
+            "shared WebSockets whose backend was lost and is looked for: {searching}, with {clients} clients that wait"
+        );
+        say(
+            "error",
+            what,
+            "look at the backend; tidegate status names them; after pool.reconnect_grace clients get Close 1012",
+        );
+    }
+    for (what, count) in seen.came.named(Part::Shared) {
+        let (level, what, fix) = match what {
+            "lost" => (
+                "warning",
+                "times that the backend of a shared WebSocket was lost",
+                "its restarts and its own log; what it said meanwhile is missed",
+            ),
+            "given_up" => (
+                "error",
+                "shared WebSockets that were given up",
+                "clients got Close 1012; the log says why: a shared WebSocket is given up",
+            ),
+            "slow" => (
+                "warning",
+                "times that a client was too slow for a shared WebSocket",
+                "one that is on a bad network, or many: pool.queue_messages, pool.queue_bytes, pool.slow_client",
+            ),
+            _ => (
+                "error",
+                "JSON-RPC requests without an answer in time",
+                "the backend is slow or hangs: look at it; pool.request_timeout",
+            ),
+        };
+        say(level, minute(what, "", "", count), fix);
+    }
+}
+
 /// Once, since it is said of many things.
 #[inline(never)]
 fn minute(what: &str, which: &str, end: &str, count: u32) -> String {
@@ -150,13 +193,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::metrics::{Handshake, Metrics};
+    use crate::metrics::{Gap, Handshake, Metrics, Reconnect, RpcResult};
 
     fn seen<'a>(came: &'a Totals, limits: &'a [Limit]) -> Seen<'a> {
         Seen {
             came,
             limits,
             endpoints: [1, 0],
+            searching: (0, 0),
             is_reload_good: true,
             is_backend_down: false,
             restart_required: 0,
@@ -181,17 +225,27 @@ mod tests {
         let metrics = Metrics::new();
         metrics.abnormal("client_reset");
         metrics.abnormal("backend_reset");
+        metrics.gap(Gap::Lost);
+        metrics.slow_client(0);
+        metrics.rpc(RpcResult::Timeout, 3);
+        metrics.reconnect(Reconnect::Expired);
         let limit = |name, used, most| Limit { name, set_by: "", used, most, unit: "", fix: "" };
         let limits = [limit("places", 9, 10), limit("ports", 5, 5), limit("memory", 7, 0), limit("queues", 8, 10)];
         let totals = metrics.totals(None);
-        let found = problems(&Seen { endpoints: [0, 2], restart_required: 1, ..seen(&totals, &limits) });
+        let found =
+            problems(&Seen { endpoints: [0, 2], searching: (1, 40), restart_required: 1, ..seen(&totals, &limits) });
         let found: Vec<_> = found.iter().map(|problem| (problem.level, problem.what.as_str())).collect();
         assert_eq!(
             found,
             [
                 ("error", "endpoints of backends that take no connections: 2 of 2"),
+                ("error", "shared WebSockets whose backend was lost and is looked for: 1, with 40 clients that wait"),
+                ("error", "shared WebSockets that were given up: 1 in the last minute"),
+                ("error", "JSON-RPC requests without an answer in time: 3 in the last minute"),
                 ("error", "sessions that ended without a Close handshake (backend_reset): 1 in the last minute"),
                 ("error", "full: ports, 5 of 5"),
+                ("warning", "times that the backend of a shared WebSocket was lost: 1 in the last minute"),
+                ("warning", "times that a client was too slow for a shared WebSocket: 1 in the last minute"),
                 ("warning", "nearly full: places, 9 of 10"),
                 ("note", "sessions that ended without a Close handshake (client_reset): 1 in the last minute"),
                 ("note", "keys of the configuration that are not in force yet: 1"),
