@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 import struct
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -23,6 +24,15 @@ TALK_SECONDS = float(os.environ.get("PAGE_SECONDS", "6"))
 # Of a core, while the page is open; without traffic, so that nothing else is in it.
 MOST_CPU = 0.01
 CPU_SECONDS = 10
+
+# Clients of this path share a WebSocket.
+SHARED = """
+[[route]]
+path = "/feed"
+pool.mode = "shared"
+pool.shared = "broadcast"
+pool.reconnect_grace = "30s"
+"""
 
 VIEWS = {
     "light": {"width": 1280, "height": 900, "scheme": "light"},
@@ -204,6 +214,35 @@ async def page(report: Report, options) -> None:
                 # Its stream was brought to an end; what comes then is that nobody is there.
                 rest = {text for text in await chromium.call("complaints") if "ERR_CONNECTION_REFUSED" not in text}
                 expect("complaints besides", rest, set())
+        await shared(chromium, report)
     with contextlib.suppress(FileNotFoundError):
         sizes = {path.name: path.stat().st_size for path in sorted((WORK / "page").glob("*.png"))}
         print(f"     screenshots in interop/.work/page: {sizes}")
+
+
+async def shared(chromium: ChromiumClient, report: Report) -> None:
+    with tempfile.TemporaryDirectory(prefix="page-", dir=WORK) as folder:
+        config = Path(folder) / "proxy.toml"
+        config.write_text(SHARED)
+        async with Backend() as backend, Proxy(backend.address, config=config) as proxy, PythonClient() as client:
+            seen_by = (chromium, client, backend, proxy)
+            admin = await proxy.admin()
+            async with report.check("page: a WebSocket that clients share, and its backend lost", *seen_by, seconds=60):
+                await chromium.call("page", url=f"http://{admin}/")
+                await chromium.call("text", selector="#link", **{"is": "● live"})
+                expect("without any, their card is shown", await chromium.call("isVisible", selector="#hubs"), False)
+                names = [f"s{index}" for index in range(3)]
+                for name in names:
+                    await client.open(name, f"ws://{proxy.address}/feed?name=shared")
+                key = (await asyncio.to_thread(status, admin))["websockets"][0]["key"]
+                about = f"/feed\nbroadcast {key}\n{backend.address}"
+                await rows_until(chromium, "#websockets", [[about, "open", "3", "0"]])
+                await look(chromium, "shared", "light", "narrow-dark")
+                backend.kill(signal.SIGKILL)
+                await chromium.call("text", selector="#websockets", contains="searching")
+                await chromium.call("text", selector="#problems", contains="is looked for: 1, with 3 clients that wait")
+                await look(chromium, "shared-lost", "narrow")
+                for name in names:
+                    await client.close(name, 1000, "")
+                    expect("the client's code", (await client.closed(name))["code"], 1000)
+                expect("complaints", await chromium.call("complaints"), [])
