@@ -230,6 +230,8 @@ async def shared(chromium: ChromiumClient, report: Report) -> None:
             async with report.check("page: a WebSocket that clients share, and its backend lost", *seen_by, seconds=60):
                 await chromium.call("page", url=f"http://{admin}/")
                 await chromium.call("text", selector="#link", **{"is": "● live"})
+                # Of the page before, whose process was gone.
+                await chromium.call("complaints")
                 expect("without any, their card is shown", await chromium.call("isVisible", selector="#hubs"), False)
                 names = [f"s{index}" for index in range(3)]
                 for name in names:
