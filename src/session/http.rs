@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     error::Error as _,
+    fmt,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
@@ -308,7 +309,8 @@ impl Context {
             Next::Plain | Next::Upgrading => {
                 let patience = if let Some(Ok(())) = served { self.close } else { self.short_linger() };
                 if let Some(Err(error)) = served {
-                    say_ended(&client, lock(&stage).route.as_deref(), &error);
+                    let io = error.source().and_then(|error| error.downcast_ref());
+                    say_ended(&client, lock(&stage).route.as_deref(), io, &error);
                 }
                 self.linger(stream, &patience, accounting);
             }
@@ -609,12 +611,14 @@ fn empty() -> Body {
     Empty::new().map_err(|never| match never {}).boxed()
 }
 
-/// A client's connection came to an end that was none in order. Who takes his answer too slowly may be one of thousands who do so on purpose.
-fn say_ended(client: &Client, route: Option<&str>, error: &hyper::Error) {
+/// A client's connection came to an end that was none in order. Who takes too slowly what he is sent may be one of thousands who do so on purpose.
+pub(super) fn say_ended(client: &Client, route: Option<&str>, io: Option<&io::Error>, error: &dyn fmt::Display) {
     static SLOW: Sparse = Sparse::new();
-    let is_slow = error.source().and_then(|error| error.downcast_ref::<io::Error>()).is_some_and(is_too_slow);
-    if is_slow && let Some(unsaid) = SLOW.is_due() {
-        let fix = "http.body_rate is what it has to take in a second; many at once may be an attack";
+    if io.is_some_and(is_too_slow)
+        && let Some(unsaid) = SLOW.is_due()
+    {
+        let fix = "http.body_rate is what it has to take in a second, over HTTP/2 anything at all within websocket.write_timeout; many at once may be \
+                   an attack";
         warn!(%client, route, fix, unsaid, "a client takes its answer too slowly: its connection is ended");
     } else {
         debug!(%client, route, %error, "client connection ended");

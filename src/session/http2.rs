@@ -39,7 +39,7 @@ use tracing::{debug, warn};
 
 use super::{
     Context, Tunnel,
-    http::{Next, Stage},
+    http::{Next, Stage, say_ended},
     secure::Client,
 };
 use crate::{
@@ -463,7 +463,7 @@ impl Driver {
         match ended {
             Ended::Result(Ok(())) => !self.is_cut,
             Ended::Result(Err(error)) => {
-                debug!(%client, %error, "client connection ended");
+                say_ended(client, None, error.get_io(), &error);
                 false
             }
             Ended::Late => {
