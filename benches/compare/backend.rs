@@ -1,5 +1,5 @@
 //! The echo backend: one thread with one accept loop. It answers every message with one of the same length, every plain
-//! request with 200 and a small body, and prints where it listens. On one path it says something by itself (`fanout.rs`). Over HTTP/1.1, and over HTTP/2 (RFC 8441), by what comes first.
+//! request with 200 and a small body, and prints where it listens. On one path it says something by itself (`fanout.rs`), on another it prints how sessions ended (`audit.rs`). Over HTTP/1.1, and over HTTP/2 (RFC 8441), by what comes first.
 
 use std::{
     collections::HashMap,
@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
+    audit,
     fanout::Feed,
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, Reader, Request, Role, frame},
 };
@@ -81,6 +82,7 @@ async fn serve(stream: TcpStream, prepared: &Arc<Prepared>, feed: &Feed, works: 
     let mut connection = match Connection::accept(stream).await? {
         Request::Session(connection) => connection,
         Request::Feed(connection) => return feed.serve(connection).await,
+        Request::Audit(connection) => return audit::serve(connection).await,
         Request::Answered => return Ok(()),
     };
     let mut answers = Answers::new(prepared);

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{Options, fanout, peers::Peer, report::size, transport::Transport};
 
-/// The payload that every idle session has echoed once, and that of a short session.
+/// The payload that idle sessions have echoed once in the second of their two cases, and that of a short session.
 const IDLE_BYTES: usize = 16 * 1024;
 const SHORT_BYTES: usize = 64;
 
@@ -29,14 +29,22 @@ pub enum Measure {
     Fanout,
     /// A few clients more per second, up to hundreds: connect, wait, send, get the result, close
     Ramp,
+    /// Messages at a fixed rate, over hundreds of sessions: how long they are under way, and CPU time per message
+    Open,
+    /// Clients that leave in the middle of a result: what the backend sees, and who resets whom
+    Audit,
+    /// An orderly stop of the proxy under talking sessions: what clients see, and when
+    Drain,
+    /// The backend is killed under talking sessions: what clients see, and when
+    Kill,
 }
 
 impl Measure {
     /// Whether its legs are to have network namespaces. The others are on loopback, as they always were.
     pub fn in_namespaces(self) -> bool {
         match self {
-            Self::Echo | Self::Idle | Self::Churn | Self::Fanout => false,
-            Self::Spike | Self::Waves | Self::Held | Self::Ramp => true,
+            Self::Echo | Self::Idle | Self::Churn | Self::Fanout | Self::Open | Self::Drain | Self::Kill => false,
+            Self::Spike | Self::Waves | Self::Held | Self::Ramp | Self::Audit => true,
         }
     }
 }
@@ -47,9 +55,11 @@ impl Measure {
 pub enum Case {
     Echo {
         bytes: usize,
+        sessions: u32,
         transport: Transport,
     },
     Idle {
+        /// That each has echoed once; 0: nothing.
         bytes: usize,
         sessions: u32,
         transport: Transport,
@@ -84,12 +94,31 @@ pub enum Case {
     Fanout {
         watchers: u32,
     },
+    Open {
+        sessions: u32,
+        /// Messages in a second, of all of them.
+        rate: u32,
+        bytes: usize,
+    },
+    Audit {
+        /// For the answering Close and the FIN.
+        waits: bool,
+        sessions: u32,
+        somaxconn: Option<u32>,
+    },
+    Drain {
+        sessions: u32,
+    },
+    Kill {
+        sessions: u32,
+    },
 }
 
 /// In the order in which they are measured.
 pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
     let somaxconns: Vec<Option<u32>> =
         if in_namespaces { options.somaxconn.iter().copied().map(Some).collect() } else { vec![None] };
+    let deepest = somaxconns.iter().copied().max().flatten();
     // How a session began makes no difference to one that lasts.
     let lasting = options.transport.iter().copied().filter(|transport| *transport != Transport::Resumed);
     let mut cases = Vec::new();
@@ -97,12 +126,16 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
         match measure {
             Measure::Echo => {
                 for &bytes in &options.sizes {
-                    cases.extend(lasting.clone().map(|transport| Case::Echo { bytes, transport }));
+                    for &sessions in &options.connections {
+                        cases.extend(lasting.clone().map(|transport| Case::Echo { bytes, sessions, transport }));
+                    }
                 }
             }
             Measure::Idle => {
                 let sessions = options.sessions;
-                cases.extend(lasting.clone().map(|transport| Case::Idle { bytes: IDLE_BYTES, sessions, transport }));
+                for bytes in [0, IDLE_BYTES] {
+                    cases.extend(lasting.clone().map(|transport| Case::Idle { bytes, sessions, transport }));
+                }
             }
             Measure::Churn => {
                 let transports = options.transport.iter().copied();
@@ -126,9 +159,18 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
             Measure::Fanout => cases.extend(options.watchers.iter().map(|&watchers| Case::Fanout { watchers })),
             // So few at a time that no queue is ever filled: one is enough.
             Measure::Ramp => {
-                let somaxconn = somaxconns.iter().copied().max().flatten();
-                cases.push(Case::Ramp { clients: options.ramp_clients, somaxconn });
+                cases.push(Case::Ramp { clients: options.ramp_clients, somaxconn: deepest });
             }
+            Measure::Open => {
+                let (sessions, rate, bytes) = (options.open_sessions, options.open_rate, options.open_bytes);
+                cases.push(Case::Open { sessions, rate, bytes });
+            }
+            Measure::Audit => {
+                let sessions = options.audit_sessions;
+                cases.extend([false, true].map(|waits| Case::Audit { waits, sessions, somaxconn: deepest }));
+            }
+            Measure::Drain => cases.push(Case::Drain { sessions: options.ending_sessions }),
+            Measure::Kill => cases.push(Case::Kill { sessions: options.ending_sessions }),
         }
     }
     cases
@@ -145,14 +187,27 @@ impl Case {
             Self::Held { .. } => "held",
             Self::Ramp { .. } => "ramp",
             Self::Fanout { .. } => "fanout",
+            Self::Open { .. } => "open",
+            Self::Audit { .. } => "audit",
+            Self::Drain { .. } => "drain",
+            Self::Kill { .. } => "kill",
         }
     }
 
     /// Payload of a message.
     pub fn bytes(self) -> usize {
         match self {
-            Self::Echo { bytes, .. } | Self::Idle { bytes, .. } | Self::Churn { bytes, .. } => bytes,
-            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } => SHORT_BYTES,
+            Self::Echo { bytes, .. }
+            | Self::Idle { bytes, .. }
+            | Self::Churn { bytes, .. }
+            | Self::Open { bytes, .. } => bytes,
+            Self::Spike { .. }
+            | Self::Waves { .. }
+            | Self::Held { .. }
+            | Self::Ramp { .. }
+            | Self::Audit { .. }
+            | Self::Drain { .. }
+            | Self::Kill { .. } => SHORT_BYTES,
             Self::Fanout { .. } => fanout::BYTES,
         }
     }
@@ -160,9 +215,7 @@ impl Case {
     pub fn transport(self) -> Transport {
         match self {
             Self::Echo { transport, .. } | Self::Idle { transport, .. } | Self::Churn { transport, .. } => transport,
-            Self::Spike { .. } | Self::Waves { .. } | Self::Held { .. } | Self::Ramp { .. } | Self::Fanout { .. } => {
-                Transport::Plain
-            }
+            _ => Transport::Plain,
         }
     }
 
@@ -179,8 +232,13 @@ impl Case {
     /// At once, at most; 0: few.
     pub fn sessions(self) -> u64 {
         match self {
-            Self::Echo { .. } | Self::Churn { .. } => 0,
-            Self::Idle { sessions: count, .. }
+            Self::Churn { .. } => 0,
+            Self::Echo { sessions: count, .. }
+            | Self::Idle { sessions: count, .. }
+            | Self::Open { sessions: count, .. }
+            | Self::Audit { sessions: count, .. }
+            | Self::Drain { sessions: count }
+            | Self::Kill { sessions: count }
             | Self::Spike { clients: count, .. }
             | Self::Waves { clients: count, .. }
             | Self::Ramp { clients: count, .. }
@@ -189,11 +247,23 @@ impl Case {
         }
     }
 
+    /// Whether those that failed have cost as much as those that count.
+    pub fn counts_failures(self) -> bool {
+        !matches!(self, Self::Echo { .. } | Self::Churn { .. } | Self::Open { .. })
+    }
+
     /// Of the proxy's namespace. None: no namespace.
     pub fn somaxconn(self) -> Option<u32> {
         match self {
-            Self::Echo { .. } | Self::Idle { .. } | Self::Churn { .. } | Self::Fanout { .. } => None,
+            Self::Echo { .. }
+            | Self::Idle { .. }
+            | Self::Churn { .. }
+            | Self::Fanout { .. }
+            | Self::Open { .. }
+            | Self::Drain { .. }
+            | Self::Kill { .. } => None,
             Self::Spike { somaxconn, .. }
+            | Self::Audit { somaxconn, .. }
             | Self::Waves { somaxconn, .. }
             | Self::Held { somaxconn, .. }
             | Self::Ramp { somaxconn, .. } => somaxconn,
@@ -205,25 +275,28 @@ impl Case {
         let speaks = match self.transport() {
             Transport::Plain => true,
             // The backend is as it always was.
-            Transport::Tls | Transport::Resumed => peer != Peer::Direct,
+            Transport::Tls | Transport::Resumed => {
+                !matches!(peer, Peer::Direct | Peer::Null | Peer::Envoy | Peer::Caddy)
+            }
             // nginx has no RFC 8441.
-            Transport::H2 => !matches!(peer, Peer::Direct | Peer::Nginx),
+            Transport::H2 => !matches!(peer, Peer::Direct | Peer::Null | Peer::Nginx | Peer::Envoy | Peer::Caddy),
         };
-        speaks && self.is_measured(peer, asked)
-    }
-
-    fn is_measured(self, peer: Peer, asked: bool) -> bool {
-        match self {
-            Self::Ramp { .. } => match peer {
-                Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
-                Peer::Nginx | Peer::Haproxy => asked,
-                Peer::Tidegate | Peer::Broadcast => false,
-            },
-            // Without a proxy there is no memory of a proxy.
-            Self::Idle { .. } => !matches!(peer, Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast),
-            Self::Fanout { .. } => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2),
-            _ => !matches!(peer, Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast),
-        }
+        let is_variant = matches!(peer, Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast);
+        speaks
+            && match self {
+                Self::Ramp { .. } => match peer {
+                    Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
+                    Peer::Null | Peer::Nginx | Peer::Haproxy | Peer::Envoy | Peer::Caddy => asked,
+                    Peer::Tidegate | Peer::Broadcast => false,
+                },
+                // Without a proxy there is no memory of a proxy.
+                Self::Idle { .. } => peer != Peer::Direct && !is_variant,
+                Self::Fanout { .. } => peer == Peer::Broadcast || !is_variant,
+                // How little a proxy may cost says nothing of how a session should end.
+                Self::Audit { .. } | Self::Kill { .. } => peer != Peer::Null && !is_variant,
+                Self::Drain { .. } => !matches!(peer, Peer::Direct | Peer::Null) && !is_variant,
+                _ => !is_variant,
+            }
     }
 }
 
@@ -232,9 +305,10 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Churn { bytes, transport: Transport::Tls } => write!(f, "{}, TLS, full handshake", size(*bytes)),
-            Self::Echo { bytes, transport }
-            | Self::Idle { bytes, transport, .. }
-            | Self::Churn { bytes, transport } => {
+            Self::Echo { bytes, sessions: 1, transport } => write!(f, "{}, 1 session{transport}", size(*bytes)),
+            Self::Echo { bytes, sessions, transport } => write!(f, "{}, {sessions} sessions{transport}", size(*bytes)),
+            Self::Idle { bytes: 0, transport, .. } => write!(f, "no message{transport}"),
+            Self::Idle { bytes, transport, .. } | Self::Churn { bytes, transport } => {
                 write!(f, "{}{transport}", size(*bytes))
             }
             Self::Spike { clients, plain: false, .. } => write!(f, "{clients} sessions"),
@@ -243,6 +317,12 @@ impl fmt::Display for Case {
             Self::Held { sessions, clients, .. } => write!(f, "{clients} come to {sessions}"),
             Self::Ramp { clients, .. } => write!(f, "{clients} at once"),
             Self::Fanout { watchers } => write!(f, "{watchers} watchers"),
+            Self::Open { sessions, rate, bytes } => {
+                write!(f, "{rate} messages/s of {}, {sessions} sessions", size(*bytes))
+            }
+            Self::Audit { waits: false, sessions, .. } => write!(f, "{sessions} leave at once"),
+            Self::Audit { waits: true, sessions, .. } => write!(f, "{sessions} wait for Close and FIN"),
+            Self::Drain { sessions } | Self::Kill { sessions } => write!(f, "{sessions} sessions"),
         }?;
         self.somaxconn().map_or(Ok(()), |somaxconn| write!(f, ", somaxconn {somaxconn}"))
     }

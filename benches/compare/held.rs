@@ -69,7 +69,7 @@ pub async fn held(order: &Order, sessions: usize, clients: usize) -> anyhow::Res
 }
 
 /// A few at a time.
-async fn open(order: &Order, script: &Script, sessions: usize) -> Vec<Connection> {
+pub async fn open(order: &Order, script: &Script, sessions: usize) -> Vec<Connection> {
     let mut tasks = JoinSet::new();
     for nth in 0..order.connections {
         let share = (sessions + nth) / order.connections;

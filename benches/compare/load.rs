@@ -22,7 +22,11 @@ use tokio::{
 };
 
 use crate::{
+    audit,
+    ending::{self, Stop, Timeline},
     fanout, held,
+    histogram::Histogram,
+    open,
     procfs::{Cpu, Memory},
     ramp::{self, Ramp},
     spike,
@@ -33,6 +37,9 @@ use crate::{
 /// The bound of one session's steps: what takes longer is a failure.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 
+/// The only message of a session that had none before.
+const LAST_BYTES: usize = 64;
+
 /// Between the last connection and the look at the memory.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -42,9 +49,11 @@ pub struct Order {
     /// The processes whose CPU time and memory are asked for.
     pub proxy: Vec<u32>,
     pub backend: u32,
-    /// Sessions at once, or for `Idle` connecting at once.
+    /// How to end the proxy in good order.
+    pub stop: Option<Stop>,
+    /// Sessions at once; where there are more in the end, as many connect at once.
     pub connections: usize,
-    /// Payload of a message.
+    /// Payload of a message; 0 in `Idle`: there is none.
     pub bytes: usize,
     pub transport: Transport,
     /// Whom to believe, over TLS.
@@ -65,6 +74,10 @@ pub enum Work {
     Held { sessions: usize, clients: usize },
     Ramp(Ramp),
     Fanout { watchers: usize, seconds: f64 },
+    Open { sessions: usize, rate: u32, seconds: f64 },
+    Audit { sessions: usize, waits: bool },
+    Drain { sessions: usize },
+    Kill { sessions: usize },
 }
 
 impl Order {
@@ -88,6 +101,11 @@ pub struct Outcome {
     pub memory: Option<[Memory; 2]>,
     /// What else was measured, by the names of the columns.
     pub values: BTreeMap<String, f64>,
+    /// All times, by what they are of.
+    pub histograms: BTreeMap<String, Histogram>,
+    /// How it ended for clients, in words, and for how many.
+    pub endings: BTreeMap<String, u64>,
+    pub timeline: Option<Timeline>,
 }
 
 impl Outcome {
@@ -131,6 +149,10 @@ pub fn main(order: &str) -> anyhow::Result<()> {
             Work::Held { sessions, clients } => held::held(&order, sessions, clients).await,
             Work::Ramp(ramp) => ramp::ramp(&order, &ramp).await,
             Work::Fanout { watchers, seconds } => fanout::fanout(&order, watchers, seconds).await,
+            Work::Open { sessions, rate, seconds } => open::open(&order, sessions, rate, seconds).await,
+            Work::Audit { sessions, waits } => audit::audit(&order, sessions, waits).await,
+            Work::Drain { sessions } => ending::ending(&order, sessions, true).await,
+            Work::Kill { sessions } => ending::ending(&order, sessions, false).await,
         }
     })?;
     outcome.failures += counts.failures.load(Ordering::Relaxed);
@@ -209,9 +231,12 @@ async fn window(order: &Order, counts: &Counts, warmup: f64, seconds: f64) -> an
     })
 }
 
-/// Opens sessions, each with one echo, and looks at the memory when all of them are silent.
+/// Opens sessions, each with one echo or without, and looks at the memory when all of them are silent.
 async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::Result<Outcome> {
     let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
+    // Of sessions that say nothing all are asked in the end.
+    let (last_bytes, first) = if order.bytes == 0 { (LAST_BYTES, false) } else { (order.bytes, true) };
+    let last = frame(Role::Client, BINARY, &vec![b'x'; last_bytes]);
     let before = Memory::of(&order.proxy)?;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
@@ -232,7 +257,9 @@ async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::R
                         Some(dialer) => dialer.open().await?,
                         None => return Err(io::ErrorKind::NotConnected.into()),
                     };
-                    connection.echo(&message, bytes).await?;
+                    if first {
+                        connection.echo(&message, bytes).await?;
+                    }
                     open.push(connection);
                     Ok(())
                 };
@@ -247,7 +274,7 @@ async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::R
     let after = Memory::of(&order.proxy)?;
     // A session that was lost takes no memory: all of them must still be there.
     for connection in &mut open {
-        if let Err(error) = limited(connection.echo(&message, order.bytes)).await {
+        if let Err(error) = limited(connection.echo(&last, last_bytes)).await {
             counts.count(Err(error));
         }
     }

@@ -1,10 +1,11 @@
-//! tidegate next to nginx, haproxy and no proxy at all, in one run: CPU time per message, memory per idle session, CPU time
-//! per short session, what becomes of thousands of clients that come at once, and what a feed costs with thousands who watch it.
+//! tidegate next to other proxies, a bare relay and no proxy at all, in one run: CPU time per message, memory per idle session, CPU time
+//! per short session, what becomes of thousands of clients that come at once, what a feed costs with thousands who watch it, how long
+//! messages are under way, and how sessions end when somebody goes away.
 //! What the columns mean and what they leave out is in `docs/benchmarks.md`.
 //!
 //! ```text
-//! load (one thread) ---- direct | nginx | haproxy | tidegate ---- echo backend (one thread)
-//!        TCP, TLS or HTTP/2                             HTTP/1.1 over TCP
+//! load (one thread) ---- direct | null | nginx | haproxy | envoy | caddy | tidegate ---- echo backend (one thread)
+//!             TCP, TLS or HTTP/2                                          HTTP/1.1 over TCP
 //! ```
 //!
 //! - All three are processes of their own, started for each leg and ended after it, so that no leg inherits the memory or
@@ -17,18 +18,25 @@
 
 #![allow(unreachable_pub, reason = "modules of one program")]
 
+mod audit;
 mod backend;
 mod case;
+mod ending;
 mod fanout;
 mod held;
+mod histogram;
 mod load;
 mod namespaces;
+mod null;
+mod open;
 mod peers;
 mod process;
 mod procfs;
 mod ramp;
 mod report;
+mod rivals;
 mod spike;
+mod tables;
 mod transport;
 mod watch;
 mod wire;
@@ -57,6 +65,7 @@ use crate::{
     peers::{Peer, Site, Tidegates},
     ramp::Ramp,
     report::{Report, Row},
+    rivals::Rivals,
     transport::{Certificates, Transport},
 };
 
@@ -76,7 +85,7 @@ const QUIET_PAUSE: Duration = Duration::from_secs(3);
 /// Beyond the time that a leg measures for: connecting, settling, slow machines.
 const LEG_SLACK: Duration = Duration::from_mins(2);
 
-/// Measures tidegate next to nginx, haproxy and a direct connection
+/// Measures tidegate next to other proxies, a bare relay and a direct connection
 #[derive(Debug, Parser)]
 #[command(name = "compare", bin_name = "cargo bench --bench compare --", args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -99,6 +108,9 @@ enum Role {
     /// The echo backend
     #[command(hide = true)]
     Backend(backend::Options),
+    /// The bare relay
+    #[command(hide = true)]
+    Null(null::Options),
     /// Turns into another program, which gets a signal when the one that started it ends
     #[command(hide = true)]
     Held {
@@ -130,9 +142,15 @@ struct Options {
     /// Sessions of one connection, over HTTP/2
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=100))]
     streams: u16,
-    /// What tidegate is measured next to [default: direct, and what is installed of nginx and haproxy]
+    /// What tidegate is measured next to [default: direct, null, and what is installed of the others]
     #[arg(long, value_delimiter = ',')]
     peers: Option<Vec<Next>>,
+    /// Where Envoy is [default: looked for on PATH]
+    #[arg(long, value_name = "PATH")]
+    envoy: Option<PathBuf>,
+    /// Where Caddy is [default: looked for on PATH]
+    #[arg(long, value_name = "PATH")]
+    caddy: Option<PathBuf>,
     /// Settings of tidegate as TOML, beside its defaults: `listen.max_sockets = 16`
     #[arg(long, value_name = "TOML", value_parser = peers::settings)]
     tidegate: Vec<toml::Table>,
@@ -142,16 +160,19 @@ struct Options {
     /// Measures a second tidegate too, `other`: this binary
     #[arg(long, value_name = "PATH")]
     tidegate_binary: Option<PathBuf>,
-    /// Sessions of `echo`, and sessions under way at once in `churn` and while `idle` connects
+    /// Sessions of `echo`
+    #[arg(long, value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    connections: Vec<u32>,
+    /// Sessions under way at once in `churn`, and while those of other measures connect
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=5000))]
-    connections: u32,
+    at_once: u32,
     /// Sessions of `idle`
     #[arg(long, default_value_t = 9000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     sessions: u32,
     /// The proxies write a log line per session [default: none does]
     #[arg(long)]
     logs: bool,
-    /// A leg of `spike`, `waves`, `held` or `ramp` is repeated, up to five times, when other programs used more than this
+    /// A leg of `spike`, `waves`, `held`, `ramp`, `open` or `audit` is repeated, up to five times, when other programs used more than this
     /// much of the CPUs meanwhile, in percent; the least disturbed counts [default: the first counts]
     #[arg(long, value_name = "PERCENT")]
     quiet: Option<f64>,
@@ -185,6 +206,24 @@ struct Options {
     /// Watchers of the feed in `fanout`
     #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(1..))]
     watchers: Vec<u32>,
+    /// Sessions of `open`
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    open_sessions: u32,
+    /// Messages that all of these send in a second
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    open_rate: u32,
+    /// Payload of such a message, in bytes
+    #[arg(long, default_value_t = 128)]
+    open_bytes: usize,
+    /// How long one leg of `open` is measured
+    #[arg(long, default_value_t = 10.0, value_parser = seconds)]
+    open_seconds: f64,
+    /// Sessions of `audit`, 500 of them in a second
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    audit_sessions: u32,
+    /// Sessions of `drain` and `kill`
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    ending_sessions: u32,
     /// `net.core.somaxconn` in the proxy's namespace
     #[arg(long, value_delimiter = ',', default_value = "128,65535")]
     somaxconn: Vec<u32>,
@@ -203,10 +242,12 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Next {
-    /// From the system's packages
     Nginx,
-    /// From the system's packages
     Haproxy,
+    Envoy,
+    Caddy,
+    /// A relay that looks at nothing: what a proxy costs at least
+    Null,
     /// No proxy
     Direct,
     /// Nothing: tidegate alone
@@ -218,6 +259,7 @@ fn main() -> ExitCode {
     let result = match cli.role {
         Some(Role::Load { order }) => load::main(&order),
         Some(Role::Backend(options)) => backend::main(&options),
+        Some(Role::Null(options)) => null::main(&options),
         Some(Role::Held { signal, namespace, command }) => {
             Err(process::become_held(signal, namespace.as_deref(), &command))
         }
@@ -266,11 +308,12 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
             case.measure()
         );
     }
-    let peers = peers(options)?;
+    let (peers, rivals) = peers(options)?;
     let tidegates = Tidegates::new(&options.tidegate, &options.other, options.tidegate_binary.as_deref())?;
     let folder = tempfile::Builder::new().prefix("tidegate-compare-").tempdir();
     let folder = folder.context("a folder for configurations and logs")?;
-    let mut report = Report::new(options, &peers, &tidegates, in_namespaces)?;
+    let mut report = Report::new(options, &peers, &tidegates, &rivals, in_namespaces)?;
+    let setup = Setup { folder: folder.path(), options, tidegates: &tidegates, rivals: &rivals, in_namespaces };
 
     let mut stopped_by = None;
     'rounds: for round in 0..options.rounds {
@@ -282,7 +325,7 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
             for &peer in &order {
                 let begun = Instant::now();
                 let outcome = tokio::select! {
-                    outcome = quiet_leg(folder.path(), options, &tidegates, in_namespaces, case, peer) => outcome,
+                    outcome = quiet_leg(&setup, case, peer) => outcome,
                     // The leg is dropped, and with it every process and file and namespace that it owns.
                     signal = &mut stopped => {
                         stopped_by = Some(signal);
@@ -291,10 +334,10 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
                 };
                 let outcome = outcome
                     .with_context(|| format!("round {}, {} {case} through {peer}", round + 1, case.measure()))?;
-                let row = Row::new(round, case, peer, &outcome);
+                let row = Row::new(round, case, peer, outcome);
                 let seconds = begun.elapsed().as_secs_f64();
                 eprintln!("round {} of {}: {row}, took {seconds:.1} s", round + 1, options.rounds);
-                for (error, count) in &outcome.errors {
+                for (error, count) in &row.errors {
                     eprintln!("  {count} x {error}");
                 }
                 report.rows.push(row);
@@ -325,25 +368,27 @@ fn namespaces_or_note() -> bool {
     possible.is_ok()
 }
 
-/// A leg; with `--quiet` the first one that other programs left alone, or the one that they disturbed least.
-async fn quiet_leg(
-    folder: &Path,
-    options: &Options,
-    tidegates: &Tidegates,
+/// What all legs have in common.
+struct Setup<'a> {
+    folder: &'a Path,
+    options: &'a Options,
+    tidegates: &'a Tidegates,
+    rivals: &'a Rivals,
     in_namespaces: bool,
-    case: Case,
-    peer: Peer,
-) -> anyhow::Result<Outcome> {
+}
+
+/// A leg; with `--quiet` the first one that other programs left alone, or the one that they disturbed least.
+async fn quiet_leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcome> {
     let strangers = |outcome: &Outcome| outcome.values.get("strangers_percent").copied().unwrap_or_default();
     let mut best: Option<Outcome> = None;
     let mut tries = 1;
     loop {
-        let outcome = leg(folder, options, tidegates, in_namespaces, case, peer).await?;
+        let outcome = leg(setup, case, peer).await?;
         let percent = strangers(&outcome);
         if best.as_ref().is_none_or(|best| percent < strangers(best)) {
             best = Some(outcome);
         }
-        let done = options.quiet.is_none_or(|limit| percent <= limit) || tries == TRIES;
+        let done = setup.options.quiet.is_none_or(|limit| percent <= limit) || tries == TRIES;
         if let Some(best) = best.take_if(|_| done) {
             return Ok(best);
         }
@@ -354,30 +399,24 @@ async fn quiet_leg(
 }
 
 /// One measurement through one peer, with processes of its own.
-async fn leg(
-    folder: &Path,
-    options: &Options,
-    tidegates: &Tidegates,
-    in_namespaces: bool,
-    case: Case,
-    peer: Peer,
-) -> anyhow::Result<Outcome> {
+async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcome> {
+    let Setup { folder, options, tidegates, rivals, in_namespaces } = *setup;
     let place = match case.somaxconn() {
         Some(somaxconn) if in_namespaces => Place::namespaces(somaxconn, options.backend_somaxconn)?,
         _ => Place::Loopback,
     };
     let transport = case.transport();
     let certificates = transport.is_tls().then(|| Certificates::write(folder)).transpose()?;
-    let site = Site { folder, place: &place, logs: options.logs, tls: certificates.as_ref() };
+    let is_stopped = matches!(case, Case::Drain { .. });
+    let site = Site { folder, place: &place, logs: options.logs, is_stopped, tls: certificates.as_ref() };
     let (backend, backend_address) =
         peers::start_backend(&site, peer, options.backend_backlog, matches!(case, Case::Ramp { .. })).await?;
-    let proxy = peers::start(&site, peer, tidegates, backend_address).await?;
+    let proxy = peers::start(&site, peer, tidegates, rivals, backend_address).await?;
     let address = proxy.as_ref().map_or(backend_address, |proxy| proxy.address);
-    let only_listeners = || {
-        procfs::only_listener(backend_address.port(), &[backend.pid()])?;
-        proxy.as_ref().map_or(Ok(()), |proxy| procfs::only_listener(address.port(), &proxy.pids))
-    };
-    only_listeners()?;
+    let only_backend = || procfs::only_listener(backend_address.port(), &[backend.pid()]);
+    let only_proxy = || proxy.as_ref().map_or(Ok(()), |proxy| procfs::only_listener(address.port(), &proxy.pids));
+    only_backend()?;
+    only_proxy()?;
 
     let (warmup, seconds) = (WARMUP.as_secs_f64(), options.seconds);
     let ramp = Ramp { rate: options.ramp_rate, clients: options.ramp_clients, hold: options.ramp_hold };
@@ -385,7 +424,11 @@ async fn leg(
         address,
         proxy: proxy.as_ref().map(|proxy| proxy.pids.clone()).unwrap_or_default(),
         backend: backend.pid(),
-        connections: options.connections as usize,
+        stop: proxy.as_ref().and_then(|proxy| proxy.stop),
+        connections: match case {
+            Case::Echo { sessions, .. } => sessions as usize,
+            _ => options.at_once as usize,
+        },
         bytes: case.bytes(),
         transport,
         roots: certificates.as_ref().map(|files| files.roots.clone()),
@@ -401,6 +444,12 @@ async fn leg(
             }
             Case::Ramp { .. } => Work::Ramp(ramp),
             Case::Fanout { watchers } => Work::Fanout { watchers: watchers as usize, seconds },
+            Case::Open { sessions, rate, .. } => {
+                Work::Open { sessions: sessions as usize, rate, seconds: options.open_seconds }
+            }
+            Case::Audit { sessions, waits, .. } => Work::Audit { sessions: sessions as usize, waits },
+            Case::Drain { sessions } => Work::Drain { sessions: sessions as usize },
+            Case::Kill { sessions } => Work::Kill { sessions: sessions as usize },
         },
     };
     let lasts = match case {
@@ -411,17 +460,28 @@ async fn leg(
         Case::Held { .. } => spike::LIMIT * 2,
         Case::Ramp { .. } => ramp.duration(),
         Case::Fanout { .. } => fanout::WARMUP + Duration::from_secs_f64(seconds),
+        Case::Open { .. } => open::WARMUP + Duration::from_secs_f64(options.open_seconds) + open::GRACE,
+        Case::Audit { sessions, .. } => Duration::from_secs((sessions / audit::RATE).into()),
+        Case::Drain { .. } | Case::Kill { .. } => ending::AFTER,
     };
     let mut load = peers::start_load(&site, &order)?;
     let printed = load.wait(lasts + LEG_SLACK).await.and_then(|printed| {
         serde_json::from_str(printed.trim()).with_context(|| format!("load printed {:?}", printed.trim()))
     });
-    let outcome = printed.map_err(|error| match &proxy {
+    let mut outcome: Outcome = printed.map_err(|error| match &proxy {
         Some(proxy) => error.context(format!("the end of the log of {peer}:\n{}", proxy.log_tail())),
         None => error,
     })?;
-    // Again: who joined meanwhile took a part of the load.
-    only_listeners()?;
+    // Again: who joined meanwhile took a part of the load. Whoever was to end has no port any more.
+    if !matches!(case, Case::Kill { .. }) {
+        only_backend()?;
+    }
+    if !is_stopped {
+        only_proxy()?;
+    }
+    if let Case::Audit { sessions, .. } = case {
+        audit::backend_saw(&backend, sessions as usize, &mut outcome).await;
+    }
     Ok(outcome)
 }
 
@@ -435,28 +495,36 @@ fn raise_descriptors() -> io::Result<u64> {
     Ok(wanted)
 }
 
-/// In the order of the first round.
-fn peers(options: &Options) -> anyhow::Result<Vec<Peer>> {
+/// In the order of the first round, and where the others are.
+fn peers(options: &Options) -> anyhow::Result<(Vec<Peer>, Rivals)> {
     let asked = |peer| options.peers.as_ref().map(|peers| peers.contains(&peer));
     let mut peers = Vec::new();
-    if asked(Next::Direct).unwrap_or(true) {
-        peers.push(Peer::Direct);
+    for (next, peer) in [(Next::Direct, Peer::Direct), (Next::Null, Peer::Null)] {
+        peers.extend(asked(next).unwrap_or(true).then_some(peer));
     }
-    let installed = [
-        (Next::Nginx, Peer::Nginx, peers::nginx_version as fn() -> anyhow::Result<String>),
-        (Next::Haproxy, Peer::Haproxy, peers::haproxy_version),
+    let mut rivals = Rivals::default();
+    let others = [
+        (Next::Nginx, Peer::Nginx, None),
+        (Next::Haproxy, Peer::Haproxy, None),
+        (Next::Envoy, Peer::Envoy, options.envoy.as_deref()),
+        (Next::Caddy, Peer::Caddy, options.caddy.as_deref()),
     ];
-    for (next, peer, version) in installed {
-        match (asked(next), version()) {
-            (Some(false), _) => {}
-            (_, Ok(_)) => peers.push(peer),
-            (Some(true), Err(error)) => return Err(error.context(format!("{peer} was asked for"))),
-            (None, Err(error)) => eprintln!("without {peer}: {error:#}"),
+    for (next, peer, path) in others {
+        let asked = asked(next);
+        if asked == Some(false) {
+            continue;
+        }
+        match rivals.add(peer, path) {
+            Ok(()) => peers.push(peer),
+            Err(error) if asked.is_some() || path.is_some() => {
+                return Err(error.context(format!("{peer} was asked for")));
+            }
+            Err(error) => eprintln!("without {peer}: {error:#}"),
         }
     }
     peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2, Peer::Broadcast]);
     if !options.other.is_empty() || options.tidegate_binary.is_some() {
         peers.push(Peer::Other);
     }
-    Ok(peers)
+    Ok((peers, rivals))
 }

@@ -1,4 +1,4 @@
-//! What is measured: proxies with their configuration, and the backend behind them.
+//! What is measured: the peers, tidegate with its configuration, and the backend behind them. The other proxies are in `rivals.rs`.
 
 use std::{
     ffi::OsStr,
@@ -13,10 +13,11 @@ use serde::Serialize;
 use toml::{Table, Value};
 
 use crate::{
+    ending::{GRACE, Stop},
     load::Order,
     namespaces::{Place, Side},
     process::{Death, Process, Start},
-    procfs,
+    rivals::Rivals,
     transport::Certificates,
     wire::FEED,
 };
@@ -29,19 +30,20 @@ const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 /// What a route is told that is shared.
 const BROADCAST: &str = "pool = { mode = 'shared', shared = 'broadcast' }";
 
-/// Of nginx and haproxy in a namespace of their own, where it is free.
+/// Of a proxy that can't choose one, in a namespace of its own, where it is free.
 const PORT: u16 = 8080;
-
-/// Sessions of haproxy: with two descriptors each it stays below the 20,000 that it may have.
-const HAPROXY_MAXCONN: u32 = 9_900;
 
 /// What stands between load and backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Peer {
     Direct,
+    /// A relay that looks at nothing (`null.rs`): what a proxy costs at least.
+    Null,
     Nginx,
     Haproxy,
+    Envoy,
+    Caddy,
     Tidegate,
     /// With one worker.
     #[serde(rename = "tidegate-1")]
@@ -59,8 +61,11 @@ impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Direct => "direct",
+            Self::Null => "null",
             Self::Nginx => "nginx",
             Self::Haproxy => "haproxy",
+            Self::Envoy => "envoy",
+            Self::Caddy => "caddy",
             Self::Tidegate => "tidegate",
             Self::Tidegate1 => "tidegate-1",
             Self::Tidegate2 => "tidegate-2",
@@ -150,17 +155,19 @@ pub struct Site<'a> {
     pub folder: &'a Path,
     pub place: &'a Place,
     pub logs: bool,
+    /// It is to be stopped in good order, and has [`GRACE`] for that.
+    pub is_stopped: bool,
     /// That clients get over TLS; None: plain TCP.
     pub tls: Option<&'a Certificates>,
 }
 
 impl<'a> Site<'a> {
-    fn start(&self, name: &'static str, death: Death, side: Side) -> Start<'a> {
-        Start { folder: self.folder, name, death, namespace: self.place.namespace(side) }
+    pub fn start(&self, name: &'static str, death: Death, side: Side) -> Start<'a> {
+        Start { folder: self.folder, name, death, namespace: self.place.namespace(side), environment: Vec::new() }
     }
 
     /// For a proxy that can't choose a port itself.
-    fn free_address(&self) -> anyhow::Result<SocketAddr> {
+    pub fn free_address(&self) -> anyhow::Result<SocketAddr> {
         let ip = self.place.address(Side::Proxy);
         let port = match self.place {
             Place::Loopback => TcpListener::bind((ip, 0))?.local_addr()?.port(),
@@ -174,12 +181,20 @@ impl<'a> Site<'a> {
 #[derive(Debug)]
 pub struct Proxy {
     pub address: SocketAddr,
-    /// Of all its processes.
+    /// Of all its processes, the one that is told to end before its children.
     pub pids: Vec<u32>,
+    /// How it is told to end in good order; None: it can't.
+    pub stop: Option<Stop>,
     process: Process,
 }
 
 impl Proxy {
+    /// One process, or one with children that go with it.
+    pub fn new(address: SocketAddr, process: Process, children: Vec<u32>, stop: Option<Stop>) -> Self {
+        let pids = [vec![process.pid()], children].concat();
+        Self { address, pids, stop, process }
+    }
+
     pub fn log_tail(&self) -> String {
         self.process.log_tail()
     }
@@ -213,17 +228,26 @@ pub async fn start(
     site: &Site<'_>,
     peer: Peer,
     tidegates: &Tidegates,
+    rivals: &Rivals,
     backend: SocketAddr,
 ) -> anyhow::Result<Option<Proxy>> {
     match peer {
         Peer::Direct => Ok(None),
-        Peer::Nginx => start_nginx(site, backend).await.map(Some),
-        Peer::Haproxy => start_haproxy(site, backend).await.map(Some),
+        Peer::Null => start_null(site, backend).await.map(Some),
+        Peer::Nginx | Peer::Haproxy | Peer::Envoy | Peer::Caddy => rivals.start(site, peer, backend).await.map(Some),
         Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast | Peer::Other => {
             let (binary, settings) = tidegates.of(peer);
             start_tidegate(site, binary, settings, backend).await.map(Some)
         }
     }
+}
+
+async fn start_null(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
+    let address = SocketAddr::new(site.place.address(Side::Proxy), 0).to_string();
+    let arguments = ["null", "--address", &address, "--backend", &backend.to_string()];
+    let mut process = Process::start_self(site.start("null", Death::Kill, Side::Proxy), &arguments)?;
+    let address = process.until("an address", |process| process.printed().strip_suffix('\n')?.parse().ok()).await?;
+    Ok(Proxy::new(address, process, Vec::new(), None))
 }
 
 async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend: SocketAddr) -> anyhow::Result<Proxy> {
@@ -234,9 +258,16 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
         let (chain, key) = (files.chain.display(), files.key.display());
         format!("listen.tls_certificate = '{chain}'\nlisten.tls_key = '{key}'\n")
     });
+    // Half a second less than it has: the last Close handshakes take their time too.
+    let drain = if site.is_stopped {
+        let window = GRACE.as_millis() - 500;
+        format!("drain.delay = '0s'\ndrain.window = '{window}ms'\ndrain.timeout = '500ms'\n")
+    } else {
+        String::new()
+    };
     let base = format!(
         "listen.address = \"{address}\"\nlisten.workers = {WORKERS}\nupstream.address = \"{backend}\"\n\
-         admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n{tls}"
+         admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n{tls}{drain}"
     );
     let config = site.folder.join("proxy.toml");
     fs::write(&config, merged(base.parse()?, settings).to_string())?;
@@ -249,142 +280,5 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
         })
     });
     let address = listening.await?;
-    Ok(Proxy { address, pids: vec![process.pid()], process })
-}
-
-async fn start_nginx(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
-    let address = site.free_address()?;
-    let access_log = if site.logs { "nginx.access.log" } else { "off" };
-    let (ssl, tls) = site.tls.map_or_else(Default::default, |files| {
-        let (chain, key) = (files.chain.display(), files.key.display());
-        // Tickets and no cache, as the others have it.
-        let tls = format!(
-            "ssl_certificate {chain};
-        ssl_certificate_key {key};
-        ssl_protocols TLSv1.3;
-        ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;
-        ssl_ecdh_curve X25519;
-        ssl_session_tickets on;"
-        );
-        ("ssl ", tls)
-    });
-    let config = site.folder.join("nginx.conf");
-    fs::write(
-        &config,
-        format!(
-            "daemon off;
-worker_processes {WORKERS};
-pid nginx.pid;
-error_log stderr;
-events {{ worker_connections 20000; }}
-http {{
-    access_log {access_log};
-    client_body_temp_path client_body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    map $http_upgrade $connection_upgrade {{
-        default upgrade;
-        ''      close;
-    }}
-    server {{
-        listen {address} {ssl}backlog=65535 reuseport;
-        {tls}
-        location / {{
-            proxy_pass http://{backend};
-            proxy_http_version 1.1;
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $connection_upgrade;
-            proxy_read_timeout 1h;
-            proxy_send_timeout 1h;
-        }}
-    }}
-}}
-"
-        ),
-    )?;
-    let [nginx, p, e, stderr, c] = ["nginx", "-p", "-e", "stderr", "-c"].map(OsStr::new);
-    let command = [nginx, p, site.folder.as_os_str(), e, stderr, c, config.as_os_str()];
-    let mut process = Process::start(site.start("nginx", Death::Term, Side::Proxy), &command)?;
-    let workers = process.until("a listening socket and its workers", |process| {
-        procfs::only_listener(address.port(), &[process.pid()]).ok()?;
-        let workers = procfs::children(process.pid());
-        (workers.len() == WORKERS).then_some(workers)
-    });
-    let mut pids = workers.await?;
-    pids.insert(0, process.pid());
-    Ok(Proxy { address, pids, process })
-}
-
-async fn start_haproxy(site: &Site<'_>, backend: SocketAddr) -> anyhow::Result<Proxy> {
-    let address = site.free_address()?;
-    let log = if site.logs { "log stdout format raw local0" } else { "" };
-    let tls = site.tls.map_or_else(String::new, |files| {
-        format!(
-            "ssl crt {} alpn h2,http/1.1 ssl-min-ver TLSv1.3 ciphersuites TLS_AES_128_GCM_SHA256 curves X25519",
-            files.both.display()
-        )
-    });
-    let config = site.folder.join("haproxy.cfg");
-    fs::write(
-        &config,
-        format!(
-            "global
-    nbthread {WORKERS}
-    maxconn {HAPROXY_MAXCONN}
-    {log}
-defaults
-    mode http
-    log global
-    option httplog
-    backlog 65535
-    timeout connect 1m
-    timeout client 1h
-    timeout server 1h
-    timeout tunnel 1h
-    timeout http-request 1m
-    timeout queue 1h
-frontend front
-    bind {address} shards by-thread {tls}
-    default_backend back
-backend back
-    server one {backend}
-"
-        ),
-    )?;
-    let [haproxy, foreground, f] = ["haproxy", "-db", "-f"].map(OsStr::new);
-    let command = [haproxy, foreground, f, config.as_os_str()];
-    let mut process = Process::start(site.start("haproxy", Death::Kill, Side::Proxy), &command)?;
-    let listening =
-        process.until("a listening socket", |process| procfs::only_listener(address.port(), &[process.pid()]).ok());
-    listening.await?;
-    Ok(Proxy { address, pids: vec![process.pid()], process })
-}
-
-/// As in "nginx/1.22.1 (OpenSSL 3.0.19)".
-pub fn nginx_version() -> anyhow::Result<String> {
-    let output = Command::new("nginx").arg("-V").stdin(Stdio::null()).output().context("nginx is not installed")?;
-    let printed = String::from_utf8_lossy(&output.stderr);
-    let version = printed.lines().next().and_then(|line| line.strip_prefix("nginx version: "));
-    let version = version.context("nginx -V does not say its version")?;
-    // "built with OpenSSL 3.0.17 1 Jul 2025 (running with OpenSSL 3.0.19 27 Jan 2026)"; without the second where they are the same.
-    Ok(with_openssl(version, printed.lines().find(|line| line.starts_with("built with OpenSSL "))))
-}
-
-/// The last version that `line` names.
-fn with_openssl(version: &str, line: Option<&str>) -> String {
-    let openssl = line.and_then(|line| line.rsplit_once("OpenSSL ")?.1.split_whitespace().next());
-    openssl.map_or_else(|| version.to_owned(), |openssl| format!("{version} (OpenSSL {openssl})"))
-}
-
-/// As in "`HAProxy` 2.6.12-1+deb12u4 (OpenSSL 3.0.19)".
-pub fn haproxy_version() -> anyhow::Result<String> {
-    let output =
-        Command::new("haproxy").arg("-vv").stdin(Stdio::null()).output().context("haproxy is not installed")?;
-    let printed = String::from_utf8_lossy(&output.stdout);
-    let version = printed.split_whitespace().skip_while(|word| *word != "version").nth(1);
-    let version = version.context("haproxy -vv does not say its version")?;
-    let openssl = printed.lines().find(|line| line.starts_with("Running on OpenSSL version"));
-    Ok(with_openssl(&format!("HAProxy {version}"), openssl))
+    Ok(Proxy::new(address, process, Vec::new(), Some(Stop::Term)))
 }

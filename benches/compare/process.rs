@@ -60,6 +60,8 @@ pub struct Start<'a> {
     pub death: Death,
     /// None: that of this process.
     pub namespace: Option<PathBuf>,
+    /// Beside what this process has.
+    pub environment: Vec<(&'static str, OsString)>,
 }
 
 /// A process that was started here. Dropped, it is ended, and its children with it.
@@ -74,7 +76,7 @@ pub struct Process {
 
 impl Process {
     pub fn start(start: Start<'_>, command: &[&OsStr]) -> anyhow::Result<Self> {
-        let Start { folder, name, death, namespace } = start;
+        let Start { folder, name, death, namespace, environment } = start;
         let stdout = folder.join(format!("{name}.out"));
         let stderr = folder.join(format!("{name}.err"));
         let mut held = Command::new(std::env::current_exe()?);
@@ -90,6 +92,7 @@ impl Process {
             }
         }
         let child = held
+            .envs(environment)
             .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(File::create(&stdout)?)

@@ -1,6 +1,6 @@
 //! What the kernel says about processes: CPU time, memory, children, and who listens on a port.
 
-use std::{collections::HashSet, fs, ops::Sub};
+use std::{collections::HashSet, fs, ops::Sub, thread, time::Instant};
 
 use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
@@ -83,6 +83,10 @@ pub struct Counters {
     pub listen_overflows: u64,
     pub listen_drops: u64,
     pub out_rsts: u64,
+    /// Sockets that were closed with something unread.
+    pub aborts_on_close: u64,
+    /// Sockets that got data when their program had closed them.
+    pub aborts_on_data: u64,
 }
 
 impl Counters {
@@ -102,6 +106,8 @@ impl Counters {
             listen_overflows: value("netstat", "ListenOverflows")?,
             listen_drops: value("netstat", "ListenDrops")?,
             out_rsts: value("snmp", "OutRsts")?,
+            aborts_on_close: value("netstat", "TCPAbortOnClose")?,
+            aborts_on_data: value("netstat", "TCPAbortOnData")?,
         })
     }
 }
@@ -114,6 +120,8 @@ impl Sub for Counters {
             listen_overflows: self.listen_overflows - before.listen_overflows,
             listen_drops: self.listen_drops - before.listen_drops,
             out_rsts: self.out_rsts - before.out_rsts,
+            aborts_on_close: self.aborts_on_close - before.aborts_on_close,
+            aborts_on_data: self.aborts_on_data - before.aborts_on_data,
         }
     }
 }
@@ -150,6 +158,33 @@ pub fn cpu_of_all() -> anyhow::Result<u64> {
         ticks += field.parse::<u64>()?;
     }
     Ok(ticks * 1_000_000 / USER_HZ)
+}
+
+/// What programs have used of the CPUs that are none of ours.
+#[derive(Debug)]
+pub struct Strangers {
+    all_us: u64,
+    begun: Instant,
+}
+
+impl Strangers {
+    pub fn begin() -> anyhow::Result<Self> {
+        Ok(Self { all_us: cpu_of_all()?, begun: Instant::now() })
+    }
+
+    /// Of all cores, since then, where `ours_us` was ours. Ticks are coarse: a few per cent are none.
+    #[expect(clippy::cast_precision_loss, reason = "times far below 2^52")]
+    pub fn percent(&self, ours_us: u64) -> anyhow::Result<f64> {
+        let strangers_us = (cpu_of_all()? - self.all_us).saturating_sub(ours_us) as f64;
+        let cores = thread::available_parallelism()?.get() as f64;
+        Ok((strangers_us / (self.begun.elapsed().as_secs_f64() * 1e6 * cores) * 100.0).round())
+    }
+}
+
+/// Whether a process goes on: one that has ended is there until its parent has looked at it.
+pub fn goes_on(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, fields)| !fields.starts_with(['Z', 'X']))
 }
 
 /// Packets that the host threw away because a core's queue of received ones was full (`net.core.netdev_max_backlog`).

@@ -10,9 +10,13 @@ use serde::Serialize;
 use crate::{
     Options,
     case::Case,
+    ending::{self, Timeline},
     fanout,
+    histogram::Histogram,
     load::Outcome,
-    peers::{self, Peer, Tidegates, WORKERS},
+    peers::{Peer, Tidegates, WORKERS},
+    rivals::Rivals,
+    tables::{TABLES, Table},
     transport::{SUITE, Transport},
 };
 
@@ -27,12 +31,19 @@ pub struct Row {
     pub values: BTreeMap<String, f64>,
     /// What failed, and how often.
     pub errors: BTreeMap<String, u64>,
+    /// How it ended for clients, and for how many.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub endings: BTreeMap<String, u64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub histograms: BTreeMap<String, Histogram>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeline: Option<Timeline>,
 }
 
 impl Row {
-    pub fn new(round: u32, case: Case, peer: Peer, outcome: &Outcome) -> Self {
+    pub fn new(round: u32, case: Case, peer: Peer, outcome: Outcome) -> Self {
         let count = outcome.count.max(1) as f64;
-        let mut values = outcome.values.clone();
+        let mut values = outcome.values;
         let mut insert = |name: &str, value: f64| _ = values.insert(name.to_owned(), value);
         insert("count", outcome.count as f64);
         insert("failures", outcome.failures as f64);
@@ -41,9 +52,9 @@ impl Row {
             insert("pss_kib", after.pss_kib as f64 / count);
             insert("rss_growth_kib", (after.rss_kib as f64 - before.rss_kib as f64) / count);
             insert("pss_growth_kib", (after.pss_kib as f64 - before.pss_kib as f64) / count);
-        } else {
+        } else if outcome.seconds > 0.0 {
             // Of a spike those too that were turned away: they cost as well.
-            let all = if case.sessions() > 0 { (outcome.count + outcome.failures) as f64 } else { count };
+            let all = if case.counts_failures() { (outcome.count + outcome.failures) as f64 } else { count };
             insert("per_second", outcome.count as f64 / outcome.seconds);
             insert("others_us", outcome.others.us() as f64 / all);
             if peer != Peer::Direct {
@@ -51,7 +62,8 @@ impl Row {
                 insert("user_us", outcome.proxy.user_us as f64 / all);
             }
         }
-        Self { round: round + 1, case, peer, values, errors: outcome.errors.clone() }
+        let Outcome { errors, endings, histograms, timeline, .. } = outcome;
+        Self { round: round + 1, case, peer, values, errors, endings, histograms, timeline }
     }
 }
 
@@ -69,17 +81,18 @@ impl fmt::Display for Row {
 #[derive(Debug)]
 pub struct Report {
     pub rows: Vec<Row>,
-    setting: Setting,
+    pub setting: Setting,
 }
 
 #[derive(Debug, Serialize)]
-struct Setting {
+pub struct Setting {
     command: String,
     tidegate: String,
     /// The second one.
     other: Option<String>,
-    nginx: Option<String>,
-    haproxy: Option<String>,
+    /// Of the other proxies, by their names.
+    #[serde(flatten)]
+    rivals: BTreeMap<String, String>,
     /// Of tidegate and the load generator: what encrypts, and what speaks HTTP/2.
     crates: Option<String>,
     kernel: String,
@@ -90,8 +103,9 @@ struct Setting {
     debug_build: bool,
     rounds: u32,
     seconds: f64,
-    connections: u32,
+    at_once: u32,
     sessions: u32,
+    open_seconds: f64,
     streams: u16,
     /// Whether clients, proxy and backend had network namespaces of their own, where that matters.
     namespaces: bool,
@@ -103,10 +117,10 @@ struct Setting {
 
 /// What a table says about the rounds of one peer.
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
 }
 
 impl Spread {
@@ -128,171 +142,30 @@ impl fmt::Display for Spread {
 }
 
 #[derive(Debug, Serialize)]
-struct Summary {
+pub struct Summary {
     #[serde(flatten)]
-    case: Case,
-    peer: Peer,
-    values: BTreeMap<String, Spread>,
+    pub case: Case,
+    pub peer: Peer,
+    pub values: BTreeMap<String, Spread>,
     /// The difference to the peer that the table compares with, in percent, of the column that it compares.
     difference_percent: Option<Spread>,
     /// The same column, less that of the same over TCP, in its unit.
     more_than_plain: Option<Spread>,
     /// What failed in all rounds, and how often.
     errors: BTreeMap<String, u64>,
+    /// How it ended for clients in all rounds, and for how many.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    endings: BTreeMap<String, u64>,
 }
-
-/// Of one measurement.
-struct Table {
-    measure: &'static str,
-    title: &'static str,
-    /// The column that is compared, and with whose.
-    compared: &'static str,
-    with: Peer,
-    /// What they are called here, and in [`Row::values`].
-    columns: &'static [(&'static str, &'static str)],
-}
-
-const TABLES: [Table; 8] = [
-    Table {
-        measure: "echo",
-        title: "Echo, closed loop: a message is one there and one back",
-        compared: "cpu_us",
-        with: Peer::Nginx,
-        columns: &[
-            ("proxy CPU us per message", "cpu_us"),
-            ("of it user", "user_us"),
-            ("messages per second", "per_second"),
-            ("load + backend CPU us", "others_us"),
-            ("failures", "failures"),
-        ],
-    },
-    Table {
-        measure: "idle",
-        title: "Idle sessions, each after one echo: memory of the proxy's processes, KiB per session",
-        compared: "rss_growth_kib",
-        with: Peer::Nginx,
-        columns: &[
-            ("RSS growth", "rss_growth_kib"),
-            ("PSS growth", "pss_growth_kib"),
-            ("RSS", "rss_kib"),
-            ("PSS", "pss_kib"),
-            ("sessions", "count"),
-            ("failures", "failures"),
-        ],
-    },
-    Table {
-        measure: "churn",
-        title: "Churn: connect, upgrade, one echo, Close handshake, FIN",
-        compared: "cpu_us",
-        with: Peer::Nginx,
-        columns: &[
-            ("proxy CPU us per session", "cpu_us"),
-            ("of it user", "user_us"),
-            ("sessions per second", "per_second"),
-            ("load + backend CPU us", "others_us"),
-            ("failures", "failures"),
-        ],
-    },
-    Table {
-        measure: "spike",
-        title: "Spike: all connect at once; upgrade, one echo, Close handshake, FIN",
-        compared: "admitted_max_ms",
-        with: Peer::Nginx,
-        columns: &[
-            ("success %", "success_percent"),
-            ("connect to 101 (to the whole answer of a GET), ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("last echo, ms", "last_echo_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("proxy CPU us per client", "cpu_us"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
-    },
-    Table {
-        measure: "waves",
-        title: "Waves: all of a wave connect at once, one wave each second; upgrade, one echo, Close handshake, FIN",
-        compared: "admitted_max_ms",
-        with: Peer::Nginx,
-        columns: &[
-            ("success %", "success_percent"),
-            ("connect to 101, ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("a wave late by, ms", "late_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("proxy CPU us per client", "cpu_us"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
-    },
-    Table {
-        measure: "held",
-        title: "Held: all of those that come connect at once, while others are there, each with an echo every 5 s",
-        compared: "admitted_max_ms",
-        with: Peer::Nginx,
-        columns: &[
-            ("success %", "success_percent"),
-            ("of the held lost", "held_lost"),
-            ("connect to 101, ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("slowest echo of the held, ms", "held_slowest_echo_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
-    },
-    Table {
-        measure: "ramp",
-        title: "Ramp: ever more clients; connect, wait, send, result, Close handshake",
-        compared: "close_max_ms",
-        with: Peer::Tidegate1,
-        columns: &[
-            ("max connect, ms", "connect_max_ms"),
-            ("deviation", "connect_deviation_ms"),
-            ("max result, ms", "result_max_ms"),
-            ("deviation", "result_deviation_ms"),
-            ("max close, ms", "close_max_ms"),
-            ("deviation", "close_deviation_ms"),
-            ("clients", "count"),
-            ("failures", "failures"),
-            ("OutRsts", "front_rsts"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
-    },
-    Table {
-        measure: "fanout",
-        title: "Fan-out: one feed, and many who watch it",
-        compared: "cpu_us",
-        with: Peer::Tidegate,
-        columns: &[
-            ("proxy CPU us per delivered message", "cpu_us"),
-            ("of it user", "user_us"),
-            ("delivered %", "delivered_percent"),
-            ("under way, ms: p50", "delay_p50_ms"),
-            ("p99", "delay_p99_ms"),
-            ("max", "delay_max_ms"),
-            ("load + backend CPU us", "others_us"),
-            ("RSS growth, KiB per watcher", "watcher_kib"),
-            ("connections of the backend", "upstreams"),
-            ("failures", "failures"),
-        ],
-    },
-];
 
 impl Report {
-    pub fn new(options: &Options, peers: &[Peer], tidegates: &Tidegates, namespaces: bool) -> anyhow::Result<Self> {
+    pub fn new(
+        options: &Options,
+        peers: &[Peer],
+        tidegates: &Tidegates,
+        rivals: &Rivals,
+        namespaces: bool,
+    ) -> anyhow::Result<Self> {
         let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
         let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
         let cpu = read("/proc/cpuinfo");
@@ -301,8 +174,7 @@ impl Report {
             command: ["cargo bench --bench compare --".to_owned(), arguments.join(" ")].join(" ").trim_end().to_owned(),
             tidegate: tidegates.version(Peer::Tidegate)?,
             other: peers.contains(&Peer::Other).then(|| tidegates.version(Peer::Other)).transpose()?,
-            nginx: peers.contains(&Peer::Nginx).then(peers::nginx_version).transpose()?,
-            haproxy: peers.contains(&Peer::Haproxy).then(peers::haproxy_version).transpose()?,
+            rivals: rivals.versions(),
             crates: options.transport.iter().any(|transport| transport.is_tls()).then(crates).transpose()?,
             kernel: read("/proc/sys/kernel/osrelease"),
             cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
@@ -312,8 +184,9 @@ impl Report {
             debug_build: cfg!(debug_assertions),
             rounds: options.rounds,
             seconds: options.seconds,
-            connections: options.connections,
+            at_once: options.at_once,
             sessions: options.sessions,
+            open_seconds: options.open_seconds,
             streams: options.streams,
             namespaces,
             backend_backlog: options.backend_backlog,
@@ -329,14 +202,14 @@ impl Report {
     fn with(&self, table: &Table, transport: Transport) -> Peer {
         let s = &self.setting;
         let (with, is_there) = match (table.with, transport) {
-            (Peer::Nginx, Transport::H2) => (Peer::Haproxy, s.haproxy.is_some()),
-            (Peer::Nginx, _) => (Peer::Nginx, s.nginx.is_some()),
+            (Peer::Nginx, Transport::H2) => (Peer::Haproxy, s.rivals.contains_key("haproxy")),
+            (Peer::Nginx, _) => (Peer::Nginx, s.rivals.contains_key("nginx")),
             (with, _) => (with, true),
         };
         if !is_there && s.other.is_some() { Peer::Tidegate } else { with }
     }
 
-    fn summaries(&self) -> Vec<Summary> {
+    pub fn summaries(&self) -> Vec<Summary> {
         let mut groups: Vec<(Case, Peer)> = self.rows.iter().map(|row| (row.case, row.peer)).collect();
         groups.sort_unstable();
         groups.dedup();
@@ -347,6 +220,7 @@ impl Report {
         let rows = |peer| self.rows.iter().filter(move |row| (row.case, row.peer) == (case, peer));
         let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut errors: BTreeMap<String, u64> = BTreeMap::new();
+        let mut endings: BTreeMap<String, u64> = BTreeMap::new();
         for row in rows(peer) {
             for (name, value) in &row.values {
                 values.entry(name.clone()).or_default().push(*value);
@@ -354,10 +228,13 @@ impl Report {
             for (error, count) in &row.errors {
                 *errors.entry(error.clone()).or_default() += count;
             }
+            for (ending, count) in &row.endings {
+                *endings.entry(ending.clone()).or_default() += count;
+            }
         }
         let table = TABLES.iter().find(|table| table.measure == case.measure()).expect("each measure has a table");
         let compared = |peer| -> BTreeMap<u32, f64> {
-            rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared)?))).collect()
+            rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared?)?))).collect()
         };
         let with = self.with(table, case.transport());
         let others = compared(with);
@@ -366,7 +243,7 @@ impl Report {
             .rows
             .iter()
             .filter(|row| (row.case, row.peer) == (case.plain(), peer))
-            .filter_map(|row| Some((row.round, *row.values.get(table.compared)?)))
+            .filter_map(|row| Some((row.round, *row.values.get(table.compared?)?)))
             .collect();
         let more = compared(peer).into_iter().filter_map(|(round, value)| Some(value - plain.get(&round)?));
         let more_than_plain = if case.plain() == case { None } else { Spread::of(more.collect()) };
@@ -381,6 +258,7 @@ impl Report {
             difference_percent: if peer == with { None } else { Spread::of(differences.collect()) },
             more_than_plain,
             errors,
+            endings,
         }
     }
 
@@ -395,11 +273,12 @@ impl Report {
         let s = &self.setting;
         writeln!(text, "`{}`\n", s.command)?;
         let programs = [Some(s.tidegate.clone()), s.other.as_ref().map(|other| format!("other: {other}"))];
-        let programs = programs.into_iter().chain([s.nginx.clone(), s.haproxy.clone(), s.crates.clone()]).flatten();
+        let programs =
+            programs.into_iter().chain(s.rivals.values().cloned().map(Some)).chain([s.crates.clone()]).flatten();
         writeln!(
             text,
-            "{}; Linux {}, {} cores ({}), {} workers each; load average before: {}; {} rounds. Median (min..max) of the \
-             rounds.",
+            "{}; Linux {}, {} cores ({}), {} workers each; load average before: {}; rounds: {}. Median (min..max) of \
+             them.",
             programs.collect::<Vec<_>>().join(", "),
             s.kernel,
             s.cores,
@@ -421,8 +300,11 @@ impl Report {
                 continue;
             }
             writeln!(text, "\n### {title}\n\n{}\n", self.circumstances(measure))?;
+            // Where something can't be measured for any of them, it is left out.
+            let is_there = |name: &str| rows.iter().any(|row| row.values.contains_key(name));
+            let columns: Vec<(&str, &str)> = columns.iter().copied().filter(|(_, name)| is_there(name)).collect();
             let names: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
-            let (compared, _) = columns.iter().find(|(_, name)| *name == compared).expect("a column");
+            let compared = columns.iter().find(|(_, name)| Some(*name) == compared);
             let with_http2 = if rows.iter().any(|row| row.case.transport() == Transport::H2) && with_http2 != with {
                 format!(" (HTTP/2: to {with_http2})")
             } else {
@@ -430,15 +312,15 @@ impl Report {
             };
             let more = rows.iter().any(|row| row.more_than_plain.is_some());
             let more_title = if more { " more than over TCP |" } else { "" };
-            writeln!(
-                text,
-                "| | through | {} |{more_title} {compared} next to {with}{with_http2} |",
-                names.join(" | ")
-            )?;
-            writeln!(text, "|---:|---|{}", "---:|".repeat(names.len() + 1 + usize::from(more)))?;
+            write!(text, "| | through | {} |{more_title}", names.join(" | "))?;
+            if let Some((compared, _)) = compared {
+                write!(text, " {compared} next to {with}{with_http2} |")?;
+            }
+            let further = usize::from(more) + usize::from(compared.is_some());
+            writeln!(text, "\n|---:|---|{}", "---:|".repeat(names.len() + further))?;
             for row in &rows {
                 write!(text, "| {} | {} |", row.case, row.peer)?;
-                for (_, name) in columns {
+                for (_, name) in &columns {
                     match row.values.get(*name) {
                         Some(spread) => write!(text, " {spread} |")?,
                         None => write!(text, " – |")?,
@@ -451,9 +333,11 @@ impl Report {
                     }
                 }
                 match row.difference_percent {
-                    Some(Spread { median, min, max }) => writeln!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
-                    None => writeln!(text, " – |")?,
+                    Some(Spread { median, min, max }) => write!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
+                    None if compared.is_some() => write!(text, " – |")?,
+                    None => {}
                 }
+                writeln!(text)?;
             }
             for row in &rows {
                 let dropped = row.values.get("packets_dropped").map_or(0.0, |dropped| dropped.max);
@@ -466,12 +350,16 @@ impl Report {
                     )?;
                 }
             }
-            for row in rows.iter().filter(|row| !row.errors.is_empty()) {
-                write!(text, "\nFailures of {} through {}:", row.case, row.peer)?;
-                for (nth, (error, count)) in row.errors.iter().enumerate() {
-                    write!(text, "{} {count} x {error}", if nth == 0 { "" } else { ";" })?;
+            for (what, of) in [("Ends", |row: &Summary| &row.endings), ("Failures", |row: &Summary| &row.errors)]
+                as [(&str, fn(&Summary) -> &BTreeMap<String, u64>); 2]
+            {
+                for row in rows.iter().filter(|row| !of(row).is_empty()) {
+                    write!(text, "\n{what} of {} through {}:", row.case, row.peer)?;
+                    for (nth, (name, count)) in of(row).iter().enumerate() {
+                        write!(text, "{} {count} x {name}", if nth == 0 { "" } else { ";" })?;
+                    }
+                    writeln!(text)?;
                 }
-                writeln!(text)?;
             }
         }
         Ok(())
@@ -493,8 +381,14 @@ impl Report {
             None => String::new(),
         };
         match measure {
-            "echo" => format!("{} s per leg, {} sessions.{tls}", s.seconds, s.connections),
-            "churn" => format!("{} s per leg, {} sessions at once.{tls}", s.seconds, s.connections),
+            "echo" => format!("{} s per leg.{tls}", s.seconds),
+            "churn" => format!("{} s per leg, {} sessions at once.{tls}", s.seconds, s.at_once),
+            "open" => format!("{} s per leg. Times are from when a message was due.", s.open_seconds),
+            "drain" => format!(
+                "Each client has a message echoed five times a second; a proxy has {} s to stop.",
+                ending::GRACE.as_secs()
+            ),
+            "kill" => "Each client has a message echoed five times a second.".to_owned(),
             "idle" => format!("{} sessions.{tls}", s.sessions),
             "fanout" => format!(
                 "{} messages of {} in a second, {} s per leg. `tidegate` has a connection to the backend for each watcher, `broadcast` \
@@ -541,7 +435,7 @@ fn crates() -> anyhow::Result<String> {
 }
 
 /// Three digits that count.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     let digits = match value.abs() {
         whole if whole.fract() == 0.0 => 0,
         small if small < 10.0 => 2,

@@ -2,16 +2,13 @@
 
 #![expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
 use crate::{
     load::{Order, Outcome},
-    procfs::{Counters, Cpu, cpu_of_all, packets_dropped},
+    procfs::{Counters, Cpu, Strangers, packets_dropped},
 };
 
 /// Between the last end that a client sees and the look at the counters: the proxy has its other leg to end.
@@ -21,7 +18,8 @@ const SETTLE: Duration = Duration::from_millis(200);
 pub struct Watch {
     cpu: Cpu,
     others: Cpu,
-    all_us: u64,
+    strangers: Strangers,
+    client: Counters,
     front: Counters,
     back: Option<Counters>,
     packets_dropped: u64,
@@ -33,7 +31,8 @@ impl Watch {
         Ok(Self {
             cpu: Cpu::of(&order.proxy)?,
             others: Cpu::of(&[order.backend, std::process::id()])?,
-            all_us: cpu_of_all()?,
+            strangers: Strangers::begin()?,
+            client: Counters::of(std::process::id())?,
             front: Counters::of(front(order))?,
             back: back(order).map(Counters::of).transpose()?,
             packets_dropped: packets_dropped()?,
@@ -52,15 +51,15 @@ impl Watch {
             ..Outcome::default()
         };
         let ours = outcome.proxy.us() + outcome.others.us();
-        let strangers = (cpu_of_all()? - self.all_us).saturating_sub(ours) as f64;
-        let cores = thread::available_parallelism()?.get() as f64;
-        let percent = strangers / (self.begun.elapsed().as_secs_f64() * 1e6 * cores) * 100.0;
-        // Ticks are coarse: a few per cent are none.
-        outcome.insert("strangers_percent", percent.round());
+        outcome.insert("strangers_percent", self.strangers.percent(ours)?);
+        let client = Counters::of(std::process::id())? - self.client;
+        outcome.insert("client_rsts", client.out_rsts as f64);
         let front = Counters::of(front(order))? - self.front;
         outcome.insert("front_overflows", front.listen_overflows as f64);
         outcome.insert("front_drops", front.listen_drops as f64);
         outcome.insert("front_rsts", front.out_rsts as f64);
+        outcome.insert("front_aborts_on_close", front.aborts_on_close as f64);
+        outcome.insert("front_aborts_on_data", front.aborts_on_data as f64);
         if let (Some(pid), Some(before)) = (back(order), self.back) {
             let back = Counters::of(pid)? - before;
             outcome.insert("back_overflows", back.listen_overflows as f64);

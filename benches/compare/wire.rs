@@ -29,8 +29,9 @@ const PONG: u8 = 0xA;
 /// 1000, a normal closure.
 pub const CLOSE_NORMAL: [u8; 2] = 1000_u16.to_be_bytes();
 
-/// The path of a session with the feed, and that of all others.
+/// The path of a session with the feed, that of one that is left in the middle (`audit.rs`), and that of all others.
 pub const FEED: &str = "/feed";
+pub const AUDIT: &str = "/audit";
 const ECHO: &str = "/echo";
 
 /// The key and the answer of the example in RFC 6455 1.3.
@@ -175,6 +176,8 @@ pub enum Request {
     Session(Connection),
     /// A session with the feed.
     Feed(Connection),
+    /// A session whose end is looked at.
+    Audit(Connection),
     /// Plain requests: all of them were answered.
     Answered,
 }
@@ -269,8 +272,11 @@ impl Connection {
                     derive_accept_key(key.as_bytes())
                 );
                 connection.write(response.as_bytes()).await?;
-                let is_feed = head.split(' ').nth(1) == Some(FEED);
-                return Ok(if is_feed { Request::Feed(connection) } else { Request::Session(connection) });
+                return Ok(match head.split(' ').nth(1) {
+                    Some(FEED) => Request::Feed(connection),
+                    Some(AUDIT) => Request::Audit(connection),
+                    _ => Request::Session(connection),
+                });
             }
             let last = header(&head, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
             let connection_field = if last { "Connection: close\r\n" } else { "" };
@@ -283,6 +289,14 @@ impl Connection {
                 connection.until_fin().await?;
                 return Ok(Request::Answered);
             }
+        }
+    }
+
+    /// The socket, of which nothing more was read than what was asked for.
+    pub fn into_tcp(self) -> io::Result<TcpStream> {
+        match self.stream {
+            Stream::Plain(stream) if self.rest.is_empty() => Ok(stream),
+            _ => Err(io::Error::other("not a socket alone")),
         }
     }
 
@@ -381,7 +395,7 @@ impl Connection {
         self.until_fin().await
     }
 
-    async fn until_fin(mut self) -> io::Result<()> {
+    pub async fn until_fin(mut self) -> io::Result<()> {
         loop {
             match read(&mut self.stream, |_| ()).await {
                 Ok(Some(())) => {}

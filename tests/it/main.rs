@@ -4,6 +4,7 @@ mod harness;
 
 mod addresses;
 mod architecture;
+mod bench_parts;
 mod broadcast;
 mod client_certificates;
 mod close_table;
