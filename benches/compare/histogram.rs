@@ -30,6 +30,13 @@ impl Histogram {
         self.max_ns = self.max_ns.max(ns);
     }
 
+    pub fn add(&mut self, other: &Self) {
+        for (from, count) in &other.counts {
+            *self.counts.entry(*from).or_default() += count;
+        }
+        self.max_ns = self.max_ns.max(other.max_ns);
+    }
+
     pub fn count(&self) -> u64 {
         self.counts.values().sum()
     }

@@ -30,12 +30,14 @@ mod namespaces;
 mod null;
 mod open;
 mod peers;
+mod plots;
 mod process;
 mod procfs;
 mod ramp;
 mod report;
 mod rivals;
 mod spike;
+mod svg;
 mod tables;
 mod transport;
 mod watch;
@@ -224,6 +226,9 @@ struct Options {
     /// Sessions of `drain` and `kill`
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     ending_sessions: u32,
+    /// A folder for plots (SVG) of what was measured [default: none are made]
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// `net.core.somaxconn` in the proxy's namespace
     #[arg(long, value_delimiter = ',', default_value = "128,65535")]
     somaxconn: Vec<u32>,
@@ -350,6 +355,9 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
     let file = target.join("bench/compare.json");
     fs::create_dir_all(target.join("bench"))?;
     fs::write(&file, report.json()? + "\n").with_context(|| file.display().to_string())?;
+    if let Some(folder) = &options.plots {
+        report.plot(folder).with_context(|| folder.display().to_string())?;
+    }
     match stopped_by {
         Some(signal) => bail!("{signal}: the figures are those of {} legs", report.rows.len()),
         None => Ok(()),

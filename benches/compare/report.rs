@@ -3,8 +3,9 @@
 
 #![expect(clippy::cast_precision_loss, reason = "counts and times far below 2^52")]
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, thread};
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path, thread};
 
+use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     histogram::Histogram,
     load::Outcome,
     peers::{Peer, Tidegates, WORKERS},
+    plots,
     rivals::Rivals,
     tables::{TABLES, Table},
     transport::{SUITE, Transport},
@@ -405,6 +407,28 @@ impl Report {
                 "**On loopback: overflows, drops and RSTs are those of the host, and somaxconn is its own.**".to_owned()
             }
         }
+    }
+
+    /// Pictures of all that was measured, each in a file.
+    pub fn plot(&self, folder: &Path) -> anyhow::Result<()> {
+        fs::create_dir_all(folder)?;
+        let s = &self.setting;
+        let rounds = if s.rounds == 1 { "one round".to_owned() } else { format!("{} rounds", s.rounds) };
+        let about = format!("Linux {}, {} cores ({}), {} workers each, {rounds}", s.kernel, s.cores, s.cpu, s.workers);
+        let about = if s.debug_build { format!("a debug build, which says nothing; {about}") } else { about };
+        let programs = [Some(&s.tidegate), s.other.as_ref()].into_iter().flatten().chain(s.rivals.values());
+        let programs = programs.map(String::as_str).collect::<Vec<_>>().join(", ");
+        let summaries = self.summaries();
+        for table in &TABLES {
+            let summaries: Vec<&Summary> = summaries.iter().filter(|row| row.case.measure() == table.measure).collect();
+            let rows: Vec<&Row> = self.rows.iter().filter(|row| row.case.measure() == table.measure).collect();
+            for plot in table.plots.iter().filter(|_| !rows.is_empty()) {
+                let file = folder.join(plot.file).with_extension("svg");
+                let picture = plots::plot(plot, [&programs, &about], &summaries, &rows);
+                fs::write(&file, picture).with_context(|| file.display().to_string())?;
+            }
+        }
+        Ok(())
     }
 
     pub fn json(&self) -> serde_json::Result<String> {

@@ -1,6 +1,8 @@
-//! What a report shows of each measurement: columns, and what is compared.
+//! What a report shows of each measurement: columns, what is compared, pictures.
 
-use crate::peers::Peer;
+use std::time::Duration;
+
+use crate::{ending::GRACE, peers::Peer};
 
 /// Of one measurement.
 pub struct Table {
@@ -11,6 +13,36 @@ pub struct Table {
     pub with: Peer,
     /// What they are called here, and in [`crate::report::Row::values`].
     pub columns: &'static [(&'static str, &'static str)],
+    pub plots: &'static [Plot],
+}
+
+/// A picture of a measurement, with the name of its file.
+pub struct Plot {
+    pub file: &'static str,
+    pub title: &'static str,
+    pub kind: Kind,
+}
+
+/// Of a bar: its name, its column, its colour.
+pub type Part = (&'static str, &'static str, &'static str);
+
+/// From what should be to what should not.
+const GOOD: &str = "#009e73";
+const FAIR: &str = "#f0e442";
+const POOR: &str = "#e69f00";
+const BAD: &str = "#b3362b";
+const NONE: &str = "#8a8a8a";
+
+/// Axes are labelled with their units.
+pub enum Kind {
+    /// A bar for each peer, with its spread.
+    Bars { column: &'static str, axis: &'static str },
+    /// A bar for each peer, of several parts with their names.
+    Parts { parts: &'static [Part], axis: &'static str },
+    /// Quantiles of a histogram.
+    Quantiles { histogram: &'static str, axis: &'static str },
+    /// Timelines, with where the proxy's time ends.
+    Times { end: Option<Duration> },
 }
 
 /// Of `drain` and `kill`.
@@ -31,6 +63,15 @@ const ENDINGS: &[(&str, &str)] = &[
     ("failures", "failures"),
 ];
 
+/// How a session may end, from the best to the worst.
+const ENDS: &[Part] = &[
+    ("Close, FIN", "close_fin", GOOD),
+    ("FIN alone", "bare_fin", FAIR),
+    ("Close, RST", "close_rst", POOR),
+    ("RST alone", "bare_rst", BAD),
+    ("still there", "still_there", NONE),
+];
+
 pub const TABLES: [Table; 12] = [
     Table {
         measure: "echo",
@@ -44,6 +85,11 @@ pub const TABLES: [Table; 12] = [
             ("load + backend CPU us", "others_us"),
             ("failures", "failures"),
         ],
+        plots: &[Plot {
+            file: "echo-cpu",
+            title: "Echo: CPU time of the proxy per message",
+            kind: Kind::Bars { column: "cpu_us", axis: "microseconds per message (there and back)" },
+        }],
     },
     Table {
         measure: "idle",
@@ -58,6 +104,18 @@ pub const TABLES: [Table; 12] = [
             ("sessions", "count"),
             ("failures", "failures"),
         ],
+        plots: &[
+            Plot {
+                file: "idle-rss",
+                title: "Idle sessions: memory of the proxy (RSS)",
+                kind: Kind::Bars { column: "rss_growth_kib", axis: "KiB more per session" },
+            },
+            Plot {
+                file: "idle-pss",
+                title: "Idle sessions: memory of the proxy (PSS)",
+                kind: Kind::Bars { column: "pss_growth_kib", axis: "KiB more per session" },
+            },
+        ],
     },
     Table {
         measure: "churn",
@@ -71,6 +129,11 @@ pub const TABLES: [Table; 12] = [
             ("load + backend CPU us", "others_us"),
             ("failures", "failures"),
         ],
+        plots: &[Plot {
+            file: "churn-cpu",
+            title: "Short sessions: CPU time of the proxy per session",
+            kind: Kind::Bars { column: "cpu_us", axis: "microseconds per session" },
+        }],
     },
     Table {
         measure: "spike",
@@ -90,6 +153,18 @@ pub const TABLES: [Table; 12] = [
             ("OutRsts", "front_rsts"),
             ("proxy CPU us per client", "cpu_us"),
             ("CPU of other programs, %", "strangers_percent"),
+        ],
+        plots: &[
+            Plot {
+                file: "spike-admitted",
+                title: "Spike: from connect to 101, 99th percentile",
+                kind: Kind::Bars { column: "admitted_p99_ms", axis: "milliseconds" },
+            },
+            Plot {
+                file: "spike-success",
+                title: "Spike: clients that were served",
+                kind: Kind::Bars { column: "success_percent", axis: "percent" },
+            },
         ],
     },
     Table {
@@ -111,6 +186,11 @@ pub const TABLES: [Table; 12] = [
             ("proxy CPU us per client", "cpu_us"),
             ("CPU of other programs, %", "strangers_percent"),
         ],
+        plots: &[Plot {
+            file: "waves-admitted",
+            title: "Waves: from connect to 101, 99th percentile",
+            kind: Kind::Bars { column: "admitted_p99_ms", axis: "milliseconds" },
+        }],
     },
     Table {
         measure: "held",
@@ -131,6 +211,11 @@ pub const TABLES: [Table; 12] = [
             ("OutRsts", "front_rsts"),
             ("CPU of other programs, %", "strangers_percent"),
         ],
+        plots: &[Plot {
+            file: "held-admitted",
+            title: "Others are there already: from connect to 101, 99th percentile",
+            kind: Kind::Bars { column: "admitted_p99_ms", axis: "milliseconds" },
+        }],
     },
     Table {
         measure: "ramp",
@@ -149,6 +234,11 @@ pub const TABLES: [Table; 12] = [
             ("OutRsts", "front_rsts"),
             ("CPU of other programs, %", "strangers_percent"),
         ],
+        plots: &[Plot {
+            file: "ramp-close",
+            title: "Ramp: from Close to FIN, the longest",
+            kind: Kind::Bars { column: "close_max_ms", axis: "milliseconds" },
+        }],
     },
     Table {
         measure: "fanout",
@@ -167,6 +257,11 @@ pub const TABLES: [Table; 12] = [
             ("connections of the backend", "upstreams"),
             ("failures", "failures"),
         ],
+        plots: &[Plot {
+            file: "fanout-cpu",
+            title: "A feed: CPU time of the proxy per delivered message",
+            kind: Kind::Bars { column: "cpu_us", axis: "microseconds per delivered message" },
+        }],
     },
     Table {
         measure: "open",
@@ -185,6 +280,18 @@ pub const TABLES: [Table; 12] = [
             ("messages per second", "per_second"),
             ("failures", "failures"),
             ("CPU of other programs, %", "strangers_percent"),
+        ],
+        plots: &[
+            Plot {
+                file: "open-latency",
+                title: "How long messages are under way, from when they were due",
+                kind: Kind::Quantiles { histogram: "latency", axis: "microseconds, there and back" },
+            },
+            Plot {
+                file: "open-cpu",
+                title: "At a fixed rate: CPU time of the proxy per message",
+                kind: Kind::Bars { column: "cpu_us", axis: "microseconds per message (there and back)" },
+            },
         ],
     },
     Table {
@@ -208,6 +315,19 @@ pub const TABLES: [Table; 12] = [
             ("failures", "failures"),
             ("CPU of other programs, %", "strangers_percent"),
         ],
+        plots: &[Plot {
+            file: "audit",
+            title: "Clients that leave in the middle of a result: what the backend sees",
+            kind: Kind::Parts {
+                parts: &[
+                    ("Close and FIN", "backend_clean", GOOD),
+                    ("FIN without Close", "backend_fin", FAIR),
+                    ("EPIPE or RST", "backend_rst", BAD),
+                    ("no end", "backend_open", NONE),
+                ],
+                axis: "sessions",
+            },
+        }],
     },
     Table {
         measure: "drain",
@@ -215,6 +335,18 @@ pub const TABLES: [Table; 12] = [
         compared: None,
         with: Peer::Nginx,
         columns: ENDINGS,
+        plots: &[
+            Plot {
+                file: "drain-ends",
+                title: "An orderly stop of the proxy: how it ends for clients",
+                kind: Kind::Parts { parts: ENDS, axis: "sessions" },
+            },
+            Plot {
+                file: "drain-timeline",
+                title: "An orderly stop of the proxy: when it ends for clients",
+                kind: Kind::Times { end: Some(GRACE) },
+            },
+        ],
     },
     Table {
         measure: "kill",
@@ -222,5 +354,17 @@ pub const TABLES: [Table; 12] = [
         compared: None,
         with: Peer::Nginx,
         columns: ENDINGS,
+        plots: &[
+            Plot {
+                file: "kill-ends",
+                title: "The backend is killed: how it ends for clients",
+                kind: Kind::Parts { parts: ENDS, axis: "sessions" },
+            },
+            Plot {
+                file: "kill-timeline",
+                title: "The backend is killed: when it ends for clients",
+                kind: Kind::Times { end: None },
+            },
+        ],
     },
 ];
