@@ -192,9 +192,9 @@ fn log_ticks(min: f64, max: f64) -> Vec<f64> {
 fn tick(value: f64) -> String {
     let value = (value * 1000.0).round() / 1000.0;
     if value >= 1000.0 && value.fract() == 0.0 {
-        let digits = format!("{value:.0}");
-        let (head, tail) = digits.split_at(digits.len() - 3);
-        return format!("{head},{tail}");
+        let digits = format!("{value:.0}").into_bytes();
+        let groups = digits.rchunks(3).rev().map(String::from_utf8_lossy).collect::<Vec<_>>();
+        return groups.join(",");
     }
     format!("{value}")
 }

@@ -141,17 +141,19 @@ impl Drain {
     /// Opens the window: sessions begin to end, listeners stop. Idempotent.
     pub fn begin(&self) {
         self.inner.window.get_or_init(|| (Instant::now(), self.config().window));
-        self.inner.has_begun.store(true, Ordering::Release);
-        self.inner.begun.cancel();
-        self.inner.ears.wake();
+        if !self.inner.has_begun.swap(true, Ordering::AcqRel) {
+            self.inner.begun.cancel();
+            self.inner.ears.wake();
+        }
     }
 
     /// Everything ends now, still with Close frames. Idempotent; begins the drain when it has not begun.
     pub fn hurry(&self) {
         self.begin();
-        self.inner.is_hurried.store(true, Ordering::Release);
-        self.inner.urgent.cancel();
-        self.inner.ears.wake();
+        if !self.inner.is_hurried.swap(true, Ordering::AcqRel) {
+            self.inner.urgent.cancel();
+            self.inner.ears.wake();
+        }
     }
 
     /// The window is open.

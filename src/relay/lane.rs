@@ -1,10 +1,11 @@
 //! One direction of a session: what was read and may not be passed on yet, and what the other side did not take yet.
 
+use bytes::Bytes;
+
 use crate::{
     stamp::Stamp,
     ws::{Limits, Opcode, Rsv, Sender, Tracker},
 };
-use bytes::Bytes;
 
 /// Bytes on their way from one side to the other.
 #[derive(Debug)]

@@ -23,6 +23,12 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
+use tokio::{
+    task::yield_now,
+    time::{Sleep, sleep_until},
+};
+
 pub use self::ending::{Cause, Gone, Initiator};
 use self::{
     ending::{Act, Ending, View, What},
@@ -37,12 +43,6 @@ use crate::{
     stamp::Stamp,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
-use bytes::Bytes;
-use tokio::{
-    task::yield_now,
-    time::{Sleep, sleep_until},
-};
-
 /// What the relay needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {

@@ -242,11 +242,12 @@ pub(super) fn complain(error: &Error, about: &About, at: &At) {
 /// Says that the backend could not be asked about a client, for whatever reason. Those whom the client wanted to join notice nothing.
 pub(super) fn say_unasked(error: &Error, about: &About, at: &At) {
     static SAID: Sparse = Sparse::new();
-    let About { client, path, request_id, route, .. } = about;
+    let About { client, path, request_id, trace_id, route, .. } = about;
+    let trace_id = trace_id.as_ref().map(display);
     let endpoint = at.endpoint();
     let endpoint = endpoint.as_deref();
     if let Some(unsaid) = SAID.is_due() {
-        warn!(%client, path, request_id, %route, endpoint, %error, unsaid, "the backend could not be asked whether a client may join a shared WebSocket (pool.authorize)");
+        warn!(%client, path, request_id, trace_id, %route, endpoint, %error, unsaid, "the backend could not be asked whether a client may join a shared WebSocket (pool.authorize)");
     }
 }
 

@@ -54,10 +54,12 @@ use crate::{
 
 /// That a backend refuses a handshake is said once in a while: whoever has no right to one may ask a thousand times.
 static REFUSED: Sparse = Sparse::new();
+static UNAUTHORIZED: Sparse = Sparse::new();
 
 /// What is said then: of a handshake of its client's own or of many, and of one that is only shown.
-const REFUSED_TO_OPEN: &str = "the backend refused a handshake";
-const REFUSED_TO_JOIN: &str = "the backend refused a client that was to join a shared WebSocket (pool.authorize)";
+const REFUSED_TO_OPEN: (&Sparse, &str) = (&REFUSED, "the backend refused a handshake");
+const REFUSED_TO_JOIN: (&Sparse, &str) =
+    (&UNAUTHORIZED, "the backend refused a client that was to join a shared WebSocket (pool.authorize)");
 
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
@@ -646,10 +648,10 @@ fn told_of(refused: &Refused) -> Response<Body> {
     response
 }
 
-fn say_refused(about: &About, endpoint: &str, status: u16, what: &str) {
+fn say_refused(about: &About, endpoint: &str, status: u16, (said, what): (&Sparse, &str)) {
     let About { client, path, request_id, trace_id, route, .. } = about;
     let trace_id = trace_id.as_ref().map(display);
-    if let Some(unsaid) = REFUSED.is_due() {
+    if let Some(unsaid) = said.is_due() {
         info!(%client, path, request_id, trace_id, %route, endpoint, status, unsaid, "{what}");
     } else {
         debug!(%client, path, request_id, trace_id, %route, endpoint, status, "{what}");

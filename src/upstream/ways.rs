@@ -61,7 +61,7 @@ pub struct SharedConnection {
     pub state: &'static str,
     /// Sessions that have a stream of it.
     pub references: usize,
-    /// So many may have one; `None`: any number, or it is not known yet.
+    /// So many may have one; `None`: it is not known yet.
     pub capacity: Option<usize>,
 }
 

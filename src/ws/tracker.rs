@@ -216,7 +216,7 @@ impl Tracker {
     }
 
     /// The rules that need only the first two bytes.
-    fn check_first(&self) -> Result<Opcode, Violation> {
+    fn check_first(&self) -> Result<(), Violation> {
         let (first, second) = (self.header[0], self.header[1]);
         let fin = first & 0x80 != 0;
         let rsv = first & 0x70;
@@ -241,7 +241,7 @@ impl Tracker {
         } else if (opcode == Opcode::Continuation) != self.in_message {
             return Err(Violation::Fragments);
         }
-        Ok(opcode)
+        Ok(())
     }
 
     /// All rules, on a complete header.
@@ -279,8 +279,7 @@ impl Tracker {
             0 => u64::from(second & 0x7F),
             _ => length.iter().fold(0, |payload, byte| payload << 8 | u64::from(*byte)),
         };
-        // One that is none was refused before the header was whole.
-        let opcode = Opcode::from_bits(first & 0x0F).unwrap_or(Opcode::Continuation);
+        let opcode = Opcode::from_bits(first & 0x0F).expect("others are refused before the header is whole");
         Header { fin: first & 0x80 != 0, rsv: first & 0x70, opcode, mask, payload, size: self.have }
     }
 }

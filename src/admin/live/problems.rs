@@ -172,11 +172,12 @@ fn shared(seen: &Seen<'_>, say: &mut dyn FnMut(&'static str, String, &'static st
                 "times that a client was too slow for a shared WebSocket",
                 "one that is on a bad network, or many: pool.queue_messages, pool.queue_bytes, pool.slow_client",
             ),
-            _ => (
+            "rpc_timeout" => (
                 "error",
                 "JSON-RPC requests without an answer in time",
                 "the backend is slow or hangs: look at it; pool.request_timeout",
             ),
+            _ => continue,
         };
         say(level, minute(what, "", "", count), fix);
     }
