@@ -470,7 +470,7 @@ fn window((came, longest, length): &(Totals, [Duration; 2], Duration), longest_n
         messages: [0, 1].map(|side| came.part(Part::Messages)[side]),
         closes: came.ends().map(end).collect(),
         abnormal: named(Part::Causes),
-        shared: named(Part::Shared),
+        websockets: named(Part::Shared),
         connect: took(Part::Connect, 0),
         close: took(Part::Close, 1),
         kernel: named(Part::Kernel),

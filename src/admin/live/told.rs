@@ -71,7 +71,7 @@ pub(super) struct Window {
     pub messages: [u32; 2],
     pub closes: Vec<End>,
     pub abnormal: Named<u32>,
-    pub shared: Named<u32>,
+    pub websockets: Named<u32>,
     pub connect: Took,
     pub close: Took,
     pub kernel: Named<u32>,
