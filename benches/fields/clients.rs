@@ -46,7 +46,8 @@ const CALLS: usize = 4096;
 pub enum Manner {
     /// Waits for its result, and then for the Close handshake and the FIN.
     Waits,
-    /// In turn: the backend ends the session behind the result; the client sends Close at the result's first part, and closes its socket at once.
+    /// In turn: the backend ends the session behind the result; the client sends Close at the result's first part, and closes its
+    /// socket at once.
     Mixed,
     /// A JSON-RPC call on a connection of its own.
     Call,
@@ -334,14 +335,17 @@ fn outcome(seen: &[Session]) -> Outcome {
     let mut outcome = Outcome::default();
     let count = |which: &dyn Fn(&Session) -> bool| seen.iter().filter(|session| which(session)).count() as f64;
     let failed = count(&|session| session.connect.is_none());
+    let late = count(&|session| session.connect.is_some_and(|time| time >= LATE));
+    let percent = |part: f64| part * 100.0 / (seen.len() as f64).max(1.0);
     let values = [
         ("sessions", seen.len() as f64),
         ("failed", failed),
-        ("failed_percent", failed * 100.0 / (seen.len() as f64).max(1.0)),
+        ("late", late),
+        // What a client would say that waits for a second.
+        ("missed_percent", percent(failed + late)),
         // They asked, and have stayed.
         ("lost", count(&|session| session.connect.is_some() && session.result.is_none())),
         ("unclean", count(&|session| session.result.is_some() && session.failure.is_some())),
-        ("late", count(&|session| session.connect.is_some_and(|time| time >= LATE))),
     ];
     outcome.values.extend(values.map(|(name, value)| (name.to_owned(), value)));
     for error in seen.iter().filter_map(|session| session.failure.clone()) {

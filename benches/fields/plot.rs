@@ -1,5 +1,6 @@
-//! A plot of one report as SVG, without a script, a font or a colour of its own that a reader's page would have to know: a line for each leg, a panel for
-//! each figure, a dot at the median of the rounds, and a bar from the smallest to the largest. The scale is logarithmic, with a place for 0.
+//! A plot of one report as SVG, without a script, a font or a colour of its own that a reader's page would have to know: a line for
+//! each leg, a panel for each figure, a dot at the median of the rounds, and a bar from the smallest to the largest. The scale is
+//! logarithmic, with a place for 0.
 
 use std::fmt::{self, Write as _};
 
@@ -8,9 +9,9 @@ use crate::{
     stories::{Story, Through},
 };
 
-const LABELS: f64 = 330.0;
-const PANEL: f64 = 260.0;
-const GAP: f64 = 30.0;
+const LABELS: f64 = 370.0;
+const PANEL: f64 = 230.0;
+const GAP: f64 = 54.0;
 const TOP: f64 = 64.0;
 const ROW: f64 = 24.0;
 const BOTTOM: f64 = 34.0;
@@ -38,10 +39,11 @@ fn write(text: &mut String, story: &Story, lines: &[Line]) -> fmt::Result {
     let bottom = TOP + lines.len() as f64 * ROW;
     let height = bottom + BOTTOM;
     let title = escaped(story.title);
-    writeln!(
+    write!(
         text,
-        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{title}" font-family="sans-serif" font-size="12" fill="#222">"##
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}""#
     )?;
+    writeln!(text, r##" role="img" aria-label="{title}" font-family="sans-serif" font-size="12" fill="#222">"##)?;
     writeln!(text, r##"<rect width="{width}" height="{height}" fill="#fff"/>"##)?;
     writeln!(text, r#"<text x="12" y="24" font-size="15" font-weight="bold">{}. {title}</text>"#, story.number)?;
     for (row, line) in lines.iter().enumerate() {
