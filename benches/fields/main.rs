@@ -1,5 +1,5 @@
 //! Five reports from the field, repeated: direct to a backend with one poller and a backlog of 100, and through tidegate. One command
-//! makes a table and a plot for each, with the report's own figures and its own doubts beside what shows here. What they mean is in
+//! makes a table and a plot for each, with the report's own figures and the doubts about it beside what shows here. What they mean is in
 //! `docs/field-reports.md`.
 //!
 //! ```text

@@ -65,7 +65,8 @@ impl Setting {
             kernel: read("/proc/sys/kernel/osrelease"),
             cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
             cores: thread::available_parallelism()?.get(),
-            load_average_before: read("/proc/loadavg"),
+            // Without the processes that there are.
+            load_average_before: read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(", "),
             in_namespaces,
             debug_build: cfg!(debug_assertions),
         })
@@ -150,7 +151,7 @@ fn write_markdown(text: &mut String, story: &Story, lines: &[Line]) -> fmt::Resu
     let Story { number, title, says, doubts, here, columns, .. } = story;
     writeln!(text, "## {number}. {title}\n")?;
     writeln!(text, "- **The report**: {says}")?;
-    writeln!(text, "- **Its doubts**: {doubts}")?;
+    writeln!(text, "- **Doubts**: {doubts}")?;
     writeln!(text, "- **Here**: {here}\n")?;
     writeln!(text, "![{title}](field-report-{number}.svg)\n")?;
     let headings: Vec<&str> = columns.iter().map(|(heading, _)| *heading).collect();
