@@ -202,7 +202,7 @@ def service(root, unit):
 UNSEEN = """
     admin_on_listen_port admin_token duration_not_whole_seconds duration_out_of_range frame_over_default_message frame_over_message
     linger_maximum_below_linger linger_over_its_maximum log_filter log_filter_span loop_to_admin loop_to_itself memory
-    network_with_host_bits proxy_protocol_of_nobody reason_too_long shared_for_all tls_client_auth tls_client_ca tls_clients_files tls_clients_unequal
+    network_with_host_bits proxy_protocol_of_nobody reason_too_long shared_for_all shared_headers tls_client_auth tls_client_ca tls_clients_files tls_clients_unequal
     tls_clients_without_key tls_files tls_keys_without_line_breaks tls_nameless tls_not_pem tls_other_key tls_without_key
 """
 
