@@ -26,7 +26,7 @@ pub(super) enum Whose {
     Own,
     /// All clients have it, and it has its memory.
     All,
-    /// As [`Whose::All`], but there is no memory for it: it is for those who are not behind.
+    /// As [`Whose::All`], but there is no memory for it: it is for those who are not behind, or whose own has room for it as it is.
     AllAtOnce,
 }
 
@@ -91,14 +91,19 @@ impl Mailbox {
         let bytes = state.bytes + frame.len();
         let is_alone = state.frames.is_empty() && state.rest <= self.most_bytes;
         let is_full = state.frames.len() >= self.most || bytes > self.most_bytes;
-        let own = state.own + if whose == Whose::Own { frame.len() } else { 0 };
+        let own = state.own + frame.len();
+        let needed = own + state.rest_of;
+        let is_own = match whose {
+            Whose::Own => true,
+            Whose::All => false,
+            // Nothing is asked for: what is for all would be taken once for each.
+            Whose::AllAtOnce => needed <= state.memory.bytes(),
+        };
+        let own = if is_own { own } else { state.own };
         let has_memory = match whose {
-            Whose::Own => {
-                let needed = own + state.rest_of;
-                state.memory.fit(needed)
-            }
+            Whose::Own => state.memory.fit(needed),
             Whose::All => true,
-            Whose::AllAtOnce => state.frames.is_empty() && state.rest == 0,
+            Whose::AllAtOnce => is_own || state.frames.is_empty() && state.rest == 0,
         };
         let woken = if is_full && !is_alone || !has_memory {
             state.is_slow = true;
@@ -113,7 +118,7 @@ impl Mailbox {
         } else {
             self.metrics.shared_queue_bytes.inc_by(signed(frame.len()));
             (state.bytes, state.own) = (bytes, own);
-            state.frames.push_back(Frame { bytes: frame, is_own: whose == Whose::Own });
+            state.frames.push_back(Frame { bytes: frame, is_own });
             [state.reader.take(), None]
         };
         drop(state);
@@ -257,8 +262,8 @@ mod tests {
         assert!(mailbox.hold(&cx));
     }
 
-    /// Who is behind by more than there is memory for is too slow, and what is for all takes memory once, or goes to those who are not behind.
-    /// Method: a budget of two portions.
+    /// Who is behind by more than there is memory for is too slow, and what is for all takes memory once, or goes to those who are not behind;
+    /// small messages to all who have room as it is. Method: a budget of two portions.
     #[test]
     fn there_may_be_no_memory() {
         let admission = budget(Some(2 * PORTION));
@@ -279,6 +284,8 @@ mod tests {
         let mut buffer = vec![0; FREE + 9 * PORTION + 1];
         assert_eq!(one.poll_take(&cx, &mut Bytes::new(), &mut buffer), Poll::Ready(Found::Bytes(buffer.len(), 3)));
         assert_eq!(taken(), PORTION as u64);
+        one.push(message(FREE - 1), Whose::AllAtOnce);
+        assert!(!one.hold(&cx), "it has room for it as it is");
         one.push(message(1), Whose::AllAtOnce);
         assert!(one.hold(&cx), "it is behind");
         assert_eq!(taken(), PORTION as u64);
@@ -286,6 +293,8 @@ mod tests {
         assert_eq!(taken(), 0);
         let third = mailbox();
         third.push(message(9 * PORTION), Whose::AllAtOnce);
+        third.push(message(1), Whose::AllAtOnce);
+        third.push(message(FREE - 1), Whose::AllAtOnce);
         assert!(!third.hold(&cx));
         third.push(message(1), Whose::AllAtOnce);
         assert!(third.hold(&cx));
