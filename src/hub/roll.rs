@@ -4,6 +4,7 @@
 
 use std::{
     cmp::Reverse,
+    collections::HashSet,
     fmt,
     ops::Deref,
     sync::{
@@ -148,15 +149,18 @@ impl Roll {
         let mut all: Vec<Arc<Known>> = self.lock().iter().map(|(_, known)| Arc::clone(known)).collect();
         all.sort_by_cached_key(|known| known.rank());
         let mut more = all.len().saturating_sub(most);
-        all.truncate(most);
+        // Those that are not shown are known, too: their pools tell of them once more.
+        let hidden: HashSet<(Arc<str>, String)> =
+            all.drain(all.len() - more..).map(|known| (Arc::clone(&known.route), known.key.to_string())).collect();
         let mut told: Vec<_> = all.iter().map(|known| known.told()).collect();
         let (listed, now) = (told.len(), std::time::Instant::now());
         for (route, kind, keys) in pools {
+            let is_hidden = |key: &str| !hidden.is_empty() && hidden.contains(&(Arc::from(route), key.to_owned()));
             for KeySnapshot { key, waiters, fails_until, connections } in keys {
                 let retry_in_ms = fails_until.filter(|until| *until > now).map(|until| millis(until - now));
                 if let Some(one) = told[..listed].iter_mut().find(|one| one.key == key && one.route == route) {
                     (one.waiting, one.retry_in_ms) = (waiters, retry_in_ms);
-                } else if retry_in_ms.is_none() || !connections.is_empty() {
+                } else if retry_in_ms.is_none() || !connections.is_empty() || is_hidden(&key) {
                     // It is one of those that are not shown, or about to be one.
                 } else if told.len() < listed + most {
                     let mut one = Told::new(route, kind, key, State::Failed);
@@ -320,6 +324,7 @@ mod tests {
     use super::*;
 
     /// The worst come first, then the largest, as many as are wanted; those whose open has just failed are among them, and whoever has ended is not.
+    /// One that is searched for, and that its pool can't open, is one, also where it is not shown.
     #[test]
     fn the_worst_come_first() {
         let (roll, route) = (Roll::default(), Arc::from("/r"));
@@ -344,6 +349,13 @@ mod tests {
         let keys =
             [("searching", "000000000004", 1, 0), ("failed", "00000000000f", 0, 0), ("open", "000000000002", 3, 5)];
         assert_eq!((told, more), (keys.to_vec(), 2));
+        listed[2].is(State::Searching);
+        let keys = || vec![failed("000000000003", 0), failed("000000000004", 0)];
+        for (most, besides) in [(0, 4), (1, 3), (2, 2), (9, 0)] {
+            let (told, more) = roll.told(most, [("/r", Kind::Broadcast, keys())].into_iter());
+            assert_eq!((told.len(), more), (4 - besides, besides), "{most}");
+        }
+        listed[2].is(State::Open);
         assert_eq!(roll.searching(), (1, 1));
     }
 
