@@ -200,14 +200,20 @@ impl Inbox {
     }
 }
 
-/// The answer to the Close in a write of the relay's after a fault: from then on that is all that counts.
+/// The answer to the Close at the end of a write of the relay's after a fault: from then on that is all that counts. What waited before it
+/// may begin anywhere in a frame, so it is looked for from the end.
 pub(super) fn answer_to_close(bytes: &[u8]) -> Option<Box<[u8]>> {
-    let is_close = bytes.first().is_some_and(|first| first & 0x0f == Opcode::Close.bits());
-    let mut inbox = Inbox::new(Takes::Nothing, MAX_CONTROL as u64);
-    match inbox.next(&mut &*bytes) {
-        Ok(Some(Said::Close(answer))) if is_close => Some(answer),
-        _ => None,
-    }
+    /// Before the payload: its first byte, its length, and the mask.
+    const HEADER: usize = 2 + 4;
+    (0..=MAX_CONTROL).find_map(|length| {
+        let frame = &bytes[bytes.len().checked_sub(HEADER + length)?..];
+        let is_close = frame[0] == 0x80 | Opcode::Close.bits() && usize::from(frame[1]) == 0x80 | length;
+        let mut inbox = is_close.then(|| Inbox::new(Takes::Nothing, MAX_CONTROL as u64))?;
+        match inbox.next(&mut &*frame) {
+            Ok(Some(Said::Close(answer))) => Some(answer),
+            _ => None,
+        }
+    })
 }
 
 #[cfg(test)]
@@ -266,6 +272,15 @@ mod tests {
         assert_eq!(next(Takes::Anything, &frame(0x81, &[0xff])), Err(Violation::Text));
         assert_eq!(answer_to_close(&frame(0x88, &[3, 0xe9])).as_deref(), Some(&[0x88, 2, 3, 0xe9][..]));
         assert_eq!(answer_to_close(&frame(0x81, b"hi")), None);
+        // Behind what waited, from the middle of a frame on.
+        let close = frame(0x88, &[&[3, 0xe9][..], &[b'x'; 123]].concat());
+        let waited = frame(0x81, &[b'x'; 90]);
+        for from in 0..waited.len() {
+            let write = [&waited[from..], &close].concat();
+            assert_eq!(answer_to_close(&write).as_deref(), Some(&[0x88, 2, 3, 0xe9][..]), "{from}");
+            assert_eq!(answer_to_close(&write[..write.len() - 1]), None, "{from}");
+        }
+        assert_eq!(answer_to_close(&frame(0x88, b"")).as_deref(), Some(&[0x88, 0][..]));
         assert_eq!(answer_to_close(b"x"), None);
     }
 
