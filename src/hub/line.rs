@@ -73,6 +73,9 @@ pub(super) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of a route, opens that nobody waits for any more, and those that only show a handshake.
 const EXTRA: usize = 256;
 
+/// Why one that is back is of no use: its clients were told another subprotocol.
+pub(super) const OTHER_PROTOCOL: &str = "it chooses another subprotocol";
+
 /// The way there.
 #[derive(Clone)]
 pub(super) struct Lines {
@@ -125,6 +128,8 @@ pub(super) struct Line {
     relay: Relayed,
     /// What is wrong with what came.
     error: Option<String>,
+    has_spoken: bool,
+    is_over_message: bool,
     metrics: Arc<Metrics>,
     /// The subprotocol that the backend has chosen.
     pub(super) protocol: Option<HeaderValue>,
@@ -273,6 +278,8 @@ impl Lines {
             socket: WebSocketStream::from_raw_socket(ours, Role::Client, Some(self.socket)).await,
             relay: relay.clone(),
             error: None,
+            has_spoken: false,
+            is_over_message: false,
             metrics: Arc::clone(&self.metrics),
             protocol: response.headers().get(SEC_WEBSOCKET_PROTOCOL).cloned(),
             endpoint: Arc::clone(load.endpoint()),
@@ -394,6 +401,9 @@ impl Line {
                 Some(Ok(Message::Binary(bytes))) => Heard::Message(false, bytes),
                 Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
                 Some(Ok(Message::Close(close))) => {
+                    let code = close.as_ref().map(|close| close.code.into());
+                    self.is_over_message =
+                        self.has_spoken && matches!(code, Some(1002 | 1003 | 1007 | 1008 | 1009 | 1011));
                     Heard::Close(close.map(|close| (close.code.into(), close.reason.to_string())))
                 }
                 Some(Err(error)) => {
@@ -416,6 +426,11 @@ impl Line {
         if told.is_empty() { self.error.clone().unwrap_or_default() } else { told }
     }
 
+    /// After [`Heard::Close`]: what a client had said may be the reason, so that the backend itself is well.
+    pub(super) fn is_over_message(&self) -> bool {
+        self.is_over_message
+    }
+
     /// It takes another message. An end is heard by [`Line::poll_heard`].
     pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         Pin::new(&mut self.socket).poll_ready(cx).map(|ready| ready.is_ok())
@@ -427,6 +442,7 @@ impl Line {
             Ok(text) if is_text => Message::Text(text),
             _ => Message::Binary(payload),
         };
+        self.has_spoken = true;
         let _ = Pin::new(&mut self.socket).start_send(message);
     }
 

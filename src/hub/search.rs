@@ -32,7 +32,8 @@ impl Search {
         Self { since: Instant::now(), ..self }
     }
 
-    /// It was lost again, and nobody wants it: whoever will has all of the grace.
+    /// It was lost again, but not for good, since it was there: nobody wants it, or it did not like what a client had said. All of the grace is
+    /// there anew, but no try comes sooner.
     pub(super) fn later(self, grace: Duration) -> Self {
         Self { pause: self.pause, ..Self::new(grace) }
     }
@@ -85,7 +86,9 @@ mod tests {
             }
             assert!(longest >= BACKOFF.1 / 2 && grace.saturating_sub(begun.elapsed()) < LEAST, "{longest:?}");
             assert_eq!(search.until(), begun + grace);
-            assert_eq!(search.later(grace).until(), Instant::now() + grace);
+            let pause = search.pause;
+            let search = search.later(grace);
+            assert_eq!((search.until(), search.pause), (Instant::now() + grace, pause));
             assert_eq!(Search::new(Duration::ZERO).next(), None);
         });
     }

@@ -375,29 +375,38 @@ fn a_lost_backend_is_told_of() {
     over(&t);
 }
 
-/// A backend that ends the WebSocket for what one client has said, several times in a row: that one gets error objects, and with the others it
-/// goes on.
+/// A backend that ends the WebSocket for what one client has said: that one gets error objects, at the third time in a row Close 1008, and with
+/// the others it goes on. Method: two clients do so, one after the other, the second one three times.
 #[test]
 fn what_one_says_ends_nobody_else() {
     let asked = Asked::new();
     let t = scene(&asked, "idle_timeout = '45s'");
     let done = Board::new(0);
-    t.clients(2, async |c: &mut Peer| {
+    t.clients(3, async |c: &mut Peer| {
         c.handshake("/rpc").await;
-        if c.index() == 0 {
-            done.until(DEADLINE, |done| (*done == 1).then_some(())).await.expect("the other one");
-            for code in [1009, 1002, 1003, 1007, 1008] {
-                c.send_text(&request("1", "dislike", &format!("[{code}]"))).await;
-                let told = c.read_text().await;
-                assert!(told.contains("\"code\":-32050"), "{told}");
-            }
-        } else {
+        let index = c.index();
+        if index == 0 {
             ask(c, "before").await;
+        } else {
+            done.until(DEADLINE, |done| (*done == index).then_some(())).await.expect("those before");
+        }
+        let codes: &[u16] = [&[][..], &[1009, 1002], &[1003, 1007, 1008]][index];
+        for code in codes {
+            c.send_text(&request("1", "dislike", &format!("[{code}]"))).await;
+            let told = c.read_text().await;
+            assert!(told.contains("\"code\":-32050"), "{told}");
+        }
+        if codes.len() == 3 {
+            assert_eq!(c.read_close().await, 1008);
+            c.answer_close().await;
+            assert_eq!(c.until_end().await.end, End::Fin);
         }
         done.change(|done| *done += 1);
-        done.until(DEADLINE, |done| (*done == 2).then_some(())).await.expect("both");
-        ask(c, "after").await;
-        leave(c).await;
+        done.until(DEADLINE, |done| (*done == 3).then_some(())).await.expect("all");
+        if codes.len() < 3 {
+            ask(c, "after").await;
+            leave(c).await;
+        }
     });
     assert_eq!(t.backend().count(), 6);
     let metrics =

@@ -15,7 +15,7 @@ use super::{
     super::{
         Opener,
         key::Key,
-        line::{Fault, Heard, Line, Lines, for_all, for_all_who_speak},
+        line::{Fault, Heard, Line, Lines, OTHER_PROTOCOL, for_all, for_all_who_speak},
         roll::{State, given_up},
     },
     Hub,
@@ -70,11 +70,12 @@ impl Feed {
     pub(super) async fn run(self, mut line: Line, reports: Reports) {
         let Self { hub, route, key, home, .. } = &self;
         debug!(%route, %key, endpoint = %line.endpoint, "a shared WebSocket is open");
-        let mut before = None;
+        let mut before: Option<Search> = None;
         loop {
             let since = Instant::now();
             let over = self.serve(&mut line).await;
             let (endpoint, how) = (Arc::clone(&line.endpoint), line.how());
+            let is_over_message = line.is_over_message();
             match over {
                 Over::Asked => {
                     let code = if home.drain.has_begun() { Code::GOING_AWAY } else { Code::NORMAL };
@@ -97,7 +98,14 @@ impl Feed {
             if since.elapsed() >= STEADY {
                 before = None;
             }
-            let Some((found, search)) = self.reconnect(&endpoint, &how, before).await else { return };
+            let grace = hub.sharing.reconnect_grace;
+            let search = match before.take() {
+                None => Search::new(grace),
+                // One client must not use up what there is for all.
+                Some(before) if is_over_message => before.later(grace),
+                Some(before) => before.again(),
+            };
+            let Some((found, search)) = self.reconnect(&endpoint, &how, search).await else { return };
             (line, before) = (found, Some(search));
         }
     }
@@ -149,9 +157,8 @@ impl Feed {
         .await
     }
 
-    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost. `how`: it ended. `before`: it had just been
-    /// found by that.
-    async fn reconnect(&self, endpoint: &str, how: &str, before: Option<Search>) -> Option<(Line, Search)> {
+    /// Looks for the backend as long as somebody waits for it. What was said meanwhile is lost. `how`: it ended.
+    async fn reconnect(&self, endpoint: &str, how: &str, mut search: Search) -> Option<(Line, Search)> {
         static SAID: Sparse = Sparse::new();
         static GIVEN_UP: Sparse = Sparse::new();
         static FOUND: Sparse = Sparse::new();
@@ -163,7 +170,6 @@ impl Feed {
         hub.metrics.gap(Gap::Lost);
         hub.known.gap();
         hub.known.is(State::Searching);
-        let mut search = before.map_or_else(|| Search::new(hub.sharing.reconnect_grace), Search::again);
         let clients = hub.known.clients.load(std::sync::atomic::Ordering::Relaxed);
         if let Some(unsaid) = SAID.is_due() {
             warn!(%route, %key, endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: its clients wait");
@@ -187,7 +193,7 @@ impl Feed {
                 Ok(Ok(line)) => {
                     // Its clients were told another subprotocol.
                     home.spawn(line.end(Code::GOING_AWAY));
-                    "it chooses another subprotocol".clone_into(&mut error);
+                    OTHER_PROTOCOL.clone_into(&mut error);
                     break Err(Reconnect::Refused);
                 }
                 Ok(Err(fault)) => {

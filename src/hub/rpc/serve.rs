@@ -20,7 +20,7 @@ use super::{
         End, Opener,
         encode::{encode, encode_pieces},
         key::Key,
-        line::{Fault, Heard, Line, for_all_who_speak},
+        line::{Fault, Heard, Line, OTHER_PROTOCOL, for_all_who_speak},
         memory::Memory,
         roll::{State, given_up},
         search::{STEADY, Search},
@@ -35,12 +35,15 @@ use crate::{
     pool::{AcquireError, Lease, OpenError, Pool, Reports},
     sparse::Sparse,
     upstream::Home,
-    ws::Code,
+    ws::{CloseFrame, Code},
 };
 
 /// Messages of each side, and bytes of them, after which others have their turn.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
+
+/// WebSockets in a row that the backend ends because of a message, each after one of the same client's.
+const OFFENCES: u32 = 3;
 
 /// Messages to clients in one turn: one of the backend's may hold thousands, each for all.
 const DELIVERIES: usize = 16_384;
@@ -80,14 +83,19 @@ pub(super) struct Server {
     /// Messages for the backend.
     unsent: VecDeque<Unsent>,
     unsent_bytes: usize,
+    /// Whose message is just being heard.
+    speaker: Option<Client>,
+    /// Whose message was the last on the WebSocket before, and on how many, when the backend ended it because of a message.
+    blamed: Option<(Client, u32)>,
     timer: Option<(Instant, Pin<Box<Sleep>>)>,
     begun: Pin<Box<WaitForCancellationFutureOwned>>,
     told: Told,
 }
 
-/// A message for the backend, and whose notifications are in it, and how many.
+/// A message for the backend, whose it is, and whose notifications are in it, and how many.
 struct Unsent {
     text: String,
+    speaker: Option<Client>,
     tells: Option<(Client, usize)>,
 }
 
@@ -96,6 +104,8 @@ struct Open {
     line: Line,
     endpoint: Arc<str>,
     since: Instant,
+    /// Whose message was the last on it.
+    speaker: Option<Client>,
     /// Nobody needs it any more.
     end: Pin<Box<WaitForCancellationFutureOwned>>,
     _reports: Reports,
@@ -137,6 +147,8 @@ impl Server {
             sleep: None,
             unsent: VecDeque::new(),
             unsent_bytes: 0,
+            speaker: None,
+            blamed: None,
             timer: None,
             begun: Box::pin(home.drain.begun()),
             told: Told {
@@ -210,13 +222,14 @@ impl Server {
         debug!(route = %self.callers.route, key = %self.key, endpoint = %link.endpoint, "a shared WebSocket is open");
         if !self.clients.is_empty() && self.protocol != link.protocol {
             // Its clients were told another subprotocol.
+            OTHER_PROTOCOL.clone_into(&mut self.error);
             self.give_up(Reconnect::Refused);
         }
         self.protocol.clone_from(&link.protocol);
         self.hub.known.is_at(&link.endpoint);
         let end = Box::pin(link.end.clone().cancelled_owned());
         let (endpoint, since) = (Arc::clone(&link.endpoint), Instant::now());
-        let open = Open { line, endpoint, since, end, _reports: reports };
+        let open = Open { line, endpoint, since, speaker: None, end, _reports: reports };
         if let Some(old) = self.open.replace(open) {
             self.home.tracker.spawn(old.line.end(Code::NORMAL));
         }
@@ -271,6 +284,7 @@ impl Server {
                     let text = std::str::from_utf8(&text).unwrap_or_default();
                     self.make_room(text.len());
                     self.core.client_says(client, text, Instant::now().into_std(), &mut actions);
+                    self.speaker = Some(client);
                 }
                 Some(Word::Left(client)) => {
                     self.clients.remove(&client);
@@ -279,6 +293,7 @@ impl Server {
                 None => return false,
             }
             self.carry_out(actions);
+            self.speaker = None;
         }
         true
     }
@@ -369,10 +384,11 @@ impl Server {
         if self.lease.is_some() {
             while !self.unsent.is_empty()
                 && open.line.poll_ready(cx) == Poll::Ready(true)
-                && let Some(Unsent { text, tells }) = self.unsent.pop_front()
+                && let Some(Unsent { text, speaker, tells }) = self.unsent.pop_front()
             {
                 self.unsent_bytes -= text.len();
                 open.line.send(true, Bytes::from(text));
+                open.speaker = speaker;
                 if let Some((client, count)) = tells {
                     self.core.told(client, count);
                 }
@@ -395,6 +411,7 @@ impl Server {
         let is_over = open.end.as_mut().poll(cx).is_ready() || has_begun && !is_needed;
         if is_over && let Some(open) = self.open.take() {
             self.core.closed_unused();
+            self.blamed = None;
             let code = if has_begun { Code::GOING_AWAY } else { Code::NORMAL };
             debug!(
                 route = %self.callers.route, key = %self.key, endpoint = %open.endpoint,
@@ -406,7 +423,7 @@ impl Server {
 
     fn say(&mut self, text: String, tells: Option<(Client, usize)>) {
         self.unsent_bytes += text.len();
-        self.unsent.push_back(Unsent { text, tells });
+        self.unsent.push_back(Unsent { text, speaker: self.speaker, tells });
     }
 
     fn carry_out(&mut self, actions: Vec<Action>) {
@@ -467,8 +484,8 @@ impl Server {
     /// The backend has ended the WebSocket, by a Close that is for all, or otherwise.
     fn lose(&mut self, close: Option<Bytes>) {
         static SAID: Sparse = Sparse::new();
-        let Some(Open { line, endpoint, since, .. }) = self.open.take() else { return };
-        let how = line.how();
+        let Some(Open { line, endpoint, since, speaker, .. }) = self.open.take() else { return };
+        let (how, is_over_message) = (line.how(), line.is_over_message());
         // The backend's Close is owed an answer.
         self.home.tracker.spawn(line.end(Code::NORMAL));
         let is_used = self.is_needed();
@@ -482,6 +499,7 @@ impl Server {
         if !is_used {
             debug!(%route, %key, %endpoint, how, "a shared WebSocket is closed by the backend, and nobody uses it");
             self.core.closed_unused();
+            self.blame(speaker.filter(|_| is_over_message));
             // One that does so again and again is not asked at once.
             let grace = self.callers.sharing.reconnect_grace;
             self.before = Some(match self.before.take() {
@@ -500,16 +518,38 @@ impl Server {
             warn!(%route, %key, %endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
         }
         self.forget_all();
+        self.blame(speaker.filter(|_| is_over_message));
         match close {
             Some(frame) => self.finish_all(&End::Close(frame)),
             None if self.clients.is_empty() => {}
             None => {
-                self.search = self.before.take().map(Search::again);
+                let grace = self.callers.sharing.reconnect_grace;
+                self.search = self.before.take().map(|before| {
+                    // One client must not use up what there is for all.
+                    if is_over_message { before.later(grace) } else { before.again() }
+                });
                 if !self.wait() {
                     self.give_up(Reconnect::Expired);
                 }
             }
         }
+    }
+
+    /// Ends a client whose message was the last on each of several WebSockets in a row that the backend ended because of a message.
+    fn blame(&mut self, speaker: Option<Client>) {
+        static SAID: Sparse = Sparse::new();
+        self.blamed = speaker.map(|speaker| match self.blamed {
+            Some((client, times)) if client == speaker => (client, times + 1),
+            _ => (speaker, 1),
+        });
+        let Some((client, _)) = self.blamed.take_if(|(_, times)| *times >= OFFENCES) else { return };
+        let Some(mailbox) = self.clients.get(&client) else { return };
+        if let Some(unsaid) = SAID.is_due() {
+            let (route, key) = (&self.callers.route, &self.key);
+            warn!(%route, %key, unsaid, "a client is ended: the backend ends its WebSocket each time because of what that client says");
+        }
+        let frame = CloseFrame::new(Code::POLICY, "").to_frame(None);
+        mailbox.finish(End::Close(Bytes::copy_from_slice(frame.as_bytes())));
     }
 
     /// What was asked gets no answer, and nothing is asked again.
@@ -564,6 +604,7 @@ impl Server {
             // Its clients are ended by the drain, each in its turn.
             self.told.metrics.reconnect(Reconnect::Unused);
             self.search = None;
+            self.error.clear();
             return self.forget_all();
         }
         let has_grace = self.wait();
