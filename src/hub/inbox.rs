@@ -104,7 +104,7 @@ impl Inbox {
             let (chunk, rest) = bytes.split_at(used);
             *bytes = rest;
             if is_payload {
-                self.take_memory(chunk.len())?;
+                self.fit(self.message.capacity() + grown(&self.frame, chunk.len()))?;
                 self.frame.extend_from_slice(chunk);
             }
             match step {
@@ -139,10 +139,15 @@ impl Inbox {
         self.message.len() + self.frame.len()
     }
 
-    fn take_memory(&mut self, more: usize) -> Result<(), Violation> {
-        let bytes = self.message.len() + self.frame.len() + more;
+    /// Takes what these bytes need.
+    fn fit(&mut self, bytes: usize) -> Result<(), Violation> {
         let has_memory = self.memory.as_mut().is_none_or(|memory| memory.fit(bytes));
         if has_memory { Ok(()) } else { Err(Violation::Memory) }
+    }
+
+    /// What was taken for the last message, for whoever has that from now on.
+    pub(super) fn memory(&mut self) -> Option<&mut Memory> {
+        self.memory.as_mut()
     }
 
     /// The last message is somebody else's by now.
@@ -184,8 +189,11 @@ impl Inbox {
                 if self.message.is_empty() {
                     self.message = payload;
                 } else {
+                    self.fit(grown(&self.message, payload.len()) + payload.capacity())?;
                     self.message.extend_from_slice(&payload);
+                    drop(payload);
                 }
+                self.fit(self.message.capacity())?;
                 if !header.fin {
                     return Ok(None);
                 }
@@ -198,6 +206,12 @@ impl Inbox {
             }
         }
     }
+}
+
+/// Its bytes, with so many more: where there is no room for them it becomes twice as large.
+fn grown(buffer: &BytesMut, more: usize) -> usize {
+    let (needed, capacity) = (buffer.len() + more, buffer.capacity());
+    if needed > capacity { needed.max(2 * capacity) } else { capacity }
 }
 
 /// The answer to the Close at the end of a write of the relay's after a fault: from then on that is all that counts. What waited before it

@@ -14,6 +14,7 @@ use bytes::{Buf as _, Bytes};
 use super::{
     End,
     inbox::{Inbox, Said, answer_to_close},
+    memory::Memory,
 };
 use crate::{
     metrics::Traffic,
@@ -35,8 +36,8 @@ pub(super) trait Member: fmt::Debug + Send + Sync + 'static {
     /// The same of what is there already: bytes, and of how many messages. Whether it is too slow does not count any more.
     fn take_last(&mut self, rest: &mut Bytes, buffer: &mut [u8]) -> Option<(usize, u64)>;
 
-    /// Passes on what its client says, of which is said whether it is text, as soon as there is room.
-    fn poll_say(&mut self, cx: &Context<'_>, message: &(bool, Bytes)) -> Poll<()>;
+    /// Passes on what its client says, of which is said whether it is text, as soon as there is room; with the memory that was taken for it.
+    fn poll_say(&mut self, cx: &Context<'_>, message: &(bool, Bytes), memory: Option<&mut Memory>) -> Poll<()>;
 
     /// What waits for room is not to be said any more.
     fn take_back(&mut self);
@@ -154,7 +155,7 @@ impl<M: Member> Leg<M> {
     /// Passes on what it has to say; ready when that was all.
     fn poll_send(&mut self, cx: &Context<'_>) -> Poll<()> {
         if let Some(message) = &self.outbox {
-            ready!(self.member.poll_say(cx, message));
+            ready!(self.member.poll_say(cx, message, self.inbox.as_mut().and_then(|inbox| inbox.memory())));
             self.outbox = None;
             if let Some(inbox) = &mut self.inbox {
                 inbox.release();

@@ -44,6 +44,16 @@ impl Memory {
         true
     }
 
+    /// All that was taken, for whoever keeps it from now on.
+    pub(super) fn take(&mut self) -> Self {
+        Self { admission: self.admission.clone(), portions: std::mem::take(&mut self.portions) }
+    }
+
+    /// Has what was taken for something that is kept here from now on.
+    pub(super) fn absorb(&mut self, mut other: Self) {
+        self.portions.append(&mut other.portions);
+    }
+
     /// Bytes that it is enough for.
     pub(super) fn bytes(&self) -> usize {
         FREE + self.portions.len() * PORTION
@@ -95,7 +105,12 @@ pub(super) mod tests {
         assert!(memory.whole(&message).is_none());
         drop(part);
         assert!(memory.fit(FREE + 3 * PORTION) && !memory.fit(FREE + 4 * PORTION));
+        // What goes on to somebody else is not given back meanwhile.
+        let mut other = Memory::new(&admission);
+        other.absorb(memory.take());
+        assert_eq!((memory.bytes(), other.bytes(), taken()), (FREE, FREE + 3 * PORTION, 3 * PORTION as u64));
         drop(memory);
+        drop(other);
         assert_eq!(taken(), 0);
     }
 }

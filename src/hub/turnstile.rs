@@ -1,11 +1,15 @@
 //! Who may put something into a queue that is full: first come, first served, and nobody is woken for nothing.
 //!
+//! What is small takes memory for all of it together, beyond what is free; what is larger brings its own, and so is let in whenever it is alone.
+//!
 //! It counts what is in the queue, and knows those who wait; the queue is its owner's, who has the lock as well, and wakes without it.
 
 use std::{
     collections::{BTreeMap, HashMap},
     task::Waker,
 };
+
+use super::memory::{FREE, Memory};
 
 /// See the module.
 #[derive(Debug)]
@@ -15,6 +19,10 @@ pub(super) struct Turnstile {
     /// What is in the queue, and the places of those who were called.
     count: usize,
     bytes: usize,
+    /// Of these, bytes of those that bring no memory.
+    small: usize,
+    /// For them.
+    memory: Memory,
     /// By their numbers, which ascend.
     waiting: BTreeMap<u64, Waiting>,
     /// Each has a place that nobody else gets, until it comes or leaves; of so many bytes.
@@ -33,24 +41,29 @@ struct Waiting {
 pub(super) struct Ticket(Option<u64>);
 
 impl Turnstile {
-    /// For so many things, of so many bytes together; a larger one alone is let in all the same.
-    pub(super) fn new(most: usize, most_bytes: usize) -> Self {
+    /// For so many things, of so many bytes together, as far as there is memory; a larger one alone is let in all the same.
+    pub(super) fn new(most: usize, most_bytes: usize, memory: Memory) -> Self {
         let (waiting, called) = (BTreeMap::new(), HashMap::new());
-        Self { most, most_bytes, count: 0, bytes: 0, waiting, called, next: 0 }
+        Self { most, most_bytes, count: 0, bytes: 0, small: 0, memory, waiting, called, next: 0 }
     }
 
-    const fn fits(&self, bytes: usize) -> bool {
-        self.count == 0 || (self.count < self.most && self.bytes.saturating_add(bytes) <= self.most_bytes)
+    fn fits(&mut self, bytes: usize) -> bool {
+        let has_room = self.count < self.most && self.bytes.saturating_add(bytes) <= self.most_bytes;
+        // Where it is not alone others will go, and it is asked for anew.
+        self.count == 0 || has_room && self.memory.fit(self.small + small(bytes))
     }
 
-    const fn take(&mut self, bytes: usize) {
+    fn take(&mut self, bytes: usize) {
         self.count += 1;
         self.bytes += bytes;
+        self.small += small(bytes);
     }
 
-    const fn give_back(&mut self, bytes: usize) {
+    fn give_back(&mut self, bytes: usize) {
         self.count = self.count.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);
+        self.small = self.small.saturating_sub(small(bytes));
+        self.memory.fit(self.small);
     }
 
     /// Whether something of so many bytes may go in now; else its owner waits. With the same ticket it is the same thing.
@@ -112,6 +125,11 @@ impl Turnstile {
     }
 }
 
+/// What this thing takes of the memory for all of them.
+const fn small(bytes: usize) -> usize {
+    if bytes > FREE { 0 } else { bytes }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -123,6 +141,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::hub::memory::{PORTION, tests::budget};
 
     #[derive(Default)]
     struct Count(AtomicUsize);
@@ -137,7 +156,7 @@ mod tests {
     /// makes way for the next. Method: one place, many who want it.
     #[test]
     fn who_came_first_is_served_first() {
-        let mut turnstile = Turnstile::new(1, 100);
+        let mut turnstile = Turnstile::new(1, 100, Memory::new(&budget(None)));
         let counts: [Arc<Count>; 5] = std::array::from_fn(|_| Arc::default());
         let wakers = counts.each_ref().map(|count| Waker::from(Arc::clone(count)));
         let mut tickets: [Ticket; 5] = std::array::from_fn(|_| Ticket::default());
@@ -170,7 +189,7 @@ mod tests {
     /// A large thing that goes makes room for as many small ones as fit.
     #[test]
     fn as_many_are_woken_as_fit() {
-        let mut turnstile = Turnstile::new(9, 100);
+        let mut turnstile = Turnstile::new(9, 100, Memory::new(&budget(None)));
         let mut tickets: [Ticket; 5] = std::array::from_fn(|_| Ticket::default());
         let waker = Waker::noop();
         assert!(turnstile.enter(&mut tickets[0], 1000, waker));
@@ -181,5 +200,31 @@ mod tests {
         assert_eq!(turnstile.leave(&mut tickets[1]).len(), 1);
         assert!(turnstile.enter(&mut tickets[2], 40, waker) && turnstile.enter(&mut tickets[3], 40, waker));
         assert!(!turnstile.enter(&mut tickets[4], 40, waker));
+    }
+
+    /// Small things take memory together, large ones have it; who finds none waits for others to go, and alone nobody waits. Method: a budget of
+    /// one portion.
+    #[test]
+    fn who_finds_no_memory_waits() {
+        let admission = budget(Some(PORTION));
+        let taken = || admission.memory().expect("a budget").0;
+        let mut turnstile = Turnstile::new(99, 1 << 20, Memory::new(&admission));
+        let (mut ticket, waker) = (Ticket::default(), Waker::noop());
+        assert!(turnstile.enter(&mut ticket, FREE, waker) && turnstile.enter(&mut ticket, FREE + 1, waker));
+        assert_eq!(taken(), 0);
+        let others = admission.more_memory(PORTION as u64).expect("all of it");
+        assert!(!turnstile.enter(&mut ticket, 1, waker));
+        assert_eq!(turnstile.exit(FREE + 1).len(), 0);
+        assert_eq!(turnstile.exit(FREE).len(), 1);
+        assert!(turnstile.enter(&mut ticket, 1, waker) && !turnstile.enter(&mut ticket, FREE, waker));
+        drop(others);
+        assert_eq!((turnstile.leave(&mut ticket).len(), taken()), (0, 0));
+        for _ in 0..4 {
+            assert!(turnstile.enter(&mut ticket, FREE, waker));
+        }
+        assert!(taken() == PORTION as u64 && !turnstile.enter(&mut ticket, FREE, waker));
+        assert_eq!(turnstile.exit(1).len(), 1);
+        assert_eq!((0..5).map(|_| turnstile.exit(FREE).len()).sum::<usize>(), 0);
+        assert_eq!((turnstile.count, turnstile.small, taken()), (0, 0, 0));
     }
 }

@@ -115,14 +115,17 @@ impl Feed {
         let hub = &self.hub;
         let judge = if hub.inbound.is_some() { for_all_who_speak } else { for_all };
         let mut asked = pin!(hub.end.cancelled());
+        // For the message that goes out.
+        let mut memory = None;
         poll_fn(|cx| {
             if asked.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Over::Asked);
             }
             if let Some(inbound) = &hub.inbound {
-                while line.poll_ready(cx) == Poll::Ready(true)
-                    && let Poll::Ready((is_text, payload)) = inbound.poll_pop(cx)
-                {
+                while line.poll_ready(cx) == Poll::Ready(true) {
+                    memory = None;
+                    let Poll::Ready(((is_text, payload), its_memory)) = inbound.poll_pop(cx) else { break };
+                    memory = its_memory;
                     line.send(is_text, payload);
                 }
                 line.poll_flush(cx);

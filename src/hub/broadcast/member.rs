@@ -14,6 +14,7 @@ use crate::{
         SlowClient,
         inbox::{Inbox, Takes, Terms},
         leg::{self, Found},
+        memory::Memory,
         turnstile::Ticket,
     },
     metrics::Gap,
@@ -103,9 +104,9 @@ impl leg::Member for Member {
         }
     }
 
-    fn poll_say(&mut self, cx: &Context<'_>, message: &(bool, Bytes)) -> Poll<()> {
+    fn poll_say(&mut self, cx: &Context<'_>, message: &(bool, Bytes), memory: Option<&mut Memory>) -> Poll<()> {
         if let Some(inbound) = &self.present.hub().inbound {
-            ready!(inbound.poll_push(cx, &mut self.ticket, message));
+            ready!(inbound.poll_push(cx, &mut self.ticket, message, memory));
         }
         Poll::Ready(())
     }

@@ -83,7 +83,8 @@ impl Hub {
         let hub = Arc::new(Self {
             ring: Ring::new(queue_bytes, Memory::new(&opener.admission)),
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
-            inbound: allow_client_messages.then(|| Inbound::new(queue_messages, queue_bytes)),
+            inbound: allow_client_messages
+                .then(|| Inbound::new(queue_messages, queue_bytes, Memory::new(&opener.admission))),
             sharing: Arc::clone(&opener.sharing),
             max_message: opener.limits.message.min(queue_bytes as u64),
             hold_timeout: opener.hold_timeout,

@@ -15,6 +15,7 @@ use crate::{
         inbox::{Inbox, Takes, Terms},
         key::Key,
         leg::{self, Found},
+        memory::Memory,
         turnstile::Ticket,
     },
     pool::Pool,
@@ -54,8 +55,8 @@ impl leg::Member for Member {
         self.mailbox.take_last(rest, buffer)
     }
 
-    fn poll_say(&mut self, cx: &Context<'_>, (_, text): &(bool, Bytes)) -> Poll<()> {
-        self.guest.queue().poll_say(cx, self.client, &mut self.ticket, text)
+    fn poll_say(&mut self, cx: &Context<'_>, (_, text): &(bool, Bytes), memory: Option<&mut Memory>) -> Poll<()> {
+        self.guest.queue().poll_say(cx, self.client, &mut self.ticket, text, memory)
     }
 
     fn take_back(&mut self) {

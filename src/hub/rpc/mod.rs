@@ -161,7 +161,7 @@ impl Callers {
             Some(hub) => (Arc::clone(hub), false),
             None if hubs.len() >= max_keys => return None,
             None => {
-                let queue = Queue::new(queue_messages, queue_bytes);
+                let queue = Queue::new(queue_messages, queue_bytes, Memory::new(&self.admission));
                 let (guests, numbers) = (AtomicUsize::new(0), AtomicU64::new(0));
                 let known = self.roll.enter(&self.route, Kind::Rpc, key.digest());
                 let hub = Arc::new(Hub { queue, guests, numbers, known });

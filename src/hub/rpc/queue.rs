@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::{core::Client, mailbox::Mailbox};
 use crate::hub::{
     End,
+    memory::Memory,
     turnstile::{Ticket, Turnstile},
 };
 
@@ -46,8 +47,8 @@ struct State<T, P> {
 /// What one client has said.
 #[derive(Debug, Default)]
 struct Texts {
-    /// Never empty.
-    texts: VecDeque<Bytes>,
+    /// Never empty. With the memory that was taken for each.
+    texts: VecDeque<(Bytes, Option<Memory>)>,
     /// It has more to say, and its share already.
     waiting: Option<Waker>,
 }
@@ -57,23 +58,23 @@ struct Texts {
 pub(super) enum Word<P> {
     /// With the pool that WebSockets come from: who keeps it keeps all of it.
     Joined(Client, Arc<Mailbox>, P),
-    /// UTF-8.
-    Text(Client, Bytes),
+    /// UTF-8, and the memory that was taken for it.
+    Text(Client, Bytes, Option<Memory>),
     Left(Client),
 }
 
 impl<T, P> State<T, P> {
     /// The oldest message of this client, and whether there are more. Adds those who find room where it was.
-    fn take(&mut self, client: Client, woken: &mut Vec<Waker>) -> Option<(Bytes, bool)> {
+    fn take(&mut self, client: Client, woken: &mut Vec<Waker>) -> Option<(Bytes, Option<Memory>, bool)> {
         let own = self.texts.get_mut(&client)?;
-        let text = own.texts.pop_front()?;
+        let (text, memory) = own.texts.pop_front()?;
         woken.extend(own.waiting.take());
         let has_more = !own.texts.is_empty();
         if !has_more {
             self.texts.remove(&client);
         }
         woken.append(&mut self.turnstile.exit(text.len()));
-        Some((text, has_more))
+        Some((text, memory, has_more))
     }
 
     /// A message of whoever's turn it is.
@@ -81,24 +82,24 @@ impl<T, P> State<T, P> {
         loop {
             // Who has left may still have a turn.
             let client = self.turns.pop_front()?;
-            if let Some((text, has_more)) = self.take(client, woken) {
+            if let Some((text, memory, has_more)) = self.take(client, woken) {
                 if has_more {
                     self.turns.push_back(client);
                 }
-                return Some(Word::Text(client, text));
+                return Some(Word::Text(client, text, memory));
             }
         }
     }
 }
 
 impl<T, P> Queue<T, P> {
-    /// For so many messages, of so many bytes together; one larger message is taken all the same.
-    pub(super) fn new(most: usize, most_bytes: usize) -> Self {
+    /// For so many messages, of so many bytes together, as far as there is memory; one larger message is taken all the same.
+    pub(super) fn new(most: usize, most_bytes: usize, memory: Memory) -> Self {
         let state = State {
             words: VecDeque::new(),
             texts: HashMap::new(),
             turns: VecDeque::new(),
-            turnstile: Turnstile::new(most, most_bytes),
+            turnstile: Turnstile::new(most, most_bytes, memory),
             opened: None,
             reader: None,
             is_over: false,
@@ -122,8 +123,16 @@ impl<T, P> Queue<T, P> {
         changed
     }
 
-    /// Takes a message as soon as there is room; until then `ticket` is its client's place. Where the hub is gone it is for nobody.
-    pub(super) fn poll_say(&self, cx: &Context<'_>, client: Client, ticket: &mut Ticket, text: &Bytes) -> Poll<()> {
+    /// Takes a message as soon as there is room, and its memory; until then `ticket` is its client's place. Where the hub is gone it is for
+    /// nobody.
+    pub(super) fn poll_say(
+        &self,
+        cx: &Context<'_>,
+        client: Client,
+        ticket: &mut Ticket,
+        text: &Bytes,
+        memory: Option<&mut Memory>,
+    ) -> Poll<()> {
         let mut state = self.lock();
         if state.is_over {
             return Poll::Ready(());
@@ -137,7 +146,7 @@ impl<T, P> Queue<T, P> {
             return Poll::Pending;
         }
         let own = state.texts.entry(client).or_default();
-        own.texts.push_back(text.clone());
+        own.texts.push_back((text.clone(), memory.map(Memory::take)));
         if own.texts.len() == 1 {
             state.turns.push_back(client);
         }
@@ -230,9 +239,9 @@ impl<T, P> Queue<T, P> {
             Some(Word::Left(client)) => {
                 let client = *client;
                 let mut next = None;
-                while let Some((text, _)) = state.take(client, &mut woken) {
+                while let Some((text, memory, _)) = state.take(client, &mut woken) {
                     if has_room {
-                        next = Some(text);
+                        next = Some((text, memory));
                         break;
                     }
                 }
@@ -241,7 +250,7 @@ impl<T, P> Queue<T, P> {
                     turns.retain(|client| texts.contains_key(client));
                 }
                 match next {
-                    Some(text) => Some(Word::Text(client, text)),
+                    Some((text, memory)) => Some(Word::Text(client, text, memory)),
                     None => state.words.pop_front(),
                 }
             }
@@ -278,7 +287,7 @@ mod tests {
     use crate::{
         hub::{
             leg::Found,
-            memory::{Memory, tests::budget},
+            memory::{FREE, PORTION, tests::budget},
         },
         metrics::Metrics,
     };
@@ -300,14 +309,15 @@ mod tests {
 
     impl World {
         fn new(most: usize, most_bytes: usize) -> Self {
-            Self { queue: Queue::new(most, most_bytes), clients: HashMap::new() }
+            let queue = Queue::new(most, most_bytes, Memory::new(&budget(None)));
+            Self { queue, clients: HashMap::new() }
         }
 
         fn say(&mut self, client: Client, length: usize) -> bool {
             let (ticket, count) = self.clients.entry(client).or_default();
             let waker = Waker::from(Arc::clone(count));
             let text = Bytes::from(vec![b'x'; length]);
-            self.queue.poll_say(&Context::from_waker(&waker), client, ticket, &text).is_ready()
+            self.queue.poll_say(&Context::from_waker(&waker), client, ticket, &text, None).is_ready()
         }
 
         fn leave(&mut self, client: Client) {
@@ -317,7 +327,7 @@ mod tests {
 
         fn pop(&self, has_room: bool) -> (Client, usize) {
             match self.queue.pop(has_room) {
-                Some(Word::Text(client, text)) => (client, text.len()),
+                Some(Word::Text(client, text, _)) => (client, text.len()),
                 Some(Word::Left(client)) => (client, usize::MAX),
                 Some(Word::Joined(..)) | None => (0, 0),
             }
@@ -385,6 +395,25 @@ mod tests {
         assert_eq!([world.pop(false), world.pop(false)], [(1, usize::MAX), (0, 0)]);
         assert_eq!([world.pop(true), world.pop(true)], [(2, 2), (0, 0)]);
         assert!(world.queue.is_empty());
+    }
+
+    /// What was taken for a message is taken as long as that is there, wherever it goes. Method: a budget of two portions.
+    #[test]
+    fn a_message_keeps_its_memory() {
+        let admission = budget(Some(2 * PORTION));
+        let taken = || admission.memory().expect("a budget").0;
+        let queue = Queue::<(), ()>::new(9, 1 << 20, Memory::new(&admission));
+        let (cx, mut ticket, mut memory) =
+            (Context::from_waker(Waker::noop()), Ticket::default(), Memory::new(&admission));
+        let text = Bytes::from(vec![b'x'; FREE + 2 * PORTION]);
+        assert!(memory.fit(text.len()));
+        assert!(queue.poll_say(&cx, 1, &mut ticket, &text, Some(&mut memory)).is_ready());
+        drop(memory);
+        assert_eq!(taken(), 2 * PORTION as u64);
+        let word = queue.pop(true);
+        assert!(matches!(word, Some(Word::Text(1, _, Some(_)))) && taken() == 2 * PORTION as u64);
+        drop(word);
+        assert_eq!(taken(), 0);
     }
 
     /// When the hub is gone whoever has just joined hears that it is over, and so does whoever joins later; nobody waits for room.

@@ -83,6 +83,9 @@ pub(super) struct Server {
     /// Messages for the backend.
     unsent: VecDeque<Unsent>,
     unsent_bytes: usize,
+    /// For them, and what is just being sent; and whether that was enough.
+    unsent_memory: Memory,
+    has_memory: bool,
     /// Whose message is just being heard.
     speaker: Option<Client>,
     /// Whose message was the last on the WebSocket before, and on how many, when the backend ended it because of a message.
@@ -104,6 +107,8 @@ struct Open {
     line: Line,
     endpoint: Arc<str>,
     since: Instant,
+    /// Bytes of the message that goes out.
+    sending: usize,
     /// Whose message was the last on it.
     speaker: Option<Client>,
     /// Nobody needs it any more.
@@ -147,6 +152,8 @@ impl Server {
             sleep: None,
             unsent: VecDeque::new(),
             unsent_bytes: 0,
+            unsent_memory: Memory::new(&callers.admission),
+            has_memory: true,
             speaker: None,
             blamed: None,
             timer: None,
@@ -229,7 +236,7 @@ impl Server {
         self.hub.known.is_at(&link.endpoint);
         let end = Box::pin(link.end.clone().cancelled_owned());
         let (endpoint, since) = (Arc::clone(&link.endpoint), Instant::now());
-        let open = Open { line, endpoint, since, speaker: None, end, _reports: reports };
+        let open = Open { line, endpoint, since, sending: 0, speaker: None, end, _reports: reports };
         if let Some(old) = self.open.replace(open) {
             self.home.tracker.spawn(old.line.end(Code::NORMAL));
         }
@@ -279,7 +286,11 @@ impl Server {
                     self.clients.insert(client, mailbox);
                     self.pool = Some(pool);
                 }
-                Some(Word::Text(client, text)) => {
+                Some(Word::Text(client, text, memory)) => {
+                    // For what becomes of it.
+                    if let Some(memory) = memory {
+                        self.unsent_memory.absorb(memory);
+                    }
                     bytes += text.len();
                     let text = std::str::from_utf8(&text).unwrap_or_default();
                     self.make_room(text.len());
@@ -294,6 +305,7 @@ impl Server {
             }
             self.carry_out(actions);
             self.speaker = None;
+            self.fit_unsent();
         }
         true
     }
@@ -307,7 +319,15 @@ impl Server {
     /// For what a client says.
     fn has_room(&self) -> bool {
         let sharing = &self.callers.sharing;
-        self.unsent.is_empty() || self.unsent.len() < sharing.queue_messages && self.unsent_bytes < sharing.queue_bytes
+        let is_sending = self.open.as_ref().is_some_and(|open| open.sending > 0);
+        let is_full = self.unsent.len() >= sharing.queue_messages || self.unsent_bytes >= sharing.queue_bytes;
+        if self.unsent.is_empty() { self.has_memory || !is_sending } else { self.has_memory && !is_full }
+    }
+
+    /// Takes what the messages need that are not sent yet, and gives back the rest.
+    fn fit_unsent(&mut self) {
+        let sending = self.open.as_ref().map_or(0, |open| open.sending);
+        self.has_memory = self.unsent_memory.fit(self.unsent_bytes + sending);
     }
 
     fn look_at_time(&mut self, cx: &mut Context<'_>) {
@@ -381,20 +401,25 @@ impl Server {
     fn send(&mut self, cx: &mut Context<'_>) -> bool {
         let had_room = self.has_room();
         let Some(open) = &mut self.open else { return false };
+        if open.sending > 0 && open.line.poll_ready(cx) == Poll::Ready(true) {
+            open.sending = 0;
+        }
         if self.lease.is_some() {
             while !self.unsent.is_empty()
                 && open.line.poll_ready(cx) == Poll::Ready(true)
                 && let Some(Unsent { text, speaker, tells }) = self.unsent.pop_front()
             {
-                self.unsent_bytes -= text.len();
+                let length = text.len();
+                self.unsent_bytes -= length;
                 open.line.send(true, Bytes::from(text));
-                open.speaker = speaker;
+                (open.speaker, open.sending) = (speaker, length);
                 if let Some((client, count)) = tells {
                     self.core.told(client, count);
                 }
             }
         }
         open.line.poll_flush(cx);
+        self.fit_unsent();
         !had_room && self.has_room()
     }
 
@@ -561,6 +586,7 @@ impl Server {
         self.carry_on(usize::MAX);
         self.unsent.clear();
         self.unsent_bytes = 0;
+        self.fit_unsent();
     }
 
     fn finish_all(&self, end: &End) {
