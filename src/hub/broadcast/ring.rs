@@ -10,7 +10,11 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::hub::{End, memory::Memory, signed};
+use crate::hub::{
+    End,
+    memory::{FREE, Memory},
+    signed,
+};
 
 /// See the module.
 pub(super) struct Ring {
@@ -20,13 +24,58 @@ pub(super) struct Ring {
 }
 
 struct State {
-    /// Each as the frames that it is sent in.
-    messages: VecDeque<Bytes>,
+    messages: VecDeque<Message>,
     /// The number of the oldest.
     first: u64,
     bytes: usize,
+    /// Of these, bytes of messages that have no memory of their own.
+    own: usize,
+    /// For them.
     memory: Memory,
     end: Option<End>,
+}
+
+struct Message {
+    /// As it is sent.
+    frame: Bytes,
+    /// It is large: whoever is in the middle of it keeps its memory, too.
+    has_memory: bool,
+}
+
+impl State {
+    /// Takes memory for a large message; for that, older ones may have to go.
+    fn enclose(&mut self, frame: Bytes) -> Message {
+        if frame.len() <= FREE {
+            return Message { frame, has_memory: false };
+        }
+        loop {
+            if let Some(frame) = self.memory.whole(&frame) {
+                return Message { frame, has_memory: true };
+            }
+            // Dropped at once, or nothing would be gained.
+            if self.forget().is_none() {
+                return Message { frame, has_memory: false };
+            }
+            self.memory.fit(self.own);
+        }
+    }
+
+    fn keep(&mut self, message: Message) {
+        let bytes = message.frame.len();
+        self.bytes += bytes;
+        self.own += if message.has_memory { 0 } else { bytes };
+        self.messages.push_back(message);
+    }
+
+    /// Lets go of the oldest one.
+    fn forget(&mut self) -> Option<Message> {
+        let oldest = self.messages.pop_front()?;
+        let bytes = oldest.frame.len();
+        self.bytes -= bytes;
+        self.own -= if oldest.has_memory { 0 } else { bytes };
+        self.first += 1;
+        Some(oldest)
+    }
 }
 
 /// What a reader finds.
@@ -45,7 +94,7 @@ pub(super) enum Found {
 impl Ring {
     /// Empty; of more than one message it keeps so many bytes together, as far as there is memory.
     pub(super) fn new(most_bytes: usize, memory: Memory) -> Self {
-        let state = State { messages: VecDeque::new(), first: 0, bytes: 0, memory, end: None };
+        let state = State { messages: VecDeque::new(), first: 0, bytes: 0, own: 0, memory, end: None };
         Self { state: RwLock::new(state), most_bytes }
     }
 
@@ -55,23 +104,21 @@ impl Ring {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let before = state.bytes;
         for frame in frames {
-            state.bytes += frame.len();
-            state.messages.push_back(frame);
+            let message = state.enclose(frame);
+            state.keep(message);
             let is_full = |state: &mut State| {
-                let mut is_large = || state.bytes > self.most_bytes || !state.memory.fit(state.bytes);
+                let mut is_large = || state.bytes > self.most_bytes || !state.memory.fit(state.own);
                 state.messages.len() > most || (state.messages.len() > 1 && is_large())
             };
             while is_full(&mut state)
-                && let Some(oldest) = state.messages.pop_front()
+                && let Some(oldest) = state.forget()
             {
-                state.bytes -= oldest.len();
-                state.first += 1;
                 dropped.push(oldest);
             }
         }
-        let after = state.bytes;
+        let (after, own) = (state.bytes, state.own);
         // One that is alone is kept all the same.
-        state.memory.fit(after);
+        state.memory.fit(own);
         drop(state);
         // Their memory is given back without the lock.
         drop(dropped);
@@ -110,7 +157,7 @@ impl Ring {
         let Some(from) = at.checked_sub(state.first) else { return Found::Behind };
         let (mut filled, mut count) = (0, 0);
         let from = usize::try_from(from).unwrap_or(usize::MAX).min(state.messages.len());
-        for frame in state.messages.range(from..) {
+        for Message { frame, .. } in state.messages.range(from..) {
             let room = &mut buffer[filled..];
             if frame.len() > room.len() && filled > 0 {
                 break;
@@ -187,6 +234,29 @@ mod tests {
         assert_eq!((ring.first(), taken()), (4, 2 * PORTION as u64));
         drop(ring);
         assert_eq!(taken(), 0);
+    }
+
+    /// Who is in the middle of a large message keeps its memory, whatever the ring has let go of. Method: a budget of three portions.
+    #[test]
+    fn who_is_in_the_middle_keeps_memory() {
+        let admission = budget(Some(3 * PORTION));
+        let taken = || admission.memory().expect("a budget").0;
+        let ring = Ring::new(1 << 20, Memory::new(&admission));
+        let message = |size: usize| Some(Bytes::from(vec![b'x'; size]));
+        ring.push(message(2 * PORTION), 9);
+        let (mut at, mut rest) = (0, Bytes::new());
+        assert_eq!(ring.read(&mut at, &mut rest, &mut [0; 9]), Found::Bytes(9, 1));
+        ring.push(message(1), 1);
+        assert_eq!((ring.first(), ring.bytes(), taken()), (1, 1, 2 * PORTION as u64));
+        // There is no memory for it, so it is alone.
+        ring.push(message(2 * PORTION), 9);
+        assert_eq!((ring.first(), ring.bytes()), (2, 2 * PORTION));
+        drop(rest);
+        ring.push(message(3 * PORTION), 9);
+        assert_eq!((ring.first(), ring.bytes(), taken()), (3, 3 * PORTION, 3 * PORTION as u64));
+        ring.push(None, 0);
+        ring.push(message(1), 0);
+        assert_eq!((ring.bytes(), taken()), (0, 0));
     }
 
     /// A reader gets what there is, then nothing, then the end; who is behind is told so first, and a large message comes in parts.
