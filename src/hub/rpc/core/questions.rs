@@ -10,6 +10,7 @@ use super::{
         methods::Role,
     },
     Action, Asker, Batch, Client, Core, Kind, MAX_ABANDONED, MAX_LATE, Place, list,
+    subscriptions::unsubscribe,
 };
 
 /// Elements of a client's batch, as geth has it: each may be answered by an error of a hundred bytes.
@@ -36,7 +37,7 @@ impl Core {
     pub fn client_says(&mut self, client: Client, text: &str, now: Instant, actions: &mut Vec<Action>) {
         let elements = match Message::read(text, MAX_BATCH) {
             Ok(Message::One(text)) => {
-                match self.judge(client, text, None, now) {
+                match self.judge(client, text, None, 0, now) {
                     Verdict::Ask(text) | Verdict::End(text) => actions.push(Action::ToBackend { text }),
                     Verdict::Tell(text) => actions.push(Action::Tell { client, count: 1, text }),
                     Verdict::Answer(text) => actions.push(Action::ToClient { client, text }),
@@ -73,9 +74,16 @@ impl Core {
         let number = self.last_batch;
         let mut batch = Batch { answers: Vec::new(), missing: 0, bytes: 0, subscriptions: Vec::new() };
         let (mut passed, mut telling) = (Vec::new(), 0);
+        // What the list comes to at most, if none grows by more than an id of the hub's.
+        let mut bytes = text.len() + elements.len() * ID_BYTES;
         for element in elements {
             let place = Place { batch: number, index: batch.answers.len() };
-            match self.judge(client, element, Some(place), now) {
+            let expected = element.len() + ID_BYTES;
+            let verdict = self.judge(client, element, Some(place), bytes - expected, now);
+            if let Verdict::Ask(text) | Verdict::End(text) = &verdict {
+                bytes += text.len().saturating_sub(expected);
+            }
+            match verdict {
                 Verdict::Ask(text) => {
                     batch.answers.push(None);
                     batch.missing += 1;
@@ -114,9 +122,10 @@ impl Core {
         }
     }
 
-    /// What a client's message is, and what becomes of it. Its place is in a batch that is being read.
-    fn judge(&mut self, client: Client, text: &str, place: Option<Place>, now: Instant) -> Verdict {
-        let verdict = self.try_judge(client, text, place, now);
+    /// What a client's message is, and what becomes of it. Its place is in a batch that is being read, of which the backend gets so many bytes
+    /// besides.
+    fn judge(&mut self, client: Client, text: &str, place: Option<Place>, besides: usize, now: Instant) -> Verdict {
+        let verdict = self.try_judge(client, text, place, besides, now);
         verdict.unwrap_or_else(|(fault, id)| {
             self.counts.refused += 1;
             Verdict::Answer(fault.answer(id))
@@ -128,6 +137,7 @@ impl Core {
         client: Client,
         text: &'a str,
         place: Option<Place>,
+        besides: usize,
         now: Instant,
     ) -> Result<Verdict, (Fault, &'a str)> {
         // "If there was an error in detecting the id in the Request object, it MUST be Null" (JSON-RPC 2.0, 5).
@@ -187,9 +197,18 @@ impl Core {
                 let seen = parts.params.and_then(only_value);
                 let found = seen.and_then(|seen| {
                     let (number, one) = self.subscriptions.find(client, &subscription_id(seen)?)?;
-                    Some((seen, number, one.key.clone()))
+                    // The backend's id may be longer than the one that its client knows.
+                    let bytes = match id {
+                        Some(id) => text.len() - id.len() - seen.len() + ID_BYTES + one.key.id.len(),
+                        None => unsubscribe(u64::MAX, &one.unsubscribe, &one.key.id).len(),
+                    };
+                    Some((seen, number, one.key.clone(), bytes))
                 });
-                let Some((seen, number, key)) = found else { return Err(refuse(Fault::NO_SUBSCRIPTION)) };
+                let Some((seen, number, key, bytes)) = found else { return Err(refuse(Fault::NO_SUBSCRIPTION)) };
+                // One that is too long for the backend would end the connection for all.
+                if besides + bytes > self.limits.max_message_bytes {
+                    return Err(refuse(Fault::LONG_REQUEST));
+                }
                 let Some(id) = id else {
                     let mut actions = Vec::new();
                     self.end(number, now, &mut actions);

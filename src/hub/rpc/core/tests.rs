@@ -384,6 +384,46 @@ fn no_message_becomes_too_long() {
     assert!(hub.core.is_at_rest());
 }
 
+/// An unsubscribe grows by the backend's id, which may be longer than the one that its client knows. At the first byte too many it is refused, and the
+/// subscription goes on; of a list as many are as would not fit, with an id or without one. Method: ids of 200 bytes in place of 34.
+#[test]
+fn no_unsubscribe_becomes_too_long() {
+    let subscribed = || {
+        let mut hub = Hub::with(Limits { max_message_bytes: 1000, ..LIMITS });
+        for (id, letter) in (1..).zip(["a", "b"]) {
+            hub.client(1, r#"{"jsonrpc":"2.0","id":1,"method":"eth_subscribe"}"#);
+            hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":{id},"result":"{}"}}"#, letter.repeat(198)));
+        }
+        assert_eq!(hub.core.subscriptions(), 2);
+        hub
+    };
+    let unsubscribe = |id: &str, seen: u32, bytes: usize| {
+        let more = "x".repeat(bytes);
+        format!(r#"{{"jsonrpc":"2.0",{id}"method":"eth_unsubscribe","params":["{seen:032x}"],"x":"{more}"}}"#)
+    };
+    let own = r#""id":"0123456789","#;
+    let fits = 1000 - (unsubscribe(own, 0xa1, 0).len() - 12 + 20 - 34 + 200);
+    let told = subscribed().client(1, &unsubscribe(own, 0xa1, fits));
+    assert!(told[0].starts_with(">: ") && told[0].len() == 1000 + ">: ".len() - 19, "{told:?}");
+    let mut hub = subscribed();
+    fault(1, "\"0123456789\"", -32600)(&hub.client(1, &unsubscribe(own, 0xa1, fits + 1)));
+    assert_eq!((hub.core.subscriptions(), hub.core.outstanding()), (2, 0));
+    for id in [own, ""] {
+        let both = [0xa1, 0xa2].map(|seen| unsubscribe(id, seen, 0)).join(",").len() + "[]".len() + 2 * 20;
+        for (room, passed) in [(0, 0), (200, 1), (400, 2)] {
+            let padded = format!(
+                "[{},{}{}]",
+                unsubscribe(id, 0xa1, 0),
+                unsubscribe(id, 0xa2, 0),
+                " ".repeat(1000 - room - both)
+            );
+            let told = subscribed().client(1, &padded).concat();
+            assert_eq!(told.matches("eth_unsubscribe").count(), passed, "{told}");
+            assert_eq!(told.contains("websocket.max_message"), passed == 0 || passed == 1 && id.is_empty(), "{told}");
+        }
+    }
+}
+
 /// What the backend says to nobody goes to nobody: ids of others, none, malformed, questions of its own.
 #[test]
 fn odd_words_of_the_backend_reach_nobody() {
