@@ -18,6 +18,7 @@
 //! ```
 
 mod answers;
+mod early;
 mod questions;
 mod subscriptions;
 #[cfg(test)]
@@ -80,7 +81,7 @@ pub enum Action {
     },
     /// A notification, to each of these clients with the id that they know in place of that part of it: [`with_id`].
     News {
-        text: String,
+        text: Arc<str>,
         id: Range<usize>,
         holders: Vec<(Client, Arc<str>)>,
     },
@@ -255,8 +256,8 @@ impl Core {
 
     /// Since the beginning.
     pub fn counts(&self) -> Counts {
-        let Subscriptions { forgotten, overflowed, .. } = &self.subscriptions;
-        Counts { unheard: self.counts.unheard + forgotten, overflowed: *overflowed, ..self.counts }
+        let (forgotten, overflowed) = self.subscriptions.missed();
+        Counts { unheard: self.counts.unheard + forgotten, overflowed, ..self.counts }
     }
 
     /// The method of the last notification that was for nobody since its method is not set up; as it was sent, at most so many bytes of it.
@@ -328,7 +329,7 @@ impl Core {
 
     /// The backend's connection is gone. What was asked may have been carried out or not, so nothing is asked again; and subscriptions are gone
     /// without a word, so their clients have to begin anew.
-    pub fn backend_lost(&mut self, actions: &mut Vec<Action>) {
+    pub fn backend_lost(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let mut ended = Vec::new();
         for (client, number) in self.subscriptions.clients() {
             ended.push(client);
@@ -341,7 +342,7 @@ impl Core {
             if let Some(asker) = request.asker {
                 self.counts.lost += 1;
                 let text = Fault::LOST.answer(&asker.id);
-                self.deliver(&asker, text, None, actions);
+                self.deliver(&asker, text, None, now, actions);
             }
         }
         self.late.clear();
@@ -383,7 +384,7 @@ impl Core {
                 self.is_told(&notification);
             }
             let text = Fault::TIMEOUT.answer(&asker.id);
-            self.deliver(&asker, text, None, actions);
+            self.deliver(&asker, text, None, now, actions);
         }
     }
 

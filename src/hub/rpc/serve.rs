@@ -580,7 +580,7 @@ impl Server {
     /// What was asked gets no answer, and nothing is asked again.
     fn forget_all(&mut self) {
         let mut actions = Vec::new();
-        self.core.backend_lost(&mut actions);
+        self.core.backend_lost(Instant::now().into_std(), &mut actions);
         self.actions.extend(actions);
         // Before anybody is ended.
         self.carry_on(usize::MAX);

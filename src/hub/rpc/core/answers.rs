@@ -79,7 +79,7 @@ impl Core {
             return;
         }
         if self.awaited.contains_key(method) {
-            self.subscriptions.keep(key, text);
+            self.subscriptions.keep(&key, text, id);
         } else {
             self.counts.unheard += 1;
         }
@@ -129,7 +129,7 @@ impl Core {
         *(if parts.is_error() { &mut self.counts.failed } else { &mut self.counts.answered }) += 1;
         let Kind::Subscribe(names) = kind else {
             let text = splice(text, [(id, &asker.id)]);
-            return self.deliver(&asker, text, None, actions);
+            return self.deliver(&asker, text, None, now, actions);
         };
         let notification = names.notification.clone();
         match (key(&names), parts.result) {
@@ -137,7 +137,7 @@ impl Core {
             (Some(key), _) if self.ends(&key, hub_id) => {
                 self.subscriptions.forget_key(&key);
                 let text = Fault::ENDED.answer(&asker.id);
-                self.deliver(&asker, text, None, actions);
+                self.deliver(&asker, text, None, now, actions);
             }
             (Some(key), Some(result)) => {
                 let client = asker.client;
@@ -145,16 +145,16 @@ impl Core {
                 self.clients.entry(client).or_default().subscriptions.insert(number);
                 let text = splice(text, [(id, &asker.id), (result, &seen)]);
                 match self.look_for_room(&asker, &text) {
-                    Ok(()) => self.deliver(&asker, text, Some(number), actions),
+                    Ok(()) => self.deliver(&asker, text, Some(number), now, actions),
                     Err(fault) => {
-                        self.deliver(&asker, fault.answer(&asker.id), None, actions);
+                        self.deliver(&asker, fault.answer(&asker.id), None, now, actions);
                         self.end(number, now, actions);
                     }
                 }
             }
             (..) => {
                 let text = splice(text, [(id, &asker.id)]);
-                self.deliver(&asker, text, None, actions);
+                self.deliver(&asker, text, None, now, actions);
             }
         }
         self.is_told(&notification);
@@ -183,7 +183,14 @@ impl Core {
     }
 
     /// The answer goes to whoever asked: at once, or when their batch is whole. What it begins, if anything, is theirs from then on.
-    pub(super) fn deliver(&mut self, asker: &Asker, text: String, begins: Option<Number>, actions: &mut Vec<Action>) {
+    pub(super) fn deliver(
+        &mut self,
+        asker: &Asker,
+        text: String,
+        begins: Option<Number>,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
         let client = asker.client;
         let text = self.look_for_room(asker, &text).map_or_else(|fault| fault.answer(&asker.id), |()| text);
         let Some(place) = asker.place else {
@@ -215,8 +222,11 @@ impl Core {
         let answers: Vec<_> = batch.answers.into_iter().flatten().collect();
         let text = list(&answers);
         if text.len() > self.limits.max_message_bytes {
-            // By the errors in it. What has begun in it is given back when its client leaves.
+            // By the errors in it. What has begun in it its client will never know, and so could not end.
             actions.push(Action::ToClient { client, text: Fault::TOO_LARGE.answer("null") });
+            for number in batch.subscriptions {
+                self.end(number, now, actions);
+            }
         } else {
             actions.push(Action::ToClient { client, text });
             for number in batch.subscriptions {

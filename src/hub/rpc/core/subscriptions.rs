@@ -1,25 +1,19 @@
-//! Who holds which subscription, and what of them waits for its client to know the id.
+//! Who holds which subscription.
 //!
 //! A client sees an id of the hub's own making; the backend's is known here alone. Several may hold the same one of the backend's: some
 //! (Solana's) give the same id for the same question twice on a connection, and end it for all with one unsubscribe.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::Arc,
 };
 
 use super::{
-    super::{
-        message::{Parts, quoted, splice, subscription_of},
-        methods::Names,
-    },
+    super::{message::quoted, methods::Names},
     Action, Client,
+    early::{Early, Moment},
 };
-
-/// Notifications that wait, of all clients; beyond, the oldest one goes. What came before its id is told moments later.
-const MAX_HELD: usize = 1024;
-/// Bytes of these.
-const MAX_HELD_BYTES: usize = 1 << 20;
 
 /// A subscription of the hub's own counting.
 pub(super) type Number = u64;
@@ -41,6 +35,8 @@ pub(super) struct Subscription {
     pub(super) unsubscribe: Box<str>,
     /// Its client has been told of it.
     is_announced: bool,
+    /// Until then notifications wait for it that came from this moment on.
+    since: Moment,
     /// Its client's own unsubscribe is at the backend.
     pub(super) is_ending: bool,
     /// JSON text of the id that its client sees.
@@ -51,30 +47,19 @@ pub(super) struct Subscription {
 #[derive(Debug, Default)]
 pub(super) struct Subscriptions {
     all: BTreeMap<Number, Subscription>,
-    holders: BTreeMap<Key, Vec<Number>>,
+    holders: BTreeMap<Key, Holders>,
     by_seen: BTreeMap<Arc<str>, Number>,
     last_number: Number,
-    held: VecDeque<Held>,
-    held_bytes: usize,
-    /// Notifications that waited in vain.
-    pub(super) forgotten: u64,
-    /// Those that were too many.
-    pub(super) overflowed: u64,
+    early: Early,
 }
 
-/// A notification that waits.
-#[derive(Debug)]
-struct Held {
-    whose: Whose,
-    text: String,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Whose {
-    /// Nobody's yet: it overtook the answer that tells whose. The text is the backend's.
-    Unknown(Key),
-    /// Its client has not been told the id. The text is for the client.
-    Of(Number),
+/// Of one key. There may be as many as clients have subscriptions, where the backend gives all the same id.
+#[derive(Debug, Default)]
+struct Holders {
+    /// Those whose clients know the id.
+    told: BTreeSet<Number>,
+    /// The others. Notifications wait for them.
+    waiting: BTreeSet<Number>,
 }
 
 impl Subscriptions {
@@ -86,9 +71,14 @@ impl Subscriptions {
         self.all.get_mut(&number)
     }
 
+    /// Of notifications that waited: in vain, and those that were too many.
+    pub(super) fn missed(&self) -> (u64, u64) {
+        (self.early.forgotten, self.early.overflowed)
+    }
+
     /// How many hold what the backend knows by this key.
     pub(super) fn holders(&self, key: &Key) -> usize {
-        self.holders.get(key).map_or(0, Vec::len)
+        self.holders.get(key).map_or(0, |holders| holders.told.len() + holders.waiting.len())
     }
 
     /// The one that this client knows by this id.
@@ -117,17 +107,13 @@ impl Subscriptions {
             Some(id) => format!("\"{}{:032x}\"", if id.starts_with("0x") { "0x" } else { "" }, random()).into(),
             None => number.to_string().into(),
         };
-        for held in self.held.iter_mut().filter(|held| held.whose == Whose::Unknown(key.clone())) {
-            self.held_bytes -= held.text.len();
-            held.text = for_client(&held.text, &seen);
-            self.held_bytes += held.text.len();
-            held.whose = Whose::Of(number);
-        }
         self.by_seen.insert(Arc::clone(&seen), number);
-        self.holders.entry(key.clone()).or_default().push(number);
+        // What came before anybody held it is for the first one.
+        let since = if self.holders.contains_key(&key) { self.early.next() } else { 0 };
+        self.holders.entry(key.clone()).or_default().waiting.insert(number);
         let (is_announced, is_ending) = (false, false);
         let unsubscribe = names.unsubscribe;
-        let new = Subscription { client, key, unsubscribe, is_announced, is_ending, seen: Arc::clone(&seen) };
+        let new = Subscription { client, key, unsubscribe, is_announced, since, is_ending, seen: Arc::clone(&seen) };
         self.all.insert(number, new);
         (number, seen)
     }
@@ -137,13 +123,14 @@ impl Subscriptions {
         let one = self.all.remove(&number)?;
         self.by_seen.remove(&one.seen);
         let holders = self.holders.get_mut(&one.key)?;
-        holders.retain(|holder| *holder != number);
-        let was_last = holders.is_empty();
+        holders.told.remove(&number);
+        let has_waited = holders.waiting.remove(&number);
+        let was_last = holders.told.is_empty() && holders.waiting.is_empty();
         if was_last {
             self.holders.remove(&one.key);
         }
-        if !one.is_announced {
-            self.forget(|whose| *whose == Whose::Of(number));
+        if has_waited {
+            self.settle(&one.key);
         }
         Some((one, was_last))
     }
@@ -152,90 +139,76 @@ impl Subscriptions {
     pub(super) fn announce(&mut self, number: Number, actions: &mut Vec<Action>) {
         let Some(one) = self.all.get_mut(&number) else { return };
         one.is_announced = true;
-        let client = one.client;
-        self.held.retain_mut(|held| {
-            if held.whose != Whose::Of(number) {
-                return true;
-            }
-            let text = std::mem::take(&mut held.text);
-            self.held_bytes -= text.len();
-            actions.push(Action::ToClient { client, text });
-            false
-        });
+        self.early.tell(&one.key, one.since, one.client, &one.seen, actions);
+        let key = one.key.clone();
+        if let Some(holders) = self.holders.get_mut(&key)
+            && holders.waiting.remove(&number)
+        {
+            holders.told.insert(number);
+        }
+        self.settle(&key);
     }
 
     /// A notification of this key, whose id is this part of its text, goes to all who hold it. Whether there is anybody.
     pub(super) fn notify(&mut self, key: &Key, text: &str, id: &str, actions: &mut Vec<Action>) -> bool {
         let Some(holders) = self.holders.get(key) else { return false };
-        let (mut told, mut waiting) = (Vec::new(), Vec::new());
-        for number in holders {
-            let Some(one) = self.all.get(number) else { continue };
-            if one.is_announced {
-                told.push((one.client, Arc::clone(&one.seen)));
-            } else {
-                waiting.push(Held { whose: Whose::Of(*number), text: splice(text, [(id, &one.seen)]) });
-            }
+        let told = holders.told.iter().filter_map(|number| self.all.get(number));
+        let told: Vec<_> = told.map(|one| (one.client, Arc::clone(&one.seen))).collect();
+        let waiting = holders.waiting.first().and_then(|number| self.all.get(number)).map(|one| one.client);
+        let (id, text) = (place(text, id), Arc::<str>::from(text));
+        if waiting.is_some() {
+            self.early.hold(key, Arc::clone(&text), id.clone(), waiting);
         }
         if !told.is_empty() {
-            let start = id.as_ptr().addr() - text.as_ptr().addr();
-            let id = start..start + id.len();
-            actions.push(Action::News { text: text.to_owned(), id, holders: told });
-        }
-        for held in waiting {
-            self.hold(held);
+            actions.push(Action::News { text, id, holders: told });
         }
         true
     }
 
     /// A notification of what nobody holds yet is kept for whoever is told this id next.
-    pub(super) fn keep(&mut self, key: Key, text: &str) {
-        self.hold(Held { whose: Whose::Unknown(key), text: text.to_owned() });
-    }
-
-    fn hold(&mut self, held: Held) {
-        self.held_bytes += held.text.len();
-        self.held.push_back(held);
-        while self.held.len() > MAX_HELD || self.held_bytes > MAX_HELD_BYTES {
-            let Some(oldest) = self.held.pop_front() else { return };
-            self.held_bytes -= oldest.text.len();
-            self.overflowed += 1;
-        }
+    pub(super) fn keep(&mut self, key: &Key, text: &str, id: &str) {
+        self.early.hold(key, text.into(), place(text, id), None);
     }
 
     /// Nobody will be told this id.
     pub(super) fn forget_key(&mut self, key: &Key) {
-        self.forget(|whose| matches!(whose, Whose::Unknown(unknown) if unknown == key));
+        if !self.holders.contains_key(key) {
+            self.early.forget_before(key, Moment::MAX);
+        }
     }
 
     /// Nobody waits for an id whose notifications come by this method.
     pub(super) fn forget_method(&mut self, method: &str) {
-        self.forget(|whose| matches!(whose, Whose::Unknown(key) if *key.notification == *method));
+        let is_over = |key: &&Key| *key.notification == *method && !self.holders.contains_key(*key);
+        let over: Vec<_> = self.early.keys().filter(is_over).cloned().collect();
+        for key in over {
+            self.early.forget_before(&key, Moment::MAX);
+        }
     }
 
-    fn forget(&mut self, is_over: impl Fn(&Whose) -> bool) {
-        let before = self.held.len();
-        self.held.retain(|held| !is_over(&held.whose));
-        self.forgotten += (before - self.held.len()) as u64;
-        self.held_bytes = self.held.iter().map(|held| held.text.len()).sum();
+    /// What nobody waits for any more goes. Whoever began first waits for the oldest.
+    fn settle(&mut self, key: &Key) {
+        let first = self.holders.get(key).and_then(|holders| holders.waiting.first());
+        let until = first.and_then(|number| self.all.get(number)).map_or(Moment::MAX, |one| one.since);
+        self.early.forget_before(key, until);
     }
 
     /// The backend's connection is gone, and all of this with it. Ids are not used again.
     pub(super) fn clear(&mut self) {
-        let (last_number, overflowed) = (self.last_number, self.overflowed);
-        let forgotten = self.forgotten + self.held.len() as u64;
-        *self = Self { last_number, forgotten, overflowed, ..Self::default() };
+        self.early.clear();
+        *self = Self { last_number: self.last_number, early: std::mem::take(&mut self.early), ..Self::default() };
     }
 
     /// Nothing is left.
     pub(super) fn is_empty(&self) -> bool {
-        self.all.is_empty() && self.holders.is_empty() && self.by_seen.is_empty() && self.held.is_empty()
+        self.all.is_empty() && self.holders.is_empty() && self.by_seen.is_empty() && self.early.is_empty()
     }
 }
 
-/// The backend's notification with the id that its client knows.
-fn for_client(text: &str, seen: &str) -> String {
-    let id = Parts::read(text).ok().and_then(|parts| subscription_of(parts.params?));
-    id.map_or_else(|| text.to_owned(), |id| splice(text, [(id, seen)]))
+/// Where in its text this part of it stands.
+fn place(text: &str, part: &str) -> Range<usize> {
+    let start = part.as_ptr().addr() - text.as_ptr().addr();
+    start..start + part.len()
 }
 
 /// The hub's own request that ends it.

@@ -7,7 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Action, Core, Limits, MAX_ABANDONED, MAX_LATE, questions::MAX_BATCH, with_id};
+use super::{
+    Action, Core, Limits, MAX_ABANDONED, MAX_LATE,
+    early::{MAX_HELD, SHARE},
+    questions::MAX_BATCH,
+    with_id,
+};
 use crate::hub::rpc::{
     message::{MAX_ID_BYTES, MAX_METHOD_BYTES},
     methods::Methods,
@@ -66,7 +71,7 @@ impl Hub {
 
     fn lost(&mut self) -> Vec<String> {
         let mut actions = Vec::new();
-        self.core.backend_lost(&mut actions);
+        self.core.backend_lost(self.now, &mut actions);
         told(actions)
     }
 
@@ -633,6 +638,109 @@ fn early_notifications_wait() {
     let told = hub.backend(r#"{"jsonrpc":"2.0","id":4,"result":5}"#);
     assert_eq!((told.len(), told.last()), (1025, Some(&format!("3: {}", news("3", 1999)))));
     assert_eq!((hub.core.counts().unheard, hub.core.counts().overflowed), (1, 2000 - 1024));
+}
+
+/// A batch whose list is too large tells of none of its subscriptions, so they end: the backend is told, nobody hears of them, and their client has
+/// room for others. Method: two subscriptions, of which another client holds one too, and a call with a large answer; answered, and timed out.
+#[test]
+fn what_a_batch_does_not_tell_of_ends() {
+    let subscribe = r#"{"jsonrpc":"2.0","id":"s","method":"slotSubscribe"}"#;
+    let news = |id: u64, n: &str| {
+        format!(r#"{{"jsonrpc":"2.0","method":"slotNotification","params":{{"subscription":{id},"result":"{n}"}}}}"#)
+    };
+    for is_answered in [true, false] {
+        let mut hub = Hub::with(Limits { max_message_bytes: 500, ..LIMITS });
+        hub.client(2, subscribe);
+        hub.backend(r#"{"jsonrpc":"2.0","id":1,"result":7}"#);
+        hub.client(1, &format!(r#"[{subscribe},{subscribe},{{"jsonrpc":"2.0","id":"c","method":"m"}}]"#));
+        let large = "x".repeat(if is_answered { 200 } else { 290 });
+        for (id, of) in [(2, 7), (3, 8)] {
+            assert_eq!(
+                hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{of},"x":"{}"}}"#, &large[..150])),
+                NOTHING
+            );
+        }
+        assert_eq!(hub.backend(&news(8, "waits")), NOTHING);
+        let told = if is_answered {
+            hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":4,"result":"{large}"}}"#))
+        } else {
+            hub.after(TIMEOUT)
+        };
+        fault(1, "null", -32054)(&told[..1]);
+        let ended = r#">: {"jsonrpc":"2.0","id":5,"method":"slotUnsubscribe","params":[8]}"#;
+        assert_eq!(told[1..], [ended]);
+        assert_eq!((hub.core.subscriptions(), hub.core.counts().unheard), (1, 1));
+        assert_eq!(hub.backend(&news(8, "late")), NOTHING);
+        assert_eq!(hub.backend(&news(7, "goes on")), [format!("2: {}", news(1, "goes on"))]);
+        hub.backend(r#"{"jsonrpc":"2.0","id":5,"result":true}"#);
+        assert_eq!(hub.client(1, &format!("[{subscribe},{subscribe}]")).len(), 1);
+        hub.left(1);
+        hub.left(2);
+        hub.lost();
+        assert!(hub.core.is_at_rest());
+    }
+}
+
+/// What waits is kept once, however many wait for it, and each gets what came after their own subscription began; a client that lets its batch
+/// wait has a share of the room, and others keep theirs. Method: two batches that wait for a call, on one id of the backend's, and one on another.
+#[test]
+fn what_waits_is_kept_once() {
+    let news = |id: u64, n: u64| {
+        format!(r#"{{"jsonrpc":"2.0","method":"slotNotification","params":{{"subscription":{id},"result":{n}}}}}"#)
+    };
+    let batch = r#"[{"jsonrpc":"2.0","id":"s","method":"slotSubscribe"},{"jsonrpc":"2.0","id":"c","method":"m"}]"#;
+    let answer = |id: u64, result: u64| format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{result}}}"#);
+    let mut hub = Hub::new();
+    for (client, id) in [(1, 7), (2, 7), (3, 8)] {
+        hub.client(client, batch);
+        assert_eq!(hub.backend(&answer(2 * client - 1, id)), NOTHING);
+        assert_eq!(hub.backend(&news(id, client)), NOTHING);
+    }
+    // All that there may be because of client 1, who waits for longest; the third one's stays.
+    let share = (MAX_HELD / SHARE) as u64;
+    for n in 10..10 + share {
+        assert_eq!(hub.backend(&news(7, n)), NOTHING);
+    }
+    assert_eq!(hub.core.counts().overflowed, 2);
+    assert_eq!(hub.backend(&answer(6, 0))[1..], [format!("3: {}", news(3, 3))]);
+    let told = hub.backend(&answer(4, 0));
+    assert_eq!((told.len() as u64, &told[1]), (1 + share, &format!("2: {}", news(2, 10))));
+    // They still wait for the first one; those that the second one was told are not forgotten.
+    hub.backend(&news(7, 5));
+    assert_eq!(hub.core.counts().overflowed, 3);
+    assert_eq!(hub.left(1), NOTHING);
+    assert_eq!(
+        (hub.core.counts().unheard, hub.core.counts().overflowed),
+        (1, 3),
+        "what waited for the first one alone"
+    );
+    assert_eq!(hub.backend(&news(7, 6)), [format!("2: {}", news(2, 6))]);
+    hub.left(2);
+    hub.left(3);
+    hub.lost();
+    assert!(hub.core.is_at_rest());
+}
+
+/// Many who hold the same of the backend's leave in a moment. Method: 100,000 holders of one id, who all leave, which took minutes when each of them
+/// was looked for among all others.
+#[test]
+fn many_may_hold_the_same() {
+    let mut hub = Hub::with(Limits { max_requests: 1000, max_subscriptions: 1000, ..LIMITS });
+    let subscribe = r#"{"jsonrpc":"2.0","id":"s","method":"slotSubscribe"}"#;
+    let mut id = 0;
+    for client in 0..100 {
+        hub.client(client, &format!("[{}]", [subscribe; 1000].join(",")));
+        for _ in 0..1000 {
+            id += 1;
+            hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":{id},"result":7}}"#));
+        }
+    }
+    assert_eq!(hub.core.subscriptions(), 100_000);
+    for client in 0..99 {
+        assert_eq!(hub.left(client), NOTHING);
+    }
+    assert_eq!(hub.left(99).len(), 1);
+    assert_eq!(hub.core.subscriptions(), 0);
 }
 
 /// Who leaves takes what they hold with them: the backend is told of subscriptions, also of one whose answer comes only then, and nobody hears

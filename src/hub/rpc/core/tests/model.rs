@@ -421,7 +421,7 @@ impl World {
         self.outs.clear();
         let ended: BTreeSet<_> = std::mem::take(&mut self.subs).into_values().map(|sub| sub.client).collect();
         let mut actions = Vec::new();
-        self.core.backend_lost(&mut actions);
+        self.core.backend_lost(self.now, &mut actions);
         let told: BTreeSet<_> = actions
             .extract_if(.., |action| matches!(action, Action::EndClient { .. }))
             .map(|action| match action {
