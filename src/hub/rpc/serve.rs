@@ -47,6 +47,8 @@ const OFFENCES: u32 = 3;
 
 /// Messages to clients in one turn: one of the backend's may hold thousands, each for all.
 const DELIVERIES: usize = 16_384;
+/// Of a message, so many bytes are as much work as one more client is.
+const DELIVERY_BYTES: usize = 256;
 
 /// `None`: not before the search was over.
 type Acquiring = Pin<Box<dyn Future<Output = Option<Result<Lease<Key, Opener>, AcquireError<Fault>>>> + Send>>;
@@ -276,8 +278,9 @@ impl Server {
     /// Whether there may be more, for which there is room. Who comes and goes needs none.
     fn hear_clients(&mut self) -> bool {
         let mut bytes = 0;
-        for _ in 0..BATCH {
-            if bytes > BATCH_BYTES || !self.actions.is_empty() {
+        for heard in 0..BATCH {
+            // One is heard in any case: who listens to a backend that says much may want to leave.
+            if bytes > BATCH_BYTES || !self.actions.is_empty() || heard > 0 && self.done >= DELIVERIES {
                 return true;
             }
             let mut actions = Vec::new();
@@ -299,7 +302,9 @@ impl Server {
                 }
                 Some(Word::Left(client)) => {
                     self.clients.remove(&client);
+                    let before = self.core.subscriptions();
                     self.core.client_left(client, Instant::now().into_std(), &mut actions);
+                    self.done += before - self.core.subscriptions();
                 }
                 None => return false,
             }
@@ -463,8 +468,10 @@ impl Server {
             && let Some(action) = self.actions.pop_front()
         {
             self.done += match &action {
-                Action::ToAll { .. } => self.clients.len(),
-                Action::News { holders, .. } => holders.len(),
+                Action::ToAll { text } => self.clients.len() + work(text.len()),
+                Action::ToClient { text, .. } => work(text.len()),
+                // As many as are told.
+                Action::News { .. } => 0,
                 _ => 1,
             };
             match action {
@@ -484,14 +491,20 @@ impl Server {
                     };
                     self.clients.values().for_each(|mailbox| mailbox.push(frame.clone(), whose));
                 }
-                Action::News { text, id, holders } => {
-                    for (client, seen) in holders {
+                Action::News { text, id, mut holders } => {
+                    // One text is encoded for each of them, who may be thousands: the rest is told in another turn.
+                    let (count, done) = part(holders.len(), text.len(), most - self.done);
+                    self.done += done;
+                    for (client, seen) in holders.drain(..count) {
                         // It may have become too long by the id that its client knows.
                         let is_too_long = (text.len() - id.len() + seen.len()) as u64 > limits.message;
                         self.told.too_long += u64::from(is_too_long);
                         if let Some(mailbox) = self.clients.get(&client).filter(|_| !is_too_long) {
                             mailbox.push(encode_pieces(with_id(&text, &id, &seen), limits.frame), Whose::Own);
                         }
+                    }
+                    if !holders.is_empty() {
+                        self.actions.push_front(Action::News { text, id, holders });
                     }
                 }
                 Action::Refusal { .. } if !self.has_room() => {}
@@ -658,6 +671,17 @@ impl Server {
     }
 }
 
+/// What a message of so many bytes to one client counts.
+fn work(bytes: usize) -> usize {
+    1 + bytes / DELIVERY_BYTES
+}
+
+/// To how many of these clients such a message goes in what is left of a turn, and what that counts. At least to one.
+fn part(clients: usize, bytes: usize, left: usize) -> (usize, usize) {
+    let count = left.div_ceil(work(bytes)).max(1).min(clients);
+    (count, count * work(bytes))
+}
+
 impl Drop for Server {
     /// Whatever came of it, a panic too, its clients hear of it.
     fn drop(&mut self) {
@@ -742,5 +766,34 @@ impl Told {
 impl Drop for Told {
     fn drop(&mut self) {
         self.gauges(0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is encoded in one turn is bounded, whatever the length of a message and however many clients it is for; and each of them is told.
+    #[test]
+    fn a_turn_encodes_so_much() {
+        for (clients, bytes) in
+            [(0, 9), (1, 0), (16_384, 0), (100_000, 200), (1000, 4 << 10), (300, 1 << 20), (3, 16 << 20)]
+        {
+            let (mut told, mut turns) = (0, 0);
+            while told < clients {
+                let (mut count, mut done) = (0, 0);
+                while done < DELIVERIES && told + count < clients {
+                    let more = part(clients - told - count, bytes, DELIVERIES - done);
+                    (count, done) = (count + more.0, done + more.1);
+                }
+                assert!(count == 1 || count * bytes <= DELIVERIES * DELIVERY_BYTES + bytes, "{count} of {bytes}");
+                told += count;
+                turns += 1;
+            }
+            assert_eq!(told, clients);
+            assert!(turns <= 2 + clients * work(bytes) / DELIVERIES, "{turns} turns for {clients} of {bytes}");
+        }
+        // When all is to be told at once.
+        assert_eq!(part(100_000, 1 << 20, usize::MAX).0, 100_000);
     }
 }
