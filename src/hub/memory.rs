@@ -1,4 +1,4 @@
-//! Memory for what waits here: messages that are not whole yet, those for clients that are behind, answers of batches. It is the process's, of
+//! Memory for what waits here: messages that are not whole yet, those for clients that are behind, answers of batches, ids. It is the process's, of
 //! which all else is a client's own.
 
 use bytes::Bytes;

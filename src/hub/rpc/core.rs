@@ -151,7 +151,7 @@ pub struct Core {
     late: BTreeMap<u64, Names>,
     batches: BTreeMap<u64, Batch>,
     last_batch: u64,
-    /// Bytes of answers in them, and how many there may be.
+    /// Bytes of answers in them, and of ids of requests. With those of subscriptions there may be so many.
     kept: usize,
     room: usize,
     subscriptions: Subscriptions,
@@ -282,9 +282,10 @@ impl Core {
         !self.batches.is_empty()
     }
 
-    /// Bytes of answers that wait for the rest of their batches, of all clients.
+    /// Bytes of answers that wait for the rest of their batches, of ids of requests that are not answered, and of what is known of subscriptions; of
+    /// all clients.
     pub fn kept(&self) -> usize {
-        self.kept
+        self.kept + self.subscriptions.bytes()
     }
 
     /// There may be so many, from now on. At first any number.
@@ -314,7 +315,7 @@ impl Core {
         self.kept -= holding.bytes;
         for id in holding.requests {
             let Some(request) = self.requests.get_mut(&id) else { continue };
-            request.asker = None;
+            self.kept -= request.asker.take().map_or(0, |asker| asker.id.len());
             let told = if let Kind::Subscribe(names) = &request.kind { Some(names.notification.clone()) } else { None };
             self.counts.left += 1;
             self.abandoned += 1;
@@ -395,6 +396,7 @@ impl Core {
             self.ending.insert((key.clone(), id));
         }
         self.abandoned += usize::from(asker.is_none());
+        self.kept += asker.as_ref().map_or(0, |asker| asker.id.len());
         self.requests.insert(id, Request { asker, kind, deadline: now + self.limits.request_timeout });
         id
     }
@@ -407,11 +409,12 @@ impl Core {
         }
         self.abandoned -= usize::from(request.asker.is_none());
         let is_subscribe = matches!(request.kind, Kind::Subscribe(_));
-        if let Some(asker) = &request.asker
-            && let Some(holding) = self.clients.get_mut(&asker.client)
-        {
-            holding.requests.remove(&id);
-            holding.subscribing -= usize::from(is_subscribe);
+        if let Some(asker) = &request.asker {
+            self.kept -= asker.id.len();
+            if let Some(holding) = self.clients.get_mut(&asker.client) {
+                holding.requests.remove(&id);
+                holding.subscribing -= usize::from(is_subscribe);
+            }
         }
         Some(request)
     }

@@ -62,6 +62,7 @@ impl Fault {
         Self::new(-32053, "too many subscriptions", "the backend owes too many answers that are late");
     pub const TOO_LARGE: Self = Self::open(-32054, "the answer is too large", "websocket.max_message");
     pub const NO_MEMORY: Self = Self::open(-32056, "no memory for the answer", "limits.memory");
+    pub const NO_ROOM: Self = Self::new(-32056, "no memory for another request", "limits.memory");
     pub const FULL: Self = Self::new(-32056, "no memory for another batch", "limits.memory");
     pub const ENDED: Self = Self::new(-32055, "the subscription ended while it began", "ended by another client");
 

@@ -172,7 +172,7 @@ impl Core {
         if before + text.len() + "[]".len() > self.limits.max_message_bytes {
             return Err(Fault::TOO_LARGE);
         }
-        if is_in_batch && self.kept + text.len() > self.room {
+        if is_in_batch && self.kept() + text.len() > self.room {
             return Err(Fault::NO_MEMORY);
         }
         Ok(())

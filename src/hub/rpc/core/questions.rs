@@ -50,7 +50,7 @@ impl Core {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::UNFINISHED.answer("null") });
             }
-            Ok(Message::Batch(_)) if self.kept >= self.room => {
+            Ok(Message::Batch(_)) if self.kept() >= self.room => {
                 self.counts.refused += 1;
                 return actions.push(Action::ToClient { client, text: Fault::FULL.answer("null") });
             }
@@ -252,6 +252,9 @@ impl Core {
         }
         if self.abandoned >= MAX_ABANDONED {
             return Err(Fault::ABANDONED);
+        }
+        if self.kept() + id.len() > self.room {
+            return Err(Fault::NO_ROOM);
         }
         if let Kind::Subscribe(names) = &kind {
             if self.late.len() >= MAX_LATE {

@@ -47,6 +47,8 @@ pub(super) struct Subscription {
 #[derive(Debug, Default)]
 pub(super) struct Subscriptions {
     all: BTreeMap<Number, Subscription>,
+    /// Of texts in them.
+    bytes: usize,
     holders: BTreeMap<Key, Holders>,
     by_seen: BTreeMap<Arc<str>, Number>,
     last_number: Number,
@@ -65,6 +67,11 @@ struct Holders {
 impl Subscriptions {
     pub(super) fn len(&self) -> usize {
         self.all.len()
+    }
+
+    /// Of texts that are kept as long as subscriptions are.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn get_mut(&mut self, number: Number) -> Option<&mut Subscription> {
@@ -114,6 +121,7 @@ impl Subscriptions {
         let (is_announced, is_ending) = (false, false);
         let unsubscribe = names.unsubscribe;
         let new = Subscription { client, key, unsubscribe, is_announced, since, is_ending, seen: Arc::clone(&seen) };
+        self.bytes += new.bytes();
         self.all.insert(number, new);
         (number, seen)
     }
@@ -121,6 +129,7 @@ impl Subscriptions {
     /// It is over, and what waits for its client goes. Whether it was the last one of its key stands beside it.
     pub(super) fn remove(&mut self, number: Number) -> Option<(Subscription, bool)> {
         let one = self.all.remove(&number)?;
+        self.bytes -= one.bytes();
         self.by_seen.remove(&one.seen);
         let holders = self.holders.get_mut(&one.key)?;
         holders.told.remove(&number);
@@ -201,7 +210,17 @@ impl Subscriptions {
 
     /// Nothing is left.
     pub(super) fn is_empty(&self) -> bool {
-        self.all.is_empty() && self.holders.is_empty() && self.by_seen.is_empty() && self.early.is_empty()
+        self.all.is_empty()
+            && self.bytes == 0
+            && self.holders.is_empty()
+            && self.by_seen.is_empty()
+            && self.early.is_empty()
+    }
+}
+
+impl Subscription {
+    fn bytes(&self) -> usize {
+        self.key.id.len() + self.key.notification.len() + self.unsubscribe.len() + self.seen.len()
     }
 }
 

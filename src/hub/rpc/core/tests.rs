@@ -180,8 +180,8 @@ fn a_client_has_so_many_notifications_at_once() {
     assert!(hub.core.is_at_rest());
 }
 
-/// Where there is no memory for answers to wait for the rest of their batch, error objects do so, and another batch is refused; who asks alone
-/// is answered, and so are batches when there is memory again.
+/// Where there is no memory for answers to wait for the rest of their batch, error objects do so, and another batch is refused, and one more request
+/// too; what was asked alone before is answered, and so are batches when there is memory again.
 #[test]
 fn batches_take_memory() {
     let mut hub = Hub::new();
@@ -191,9 +191,10 @@ fn batches_take_memory() {
     hub.client(1, two);
     assert_eq!(hub.backend(&answer(1, 300)), NOTHING);
     assert!(hub.core.has_batches() && (1..300).contains(&hub.core.kept()));
+    hub.client(2, r#"{"jsonrpc":"2.0","id":"c","method":"x"}"#);
     hub.core.allow(100);
     fault(2, "null", -32056)(&hub.client(2, two));
-    hub.client(2, r#"{"jsonrpc":"2.0","id":"c","method":"x"}"#);
+    fault(2, "\"d\"", -32056)(&hub.client(2, r#"{"jsonrpc":"2.0","id":"d","method":"x"}"#));
     assert!(hub.backend(&answer(3, 300))[0].contains(r#""id":"c","result""#));
     hub.core.allow(1000);
     let told = hub.backend(&answer(2, 1)).concat();
@@ -204,6 +205,42 @@ fn batches_take_memory() {
     hub.left(1);
     hub.backend(&answer(5, 9));
     assert!(hub.core.is_at_rest());
+}
+
+/// Ids of requests that are not answered take memory as answers do, and so do subscriptions: without it one more is refused, and what ends, in each
+/// way that there is, gives its own back.
+#[test]
+fn ids_take_memory() {
+    let mut hub = Hub::new();
+    let id = |letter: &str| format!("\"{}\"", letter.repeat(98));
+    let ask = |letter: &str, method: &str| format!(r#"{{"jsonrpc":"2.0","id":{},"method":"{method}"}}"#, id(letter));
+    hub.core.allow(250);
+    for letter in ["a", "b"] {
+        assert!(hub.client(1, &ask(letter, "m"))[0].starts_with('>'));
+    }
+    assert_eq!(hub.core.kept(), 200);
+    fault(2, &id("c"), -32056)(&hub.client(2, &ask("c", "m")));
+    fault(2, &id("c"), -32056)(&hub.client(2, &ask("c", "eth_subscribe")));
+    assert!(hub.client(2, r#"{"jsonrpc":"2.0","id":1,"method":"m"}"#)[0].starts_with('>'));
+    hub.backend(r#"{"jsonrpc":"2.0","id":1,"result":1}"#);
+    assert_eq!(hub.core.kept(), 101);
+    assert!(hub.client(2, &ask("c", "eth_subscribe"))[0].starts_with('>'));
+    hub.left(1);
+    assert_eq!(hub.core.kept(), 101);
+    let long = "x".repeat(200);
+    hub.backend(&format!(r#"{{"jsonrpc":"2.0","id":4,"result":"{long}"}}"#));
+    let names = "eth_unsubscribe".len() + "eth_subscription".len();
+    assert_eq!(hub.core.kept(), 1 + 202 + names + 34);
+    fault(3, "1", -32056)(&hub.client(3, r#"{"jsonrpc":"2.0","id":1,"method":"m"}"#));
+    // For who leaves nothing is kept, though the backend still has to answer.
+    hub.left(2);
+    assert_eq!(hub.core.kept(), 0);
+    assert!(hub.client(3, &ask("a", "m"))[0].starts_with('>'));
+    hub.after(TIMEOUT);
+    assert_eq!(hub.core.kept(), 0);
+    assert!(hub.client(3, &ask("a", "eth_subscribe"))[0].starts_with('>'));
+    hub.lost();
+    assert!(hub.core.kept() == 0 && hub.core.is_at_rest());
 }
 
 /// What is no request gets an error object with its id, if that can be told, and the backend hears nothing of it.
