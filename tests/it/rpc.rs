@@ -114,6 +114,9 @@ impl Asked {
                                     }
                                     c.send_text(&answer(&params)).await;
                                 }
+                                // The same for everybody, as Solana has it.
+                                "slotSubscribe" => _ = c.send_text(&answer(&7.into())).await,
+                                "slots" => say_slots(c, &params, &answer(&params)).await,
                                 "eth_subscribe" => {
                                     let number = asked.subscriptions.change(|all| {
                                         let name = format!("0x{:x}", all.len() + 1);
@@ -164,8 +167,21 @@ async fn say_odd(c: &mut Peer, answer: &str) {
     c.send_text(answer).await;
 }
 
+/// So many long news that many may hold; then an answer.
+async fn say_slots(c: &mut Peer, params: &Value, answer: &str) {
+    let text = "x".repeat(SLOT_BYTES);
+    for number in 0..params[0].as_u64().expect("a number") {
+        let params = format!(r#"{{"subscription":7,"result":[{number},"{text}"]}}"#);
+        c.send_text(&format!(r#"{{"jsonrpc":"2.0","method":"slotNotification","params":{params}}}"#)).await;
+    }
+    c.send_text(answer).await;
+}
+
 /// Requests of a burst.
 const BURST: usize = 20;
+
+/// Of news that one backend's id is about, and many hold.
+const SLOT_BYTES: usize = 100 << 10;
 
 fn news(subscription: &str, what: &str) -> String {
     format!(
@@ -273,6 +289,48 @@ fn each_gets_exactly_their_own() {
     assert_eq!(metrics.count("tidegate_rpc_outstanding"), 0);
     assert_eq!(metrics.count("tidegate_shared_queue_bytes"), 0);
     assert_eq!(metrics.count("tidegate_pool_invariant_violations_total"), 0);
+    over(&t);
+}
+
+/// What many hold by one id of the backend's, and is long, is told in several turns: each gets all of it in order, and behind it the answer to what
+/// was asked before it. Method: more holders than one turn has room for messages of that length.
+#[test]
+fn long_news_to_many_are_in_order() {
+    const CLIENTS: usize = 8;
+    const EACH: usize = 12;
+    const SLOTS: u64 = 3;
+    let asked = Asked::new();
+    let pool = "subscriptions = ['slotSubscribe slotUnsubscribe slotNotification'], queue_bytes = '16MiB'";
+    let t = scene(&asked, pool);
+    let ready = Board::new(0);
+    t.clients(CLIENTS, async |c: &mut Peer| {
+        c.handshake("/rpc").await;
+        let mut last = BTreeMap::new();
+        for _ in 0..EACH {
+            c.send_text(&request("1", "slotSubscribe", "[]")).await;
+            let told: Value = serde_json::from_str(&c.read_text().await).expect("JSON");
+            last.insert(told["result"].as_u64().expect("a number"), 0);
+        }
+        assert_eq!(last.len(), EACH);
+        ready.change(|ready| *ready += 1);
+        ready.until(DEADLINE, |ready| (*ready == CLIENTS).then_some(())).await.expect("all have subscribed");
+        if c.index() == 0 {
+            c.send_text(&request("2", "slots", &format!("[{SLOTS}]"))).await;
+        }
+        for _ in 0..SLOTS * EACH as u64 {
+            let told: Value = serde_json::from_str(&c.read_text().await).expect("JSON");
+            let id = told["params"]["subscription"].as_u64().expect("a number");
+            let next = last.get_mut(&id).expect("its own");
+            assert_eq!(told["params"]["result"][0], *next);
+            *next += 1;
+        }
+        assert!(last.values().all(|next| *next == SLOTS), "{last:?}");
+        if c.index() == 0 {
+            assert_eq!(c.read_text().await, answer("2", &format!("[{SLOTS}]")));
+        }
+        leave(c).await;
+    });
+    assert_eq!(t.backend().count(), 1);
     over(&t);
 }
 
