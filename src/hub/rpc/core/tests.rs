@@ -758,8 +758,8 @@ fn what_waits_is_kept_once() {
     assert!(hub.core.is_at_rest());
 }
 
-/// Many who hold the same of the backend's leave in a moment. Method: 100,000 holders of one id, who all leave, which took minutes when each of them
-/// was looked for among all others.
+/// Many who hold the same of the backend's may leave. Method: 100,000 holders of one id, who all leave, with work that would be quadratic if each
+/// were looked for among all others.
 #[test]
 fn many_may_hold_the_same() {
     let mut hub = Hub::with(Limits { max_requests: 1000, max_subscriptions: 1000, ..LIMITS });
