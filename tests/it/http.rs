@@ -748,8 +748,8 @@ fn readiness_dials_the_backend_seldom() {
         asked.into_iter().map(|asked| asked.join().unwrap()).collect()
     });
     assert_eq!(answers, [200; 20]);
-    assert_eq!(t.backend().count(), 1);
     let seen = t.connection(0).seen();
+    assert_eq!(t.backend().count(), 1);
     assert_eq!((seen.end, seen.raw.len(), &seen.write_failed[..]), (End::Fin, 0, &[][..]));
     t.backend().stop_listening();
     assert_eq!(ask(proxy), 200, "what was found is true for 5 s");

@@ -90,11 +90,34 @@ pub(super) struct Server {
     has_memory: bool,
     /// Whose message is just being heard.
     speaker: Option<Client>,
-    /// Whose message was the last on the WebSocket before, and on how many, when the backend ended it because of a message.
+    /// Who alone has spoken on the WebSocket before, and on how many, when the backend ended it because of a message.
     blamed: Option<(Client, u32)>,
     timer: Option<(Instant, Pin<Box<Sleep>>)>,
     begun: Pin<Box<WaitForCancellationFutureOwned>>,
     told: Told,
+}
+
+/// Whose messages a WebSocket has had.
+#[derive(Debug, Clone, Copy)]
+enum Speakers {
+    Nobody,
+    One(Client),
+    /// Then it can't be said whose message was the one that the backend did not like.
+    Several,
+}
+
+impl Speakers {
+    fn and(self, client: Option<Client>) -> Self {
+        match (self, client) {
+            (Self::Nobody, Some(client)) => Self::One(client),
+            (Self::One(one), Some(client)) if one == client => self,
+            _ => Self::Several,
+        }
+    }
+
+    const fn only(self) -> Option<Client> {
+        if let Self::One(client) = self { Some(client) } else { None }
+    }
 }
 
 /// A message for the backend, whose it is, and whose notifications are in it, and how many.
@@ -111,8 +134,7 @@ struct Open {
     since: Instant,
     /// Bytes of the message that goes out.
     sending: usize,
-    /// Whose message was the last on it.
-    speaker: Option<Client>,
+    speakers: Speakers,
     /// Nobody needs it any more.
     end: Pin<Box<WaitForCancellationFutureOwned>>,
     _reports: Reports,
@@ -238,7 +260,7 @@ impl Server {
         self.hub.known.is_at(&link.endpoint);
         let end = Box::pin(link.end.clone().cancelled_owned());
         let (endpoint, since) = (Arc::clone(&link.endpoint), Instant::now());
-        let open = Open { line, endpoint, since, sending: 0, speaker: None, end, _reports: reports };
+        let open = Open { line, endpoint, since, sending: 0, speakers: Speakers::Nobody, end, _reports: reports };
         if let Some(old) = self.open.replace(open) {
             self.home.tracker.spawn(old.line.end(Code::NORMAL));
         }
@@ -417,7 +439,7 @@ impl Server {
                 let length = text.len();
                 self.unsent_bytes -= length;
                 open.line.send(true, Bytes::from(text));
-                (open.speaker, open.sending) = (speaker, length);
+                (open.speakers, open.sending) = (open.speakers.and(speaker), length);
                 if let Some((client, count)) = tells {
                     self.core.told(client, count);
                 }
@@ -522,7 +544,7 @@ impl Server {
     /// The backend has ended the WebSocket, by a Close that is for all, or otherwise.
     fn lose(&mut self, close: Option<Bytes>) {
         static SAID: Sparse = Sparse::new();
-        let Some(Open { line, endpoint, since, speaker, .. }) = self.open.take() else { return };
+        let Some(Open { line, endpoint, since, speakers, .. }) = self.open.take() else { return };
         let (how, is_over_message) = (line.how(), line.is_over_message());
         // The backend's Close is owed an answer.
         self.home.tracker.spawn(line.end(Code::NORMAL));
@@ -537,7 +559,7 @@ impl Server {
         if !is_used {
             debug!(%route, %key, %endpoint, how, "a shared WebSocket is closed by the backend, and nobody uses it");
             self.core.closed_unused();
-            self.blame(speaker.filter(|_| is_over_message));
+            self.blame(speakers.only().filter(|_| is_over_message));
             // One that does so again and again is not asked at once.
             let grace = self.callers.sharing.reconnect_grace;
             self.before = Some(match self.before.take() {
@@ -556,7 +578,7 @@ impl Server {
             warn!(%route, %key, %endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
         }
         self.forget_all();
-        self.blame(speaker.filter(|_| is_over_message));
+        self.blame(speakers.only().filter(|_| is_over_message));
         match close {
             Some(frame) => self.finish_all(&End::Close(frame)),
             None if self.clients.is_empty() => {}
@@ -573,7 +595,7 @@ impl Server {
         }
     }
 
-    /// Ends a client whose message was the last on each of several WebSockets in a row that the backend ended because of a message.
+    /// Ends a client who alone has spoken on each of several WebSockets in a row that the backend ended because of a message.
     fn blame(&mut self, speaker: Option<Client>) {
         static SAID: Sparse = Sparse::new();
         self.blamed = speaker.map(|speaker| match self.blamed {
