@@ -1,4 +1,4 @@
-//! The tracker: no panic; the same events whatever the portions; a boundary is claimed exactly where a frame ends.
+//! The tracker: no panic; the same events whatever the portions, also when whole frames are taken at once; a boundary is claimed exactly where a frame ends.
 //!
 //! The input is one byte that chooses role, reserved bits and limits, one that says how many portion sizes follow
 //! (0 to 15), these sizes, and then the stream. The sizes are used in turn, a 0 as 256; without any it is fed whole.
@@ -19,16 +19,17 @@ fuzz_target!(|input: &[u8]| {
     let [choice, count, rest @ ..] = input else { return };
     let Some((sizes, stream)) = rest.split_at_checked(usize::from(count & 15)) else { return };
     let tracker = tracker(*choice);
-    let whole = run(tracker.clone(), stream, |_| stream.len());
+    let whole = run(tracker.clone(), stream, false, |_| stream.len());
+    assert_eq!(whole, run(tracker.clone(), stream, true, |_| stream.len()), "whole frames, other events");
     let mut sizes = sizes.iter().cycle();
-    let in_portions = run(tracker.clone(), stream, |_| match sizes.next() {
+    let in_portions = run(tracker.clone(), stream, choice & 0x80 != 0, |_| match sizes.next() {
         Some(0) => 256,
         Some(size) => usize::from(*size),
         None => stream.len(),
     });
     assert_eq!(whole, in_portions, "other portions, other events");
     // Byte by byte every position is looked at; long payloads add nothing to it.
-    let by_byte = run(tracker, &stream[..stream.len().min(512)], |_| 1);
+    let by_byte = run(tracker, &stream[..stream.len().min(512)], true, |_| 1);
     if stream.len() <= 512 {
         assert_eq!(whole, by_byte, "byte by byte, other events");
     }
@@ -42,14 +43,32 @@ fn tracker(choice: u8) -> Tracker {
     Tracker::new(sender, rsv, Limits { frame, message })
 }
 
-/// Feeds `stream` in portions and says what came of it.
-fn run(mut tracker: Tracker, stream: &[u8], mut portion: impl FnMut(usize) -> usize) -> (Vec<Seen>, Option<Violation>) {
+/// Feeds `stream` in portions and says what came of it; `by_frame`: whole frames are taken at once where there are any.
+fn run(
+    mut tracker: Tracker,
+    stream: &[u8],
+    by_frame: bool,
+    mut portion: impl FnMut(usize) -> usize,
+) -> (Vec<Seen>, Option<Violation>) {
     let mut seen: Vec<Seen> = Vec::new();
     let mut at = 0;
     assert!(tracker.at_boundary());
     while at < stream.len() {
         let until = (at + portion(at).max(1)).min(stream.len());
         loop {
+            if by_frame {
+                match tracker.whole(&stream[at..until]) {
+                    Ok(Some((used, header))) => {
+                        assert_eq!(used as u64, u64::from(header.size) + header.payload);
+                        assert!(tracker.at_boundary());
+                        seen.push(Seen { header, header_end: at + usize::from(header.size), end: Some(at + used) });
+                        at += used;
+                        continue;
+                    }
+                    Ok(None) => {}
+                    Err(violation) => return (seen, Some(violation)),
+                }
+            }
             let (used, step) = match tracker.step(&stream[at..until]) {
                 Ok(step) => step,
                 Err(violation) => return (seen, Some(violation)),

@@ -4,6 +4,7 @@
 //! done instead.
 
 mod dial;
+mod direct;
 mod identity;
 mod kept;
 mod lent;
@@ -185,6 +186,24 @@ impl Stream {
     /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left there. TLS may have
     /// more all the same, so only `Pending` means that whoever waits is woken. Whoever reads again has passed on what it read before.
     pub fn poll_read_slice(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_recv(stream, cx, buffer),
+            Self::Unix(stream) => direct::poll_recv(stream, cx, buffer),
+            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => self.poll_read_above(cx, buffer),
+        }
+    }
+
+    /// After a read that was not filled: there is nothing more, and whoever waits is woken by what comes. False if that is not known.
+    pub fn is_drained(&self, cx: &mut Context<'_>) -> bool {
+        match self {
+            Self::Tcp(stream) | Self::Dialled(stream, _) => stream.poll_read_ready(cx).is_pending(),
+            Self::Unix(stream) => stream.poll_read_ready(cx).is_pending(),
+            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => false,
+        }
+    }
+
+    /// Of what is more than a socket.
+    fn poll_read_above(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         static SAID: Sparse = Sparse::new();
         let mut buffer = ReadBuf::new(buffer);
         if let Err(error) = ready!(Pin::new(self).poll_read(cx, &mut buffer)) {
@@ -194,6 +213,15 @@ impl Stream {
             }
         }
         Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// Writes as much as is taken at once, or nothing.
+    pub fn poll_write_slice(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_send(stream, cx, bytes),
+            Self::Unix(stream) => direct::poll_send(stream, cx, bytes),
+            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => Pin::new(self).poll_write(cx, bytes),
+        }
     }
 
     /// What both sides have agreed to use it for, if it is encrypted (ALPN).

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{
     stamp::Stamp,
-    ws::{Limits, Opcode, Rsv, Sender, Tracker},
+    ws::{Header, Limits, Opcode, Rsv, Sender, Tracker},
 };
 
 /// Bytes on their way from one side to the other.
@@ -62,6 +62,15 @@ impl Lane {
             messages: 0,
             bytes: 0,
         }
+    }
+
+    /// The frame of `header` begins; up to `hold` bytes of payload are passed on only when whole.
+    pub(super) fn begin(&mut self, header: Header, hold: usize, forwards: bool) {
+        if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
+            self.opcode = header.opcode;
+        }
+        self.streams = header.payload > hold as u64;
+        self.inside_frame = self.streams && forwards;
     }
 
     fn kept_mut(&mut self) -> &mut Kept {

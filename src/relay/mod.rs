@@ -26,7 +26,7 @@ use std::{
 use bytes::Bytes;
 use tokio::{
     task::yield_now,
-    time::{Sleep, sleep_until},
+    time::{Instant, Sleep, sleep_until},
 };
 
 pub use self::ending::{Cause, Gone, Initiator};
@@ -423,16 +423,17 @@ impl Relay {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let now = Stamp::now();
+        let instant = Instant::now();
+        let now = Stamp::from(instant);
         self.hear_order(cx);
         if self.is_delay_cut() {
             self.ending.hasten(now);
         }
-        let mut due = Due { timer: self.alarm() <= now, leave: true };
+        let mut due = Due { timer: self.timer.deadline() <= instant, leave: true };
         // Only in a later turn than the one that set it, and only after everything that had come was read.
         let settling = self.settling();
         let mut wake = None;
-        // A side that has nothing to be read in this turn is asked once: that registers the task.
+        // A side that has nothing more to be read in this turn is asked once: that registers the task.
         let mut dry = [false; 2];
         let mut rounds = 0;
         loop {
@@ -462,7 +463,9 @@ impl Relay {
             }
             rounds += u32::from(progress);
             let is_over = rounds > 1 && now.elapsed() > TURN;
-            if progress && !is_over {
+            // Nothing has come of what could be read, and whatever could be written is: another round would find nothing.
+            let is_idle = dry == [true; 2] && !self.ending.has_begun();
+            if progress && !is_over && !is_idle {
                 continue;
             }
             // Only now, when everything that had come was read, or a full turn of it: a late turn of ours is nobody's silence, and what is
@@ -484,19 +487,15 @@ impl Relay {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
             // A timer that is early costs one look; moving it with every message would cost more.
-            if due < self.alarm() || self.alarm() <= now {
-                self.timer.as_mut().reset(due.into());
+            let (due, alarm) = (Instant::from(due), self.timer.deadline());
+            if due < alarm || alarm <= instant {
+                self.timer.as_mut().reset(due);
             }
             if self.timer.as_mut().poll(cx).is_ready() {
                 cx.waker().wake_by_ref();
             }
         }
         Poll::Pending
-    }
-
-    /// What the timer stands at.
-    fn alarm(&self) -> Stamp {
-        self.timer.deadline().into()
     }
 
     /// Hands a leg over to its linger.
@@ -613,7 +612,9 @@ impl Relay {
             let Some(stream) = &mut self.streams[index] else { return false };
             let lane = &mut self.lanes[index];
             let held = lane.held().len();
-            scratch[..held].copy_from_slice(lane.held());
+            if held > 0 {
+                scratch[..held].copy_from_slice(lane.held());
+            }
             let fresh = if let Some(count) = lane.next_early(&mut scratch[held..held + READ]) {
                 Ok(count)
             } else {
@@ -645,6 +646,8 @@ impl Relay {
                     self.timer_is_late |= self.probes[index].has_said(now);
                     lane.bytes += fresh as u64;
                     self.traffic.read(side, fresh as u64);
+                    // Saves a round that would find nothing.
+                    *dry = fresh < READ && stream.is_drained(cx);
                     if self.ending.listens(side) {
                         // The end of a frame is known before its bytes are written.
                         let to = side.other() as usize;
@@ -682,20 +685,27 @@ impl Relay {
         let mut frame_at = 0;
         let violation = loop {
             let lane = &mut self.lanes[index];
-            let (used, step) = match lane.tracker.step(&bytes[at..]) {
+            let rest = &bytes[at..];
+            if rest.is_empty() && lane.tracker.at_boundary() {
+                break None;
+            }
+            let hold = self.config.hold_frame;
+            let stepped = match lane.tracker.whole(rest) {
+                Ok(Some((used, header))) => {
+                    lane.begin(header, hold, forwards);
+                    Ok((used, Step::End(header)))
+                }
+                Ok(None) => lane.tracker.step(rest),
+                Err(violation) => Err(violation),
+            };
+            let (used, step) = match stepped {
                 Ok(step) => step,
                 Err(violation) => break Some(violation),
             };
             at += used;
             match step {
                 Step::More => break None,
-                Step::Header(header) => {
-                    if matches!(header.opcode, Opcode::Text | Opcode::Binary) {
-                        lane.opcode = header.opcode;
-                    }
-                    lane.streams = header.payload > self.config.hold_frame as u64;
-                    lane.inside_frame = lane.streams && forwards;
-                }
+                Step::Header(header) => lane.begin(header, hold, forwards),
                 Step::End(header) => {
                     if std::mem::take(&mut lane.inside_frame) {
                         lane.unblocked = now;
@@ -1063,7 +1073,7 @@ const TICK: Duration = Duration::from_millis(1);
 
 fn poll_write(stream: &mut Option<Stream>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
     match stream {
-        Some(stream) => match tokio::io::AsyncWrite::poll_write(Pin::new(stream), cx, bytes) {
+        Some(stream) => match stream.poll_write_slice(cx, bytes) {
             Poll::Ready(Ok(0)) => Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
             result => result,
         },

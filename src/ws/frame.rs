@@ -72,6 +72,21 @@ pub struct Header {
     pub size: u8,
 }
 
+impl Header {
+    /// Of the bytes of a whole header, whose opcode is known already.
+    pub(super) fn read(opcode: Opcode, bytes: &[u8]) -> Self {
+        let (first, second) = (bytes[0], bytes[1]);
+        let mask = if second & 0x80 == 0 { None } else { bytes.last_chunk().copied() };
+        let payload = match second & 0x7F {
+            126 => u64::from(u16::from_be_bytes([bytes[2], bytes[3]])),
+            127 => bytes[2..].first_chunk().map_or(0, |length| u64::from_be_bytes(*length)),
+            short => u64::from(short),
+        };
+        let size = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
+        Self { fin: first & 0x80 != 0, rsv: first & 0x70, opcode, mask, payload, size }
+    }
+}
+
 /// Masks or unmasks in place (RFC 6455 5.3).
 pub fn apply_mask(payload: &mut [u8], mask: [u8; 4]) {
     for (byte, key) in payload.iter_mut().zip(mask.iter().cycle()) {

@@ -178,6 +178,25 @@ impl Tracker {
         self.in_message
     }
 
+    /// Takes the frame that `input` begins with, if all of it is there and none is under way, and says how long it is: what two
+    /// [steps](Self::step) do, for the frames that most streams consist of. `None`: nothing was taken.
+    pub fn whole(&mut self, input: &[u8]) -> Result<Option<(usize, Header)>, Violation> {
+        let &[first, second, ..] = input else { return Ok(None) };
+        let size = header_size(second);
+        if self.have != 0 || input.len() < size {
+            return Ok(None);
+        }
+        let opcode = self.check_first(first, second)?;
+        let header = Header::read(opcode, &input[..size]);
+        match usize::try_from(header.payload) {
+            Ok(payload) if payload <= input.len() - size => {
+                self.check(&header, second)?;
+                Ok(Some((size + payload, header)))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Goes on to the next event and says how many bytes of `input` lie before it.
     ///
     /// A header and the end of its frame are two events, also when the payload is empty. After an error the tracker
@@ -208,16 +227,17 @@ impl Tracker {
                 break;
             }
             // A wrong first byte is refused before the rest of the header came.
-            self.check_first()?;
+            self.check_first(self.header[0], self.header[1])?;
         }
-        let header = self.check()?;
+        let opcode = self.check_first(self.header[0], self.header[1])?;
+        let header = Header::read(opcode, &self.header[..usize::from(self.have)]);
+        self.check(&header, self.header[1])?;
         (self.in_payload, self.left) = (true, header.payload);
         Ok((used, Step::Header(header)))
     }
 
     /// The rules that need only the first two bytes.
-    fn check_first(&self) -> Result<(), Violation> {
-        let (first, second) = (self.header[0], self.header[1]);
+    fn check_first(&self, first: u8, second: u8) -> Result<Opcode, Violation> {
         let fin = first & 0x80 != 0;
         let rsv = first & 0x70;
         let opcode = Opcode::from_bits(first & 0x0F).ok_or(Violation::Opcode)?;
@@ -241,14 +261,12 @@ impl Tracker {
         } else if (opcode == Opcode::Continuation) != self.in_message {
             return Err(Violation::Fragments);
         }
-        Ok(())
+        Ok(opcode)
     }
 
-    /// All rules, on a complete header.
-    fn check(&mut self) -> Result<Header, Violation> {
-        self.check_first()?;
-        let header = self.header();
-        match self.header[1] & 0x7F {
+    /// The other rules, on a complete header.
+    fn check(&mut self, header: &Header, second: u8) -> Result<(), Violation> {
+        match second & 0x7F {
             // "the minimal number of bytes MUST be used to encode the length" (RFC 6455 5.2)
             126 if header.payload < 126 => return Err(Violation::Length),
             // "the most significant bit MUST be 0" (RFC 6455 5.2)
@@ -266,21 +284,13 @@ impl Tracker {
             }
             self.in_message = !header.fin;
         }
-        Ok(header)
+        Ok(())
     }
 
     /// The header that is here as a whole.
     fn header(&self) -> Header {
-        let [first, second, ..] = self.header;
-        let size = usize::from(self.have);
-        let mask = if second & 0x80 == 0 { None } else { self.header[..size].last_chunk().copied() };
-        let length = &self.header[2..size - mask.map_or(0, |mask: [u8; 4]| mask.len())];
-        let payload = match length.len() {
-            0 => u64::from(second & 0x7F),
-            _ => length.iter().fold(0, |payload, byte| payload << 8 | u64::from(*byte)),
-        };
-        let opcode = Opcode::from_bits(first & 0x0F).expect("others are refused before the header is whole");
-        Header { fin: first & 0x80 != 0, rsv: first & 0x70, opcode, mask, payload, size: self.have }
+        let opcode = Opcode::from_bits(self.header[0] & 0x0F).expect("others are refused before the header is whole");
+        Header::read(opcode, &self.header[..usize::from(self.have)])
     }
 }
 

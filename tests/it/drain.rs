@@ -148,7 +148,7 @@ fn it_is_too_late_to_undo_when_the_listeners_are_closed() {
 /// SIGTERM during the drain of an operator is the first signal, not the second.
 #[test]
 fn a_signal_during_an_operators_drain_hurries_nobody() {
-    let t = Scene::new("drain = { delay = '300ms', window = '300ms' }").start();
+    let t = Scene::new("drain = { delay = '2s', window = '300ms' }").start();
     let client = start_session(&t);
     assert_eq!(post(t.proxy(), "/drain").code(), 202);
     t.proxy().sigterm();

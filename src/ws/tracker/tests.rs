@@ -121,7 +121,12 @@ fn stream() -> impl Strategy<Value = (Tracker, Vec<u8>)> {
 type Said = (Vec<(usize, Step)>, Option<(usize, Violation)>);
 
 /// Feeds `bytes` in portions of the given sizes, used in turn.
-fn feed(mut tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
+fn feed(tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
+    feed_whole(tracker, bytes, sizes, false)
+}
+
+/// The same; `by_frame`: whole frames are taken at once where there are any.
+fn feed_whole(mut tracker: Tracker, bytes: &[u8], sizes: &[usize], by_frame: bool) -> Said {
     let mut events = Vec::new();
     let mut ended = 0;
     let mut at = 0;
@@ -131,6 +136,18 @@ fn feed(mut tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
         }
         let until = (at + size).min(bytes.len());
         loop {
+            match if by_frame { tracker.whole(&bytes[at..until]) } else { Ok(None) } {
+                Ok(Some((used, header))) => {
+                    assert!(tracker.at_boundary());
+                    events.push((at + usize::from(header.size), Step::Header(header)));
+                    at += used;
+                    ended += 1;
+                    events.push((at, Step::End(header)));
+                    continue;
+                }
+                Ok(None) => {}
+                Err(violation) => return (events, Some((ended, violation))),
+            }
             match tracker.step(&bytes[at..until]) {
                 Ok((used, Step::More)) => {
                     at += used;
@@ -213,7 +230,10 @@ proptest! {
     fn portions_do_not_matter((tracker, bytes) in stream(), sizes in vec(1..300_usize, 1..8)) {
         let whole = feed(tracker.clone(), &bytes, &[bytes.len().max(1)]);
         prop_assert_eq!(&feed(tracker.clone(), &bytes, &sizes), &whole);
-        prop_assert_eq!(&feed(tracker, &bytes, &[1]), &whole);
+        prop_assert_eq!(&feed(tracker.clone(), &bytes, &[1]), &whole);
+        // Whole frames at once.
+        prop_assert_eq!(&feed_whole(tracker.clone(), &bytes, &[bytes.len().max(1)], true), &whole);
+        prop_assert_eq!(&feed_whole(tracker, &bytes, &sizes, true), &whole);
     }
 
     /// Of arbitrary header bytes tidegate and tungstenite read the same, and tidegate refuses what the RFC forbids and
