@@ -4,6 +4,7 @@
 //! descriptors = open at the start (accept queues, runtimes, log, admin listener) + spare (admin connections, looks at
 //!               the backend, names, plain requests' backends after their client) + turned away + 1 in reserve
 //!             + connections to the backend that wait for their use, up to a sixteenth
+//!             + 2 for each pipe that moves large payloads, up to a thirty-second
 //!             + 2 for each client connection
 //! ```
 
@@ -12,6 +13,7 @@ use std::fmt;
 use crate::{
     admission::{Capacity, Reason, connection_bytes},
     gate,
+    net::MOST_PIPES,
 };
 
 /// What was found.
@@ -42,6 +44,8 @@ pub struct Budget {
     pub spare: usize,
     /// Connections to backends that may wait for their use.
     pub idle: usize,
+    /// Pipes that each worker may have, of two descriptors.
+    pub pipes: usize,
     /// What sets the number of connections.
     pub limited_by: LimitedBy,
 }
@@ -127,7 +131,9 @@ impl Budget {
         let turned_away = (descriptors / 32).clamp(2, 256);
         // Without one of these a connection is opened when it is needed, so clients come first.
         let idle = (idle as u64).min(descriptors / 16).min(ports.map_or(u64::MAX, |ports| ports / 16));
-        let needed = open + spare + turned_away + idle + 1;
+        // Without one of these a payload is copied.
+        let pipes = (descriptors / 64 / (workers as u64).max(1)).min(MOST_PIPES as u64);
+        let needed = open + spare + turned_away + idle + pipes * 2 * workers as u64 + 1;
         let by_descriptors = descriptors.saturating_sub(needed) / 2;
         if by_descriptors == 0 {
             return Err(NoRoom::Descriptors { descriptors, needed });
@@ -157,7 +163,7 @@ impl Budget {
             connection_bytes,
             full: limited_by.reason(),
         };
-        Ok(Self { capacity, spare: whole(spare), idle: whole(idle), limited_by })
+        Ok(Self { capacity, spare: whole(spare), idle: whole(idle), pipes: whole(pipes), limited_by })
     }
 }
 
@@ -176,11 +182,11 @@ mod tests {
     /// The scarcest resource decides, and a wish only when it is within all of them.
     #[test]
     fn what_is_scarcest_decides() {
-        assert_eq!(budget(HOST, None), (9_663, LimitedBy::Descriptors));
-        assert_eq!(budget(Host { idle: 40, ..HOST }, None), (9_643, LimitedBy::Descriptors));
-        assert_eq!(budget(Host { idle: 100_000, ..HOST }, None), (9_038, LimitedBy::Descriptors));
+        assert_eq!(budget(HOST, None), (9_599, LimitedBy::Descriptors));
+        assert_eq!(budget(Host { idle: 40, ..HOST }, None), (9_579, LimitedBy::Descriptors));
+        assert_eq!(budget(Host { idle: 100_000, ..HOST }, None), (8_974, LimitedBy::Descriptors));
         assert_eq!(budget(HOST, Some(100)), (100, LimitedBy::Setting));
-        assert_eq!(budget(HOST, Some(1_000_000)), (9_663, LimitedBy::Descriptors));
+        assert_eq!(budget(HOST, Some(1_000_000)), (9_599, LimitedBy::Descriptors));
         assert_eq!(budget(Host { ports: Some(500), ..HOST }, None), (500, LimitedBy::Ports));
         let small = Host { memory: Some((64 << 20, 8 << 20)), ..HOST };
         assert_eq!(budget(small, None), (1_939, LimitedBy::Memory));
@@ -204,8 +210,8 @@ mod tests {
         /// Whatever was found, what is given fits into the descriptors.
         #[test]
         fn it_always_fits(descriptors in 1_u64..1 << 20, open in 0_u64..1 << 10, idle in 0_usize..1 << 12) {
-            if let Ok(Budget { capacity, spare, idle, .. }) = Budget::new(&Host { descriptors, open, idle, ..HOST }, None) {
-                let given = capacity.connections * 2 + capacity.turned_away + spare + idle + 1;
+            if let Ok(Budget { capacity, spare, idle, pipes, .. }) = Budget::new(&Host { descriptors, open, idle, ..HOST }, None) {
+                let given = capacity.connections * 2 + capacity.turned_away + spare + idle + pipes * 2 * HOST.workers + 1;
                 proptest::prop_assert!(given as u64 + open <= descriptors);
             }
         }

@@ -244,7 +244,9 @@ impl Server {
             let accepts = accepts.clone();
             let worker = Worker { index, context, balancer, listeners, go, accepted, accepts };
             let (abort, alive, heart) = (abort.clone(), alive.clone(), pulse.heart());
+            let pipes = budget.pipes;
             thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+                net::limit_pipes(pipes);
                 runtime.block_on(async {
                     tokio::select! {
                         () = worker.run() => {}

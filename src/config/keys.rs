@@ -323,6 +323,7 @@ impl Settings {
                 max_frame: 16 << 20,
                 max_control_rate: 1000,
                 hold_frame: 16 << 10,
+                splice_from: Some(64 << 10),
                 hold_timeout: seconds(30),
                 ping_interval: seconds(25),
                 pong_timeout: seconds(20),
@@ -391,7 +392,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
     } = upstream;
     let Tls { is_on: tls, ca, server_name, client_certificate, client_key, client: _ } = tls;
     let relay::Config {
-        max_message, max_frame, max_control_rate, hold_frame, hold_timeout, ping_interval, pong_timeout, write_timeout,
+        max_message, max_frame, max_control_rate, hold_frame, splice_from, hold_timeout, ping_interval, pong_timeout, write_timeout,
         max_age, max_age_jitter, idle_timeout, close_delay, close_handshake_timeout, client_lost_code, backend_lost_code, backend_error_code,
     } = relay;
     let close::Config { patience: close::Patience { linger, linger_max }, max_lingering } = close;
@@ -462,6 +463,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
         live("websocket", "max_frame", Size(U64(max_frame), CONTROL_FRAME_BYTES..=1024 * GIB)),
         live("websocket", "max_control_rate", Count(U32(max_control_rate), 0..=1_000_000)),
         live("websocket", "hold_frame", Size(Usize(hold_frame), KIB..=32 * KIB)),
+        live("websocket", "splice_from", Size(OptionUsize(splice_from), KIB..=GIB)),
         live("websocket", "hold_timeout", time(hold_timeout, ABOVE_ZERO)),
         live("websocket", "ping_interval", time(ping_interval, FROM_ZERO)),
         live("websocket", "pong_timeout", time(pong_timeout, ABOVE_ZERO)),

@@ -10,6 +10,7 @@ mod kept;
 mod lent;
 mod listener;
 mod local;
+mod pipe;
 mod poller;
 mod sys;
 mod tls;
@@ -40,6 +41,7 @@ pub use self::{
     lent::{Back, Lent, lend},
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     local::{Fault, Local, fault},
+    pipe::{MOST_PIPES, Pipe, limit_pipes},
     poller::Poller,
     tls::{
         Accepting, ClientCertificate, Secured, TLS_FILE_BYTES, Tls, TlsClient, TlsFile, TlsFileError, TlsServer,

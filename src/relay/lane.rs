@@ -1,8 +1,15 @@
 //! One direction of a session: what was read and may not be passed on yet, and what the other side did not take yet.
 
+use std::{
+    io,
+    task::{Context, Poll},
+};
+
 use bytes::Bytes;
 
+use super::poll_write;
 use crate::{
+    net::{Pipe, Stream},
     stamp::Stamp,
     ws::{Header, Limits, Opcode, Rsv, Sender, Tracker},
 };
@@ -43,6 +50,8 @@ struct Kept {
     /// buffer and a control frame, since nothing is read while there are any.
     pending: Vec<u8>,
     taken: usize,
+    /// What the other side did not take of a large payload, where it is not in this process; goes before `pending`. Never empty.
+    pipe: Option<Pipe>,
 }
 
 impl Lane {
@@ -79,7 +88,9 @@ impl Lane {
 
     /// Gives memory back when nothing is kept.
     fn tidy(&mut self) {
-        self.kept.take_if(|kept| kept.early.is_empty() && kept.held.is_empty() && kept.pending.is_empty());
+        self.kept.take_if(|kept| {
+            kept.early.is_empty() && kept.held.is_empty() && kept.pending.is_empty() && kept.pipe.is_none()
+        });
     }
 
     /// Of what was read beyond the handshake the next part, if there is one.
@@ -89,6 +100,10 @@ impl Lane {
         into[..count].copy_from_slice(&early.split_to(count));
         self.tidy();
         (count > 0).then_some(count)
+    }
+
+    pub(super) fn has_early(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| !kept.early.is_empty())
     }
 
     /// The beginning of a frame that is not passed on yet.
@@ -101,13 +116,33 @@ impl Lane {
         self.kept.as_ref().and_then(|kept| kept.held_since)
     }
 
-    /// What waits to be written.
-    pub(super) fn pending(&self) -> &[u8] {
-        self.kept.as_ref().map_or(&[], |kept| &kept.pending[kept.taken..])
+    pub(super) fn has_pending(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| !kept.pending.is_empty() || kept.pipe.is_some())
     }
 
-    pub(super) fn has_pending(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| !kept.pending.is_empty())
+    /// Writes of what waits what comes first, as far as it is taken; [`Self::take`] is to be told of it.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, stream: &mut Option<Stream>) -> Poll<io::Result<usize>> {
+        let Some(kept) = self.kept.as_deref_mut() else { return Poll::Ready(Ok(0)) };
+        if let (Some(pipe), Some(stream)) = (&mut kept.pipe, &*stream) {
+            match pipe.poll_empty(cx, stream) {
+                Poll::Ready(Ok(Some(count))) => return Poll::Ready(Ok(count)),
+                Poll::Ready(Ok(None)) => {
+                    let rest = pipe.read();
+                    kept.pipe = None;
+                    kept.pending.splice(..kept.taken, rest?);
+                    kept.taken = 0;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        poll_write(stream, cx, &kept.pending[kept.taken..])
+    }
+
+    /// Keeps what is in a pipe, before all else that waits.
+    pub(super) fn keep(&mut self, pipe: Pipe, now: Stamp) {
+        self.progress = now;
+        self.kept_mut().pipe = Some(pipe);
     }
 
     /// Keeps what the other side did not take.
@@ -128,7 +163,15 @@ impl Lane {
     pub(super) fn take(&mut self, count: usize, now: Stamp) {
         (self.progress, self.moved) = (now, now);
         let kept = self.kept_mut();
-        kept.taken += count;
+        if let Some(pipe) = &kept.pipe {
+            // It knows how much was taken of it.
+            if !pipe.is_empty() {
+                return;
+            }
+            kept.pipe = None;
+        } else {
+            kept.taken += count;
+        }
         if kept.taken == kept.pending.len() {
             self.unblocked = now;
             self.drop_pending();
@@ -137,7 +180,7 @@ impl Lane {
 
     pub(super) fn drop_pending(&mut self) {
         if let Some(kept) = &mut self.kept {
-            (kept.pending, kept.taken) = (Vec::new(), 0);
+            (kept.pending, kept.taken, kept.pipe) = (Vec::new(), 0, None);
             self.tidy();
         }
     }

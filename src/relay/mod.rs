@@ -11,6 +11,7 @@ mod ending;
 #[cfg(debug_assertions)]
 mod fault;
 mod lane;
+mod splice;
 #[cfg(test)]
 mod tests;
 
@@ -54,6 +55,8 @@ pub struct Config {
     pub max_control_rate: u32,
     /// Frames up to this payload are passed on only when whole; 1 KiB to 32 KiB.
     pub hold_frame: usize,
+    /// The rest of a payload of which at least so many bytes are to come is not copied, where both legs are bare sockets; `None`: all is.
+    pub splice_from: Option<usize>,
     /// How long an incomplete frame is held.
     pub hold_timeout: Duration,
     /// Silence after which a side gets a Ping; zero: never.
@@ -359,14 +362,15 @@ impl Relay {
             let close: &[u8] = if is_untold { close.as_bytes() } else { &[] };
             let mut cx = Context::from_waker(Waker::noop());
             // What the kernel takes now: nobody waits for more.
-            let mut bytes = [lane.pending(), close].concat();
-            while !bytes.is_empty()
-                && let Poll::Ready(Ok(count)) = poll_write(&mut stream, &mut cx, &bytes)
+            let now = Stamp::now();
+            lane.push(close, now);
+            while lane.has_pending()
+                && let Poll::Ready(Ok(count)) = lane.poll_write(&mut cx, &mut stream)
             {
-                bytes.drain(..count);
+                lane.take(count, now);
             }
-            if bytes.is_empty() && is_untold {
-                self.ending.has_told(side, Some(Code::INTERNAL.get()), Stamp::now());
+            if !lane.has_pending() && is_untold {
+                self.ending.has_told(side, Some(Code::INTERNAL.get()), now);
             }
         }
         lane.drop_pending();
@@ -535,7 +539,7 @@ impl Relay {
         let mut progress = false;
         while lane.has_pending() {
             self.is_unsure[side as usize] = true;
-            let written = poll_write(&mut self.streams[side as usize], cx, lane.pending());
+            let written = lane.poll_write(cx, &mut self.streams[side as usize]);
             self.is_unsure[side as usize] = false;
             match written {
                 Poll::Ready(Ok(count)) => lane.take(count, now),
@@ -607,6 +611,11 @@ impl Relay {
                 self.find_fault(fault, now);
             }
             return fault.is_some();
+        }
+        if self.lanes[index].streams
+            && let Some(is_progress) = self.splice(cx, side, dry, now)
+        {
+            return is_progress;
         }
         with_scratch(|scratch| {
             let Some(stream) = &mut self.streams[index] else { return false };

@@ -173,6 +173,20 @@ impl Tracker {
         self.in_payload.then(|| self.header())
     }
 
+    /// Bytes of payload that are still to come before the frame ends.
+    pub const fn rest(&self) -> u64 {
+        self.left
+    }
+
+    /// So many bytes of payload go by without being fed, at most [`Self::rest`]. Where these were the last, the end of the frame is the next
+    /// step, with or without input.
+    ///
+    /// # Panics
+    /// When they are more.
+    pub const fn skip(&mut self, bytes: u64) {
+        self.left = self.left.checked_sub(bytes).expect("no more than the rest of a payload");
+    }
+
     /// Between the first and the last frame of a fragmented message.
     pub const fn in_message(&self) -> bool {
         self.in_message

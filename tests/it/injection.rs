@@ -157,6 +157,8 @@ fn config(hold_frame: usize, way: Way) -> Config {
         max_frame: 16 << 20,
         max_control_rate: 0,
         hold_frame,
+        // Of each large frame the payload, or what comes of it apart from its header, is moved in the kernel.
+        splice_from: Some(1),
         hold_timeout: TOO_LONG,
         ping_interval: Duration::ZERO,
         pong_timeout: TOO_LONG,

@@ -25,6 +25,7 @@ mod http;
 mod http2;
 mod idle;
 mod injection;
+mod large;
 mod lifetime;
 mod linger;
 mod listeners;

@@ -25,6 +25,7 @@ fn config() -> Config {
         max_frame: 1 << 20,
         max_control_rate: 0,
         hold_frame: 16 << 10,
+        splice_from: None,
         hold_timeout: Duration::from_secs(5),
         ping_interval: Duration::from_secs(30),
         pong_timeout: Duration::from_secs(10),

@@ -167,6 +167,42 @@ fn feed_whole(mut tracker: Tracker, bytes: &[u8], sizes: &[usize], by_frame: boo
     (events, None)
 }
 
+/// As [`feed`], but of each payload the portions that the sizes say are skipped, in turns with those that are fed.
+fn feed_and_skip(mut tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
+    let mut events = Vec::new();
+    let mut ended = 0;
+    let mut at = 0;
+    for (turn, size) in sizes.iter().cycle().enumerate() {
+        if at == bytes.len() && tracker.payload_begun().is_none_or(|_| tracker.rest() > 0) {
+            break;
+        }
+        let mut until = (at + size).min(bytes.len());
+        if turn % 2 == 0 {
+            let rest = usize::try_from(tracker.rest()).expect("of this stream");
+            let skipped = rest.min(until - at);
+            tracker.skip(skipped as u64);
+            at += skipped;
+            // What is at its end says so without more input.
+            until = at;
+        }
+        loop {
+            match tracker.step(&bytes[at..until]) {
+                Ok((used, Step::More)) => {
+                    at += used;
+                    break;
+                }
+                Ok((used, step)) => {
+                    at += used;
+                    ended += usize::from(matches!(step, Step::End(_)));
+                    events.push((at, step));
+                }
+                Err(violation) => return (events, Some((ended, violation))),
+            }
+        }
+    }
+    (events, None)
+}
+
 /// The first event of a header on its own.
 fn first(mut tracker: Tracker, bytes: &[u8]) -> Result<(usize, Step), Violation> {
     tracker.step(bytes)
@@ -233,7 +269,9 @@ proptest! {
         prop_assert_eq!(&feed(tracker.clone(), &bytes, &[1]), &whole);
         // Whole frames at once.
         prop_assert_eq!(&feed_whole(tracker.clone(), &bytes, &[bytes.len().max(1)], true), &whole);
-        prop_assert_eq!(&feed_whole(tracker, &bytes, &sizes, true), &whole);
+        prop_assert_eq!(&feed_whole(tracker.clone(), &bytes, &sizes, true), &whole);
+        // Nor does it who was not fed a payload.
+        prop_assert_eq!(&feed_and_skip(tracker, &bytes, &sizes), &whole);
     }
 
     /// Of arbitrary header bytes tidegate and tungstenite read the same, and tidegate refuses what the RFC forbids and

@@ -87,7 +87,7 @@ impl Stage {
         let settings = format!("log.filter = 'info'\n{quiet}{settings}");
         let baseline = self.lab.counters(Side::Proxy);
         let proxy = Proxy::start_in(&self.lab, surroundings, &settings, backend, self.started);
-        let descriptors = proxy.descriptors();
+        let descriptors = proxy.descriptors_but_pipes();
         Front { proxy, lab: &self.lab, baseline, descriptors }
     }
 
@@ -219,7 +219,7 @@ impl Front<'_> {
         self.metrics_when("that nothing is left", all_zero);
         let begun = Instant::now();
         loop {
-            let now = self.descriptors();
+            let now = self.descriptors_but_pipes();
             if now == self.descriptors {
                 return;
             }

@@ -267,6 +267,13 @@ impl Proxy {
         fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("our own child").count()
     }
 
+    /// The same without the ends of pipes: it keeps a few of those that large payloads go through, for the next ones.
+    pub fn descriptors_but_pipes(&self) -> usize {
+        let links = fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("our own child");
+        let is_pipe = |link: io::Result<PathBuf>| link.is_ok_and(|to| to.to_string_lossy().starts_with("pipe:"));
+        links.flatten().filter(|link| !is_pipe(fs::read_link(link.path()))).count()
+    }
+
     /// From now on it may have so many descriptors open; those that it has stay.
     pub fn limit_descriptors(&self, count: u64) {
         let limit = Rlimit { current: Some(count), maximum: Some(count) };
