@@ -19,6 +19,7 @@ use tracing_subscriber::{
     filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
 };
 
+use super::lines::JsonLines;
 use crate::{
     config::{self, LogFormat},
     reload::Log,
@@ -72,7 +73,6 @@ pub(super) fn init(config: &config::Log) -> anyhow::Result<(WorkerGuard, Arc<dyn
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE).thread_name("log").finish(io::stdout());
     let dropped = writer.error_counter();
-    let lines = fmt_layer().with_writer(writer).with_target(false);
     let json = match config.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
@@ -80,10 +80,10 @@ pub(super) fn init(config: &config::Log) -> anyhow::Result<(WorkerGuard, Arc<dyn
     };
     let subscriber = registry().with(filter);
     let result = if json {
-        let lines = lines.json().flatten_event(true).with_current_span(false).with_span_list(false);
-        subscriber.with(lines).try_init()
+        subscriber.with(JsonLines::new(writer)).try_init()
     } else {
-        subscriber.with(lines.with_ansi(io::stdout().is_terminal())).try_init()
+        let lines = fmt_layer().with_writer(writer).with_target(false).with_ansi(io::stdout().is_terminal());
+        subscriber.with(lines).try_init()
     };
     result.map_err(|error| anyhow::anyhow!("the log is set up already: {error}"))?;
     log_panics();
