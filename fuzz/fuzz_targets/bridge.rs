@@ -5,6 +5,7 @@
 //! `200`, `via: b`, a line each. After the target: `w` for `:protocol`, `e` for END_STREAM.
 #![no_main]
 
+use bytes::Bytes;
 use h2::ext::Protocol;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -48,6 +49,7 @@ fn request_passes(mut request: Request<()>, is_over: bool) {
     // Over HTTP/1.1 it is one request, and ends where its header ends.
     let mut bytes = format!("{} {} HTTP/1.1\r\n", request.method(), request.uri()).into_bytes();
     write_header(request.headers(), &mut bytes);
+    let bytes = Bytes::from(bytes);
     let mut fields = [httparse::EMPTY_HEADER; 256];
     let mut head = httparse::Request::new(&mut fields);
     assert_eq!(head.parse(&bytes), Ok(httparse::Status::Complete(bytes.len())), "{}", bytes.escape_ascii());
@@ -55,7 +57,7 @@ fn request_passes(mut request: Request<()>, is_over: bool) {
     assert_eq!(head.method, Some(asks_for));
     let target = uri.path_and_query().map_or("/", |target| target.as_str());
     assert_eq!(head.path, Some(target), "another target");
-    let headers = read_header(head.headers).expect("what was written");
+    let headers = read_header(head.headers, &bytes).expect("what was written");
     assert_eq!(&headers, request.headers(), "what was written is read");
 
     // Who is meant: one Host, and no other than the authority.

@@ -2,15 +2,16 @@
 //!
 //! Only what this file calls [`Intent::WebSocket`] can ever become a tunnel.
 
+use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{
         CONNECTION, CONTENT_LENGTH, EXPECT, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE,
     },
 };
 
 use super::Config;
-use crate::fields::{has_token, read_header, tokens, write_header};
+use crate::fields::{read_header, tokens_of, write_header};
 
 /// Elements that a `Connection` header may have: each costs a look at all headers.
 const MAX_CONNECTION_OPTIONS: usize = 32;
@@ -45,7 +46,7 @@ const MAX_HEADERS: usize = 64;
 ///
 /// Nearly all are, and then hyper is not needed: no body, no second request. `None`: hyper shall look at it, and say what is
 /// wrong if something is. Reading is httparse's work either way.
-pub fn whole_handshake(bytes: &[u8], config: &Config) -> Option<(Request<()>, usize)> {
+pub fn whole_handshake(bytes: &Bytes, config: &Config) -> Option<(Request<()>, usize)> {
     let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Request::new(&mut fields[..config.header_count.min(MAX_HEADERS)]);
     let httparse::Status::Complete(length) = head.parse(bytes).ok()? else { return None };
@@ -54,8 +55,8 @@ pub fn whole_handshake(bytes: &[u8], config: &Config) -> Option<(Request<()>, us
         return None;
     }
     let mut request = Request::new(());
-    *request.uri_mut() = target.parse().ok()?;
-    *request.headers_mut() = read_header(head.headers)?;
+    *request.uri_mut() = Uri::from_maybe_shared(bytes.slice_ref(target.as_bytes())).ok()?;
+    *request.headers_mut() = read_header(head.headers, bytes)?;
     // Whatever is about a body.
     if [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT].iter().any(|name| request.headers().contains_key(name)) {
         return None;
@@ -93,36 +94,41 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     }
     // "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host
     // header field and to any request message that contains more than one" (RFC 9112 3.2).
-    let hosts = headers.get_all(HOST).iter().count();
-    if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() || (host.is_none() && request.version() == Version::HTTP_11) {
         return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
     }
-    if headers.get(HOST).is_some_and(|host| !is_host(host.as_bytes())) {
+    if host.is_some_and(|host| !is_host(host.as_bytes())) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Host is no host with a port"));
     }
+    let [connection, upgrade] = [CONNECTION, UPGRADE].map(|name| headers.get_all(name));
     // Bytes beyond ASCII would hide what else stands in the line.
-    if [CONNECTION, UPGRADE].iter().any(|name| headers.get_all(name).iter().any(|value| value.to_str().is_err())) {
+    if [&connection, &upgrade].iter().any(|field| field.iter().any(|value| value.to_str().is_err())) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection and Upgrade must be ASCII"));
     }
+    let length = headers.get(CONTENT_LENGTH);
     // A backend that counts in 63 bits would take it for less than nothing.
-    if headers
-        .get(CONTENT_LENGTH)
-        .is_some_and(|length| length.to_str().map_or(true, |text| text.parse::<i64>().is_err()))
-    {
+    if length.is_some_and(|length| length.to_str().map_or(true, |text| text.parse::<i64>().is_err())) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length is out of range"));
     }
     // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
     // unread, and what that makes of it is a guess.
-    let codings = headers.get_all(TRANSFER_ENCODING).iter().collect::<Vec<_>>();
-    if !matches!(codings[..], [] | [_])
-        || codings.iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
-    {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let coding = codings.next();
+    if codings.next().is_some() || coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Transfer-Encoding must be chunked, once"));
     }
-    if tokens(headers, &CONNECTION).take(MAX_CONNECTION_OPTIONS + 1).count() > MAX_CONNECTION_OPTIONS {
+    let (mut options, mut names_upgrade, mut names_more) = (0, false, false);
+    for option in tokens_of(&connection).take(MAX_CONNECTION_OPTIONS + 1) {
+        options += 1;
+        names_upgrade |= option.eq_ignore_ascii_case("upgrade");
+        names_more |= names_what_a_handshake_needs(option);
+    }
+    if options > MAX_CONNECTION_OPTIONS {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection lists too much"));
     }
-    if !has_token(headers, &UPGRADE, "websocket") {
+    if !tokens_of(&upgrade).any(|protocol| protocol.eq_ignore_ascii_case("websocket")) {
         return Ok(Intent::Plain);
     }
     if request.method() != Method::GET {
@@ -131,18 +137,16 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if request.version() != Version::HTTP_11 {
         return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be HTTP/1.1"));
     }
-    if tokens(headers, &UPGRADE).count() != 1 {
+    if tokens_of(&upgrade).nth(1).is_some() {
         return Err(refuse(StatusCode::BAD_REQUEST, "Upgrade names more than websocket"));
     }
-    if !has_token(headers, &CONNECTION, "upgrade") {
+    if !names_upgrade {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection does not name upgrade"));
     }
-    if tokens(headers, &CONNECTION).any(names_what_a_handshake_needs) {
+    if names_more {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection names a header that the handshake needs"));
     }
-    let has_body = headers.contains_key(TRANSFER_ENCODING)
-        || headers.get(CONTENT_LENGTH).is_some_and(|length| length.as_bytes() != b"0");
-    if has_body {
+    if coding.is_some() || length.is_some_and(|length| length.as_bytes() != b"0") {
         return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must not have a body"));
     }
     if only(headers, &SEC_WEBSOCKET_VERSION).is_none_or(|version| version.as_bytes() != b"13") {
@@ -242,15 +246,15 @@ mod tests {
             ("GET /\u{e4}\u{f6} HTTP/1.1", "X-Text: \u{e4}\r\nSec-WebSocket-Protocol: a, b\r\n"),
         ] {
             for text in [handshake(line, more), handshake(line, more).replace("\r\n", "\n")] {
-                let (request, length) =
-                    whole_handshake(text.as_bytes(), &config()).unwrap_or_else(|| panic!("{text:?}"));
+                let whole = Bytes::from(text.clone());
+                let (request, length) = whole_handshake(&whole, &config()).unwrap_or_else(|| panic!("{text:?}"));
                 let theirs = by_hyper(text.as_bytes()).await.unwrap_or_else(|| panic!("hyper: {text:?}"));
                 assert_eq!((request.uri(), request.headers()), (theirs.uri(), theirs.headers()), "{text}");
                 assert_eq!(length, text.len());
-                let with_frames = [text.as_bytes(), b"\x81\x80abcd"].concat();
+                let with_frames = Bytes::from([text.as_bytes(), b"\x81\x80abcd"].concat());
                 assert_eq!(whole_handshake(&with_frames, &config()).map(|(_, length)| length), Some(text.len()));
                 for end in 0..text.len() {
-                    assert!(whole_handshake(&text.as_bytes()[..end], &config()).is_none(), "{end} of {text}");
+                    assert!(whole_handshake(&whole.slice(..end), &config()).is_none(), "{end} of {text}");
                 }
             }
         }
@@ -326,9 +330,9 @@ mod tests {
             ("GET / HTTP/1.1", &many),
             ("GET / HTTP/1.1", &long),
         ] {
-            assert!(whole_handshake(handshake(line, more).as_bytes(), &config()).is_none(), "{line} {more}");
+            assert!(whole_handshake(&handshake(line, more).into(), &config()).is_none(), "{line} {more}");
         }
         let few = Config { header_count: 4, ..config() };
-        assert!(whole_handshake(handshake("GET / HTTP/1.1", "").as_bytes(), &few).is_none());
+        assert!(whole_handshake(&handshake("GET / HTTP/1.1", "").into(), &few).is_none());
     }
 }

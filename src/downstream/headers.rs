@@ -1,7 +1,7 @@
 //! What is passed on of a header, in both directions.
 
 use std::{
-    fmt,
+    fmt::{self, Write as _},
     net::{IpAddr, SocketAddr},
     num::NonZeroU128,
 };
@@ -26,26 +26,52 @@ const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const CLIENT_CERTIFICATE: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE: HeaderName = HeaderName::from_static("traceparent");
 
-/// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names.
+/// What is meant for one hop, whatever `Connection` says.
+static ONE_HOP: [HeaderName; 8] = [
+    CONNECTION,
+    UPGRADE,
+    TE,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("http2-settings"),
+];
+
+/// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names. `upgrade`: `Connection` and `Upgrade`
+/// get the values of a WebSocket handshake.
 ///
 /// `Host`, the framing, and what a proxy says of its client stay whatever `Connection` says: naming them there is an attack on the next
 /// hop (CVE-2022-31813).
-fn strip_hop_by_hop(headers: &mut HeaderMap) {
+fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
+    // Few are there, and to look at all names costs less than to look for each of these.
+    let mut is_there = [false; ONE_HOP.len()];
+    for name in headers.keys() {
+        if let Some(index) = ONE_HOP.iter().position(|known| known == name) {
+            is_there[index] = true;
+        }
+    }
     // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
     let trailers = has_token(headers, &TE, "trailers");
     let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
+        // Nearly all list nothing else, and these are looked for below.
+        .filter(|token| !["upgrade", "keep-alive"].iter().any(|known| token.eq_ignore_ascii_case(known)))
         .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
-        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) && !is_claim(&dashed(name)))
+        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) && !is_claim(name.as_str()))
         .collect();
     for name in listed {
         headers.remove(name);
     }
-    for name in [CONNECTION, UPGRADE, TE, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION] {
-        headers.remove(name);
+    for (name, is_there) in ONE_HOP.iter().zip(is_there) {
+        if is_there && !(upgrade && (name == CONNECTION || name == UPGRADE)) {
+            headers.remove(name);
+        }
     }
-    for name in ["keep-alive", "proxy-connection", "http2-settings"] {
-        headers.remove(name);
+    if upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -73,7 +99,7 @@ pub fn forward_request<B>(
     *request.uri_mut() = Uri::from(path);
     *request.version_mut() = Version::HTTP_11;
     let headers = request.headers_mut();
-    strip_hop_by_hop(headers);
+    strip_hop_by_hop(headers, upgrade);
     if let Some(authority) = authority {
         headers.insert(HOST, authority);
     }
@@ -95,11 +121,15 @@ pub fn forward_request<B>(
             }
         }
     }
-    let client = client.to_string();
-    // "unknown" is RFC 7239's word for it (6.2).
-    let mut chain: Vec<&str> = elements(headers, &FOR).map(|element| element.unwrap_or("unknown")).collect();
-    chain.push(&client);
-    if let Ok(chain) = HeaderValue::from_str(&chain.join(", ")) {
+    let mut chain = String::new();
+    for element in elements(headers, &FOR) {
+        // "unknown" is RFC 7239's word for it (6.2).
+        chain.push_str(element.unwrap_or("unknown"));
+        chain.push_str(", ");
+    }
+    // It can't fail, but for want of memory.
+    let _ = write!(chain, "{client}");
+    if let Ok(chain) = HeaderValue::try_from(chain) {
         headers.insert(FOR, chain);
     }
     headers.entry(PROTO).or_insert(HeaderValue::from_static(if secured.is_some() { "https" } else { "http" }));
@@ -112,8 +142,6 @@ pub fn forward_request<B>(
     if upgrade {
         headers.remove(CONTENT_LENGTH);
         headers.remove(TE);
-        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     } else {
         // One request per connection, unless the upstream keeps it: its end is ours to make orderly. "A sender of TE MUST also send a 'TE' connection
         // option" (RFC 9110 10.1.4).
@@ -194,16 +222,21 @@ pub fn drop_claims(headers: &mut HeaderMap) {
 }
 
 fn is_claim(name: &str) -> bool {
-    name.starts_with("x-forwarded-") || ["forwarded", "x-real-ip"].contains(&name) || speaks_of_certificates(name)
+    let start = "x-forwarded-";
+    name.get(..start.len()).is_some_and(|name| is_taken_for(name, start))
+        || ["forwarded", "x-real-ip"].iter().any(|claim| is_taken_for(name, claim))
+        || speaks_of_certificates(name)
 }
 
 /// Some servers take `_` for `-` (CGI and its heirs).
-fn dashed(name: &HeaderName) -> String {
-    name.as_str().replace('_', "-")
+fn is_taken_for(name: &str, known: &str) -> bool {
+    // Nearly all differ in this already.
+    name.len() == known.len()
+        && name.bytes().zip(known.bytes()).all(|(byte, known)| byte == known || (byte == b'_' && known == b'-'))
 }
 
 fn drop_those(headers: &mut HeaderMap, are: impl Fn(&str) -> bool) {
-    let those: Vec<HeaderName> = headers.keys().filter(|name| are(&dashed(name))).cloned().collect();
+    let those: Vec<HeaderName> = headers.keys().filter(|name| are(name.as_str())).cloned().collect();
     for name in those {
         headers.remove(name);
     }
@@ -211,7 +244,7 @@ fn drop_those(headers: &mut HeaderMap, are: impl Fn(&str) -> bool) {
 
 /// Envoy's, and those of RFC 9440.
 fn speaks_of_certificates(name: &str) -> bool {
-    ["x-forwarded-client-cert", "client-cert", "client-cert-chain"].contains(&name)
+    ["x-forwarded-client-cert", "client-cert", "client-cert-chain"].iter().any(|claim| is_taken_for(name, claim))
 }
 
 /// Makes a backend's response one for the client; `upgrade`: it is the 101 of a WebSocket.
@@ -220,24 +253,21 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
     let needs_upgrade =
         response.status() == StatusCode::UPGRADE_REQUIRED && has_token(response.headers(), &UPGRADE, "websocket");
     let headers = response.headers_mut();
-    if headers.contains_key(TRANSFER_ENCODING) {
+    if upgrade {
+        // None is allowed in a 1xx (RFC 9110 8.6, RFC 9112 6.1), and some clients refuse one that has them.
+        for name in [CONTENT_LENGTH, TRANSFER_ENCODING, TRAILER] {
+            headers.remove(name);
+        }
+    } else if headers.contains_key(TRANSFER_ENCODING) {
         // "a message ... received with both a Transfer-Encoding and a Content-Length header field, the Transfer-Encoding
         // overrides" (RFC 9112 6.3), and whoever forwards it must remove the latter.
         headers.remove(CONTENT_LENGTH);
     }
-    strip_hop_by_hop(headers);
+    strip_hop_by_hop(headers, upgrade);
     if needs_upgrade {
         // "A server that sends a 426 response MUST send an Upgrade header field" (RFC 9110 15.5.22).
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(CONNECTION, HeaderValue::from_static("close, Upgrade"));
-    }
-    if upgrade {
-        // Neither is allowed in a 1xx (RFC 9110 8.6, RFC 9112 6.1), and some clients refuse one that has them.
-        for name in [CONTENT_LENGTH, TRANSFER_ENCODING, TRAILER] {
-            headers.remove(name);
-        }
-        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }
 }
 
@@ -261,7 +291,7 @@ impl fmt::Display for TraceId {
 
 /// Of a `traceparent` that is valid, and the only one.
 pub fn trace_id(headers: &HeaderMap) -> Option<TraceId> {
-    let mut values = headers.get_all("traceparent").iter();
+    let mut values = headers.get_all(TRACE).iter();
     let (value, None) = (values.next()?.to_str().ok()?, values.next()) else { return None };
     let parts: Vec<&str> = value.splitn(5, '-').collect();
     let [version, trace, parent, flags, rest @ ..] = &parts[..] else { return None };

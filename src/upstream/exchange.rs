@@ -187,12 +187,11 @@ pub(super) async fn websocket(
     control: &Control,
 ) -> Result<Answer, Failure> {
     let deadline = Instant::now() + config.handshake_timeout;
-    let key = request.headers().get(SEC_WEBSOCKET_KEY).map(|key| key.as_bytes().to_owned()).unwrap_or_default();
     let (response, parts) = match handshake::ask(stream, request, config, deadline, control).await? {
         First::Switching(response, stream, early) => (response, Some((stream, early))),
         First::Other(asked) => {
-            let request = request.clone().map(|()| Empty::<Bytes>::new());
-            let (response, mut driven) = send(asked, request, config, deadline, control).await?;
+            let again = request.clone().map(|()| Empty::<Bytes>::new());
+            let (response, mut driven) = send(asked, again, config, deadline, control).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Ok(reply(response, driven, None).into());
             }
@@ -201,7 +200,8 @@ pub(super) async fn websocket(
             (response.map(|_| ()), driven.into_parts())
         }
     };
-    if let Err(reason) = check_accept(response.version(), response.headers(), &key) {
+    let key = request.headers().get(SEC_WEBSOCKET_KEY).map(http::HeaderValue::as_bytes).unwrap_or_default();
+    if let Err(reason) = check_accept(response.version(), response.headers(), key) {
         return Err(Failure { error: Error::BadAccept(reason), stream: parts.map(|(stream, _)| stream) });
     }
     let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;

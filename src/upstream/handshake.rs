@@ -10,7 +10,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http::{Request, Response, StatusCode, Version};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
@@ -20,14 +20,14 @@ use tokio::{
 use super::{Config, Control, Error, Failure};
 use crate::{
     fields::{read_header, write_header},
-    net::{Kept, Stream},
+    net::{Kept, Stream, concat},
 };
 
 /// The most header fields of an answer, as in hyper.
 const MAX_HEADERS: usize = 100;
 
-/// Room for most answers.
-const FIRST_READ: usize = 1024;
+/// Room for most requests, and answers.
+const MOST: usize = 1024;
 
 /// What a backend said first.
 pub(super) enum First {
@@ -115,22 +115,21 @@ pub(super) async fn ask(
 
 /// What was read, less the header of a 101 if it began with one. Failures show when it is read again.
 async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (Bytes, Option<Response<()>>) {
-    let mut read = BytesMut::new();
+    let mut read = Bytes::new();
     // When this fails the backend may have answered, and closed, before it had read all.
     let _ = stream.write_all(&head(request)).await;
     loop {
-        read.reserve(FIRST_READ);
-        match stream.read_buf(&mut read).await {
-            Ok(0) | Err(_) => return (read.freeze(), None),
-            Ok(_) => {}
+        let mut more = BytesMut::with_capacity(MOST);
+        match stream.read_buf(&mut more).await {
+            Ok(0) | Err(_) => return (read, None),
+            Ok(_) => read = concat(read, more.freeze()),
         }
         match parse_switching(&read) {
             Parsed::Switching(length, response) if length <= limit => {
-                read.advance(length);
-                return (read.freeze(), Some(response));
+                return (read.slice(length..), Some(response));
             }
             Parsed::Partial if read.len() <= limit => {}
-            _ => return (read.freeze(), None),
+            _ => return (read, None),
         }
     }
 }
@@ -142,7 +141,7 @@ enum Parsed {
     Other,
 }
 
-fn parse_switching(bytes: &[u8]) -> Parsed {
+fn parse_switching(bytes: &Bytes) -> Parsed {
     let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut fields);
     let length = match head.parse(bytes) {
@@ -154,7 +153,7 @@ fn parse_switching(bytes: &[u8]) -> Parsed {
     if head.code != Some(101) {
         return Parsed::Other;
     }
-    let Some(headers) = read_header(head.headers) else { return Parsed::Other };
+    let Some(headers) = read_header(head.headers, bytes) else { return Parsed::Other };
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     *response.version_mut() = if head.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
@@ -164,7 +163,7 @@ fn parse_switching(bytes: &[u8]) -> Parsed {
 
 /// The request as it goes out.
 fn head(request: &Request<()>) -> Vec<u8> {
-    let mut head = Vec::with_capacity(FIRST_READ);
+    let mut head = Vec::with_capacity(MOST);
     let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     // "http://host?query" has an empty path, which is sent as "/" (RFC 9112 3.2.1).
     let root = if target.starts_with('/') { "" } else { "/" };
