@@ -472,7 +472,7 @@ pub struct Metrics {
     closes: Arc<Closes>,
     abnormal: [Counter; ABNORMAL.len()],
     close_duration: Arc<Durations>,
-    lingered: Family<Labels<2>, Counter>,
+    lingered: [[Counter; LINGERED.len()]; 2],
     accept_errors: Family<Labels<1>, Counter>,
 }
 
@@ -508,6 +508,7 @@ impl Metrics {
         let endpoints: Family<Labels<1>, Gauge> = Family::default();
         let idle: Family<Labels<1>, Gauge> = Family::default();
         let idle_uses: Family<Labels<2>, Counter> = Family::default();
+        let lingered: Family<Labels<2>, Counter> = Family::default();
         // A series that alerts are built on must be there before it counts: all of a family are made at once.
         let families: [Family<Labels<1>, Counter>; 8] = Default::default();
         let [handshakes, requests, abnormal, gaps, slow_clients, reconnects, rpc, rpc_drops] = &families;
@@ -570,7 +571,9 @@ impl Metrics {
             closes: Arc::clone(&ends.closes),
             abnormal: ABNORMAL.map(|cause| abnormal.get_or_create(&[("cause", cause)]).clone()),
             close_duration: Arc::clone(&ends.took),
-            lingered: Family::default(),
+            lingered: Side::BOTH.map(|side| {
+                LINGERED.map(|how| lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]).clone())
+            }),
             accept_errors: Family::default(),
         };
         let Self { sessions, connections, lingering, crossed_messages, .. } = &metrics;
@@ -679,7 +682,7 @@ impl Metrics {
         registry.register("proxy_headers", help, metrics.proxy_headers.clone());
         registry.register("http_requests", "Plain requests by the class of their answer", requests);
         registry.register("abnormal_closes", "Ends that were no Close handshake, by cause", abnormal);
-        registry.register("lingered", "Sockets whose last wait ended, by leg and how", metrics.lingered.clone());
+        registry.register("lingered", "Sockets whose last wait ended, by leg and how", lingered);
         registry.register("accept_errors", "Failed accepts by error", metrics.accept_errors.clone());
         registry.register("build", "What runs", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         for result in TlsHandshake::ALL {
@@ -691,11 +694,6 @@ impl Metrics {
         metrics.reload_is_good.set(1);
         for result in ReloadResult::ALL {
             let _ = metrics.reloads.get_or_create(&[("result", result.as_str())]);
-        }
-        for side in Side::BOTH {
-            for how in ["fin", "acked", "reset", "expired", "evicted"] {
-                let _ = metrics.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]);
-            }
         }
         for error in ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "connection"] {
             let _ = metrics.accept_errors.get_or_create(&[("error", error)]);
@@ -815,9 +813,10 @@ impl Metrics {
         self.abnormal[cause].inc();
     }
 
-    /// A socket's last wait ended.
+    /// A socket's last wait ended; `how` is one of [`LINGERED`].
     pub fn lingered(&self, side: Side, how: &'static str) {
-        self.lingered.get_or_create(&[("leg", side.as_str()), ("how", how)]).inc();
+        let how = LINGERED.iter().position(|name| *name == how).expect("one of the names");
+        self.lingered[side as usize][how].inc();
     }
 
     /// `accept()` failed.
@@ -984,6 +983,9 @@ pub const ABNORMAL: [&str; 15] = [
     "drain_cut",
     "panic",
 ];
+
+/// How sockets go after their last wait.
+pub const LINGERED: [&str; 5] = ["fin", "acked", "reset", "expired", "evicted"];
 
 /// Who begins the end of a session.
 pub const INITIATORS: [&str; 3] = ["client", "backend", "tidegate"];

@@ -76,7 +76,7 @@ pub enum Lingered {
 }
 
 impl Lingered {
-    /// For metrics.
+    /// For metrics, one of `metrics::LINGERED`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Fin => "fin",
@@ -251,7 +251,8 @@ impl Linger {
             drop(sockets);
             return self.inner.count(side, Lingered::Evicted);
         }
-        let wait = Wait::new(peer_is_done, patience, net::unacked(&fd).unwrap_or(0) + unsent.len(), now);
+        // At least our FIN, which has just gone; how much more there is shows when it is looked at.
+        let wait = Wait::new(peer_is_done, patience, 1 + unsent.len(), now);
         let is_first = sockets.due.first().is_none_or(|(first, _)| wait.due < *first);
         sockets.due.insert((wait.due, id));
         let counted = self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering));
@@ -275,6 +276,13 @@ impl Linger {
         if is_first {
             self.inner.changed.notify_one();
         }
+    }
+
+    /// Ends a bare socket on which the peer's FIN was read. Nothing of it is unread and nothing more can come, so there is nothing to wait for, and
+    /// `close()` alone sends our FIN, behind what the kernel still has.
+    pub fn close_ended(&self, side: Side, stream: Stream) {
+        drop(stream);
+        self.inner.count(side, Lingered::Fin);
     }
 
     /// When there is no room for a new client, the oldest socket makes it.

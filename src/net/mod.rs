@@ -277,6 +277,11 @@ impl Stream {
         Ok(())
     }
 
+    /// It is a socket of the kernel, and nothing else.
+    pub const fn is_bare(&self) -> bool {
+        matches!(self, Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_))
+    }
+
     /// It ends within this process, where nobody has to be asked whether he is there.
     pub fn is_local(&self) -> bool {
         matches!(self, Self::Local(_))

@@ -120,6 +120,8 @@ pub struct Ended {
     pub stream: Option<Stream>,
     /// Its Close frame was received.
     pub is_done: bool,
+    /// Its FIN was read, and so all that it ever said.
+    pub has_ended: bool,
 }
 
 /// How a session went.
@@ -329,7 +331,7 @@ impl Relay {
             }
             let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
             let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
-            Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false }))
+            Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false, has_ended: false }))
         })
     }
 
@@ -375,7 +377,9 @@ impl Relay {
         }
         lane.drop_pending();
         let is_reset = self.ending.gone(side) == Some(Gone::Reset);
-        Ended { side, stream: stream.filter(|_| !is_reset), is_done: self.ending.heard_close_of(side) }
+        // What it has said by now is not known any more.
+        let (stream, is_done) = (stream.filter(|_| !is_reset), self.ending.heard_close_of(side));
+        Ended { side, stream, is_done, has_ended: false }
     }
 
     /// How it went; meant for after the second leg.
@@ -509,9 +513,10 @@ impl Relay {
         let inside_frame = std::mem::take(&mut lane.inside_frame);
         self.ending.let_go(side, inside_frame, now);
         self.lanes[side.other() as usize].drop_pending();
-        let is_reset = self.ending.gone(side) == Some(Gone::Reset);
-        let stream = self.streams[side as usize].take().filter(|_| !is_reset);
-        Ended { side, stream, is_done: self.ending.heard_close_of(side) }
+        let gone = self.ending.gone(side);
+        let stream = self.streams[side as usize].take().filter(|_| gone != Some(Gone::Reset));
+        let has_ended = self.read_done[side as usize] && gone == Some(Gone::Fin);
+        Ended { side, stream, is_done: self.ending.heard_close_of(side), has_ended }
     }
 
     fn views(&self) -> [View; 2] {

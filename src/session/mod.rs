@@ -407,8 +407,10 @@ impl Context {
     }
 
     fn let_go(&self, ended: Ended, keeps: Keeps) {
-        if let Some(stream) = ended.stream {
-            self.linger.add(ended.side, stream, ended.is_done, &self.close, keeps);
+        match ended.stream {
+            Some(stream) if ended.has_ended && stream.is_bare() => self.linger.close_ended(ended.side, stream),
+            Some(stream) => self.linger.add(ended.side, stream, ended.is_done, &self.close, keeps),
+            None => {}
         }
     }
 
