@@ -34,6 +34,7 @@ use crate::{
     config::{self, Change, FileSource, Finding, Findings, Level, Loaded, Place, Rejected, Seen, Settings, Sources},
     metrics::ReloadResult,
     net::{self, Listener},
+    relay,
     session::Context,
     slots,
     upstream::{Home, Upstreams},
@@ -454,7 +455,6 @@ impl Reload {
                 warn_of_idle(&upstreams);
             }
             warn_of_ports(&upstreams, first.metrics.max_connections.get());
-            let relay = Arc::new(new.relay.clone());
             if !is_same {
                 first.upstreams.retire(&upstreams);
             }
@@ -471,7 +471,10 @@ impl Reload {
                 }
                 context.current.set(Arc::new(Context {
                     downstream: new.downstream.clone(),
-                    relay: Arc::clone(&relay),
+                    relay: Arc::new(relay::Shared {
+                        config: new.relay.clone(),
+                        ..relay::Shared::clone(&context.relay)
+                    }),
                     close: new.close.patience,
                     log_sample: new.log.sample,
                     upstreams: upstreams.clone(),

@@ -36,6 +36,7 @@ use crate::{
     metrics::{Counted, Metrics},
     net::{self, Inherited, Listener, Origin, Wish},
     notify::{self, Manager, Pulse, Word},
+    relay,
     reload::{self, Parts, Reload},
     restart::{self, Predecessor, Restarts, Successor},
     session::{Context, Current},
@@ -183,7 +184,6 @@ impl Server {
         let leftovers = slots(budget.spare / 4);
         let has_doubted = Arc::default();
         let waiters = Arc::default();
-        let relay = Arc::new(settings.relay.clone());
         let (alive, all_ended) = mpsc::channel(1);
         let (accepts, accepting) = mpsc::channel(1);
         let (inboxes, accepted): (Vec<_>, Vec<_>) = runtimes.0.iter().map(|_| mpsc::unbounded_channel()).unzip();
@@ -210,15 +210,21 @@ impl Server {
                 Home { worker, workers, runtime, tracker, drain, end }
             })
             .collect();
-        let hubs = Hubs::new(&upstreams, settings.sharing(), &homes, &relay, &metrics, &admission);
+        let hubs = Hubs::new(&upstreams, settings.sharing(), &homes, &settings.relay, &metrics, &admission);
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
             let (drain, home) = (drain.clone(), homes[index].clone());
             let tracker = home.tracker.clone();
+            let traffic = metrics.traffic();
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
-                relay: Arc::clone(&relay),
+                relay: Arc::new(relay::Shared {
+                    config: settings.relay.clone(),
+                    traffic: Arc::clone(&traffic),
+                    drain: drain.clone(),
+                    delays: admission.delays(),
+                }),
                 log_sample: settings.log.sample,
                 close: settings.close.patience,
                 linger,
@@ -226,7 +232,7 @@ impl Server {
                 home,
                 hubs: hubs.clone(),
                 metrics: Arc::clone(&metrics),
-                traffic: metrics.traffic(),
+                traffic,
                 drain,
                 roster: Arc::default(),
                 tracker,

@@ -22,6 +22,12 @@ impl Stamp {
         Instant::now().into()
     }
 
+    /// In milliseconds, of which only differences tell something: it begins anew every 49 days.
+    #[expect(clippy::cast_possible_truncation, reason = "that is what is wanted")]
+    pub const fn short(self) -> u32 {
+        (self.0.get() / 1_000_000) as u32
+    }
+
     /// Since then; zero of a moment to come.
     pub fn elapsed(self) -> Duration {
         Self::now() - self

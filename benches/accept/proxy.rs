@@ -165,7 +165,7 @@ struct Parts<'a> {
     upstreams: Upstreams,
     admission: Admission,
     drain: Drain,
-    relay: Arc<relay::Config>,
+    relay: relay::Config,
     handshakes: Arc<Semaphore>,
     requests: Arc<Semaphore>,
     orphans: Arc<Semaphore>,
@@ -190,7 +190,7 @@ impl<'a> Parts<'a> {
             metrics,
             admission: Admission::new(capacity, &settings.limits),
             drain: Drain::new(settings.drain.clone()),
-            relay: Arc::new(settings.relay.clone()),
+            relay: settings.relay.clone(),
             handshakes: slots(settings.upstream.max_waiting),
             requests: slots(settings.upstream.max_waiting),
             orphans: slots(settings.upstream.max_pending),
@@ -223,10 +223,16 @@ impl<'a> Parts<'a> {
             // None is shared here.
             end: Arc::new(drop),
         };
+        let traffic = self.metrics.traffic();
         Arc::new(Context {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
-            relay: Arc::clone(&self.relay),
+            relay: Arc::new(relay::Shared {
+                config: self.relay.clone(),
+                traffic: Arc::clone(&traffic),
+                drain: self.drain.clone(),
+                delays: self.admission.delays(),
+            }),
             log_sample: 0,
             close: self.settings.close.patience,
             linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
@@ -234,7 +240,7 @@ impl<'a> Parts<'a> {
             home,
             hubs: Hubs::default(),
             metrics: Arc::clone(&self.metrics),
-            traffic: self.metrics.traffic(),
+            traffic,
             drain: self.drain.clone(),
             roster: Arc::default(),
             tracker,

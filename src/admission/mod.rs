@@ -21,7 +21,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, Semaphore, SemaphorePermit},
     time::{Instant, sleep},
 };
 
@@ -186,7 +186,7 @@ pub const fn connection_bytes(has_tls: bool) -> u64 {
 }
 
 /// A place is for two sockets, and each of them may linger without the other.
-const HALVES: u32 = 2;
+const HALVES: u8 = 2;
 
 /// The part of all places that is to be free while sessions wait only for their `close.delay`.
 const FEW: usize = 16;
@@ -276,8 +276,10 @@ struct Reserved {
 #[derive(Debug)]
 pub struct Place {
     inner: Arc<Inner>,
-    permit: Option<OwnedSemaphorePermit>,
-    memory: u64,
+    /// In bytes.
+    memory: u32,
+    /// Of a place among the connections, or, if it is `refused`, places among those who are turned away.
+    halves: u8,
     /// It has the descriptor that was kept in reserve.
     has_reserve: bool,
     /// In the count of its address.
@@ -335,9 +337,8 @@ impl Admission {
             return true;
         }
         // One address must not have the places of all while it is told so.
-        let permit = Arc::clone(&self.inner.turned_away).try_acquire_owned().ok();
-        let (inner, refused) = (Arc::clone(&self.inner), Some(Reason::AddressConnections));
-        *place = Place { inner, permit, memory: 0, has_reserve: false, visitor: None, refused };
+        let halves = u8::from(self.inner.turn_away());
+        *place = self.place(halves, 0, Some(Reason::AddressConnections));
         false
     }
 
@@ -352,20 +353,20 @@ impl Admission {
         let reason = match self.reserve_memory() {
             Some(bytes) => {
                 loop {
-                    if let Ok(permit) = Arc::clone(&inner.connections).try_acquire_many_owned(HALVES) {
-                        return Some(self.place(permit, bytes, None));
+                    if let Ok(permit) = inner.connections.try_acquire_many(u32::from(HALVES)) {
+                        permit.forget();
+                        return Some(self.place(HALVES, bytes, None));
                     }
                     if !self.make_room() {
                         break;
                     }
                 }
-                inner.give_back(bytes);
+                inner.give_back(u64::from(bytes));
                 inner.full
             }
             None => Reason::Memory,
         };
-        let permit = Arc::clone(&inner.turned_away).try_acquire_owned().ok()?;
-        Some(self.place(permit, 0, Some(reason)))
+        inner.turn_away().then(|| self.place(1, 0, Some(reason)))
     }
 
     /// A client was accepted, with this place: when few are left, sessions that only wait for their `close.delay` are to make room for the
@@ -445,24 +446,18 @@ impl Admission {
         memory.take(bytes).then(|| Extra { inner: Arc::clone(&self.inner), memory: bytes })
     }
 
-    fn place(&self, permit: OwnedSemaphorePermit, memory: u64, refused: Option<Reason>) -> Place {
-        Place {
-            inner: Arc::clone(&self.inner),
-            permit: Some(permit),
-            memory,
-            has_reserve: false,
-            visitor: None,
-            refused,
-        }
+    fn place(&self, halves: u8, memory: u32, refused: Option<Reason>) -> Place {
+        Place { inner: Arc::clone(&self.inner), memory, halves, has_reserve: false, visitor: None, refused }
     }
 
     /// For one connection; `None`: there is not enough.
-    fn reserve_memory(&self) -> Option<u64> {
+    fn reserve_memory(&self) -> Option<u32> {
         match &self.inner.memory {
             None => Some(0),
             Some(memory) => {
                 let bytes = self.inner.connection_bytes.load(Ordering::Relaxed);
-                memory.take(bytes).then_some(bytes)
+                let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+                memory.take(u64::from(bytes)).then_some(bytes)
             }
         }
     }
@@ -478,14 +473,9 @@ impl Admission {
         reserve.file.take().or_else(open_any)?;
         reserve.is_in_use = true;
         drop(reserve);
-        Some(Place {
-            inner: Arc::clone(&self.inner),
-            permit: None,
-            memory: 0,
-            has_reserve: true,
-            visitor: None,
-            refused: Some(Reason::Descriptors),
-        })
+        let mut place = self.place(0, 0, Some(Reason::Descriptors));
+        place.has_reserve = true;
+        Some(place)
     }
 
     /// How long a handshake has to wait for its turn at the configured rate; `Err`: too long.
@@ -523,9 +513,9 @@ impl Place {
     /// Half of it, for one of the two sockets of a session that lingers before the other: it takes a descriptor and no memory
     /// that was promised. `None`: it has no two.
     pub fn split(&mut self) -> Option<Self> {
-        let permit = self.permit.as_mut().filter(|permit| permit.num_permits() > 1)?.split(1)?;
+        self.halves = self.halves.checked_sub(1).filter(|left| *left > 0)?;
         let inner = Arc::clone(&self.inner);
-        Some(Self { inner, permit: Some(permit), memory: 0, has_reserve: false, visitor: None, refused: self.refused })
+        Some(Self { inner, memory: 0, halves: 1, has_reserve: false, visitor: None, refused: self.refused })
     }
 
     /// What its last socket needs while it lingers.
@@ -533,14 +523,14 @@ impl Place {
     pub fn last_half(mut self) -> Self {
         let spare = self.split();
         self.visitor = None;
-        self.inner.give_back(std::mem::take(&mut self.memory));
+        self.inner.give_back(u64::from(std::mem::take(&mut self.memory)));
         drop(spare);
         self
     }
 
     /// There is none, not even for an answer.
     pub fn is_nothing(&self) -> bool {
-        self.permit.is_none() && !self.has_reserve
+        self.halves == 0 && !self.has_reserve
     }
 
     /// It has the descriptor that was kept in reserve.
@@ -551,7 +541,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.inner.give_back(self.memory);
+        self.inner.give_back(u64::from(self.memory));
         if self.has_reserve {
             self.inner.take_reserve(&mut lock(&self.inner.reserve));
         } else if self.inner.lacks_reserve.load(Ordering::Relaxed) {
@@ -561,7 +551,8 @@ impl Drop for Place {
             }
         }
         // Given back before somebody is told.
-        self.permit = None;
+        let slots = if self.refused.is_some() { &self.inner.turned_away } else { &self.inner.connections };
+        slots.add_permits(usize::from(self.halves));
         self.inner.freed.notify_one();
     }
 }
@@ -578,6 +569,11 @@ impl Inner {
     fn take_reserve(&self, reserve: &mut Reserve) {
         *reserve = Reserve { file: open_any(), is_in_use: false };
         self.lacks_reserve.store(reserve.file.is_none(), Ordering::Relaxed);
+    }
+
+    /// A place among those who are turned away; false: there is none.
+    fn turn_away(&self) -> bool {
+        self.turned_away.try_acquire().map(SemaphorePermit::forget).is_ok()
     }
 
     fn give_back(&self, bytes: u64) {

@@ -273,7 +273,7 @@ impl Lines {
         let client = Leg { stream: Some(Stream::Local(Box::new(theirs))), early: Bytes::new() };
         let drain = Drain::new((*home.drain.config()).clone());
         let backend = Leg { stream: Some(stream), early };
-        let relay = Relayed::new(self.relay, &drain, client, backend);
+        let relay = Relayed::new(&self.relay, &drain, client, backend);
         let line = Line {
             socket: WebSocketStream::from_raw_socket(ours, Role::Client, Some(self.socket)).await,
             relay: relay.clone(),
@@ -295,8 +295,10 @@ impl Lines {
 }
 
 impl Relayed {
-    fn new(config: Arc<relay::Config>, drain: &Drain, client: Leg, backend: Leg) -> Self {
-        let relay = Relay::new(config, Arc::default(), drain.clone(), Arc::default(), Rsv::None, client, backend);
+    fn new(config: &relay::Config, drain: &Drain, client: Leg, backend: Leg) -> Self {
+        let (config, drain) = (config.clone(), drain.clone());
+        let shared = relay::Shared { config, traffic: Arc::default(), drain, delays: Arc::default() };
+        let relay = Relay::new(Arc::new(shared), Rsv::None, client, backend);
         Self(Arc::new(Mutex::new(relay)))
     }
 

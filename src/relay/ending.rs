@@ -129,8 +129,6 @@ struct Leg {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Ending {
-    /// After the backend's Close nothing comes from it, not even its FIN.
-    is_forgotten: bool,
     /// From the first sign on: most sessions show none, and are to cost little.
     signs: Option<Box<Signs>>,
 }
@@ -138,6 +136,8 @@ pub(super) struct Ending {
 /// What was heard and said of an end.
 #[derive(Debug)]
 struct Signs {
+    /// After the backend's Close nothing comes from it, not even its FIN.
+    is_forgotten: bool,
     legs: [Leg; 2],
     /// The client's Close was heard, but whether it waits for an answer is being looked at.
     unsettled: bool,
@@ -162,14 +162,14 @@ impl Signs {
             said: None,
             cut: false,
         };
-        Self { legs: [leg; 2], unsettled: false, leave: None, hastened_at: None, first: None }
+        Self { is_forgotten: false, legs: [leg; 2], unsettled: false, leave: None, hastened_at: None, first: None }
     };
 }
 
 impl Ending {
     /// Of a session in which nobody said anything about an end. `is_forgotten`: the backend's FIN does not come.
-    pub(super) const fn new(is_forgotten: bool) -> Self {
-        Self { is_forgotten, signs: None }
+    pub(super) fn new(is_forgotten: bool) -> Self {
+        Self { signs: is_forgotten.then(|| Box::new(Signs { is_forgotten, ..Signs::NONE })) }
     }
 
     fn signs(&self) -> &Signs {
@@ -557,7 +557,9 @@ impl Ending {
             (Told::Flushed, Some(_)) => Some(now),
             // "the server MUST close the connection immediately" after both Closes (RFC 6455 7.1.1).
             (Told::Flushed, None) if side == Side::Client && leg.close.is_some() => Some(now),
-            (Told::Flushed, None) if side == Side::Backend && leg.close.is_some() && self.is_forgotten => Some(now),
+            (Told::Flushed, None) if side == Side::Backend && leg.close.is_some() && self.signs().is_forgotten => {
+                Some(now)
+            }
             // Without the peer's Close; or with the backend's, where we are the client and wait for its FIN.
             (Told::Flushed, None) => {
                 self.answer_due(side, config, views).max(leg.since.map(|at| at + config.close_handshake_timeout))

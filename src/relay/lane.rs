@@ -11,13 +11,13 @@ use super::poll_write;
 use crate::{
     net::{Pipe, Stream},
     stamp::Stamp,
-    ws::{Header, Limits, Opcode, Rsv, Sender, Tracker},
+    ws::{Header, Opcode, Position, Rsv, Sender},
 };
 
 /// Bytes on their way from one side to the other.
 #[derive(Debug)]
 pub(super) struct Lane {
-    pub(super) tracker: Tracker,
+    pub(super) tracker: Position,
     /// `None` while there are none, as in an idle session.
     kept: Option<Box<Kept>>,
     /// The frame that is under way is not held: its bytes go on, or are discarded, as they come.
@@ -26,12 +26,9 @@ pub(super) struct Lane {
     pub(super) inside_frame: bool,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,
-    /// When the other side last took bytes, or they first had to wait.
+    /// While bytes wait, or the other side is inside a frame: when it last took some, or they first had to wait. Else: since when neither
+    /// is so.
     pub(super) progress: Stamp,
-    /// When a part of a message last came that is not whole yet, or went to the other side after it had waited.
-    pub(super) moved: Stamp,
-    /// When what had waited was last gone, or a frame that was not held ended.
-    pub(super) unblocked: Stamp,
     /// Whole data messages that were passed on.
     pub(super) messages: u64,
     /// Bytes that were read.
@@ -55,19 +52,17 @@ struct Kept {
 }
 
 impl Lane {
-    pub(super) fn new(sender: Sender, rsv: Rsv, limits: Limits, early: &Bytes, now: Stamp) -> Self {
+    pub(super) fn new(sender: Sender, rsv: Rsv, early: &Bytes, now: Stamp) -> Self {
         // Without anything in it, it would still hold the whole buffer that it was read into.
         let kept =
             (!early.is_empty()).then(|| Box::new(Kept { early: Bytes::copy_from_slice(early), ..Kept::default() }));
         Self {
-            tracker: Tracker::new(sender, rsv, limits),
+            tracker: Position::new(sender, rsv),
             kept,
             streams: false,
             inside_frame: false,
             opcode: Opcode::Binary,
             progress: now,
-            moved: now,
-            unblocked: now,
             messages: 0,
             bytes: 0,
         }
@@ -161,7 +156,7 @@ impl Lane {
 
     /// The other side took `count` of the pending bytes. Memory is given back when it took all.
     pub(super) fn take(&mut self, count: usize, now: Stamp) {
-        (self.progress, self.moved) = (now, now);
+        self.progress = now;
         let kept = self.kept_mut();
         if let Some(pipe) = &kept.pipe {
             // It knows how much was taken of it.
@@ -173,7 +168,6 @@ impl Lane {
             kept.taken += count;
         }
         if kept.taken == kept.pending.len() {
-            self.unblocked = now;
             self.drop_pending();
         }
     }

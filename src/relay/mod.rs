@@ -44,6 +44,19 @@ use crate::{
     stamp::Stamp,
     ws::{CloseFrame, Code, Header, Limits, Opcode, Rsv, Sender, Step, Violation, frame, frame::ControlFrame},
 };
+/// What the sessions of a worker share.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// What is configured.
+    pub config: Config,
+    /// What is counted with every message.
+    pub traffic: Arc<Traffic>,
+    /// The order to end.
+    pub drain: Drain,
+    /// Who waits for `close.delay` only.
+    pub delays: Arc<Delays>,
+}
+
 /// What the relay needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -81,6 +94,12 @@ pub struct Config {
     pub backend_lost_code: u16,
     /// What the client gets when the backend broke the protocol or a limit.
     pub backend_error_code: u16,
+}
+
+impl Config {
+    const fn limits(&self) -> Limits {
+        Limits { frame: self.max_frame, message: self.max_message }
+    }
 }
 
 /// Bytes of one read.
@@ -221,9 +240,13 @@ impl Probe {
     }
 }
 
-/// What there is of a session only when it ends.
+/// What there is of a session only when it ends, or has an age to end at.
 #[derive(Debug, Default)]
 struct Farewell {
+    /// When it is old enough, if there is such a thing.
+    retires_at: Option<Stamp>,
+    /// The drain has begun, and these are its moments.
+    moments: Option<Moments>,
     /// A side's Close frame as it came.
     closes: [Option<Box<[u8]>>; 2],
     /// The client's Close was heard, and its socket is looked at once more: not before then, and not in the same turn.
@@ -239,9 +262,8 @@ struct Farewell {
 /// See the module.
 #[derive(Debug)]
 pub struct Relay {
-    config: Arc<Config>,
-    traffic: Arc<Traffic>,
-    drain: Ear,
+    shared: Arc<Shared>,
+    ear: Ear,
     ending: Ending,
     /// By the side whose socket it is.
     streams: [Option<Stream>; 2],
@@ -252,15 +274,14 @@ pub struct Relay {
     read_done: [bool; 2],
     /// A write failed; what it still sent is being read.
     broken: [bool; 2],
-    last_data: (Side, Stamp),
-    /// The second that the client's control frames are counted in, and how many there were.
-    controls: (Stamp, u32),
-    delays: Arc<Delays>,
+    /// When a data frame last ended, and whose it was.
+    last_data: Stamp,
+    last_speaker: Side,
+    /// When a part of a message last came that is not whole yet, or went to the other side after it had waited.
+    moved: Stamp,
+    /// The second that the client's control frames are counted in, by [`Stamp::short`], and how many there were.
+    controls: (u32, u32),
     farewell: Option<Box<Farewell>>,
-    /// When it is old enough.
-    retires_at: Option<Stamp>,
-    /// The drain has begun, and these are its moments.
-    moments: Option<Box<Moments>>,
     timer: Pin<Box<Sleep>>,
     /// Something began that may be due before the timer.
     timer_is_late: bool,
@@ -273,17 +294,10 @@ pub struct Relay {
 impl Relay {
     /// Of two legs after their handshakes. `rsv`: what the negotiated extensions allow. To be made on the worker that
     /// polls it.
-    pub fn new(
-        config: Arc<Config>,
-        traffic: Arc<Traffic>,
-        drain: Drain,
-        delays: Arc<Delays>,
-        rsv: Rsv,
-        client: Leg,
-        backend: Leg,
-    ) -> Self {
+    pub fn new(shared: Arc<Shared>, rsv: Rsv, client: Leg, backend: Leg) -> Self {
         let now = Stamp::now();
-        let limits = Limits { frame: config.max_frame, message: config.max_message };
+        let config = &shared.config;
+        let retires_at = config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random()));
         let mut ending = Ending::new(backend.stream.as_ref().is_some_and(Stream::is_forgotten));
         for (side, leg) in [(Side::Client, &client), (Side::Backend, &backend)] {
             if leg.stream.is_none() {
@@ -292,28 +306,26 @@ impl Relay {
         }
         let probe = || Probe { heard: now, asked: None };
         Self {
-            moments: None,
             has_left: false,
             lanes: [
-                Lane::new(Sender::Client, rsv, limits, &client.early, now),
-                Lane::new(Sender::Server, rsv, limits, &backend.early, now),
+                Lane::new(Sender::Client, rsv, &client.early, now),
+                Lane::new(Sender::Server, rsv, &backend.early, now),
             ],
             streams: [client.stream, backend.stream],
             probes: [probe(), probe()],
             read_done: [false; 2],
             broken: [false; 2],
-            last_data: (Side::Backend, now),
-            controls: (now, 0),
-            delays,
-            farewell: None,
-            retires_at: config.max_age.map(|age| now + lifetime(age, config.max_age_jitter, rand::random())),
+            last_data: now,
+            last_speaker: Side::Backend,
+            moved: now,
+            controls: (now.short(), 0),
+            farewell: retires_at.map(|_| Box::new(Farewell { retires_at, ..Farewell::default() })),
             timer: Box::pin(sleep_until(now.into())),
             timer_is_late: true,
             is_unsure: [false; 2],
             ending,
-            config,
-            traffic,
-            drain: Ear::new(drain),
+            ear: Ear::new(shared.drain.clone()),
+            shared,
         }
     }
 
@@ -322,17 +334,25 @@ impl Relay {
     ///
     /// A panic in here is a bug. It ends this session alone, and that in order as far as it can be.
     pub fn next_ended(&mut self) -> impl Future<Output = Ended> {
-        poll_fn(|cx| {
-            if self.failed_at().is_none() {
-                match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
-                    Ok(polled) => return polled,
-                    Err(_) => self.farewell_mut().failed_at = Some(Stamp::now()),
-                }
+        poll_fn(|cx| self.poll_ended(cx))
+    }
+
+    /// As [`Self::next_ended`], for who is a future himself.
+    pub fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        if self.failed_at().is_none() {
+            match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
+                Ok(polled) => return polled,
+                Err(_) => self.farewell_mut().failed_at = Some(Stamp::now()),
             }
-            let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
-            let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
-            Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false, has_ended: false }))
-        })
+        }
+        let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
+        let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
+        Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false, has_ended: false }))
+    }
+
+    /// A leg is here that has not ended.
+    pub fn is_open(&self) -> bool {
+        self.streams.iter().any(Option::is_some)
     }
 
     fn farewell_mut(&mut self) -> &mut Farewell {
@@ -341,6 +361,14 @@ impl Relay {
 
     fn failed_at(&self) -> Option<Stamp> {
         self.farewell.as_ref()?.failed_at
+    }
+
+    fn moments(&self) -> Option<Moments> {
+        self.farewell.as_ref()?.moments
+    }
+
+    fn retires_at(&self) -> Option<Stamp> {
+        self.farewell.as_ref()?.retires_at
     }
 
     fn settling(&self) -> Option<Stamp> {
@@ -393,7 +421,7 @@ impl Relay {
         let reason = match (initiator, cause) {
             (Initiator::Client, Cause::Close) => self.reason_of(Side::Client),
             (Initiator::Backend, Cause::Close) => self.reason_of(Side::Backend),
-            (_, Cause::Drain) => self.drain.drain().config().reason.clone(),
+            (_, Cause::Drain) => self.shared.drain.config().reason.clone(),
             (_, Cause::Age) => TOO_OLD.to_owned(),
             (_, Cause::Idle) => IDLE.to_owned(),
             (_, Cause::Slow) => SLOW.to_owned(),
@@ -455,7 +483,7 @@ impl Relay {
             if self.ending.has_begun() {
                 // As soon as nothing more is to be read from the client, however much comes from the backend.
                 progress |= (!progress || dry[Side::Client as usize]) && self.settle(cx, settling, now);
-                match self.ending.next(&self.config, self.views(), now) {
+                match self.ending.next(&self.shared.config, self.views(), now) {
                     Ok(Act::Close(side, what)) => {
                         self.send_close(cx, side, what, now);
                         progress = true;
@@ -490,7 +518,8 @@ impl Relay {
             }
         }
         // Who waits for quiet has a moment that moves with every byte.
-        self.timer_is_late |= !self.has_left && (self.moments.is_some() || self.retires_at.is_some_and(|at| at <= now));
+        self.timer_is_late |=
+            !self.has_left && (self.moments().is_some() || self.retires_at().is_some_and(|at| at <= now));
         if self.timer_is_late {
             self.timer_is_late = false;
             let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
@@ -526,7 +555,7 @@ impl Relay {
                 boundary: !lane.inside_frame,
                 flushed: !lane.has_pending(),
                 progress: lane.progress,
-                unblocked: lane.unblocked,
+                unblocked: lane.progress,
             }
         })
     }
@@ -547,7 +576,10 @@ impl Relay {
             let written = lane.poll_write(cx, &mut self.streams[side as usize]);
             self.is_unsure[side as usize] = false;
             match written {
-                Poll::Ready(Ok(count)) => lane.take(count, now),
+                Poll::Ready(Ok(count)) => {
+                    lane.take(count, now);
+                    self.moved = now;
+                }
                 Poll::Ready(Err(error)) => {
                     lane.drop_pending();
                     match net::fault(&error) {
@@ -582,7 +614,9 @@ impl Relay {
             }
             match poll_write(&mut self.streams[side as usize], cx, bytes) {
                 Poll::Ready(Ok(count)) => {
-                    lane.progress = now;
+                    if lane.inside_frame {
+                        lane.progress = now;
+                    }
                     bytes = &bytes[count..];
                 }
                 Poll::Ready(Err(error)) => {
@@ -659,7 +693,7 @@ impl Relay {
                     // The timer may stand at the deadline, and the next Ping be due before.
                     self.timer_is_late |= self.probes[index].has_said(now);
                     lane.bytes += fresh as u64;
-                    self.traffic.read(side, fresh as u64);
+                    self.shared.traffic.read(side, fresh as u64);
                     // Saves a round that would find nothing.
                     *dry = fresh < READ && stream.is_drained(cx);
                     if self.ending.listens(side) {
@@ -693,6 +727,7 @@ impl Relay {
         let index = side as usize;
         let to = side.other();
         let forwards = self.ending.forwards(side);
+        let (limits, hold) = (self.shared.config.limits(), self.shared.config.hold_frame);
         let mut at = seen;
         // What may be passed on in one write begins here; the frame that is being looked at begins there.
         let mut run_at = 0;
@@ -703,13 +738,12 @@ impl Relay {
             if rest.is_empty() && lane.tracker.at_boundary() {
                 break None;
             }
-            let hold = self.config.hold_frame;
-            let stepped = match lane.tracker.whole(rest) {
+            let stepped = match lane.tracker.whole(rest, limits) {
                 Ok(Some((used, header))) => {
                     lane.begin(header, hold, forwards);
                     Ok((used, Step::End(header)))
                 }
-                Ok(None) => lane.tracker.step(rest),
+                Ok(None) => lane.tracker.step(rest, limits),
                 Err(violation) => Err(violation),
             };
             let (used, step) = match stepped {
@@ -722,7 +756,7 @@ impl Relay {
                 Step::Header(header) => lane.begin(header, hold, forwards),
                 Step::End(header) => {
                     if std::mem::take(&mut lane.inside_frame) {
-                        lane.unblocked = now;
+                        lane.progress = now;
                     }
                     lane.streams = false;
                     let end = at;
@@ -753,14 +787,14 @@ impl Relay {
                             return;
                         }
                     } else {
-                        self.last_data = (side, now);
+                        (self.last_data, self.last_speaker) = (now, side);
                         if header.fin {
                             if forwards {
                                 self.lanes[index].messages += 1;
                             } else {
                                 self.farewell_mut().crossed[index] += 1;
                             }
-                            self.traffic.message(side, self.lanes[index].opcode);
+                            self.shared.traffic.message(side, self.lanes[index].opcode);
                         }
                     }
                     frame_at = end;
@@ -774,7 +808,7 @@ impl Relay {
         }
         let lane = &mut self.lanes[index];
         if lane.tracker.payload_begun().is_some_and(|header| !header.opcode.is_control()) {
-            lane.moved = now;
+            self.moved = now;
         }
         if let Some(violation) = violation {
             lane.hold(&[], false, now);
@@ -796,7 +830,7 @@ impl Relay {
         whole: &[u8],
         now: Stamp,
     ) -> Result<bool, Violation> {
-        self.traffic.message(side, header.opcode);
+        self.shared.traffic.message(side, header.opcode);
         if side == Side::Client && header.opcode != Opcode::Close && self.is_flood(now) {
             return Err(Violation::ControlFlood);
         }
@@ -821,11 +855,12 @@ impl Relay {
     /// Counts a control frame of the client; true: it is one too many in this second.
     fn is_flood(&mut self, now: Stamp) -> bool {
         let (since, count) = &mut self.controls;
-        if now >= *since + Duration::from_secs(1) {
-            (*since, *count) = (now, 0);
+        if now.short().wrapping_sub(*since) >= 1000 {
+            (*since, *count) = (now.short(), 0);
         }
         *count = count.saturating_add(1);
-        self.config.max_control_rate != 0 && *count > self.config.max_control_rate
+        let most = self.shared.config.max_control_rate;
+        most != 0 && *count > most
     }
 
     fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Stamp) {
@@ -860,7 +895,7 @@ impl Relay {
                 return true;
             }
             None if self.settling().is_none() => {
-                if self.last_data.0 == Side::Client && !self.config.close_delay.is_zero() {
+                if self.last_speaker == Side::Client && !self.shared.config.close_delay.is_zero() {
                     self.farewell_mut().settling = Some(now + APART);
                 } else {
                     self.farewell_mut().settling = Some(now);
@@ -875,10 +910,10 @@ impl Relay {
 
     /// As long as `close.delay` is all that the session waits for, somebody else may have its place.
     fn keep_delay(&mut self, cx: &Context<'_>, now: Stamp) {
-        if self.ending.delayed_until(&self.config, now).is_some() {
+        if self.ending.delayed_until(&self.shared.config, now).is_some() {
             let sockets = self.streams.iter().flatten().count();
             let Farewell { delay, .. } = self.farewell.get_or_insert_default().as_mut();
-            delay.get_or_insert_with(|| self.delays.begin(cx.waker(), sockets));
+            delay.get_or_insert_with(|| self.shared.delays.begin(cx.waker(), sockets));
         } else if !self.is_delay_cut()
             && let Some(farewell) = &mut self.farewell
         {
@@ -892,10 +927,10 @@ impl Relay {
 
     /// Looks whether a drain has begun.
     fn hear_order(&mut self, cx: &Context<'_>) {
-        if self.moments.is_none() && !self.has_left {
-            self.drain.listen(cx.waker());
-            if self.drain.drain().has_begun() {
-                self.moments = Some(Box::new(self.drain.drain().moments(rand::random())));
+        if !self.has_left && self.moments().is_none() {
+            self.ear.listen(cx.waker());
+            if self.shared.drain.has_begun() {
+                self.farewell_mut().moments = Some(self.shared.drain.moments(rand::random()));
             }
         }
     }
@@ -903,10 +938,10 @@ impl Relay {
     /// Ends the session when a drain, its age or its silence says so; true: it did.
     fn leave(&mut self, now: Stamp) -> bool {
         let Some((at, cause)) = self.leave_due(now) else { return false };
-        if at > now && !(cause == Cause::Drain && self.drain.drain().is_hurried()) {
+        if at > now && !(cause == Cause::Drain && self.shared.drain.is_hurried()) {
             return false;
         }
-        let config = self.drain.drain().config();
+        let config = self.shared.drain.config();
         let reason = match cause {
             Cause::Age => TOO_OLD,
             Cause::Idle => IDLE,
@@ -921,28 +956,24 @@ impl Relay {
     /// When the session may be closed by us, and why: at a quiet point from its moment on, or at its own deadline. A drain, once it
     /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Stamp) -> Option<(Stamp, Cause)> {
-        match &self.moments {
+        match self.moments() {
             _ if self.has_left => return None,
-            Some(moments) => return Some((self.quiet_at(**moments, now), Cause::Drain)),
+            Some(moments) => return Some((self.quiet_at(moments, now), Cause::Drain)),
             None if self.ending.has_begun() => return None,
             None => {}
         }
-        let age = self.retires_at.map(|from| {
+        let age = self.retires_at().map(|from| {
             // Until then the configuration, which all threads share, is not looked at with every message.
             let at = if now < from {
                 from
             } else {
-                self.quiet_at(Moments { from, until: from + self.drain.drain().config().window }, now)
+                self.quiet_at(Moments { from, until: from + self.shared.drain.config().window }, now)
             };
             (at, Cause::Age)
         });
-        let idle = self.config.idle_timeout.map(|timeout| (self.moved_at() + timeout, Cause::Idle));
+        let moved = self.moved.max(self.last_data);
+        let idle = self.shared.config.idle_timeout.map(|timeout| (moved + timeout, Cause::Idle));
         age.into_iter().chain(idle).min_by_key(|(at, _)| *at)
-    }
-
-    /// When a part of a message last came, or went to who was slow to take it.
-    fn moved_at(&self) -> Stamp {
-        self.lanes.iter().map(|lane| lane.moved).fold(self.last_data.1, Stamp::max)
     }
 
     /// The first quiet point within `moments`, as far as can be said now.
@@ -950,8 +981,8 @@ impl Relay {
         if !self.is_between_messages() {
             return moments.until.max(now);
         }
-        let (side, at) = self.last_data;
-        let config = self.drain.drain().config();
+        let (side, at) = (self.last_speaker, self.last_data);
+        let config = self.shared.drain.config();
         let quiet = at + config.quiet * if side == Side::Client { ANSWER_PATIENCE } else { 1 };
         let fresh = if at >= moments.from { moments.from } else { moments.from + config.exchange() };
         quiet.max(fresh).min(moments.until)
@@ -970,7 +1001,7 @@ impl Relay {
         }
         for side in Side::BOTH {
             let lane = &mut self.lanes[side as usize];
-            if lane.has_pending() && now >= lane.progress + self.config.write_timeout {
+            if lane.has_pending() && now >= lane.progress + self.shared.config.write_timeout {
                 self.ending.stalled(side.other(), true, now);
                 return;
             }
@@ -985,7 +1016,7 @@ impl Relay {
                 }
                 return;
             }
-            if lane.held_since().is_some_and(|since| now >= since + self.config.hold_timeout) {
+            if lane.held_since().is_some_and(|since| now >= since + self.shared.config.hold_timeout) {
                 self.release(cx, side, now);
             }
             self.probe(cx, side, now);
@@ -1006,7 +1037,7 @@ impl Relay {
 
     /// Asks a silent side for a sign of life, or finds that it gave none.
     fn probe(&mut self, cx: &mut Context<'_>, side: Side, now: Stamp) {
-        if self.config.ping_interval.is_zero() || self.ending.has_begun() || self.is_local(side) {
+        if self.shared.config.ping_interval.is_zero() || self.ending.has_begun() || self.is_local(side) {
             return;
         }
         let is_read = !self.lanes[side as usize].has_pending();
@@ -1019,14 +1050,14 @@ impl Relay {
             return;
         }
         match probe.deadline() {
-            Some(_) if !flushed => probe.asked_mut().deadline = Some(now + self.config.pong_timeout),
+            Some(_) if !flushed => probe.asked_mut().deadline = Some(now + self.shared.config.pong_timeout),
             Some(deadline) if now >= deadline => {
                 let inside_frame = self.lanes[side as usize].inside_frame;
                 self.ending.heard_gone(side, Gone::Silent, inside_frame, now);
             }
-            None if now >= probe.heard + self.config.ping_interval && flushed && boundary => {
+            None if now >= probe.heard + self.shared.config.ping_interval && flushed && boundary => {
                 let asked = probe.asked_mut();
-                asked.deadline = Some(now + self.config.pong_timeout);
+                asked.deadline = Some(now + self.shared.config.pong_timeout);
                 // The other side's Ping is as good as one of ours, and none of ours may overtake it.
                 if asked.relayed.is_none() {
                     let payload: u64 = rand::random();
@@ -1049,20 +1080,20 @@ impl Relay {
         if self.ending.has_begun() {
             return self.leave_due(now).map(|(at, _)| at.max(now + TICK));
         }
-        let pings = !self.config.ping_interval.is_zero();
+        let pings = !self.shared.config.ping_interval.is_zero();
         let lanes = self.lanes.iter().zip(&self.streams).flat_map(|(lane, from)| {
             let stalled = lane.has_pending().then(|| {
-                let shared = from.as_ref().and_then(Stream::stall_timeout).unwrap_or(self.config.write_timeout);
-                lane.progress + self.config.write_timeout.min(shared)
+                let shared = from.as_ref().and_then(Stream::stall_timeout).unwrap_or(self.shared.config.write_timeout);
+                lane.progress + self.shared.config.write_timeout.min(shared)
             });
-            let held = lane.held_since().map(|since| since + self.config.hold_timeout);
+            let held = lane.held_since().map(|since| since + self.shared.config.hold_timeout);
             [stalled, held]
         });
         let probes = Side::BOTH.into_iter().filter(|side| pings && !self.is_local(*side)).map(|side| {
             let probe = &self.probes[side as usize];
-            let due = probe.deadline().unwrap_or(probe.heard + self.config.ping_interval);
+            let due = probe.deadline().unwrap_or(probe.heard + self.shared.config.ping_interval);
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
-            Some(if due <= now { now + self.config.ping_interval } else { due })
+            Some(if due <= now { now + self.shared.config.ping_interval } else { due })
         });
         lanes.chain(probes).chain([self.leave_due(now).map(|(at, _)| at)]).flatten().map(|at| at.max(now + TICK)).min()
     }

@@ -14,7 +14,7 @@ impl Relay {
         let (index, to) = (side as usize, side.other());
         let lane = &self.lanes[index];
         let rest = usize::try_from(lane.tracker.rest()).unwrap_or(usize::MAX);
-        let is_large = self.config.splice_from.is_some_and(|from| rest >= from);
+        let is_large = self.shared.config.splice_from.is_some_and(|from| rest >= from);
         // What is not passed on, or can't be any more, is read to be discarded.
         let goes_on =
             lane.inside_frame && self.ending.forwards(side) && !self.broken[index] && !self.broken[to as usize];
@@ -37,7 +37,7 @@ impl Relay {
             }
         };
         self.timer_is_late |= self.probes[index].has_said(now);
-        self.traffic.read(side, count);
+        self.shared.traffic.read(side, count);
         let lane = &mut self.lanes[index];
         lane.bytes += count;
         lane.keep(pipe, now);

@@ -54,10 +54,11 @@ impl Scene {
         let ((client, of_client), (backend, of_backend)) = (pair(), pair());
         let settings = crate::config::Settings::default();
         let leg = |stream| Leg { stream: Some(Stream::Unix(stream)), early: Bytes::new() };
-        let (config, traffic) = (Arc::new(settings.relay), crate::metrics::Metrics::new().traffic());
+        let (config, traffic) = (settings.relay, crate::metrics::Metrics::new().traffic());
         let (drain, delays) = (Drain::new(settings.drain), Arc::default());
+        let shared = Arc::new(Shared { config, traffic, drain, delays });
         let (of_client, of_backend) = (leg(of_client), leg(of_backend));
-        let mut relay = Relay::new(config, traffic, drain, delays, Rsv::None, of_client, of_backend);
+        let mut relay = Relay::new(shared, Rsv::None, of_client, of_backend);
         let relay = tokio::task::spawn_local(async move {
             let first = relay.next_ended().await;
             drop((relay.next_ended().await, first));
@@ -210,10 +211,11 @@ impl Inside {
         let within = Within(Arc::default());
         let settings = crate::config::Settings::default();
         let leg = |stream| Leg { stream: Some(stream), early: Bytes::new() };
-        let (config, traffic) = (Arc::new(settings.relay), crate::metrics::Metrics::new().traffic());
+        let (config, traffic) = (settings.relay, crate::metrics::Metrics::new().traffic());
         let (drain, delays) = (Drain::new(settings.drain), Arc::default());
+        let shared = Arc::new(Shared { config, traffic, drain, delays });
         let backend = leg(Stream::Local(Box::new(within.clone())));
-        let mut relay = Relay::new(config, traffic, drain, delays, Rsv::None, leg(Stream::Unix(of_client)), backend);
+        let mut relay = Relay::new(shared, Rsv::None, leg(Stream::Unix(of_client)), backend);
         let relay = tokio::task::spawn_local(async move {
             let first = relay.next_ended().await;
             drop((relay.next_ended().await, first));

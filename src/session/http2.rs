@@ -389,7 +389,7 @@ impl Context {
                 Some(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
                         let written = tokio::select! {
-                            written = write_all(&mut send, data, self.relay.write_timeout) => written,
+                            written = write_all(&mut send, data, self.relay.config.write_timeout) => written,
                             () = &mut hurried => None,
                         };
                         if written.is_none() {
@@ -512,7 +512,7 @@ impl Driver {
         if self.is_leaving && !self.is_used() {
             // Its client may still have to take the end of what it asked for.
             let is_owed = self.connection.has_streams() && !self.is_cut;
-            let patience = if is_owed { self.context.relay.write_timeout } else { FAREWELL };
+            let patience = if is_owed { self.context.relay.config.write_timeout } else { FAREWELL };
             let farewell = self.farewell.get_or_insert_with(|| Box::pin(sleep(patience)));
             return farewell.as_mut().poll(cx).map(|()| Ended::Late);
         }
@@ -530,7 +530,8 @@ impl Driver {
             return Poll::Pending;
         }
         let is_owed = self.connection.has_streams();
-        let patience = if is_owed { self.context.relay.write_timeout } else { self.context.downstream.header_timeout };
+        let patience =
+            if is_owed { self.context.relay.config.write_timeout } else { self.context.downstream.header_timeout };
         self.idle.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx)
     }
 

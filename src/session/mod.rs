@@ -22,8 +22,11 @@ mod roster;
 mod secure;
 
 use std::{
+    future::Future,
     net::SocketAddr,
+    pin::Pin,
     sync::{Arc, atomic::AtomicBool},
+    task::{self, Poll, ready},
     time::Duration,
 };
 
@@ -70,7 +73,7 @@ pub struct Context {
     /// The client's leg.
     pub downstream: downstream::Config,
     /// The relay.
-    pub relay: Arc<relay::Config>,
+    pub relay: Arc<relay::Shared>,
     /// Of so many sessions one has its lines in the log; 0: none. One that did not end in order has its last one always.
     pub log_sample: u32,
     /// The last wait of each socket, and who waits.
@@ -145,6 +148,58 @@ struct Given {
     client: Leg,
     tunnel: Box<Tunnel>,
     accounting: Accounting,
+}
+
+/// A session that is relayed. There are thousands of them, so it is no `async` block: that would keep what it was made of, too.
+struct Running {
+    /// Until both legs have ended, like all that belongs to it.
+    open: Option<Open>,
+    relay: Relay,
+    accounting: Option<Accounting>,
+    seat: Option<Seat>,
+}
+
+impl Running {
+    fn new(context: &Arc<Context>, given: Given) -> Self {
+        let Given { client, tunnel, accounting } = given;
+        let Tunnel { backend, load, endpoint, rsv, about, seat } = *tunnel;
+        let way = match backend.stream {
+            Some(Stream::Multiplexed(_)) => Mode::Multiplexed,
+            Some(Stream::Local(_)) => Mode::Shared,
+            _ => Mode::Dedicated,
+        };
+        let open = Open::new(context, about, (endpoint, load), way);
+        let relay = Relay::new(Arc::clone(&context.relay), rsv, client, backend);
+        Self { relay, open: Some(open), accounting: Some(accounting), seat: Some(seat) }
+    }
+}
+
+impl Future for Running {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<()> {
+        let Self { relay, open, accounting, seat } = &mut *self;
+        loop {
+            let ended = ready!(relay.poll_ended(cx));
+            let (Some(about), Some(Accounting { place, .. })) = (&mut *open, &mut *accounting) else {
+                return Poll::Ready(());
+            };
+            let context = Arc::clone(about.context());
+            if relay.is_open() {
+                context.let_go(ended, place.split().map_or(Keeps::Nothing, Keeps::Place));
+                continue;
+            }
+            let report = relay.report();
+            context.count(&report);
+            about.close(&report);
+            *open = None;
+            if let Some(Accounting { place, guard, counted }) = accounting.take() {
+                context.let_go(ended, Keeps::Place(place.last_half()));
+                drop((guard, counted, seat.take()));
+            }
+            return Poll::Ready(());
+        }
+    }
 }
 
 impl Given {
@@ -244,7 +299,7 @@ impl Context {
                     self.tracker.spawn(this.serve_secure(server, stream, early, peer, accounting, permit, deadline));
                     return;
                 }
-                let stream = Kept::new(Stream::Tcp(stream), self.relay.write_timeout);
+                let stream = Kept::new(Stream::Tcp(stream), self.relay.config.write_timeout);
                 let mut peer = Client::plain(peer);
                 if self.downstream.http2.is_on && downstream::begins_http2(&early) {
                     drop(permit);
@@ -364,46 +419,20 @@ impl Context {
         }
     }
 
-    /// A session from its 101 to the FINs on both legs, and its log lines: in a task of its own, since that of the handshake is larger. There are
-    /// thousands of these futures, and each is as large as all that is alive at any of its waits.
+    /// A session from its 101 to the FINs on both legs, and its log lines: in a task of its own, since that of the handshake is larger.
     fn begin_relay(self: &Arc<Self>, client: Leg, tunnel: Box<Tunnel>, accounting: Accounting) {
+        let mut given = Given { client, tunnel, accounting };
+        // The runtime aligns its own allocation to two lines of the cache, which costs up to 127 bytes more the larger that is: so all is
+        // in a box.
+        if self.gate.is_calm() {
+            self.tracker.spawn(Box::pin(Running::new(self, given)));
+            return;
+        }
         let this = Arc::clone(self);
-        let mut given = Box::new(Given { client, tunnel, accounting });
-        // The runtime aligns its own allocation to two lines of the cache, which costs up to 127 bytes more the larger that is.
         self.tracker.spawn(Box::pin(async move {
-            if !this.gate.is_calm() {
-                Box::pin(given.wait_until(this.gate.calm())).await;
-            }
-            let (mut relay, mut open, mut accounting, seat) = this.begin_to_relay(given);
-            let first = relay.next_ended().await;
-            this.let_go(first, accounting.place.split().map_or(Keeps::Nothing, Keeps::Place));
-            let second = relay.next_ended().await;
-            let report = relay.report();
-            this.count(&report);
-            open.close(&report);
-            drop(open);
-            let Accounting { place, guard, counted } = accounting;
-            this.let_go(second, Keeps::Place(place.last_half()));
-            drop((guard, counted, seat));
+            given.wait_until(this.gate.calm()).await;
+            this.tracker.spawn(Box::pin(Running::new(&this, given)));
         }));
-    }
-
-    #[allow(
-        clippy::boxed_local,
-        reason = "its memory is free afterwards: what moves out of a box leaves that where it is"
-    )]
-    fn begin_to_relay(&self, given: Box<Given>) -> (Relay, Open<'_>, Accounting, Seat) {
-        let Given { client, tunnel, accounting } = *given;
-        let Tunnel { backend, load, endpoint, rsv, about, seat } = *tunnel;
-        let way = match backend.stream {
-            Some(Stream::Multiplexed(_)) => Mode::Multiplexed,
-            Some(Stream::Local(_)) => Mode::Shared,
-            _ => Mode::Dedicated,
-        };
-        let open = Open::new(self, about, (endpoint, load), way);
-        let (config, traffic) = (Arc::clone(&self.relay), Arc::clone(&self.traffic));
-        let relay = Relay::new(config, traffic, self.drain.clone(), self.admission.delays(), rsv, client, backend);
-        (relay, open, accounting, seat)
     }
 
     fn let_go(&self, ended: Ended, keeps: Keeps) {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::{Context, http::rsv};
 use crate::{
     close::Keeps,
-    relay::{Leg, Relay},
+    relay::{self, Leg, Relay},
     side::Side,
     upstream::{Answer, Error, Exchange, Failure, Placed, Reply},
 };
@@ -112,11 +112,10 @@ impl Orphan for Answer {
                 // A session whose client was reset: the backend gets its Close, and time to answer it.
                 let client = Leg { stream: None, early: Bytes::new() };
                 let backend = Leg { stream: Some(stream), early };
-                let (config, traffic) = (Arc::clone(&context.relay), Arc::clone(&context.traffic));
                 let rsv = rsv(response.headers());
                 // It has no place that somebody else could have.
-                let (drain, delays) = (context.drain.clone(), Arc::default());
-                let mut relay = Relay::new(config, traffic, drain, delays, rsv, client, backend);
+                let shared = relay::Shared { delays: Arc::default(), ..relay::Shared::clone(&context.relay) };
+                let mut relay = Relay::new(Arc::new(shared), rsv, client, backend);
                 for _ in Side::BOTH {
                     let ended = relay.next_ended().await;
                     context.let_go(ended, Keeps::Nothing);

@@ -85,11 +85,11 @@ fn abnormal(report: &Report) -> impl Iterator<Item = &'static str> + '_ {
 const BUG: &str = "a bug in tidegate: please report it";
 
 /// A session between its two log lines. Dropped without a report it was cut: by the end of the drain, or by a panic.
-pub(super) struct Open<'a> {
+pub(super) struct Open {
     entry: Arc<Entry>,
+    context: Arc<Context>,
     /// In the roster.
-    key: usize,
-    context: &'a Context,
+    key: u32,
     /// The log has its first line, and so gets its last one.
     is_told: bool,
     is_closed: bool,
@@ -98,14 +98,14 @@ pub(super) struct Open<'a> {
     _counted: Counted,
 }
 
-impl<'a> Open<'a> {
+impl Open {
     pub(super) fn new(
-        context: &'a Context,
+        context: &Arc<Context>,
         about: About,
         (endpoint, load): (Arc<str>, Option<Load>),
         way: Mode,
     ) -> Self {
-        let Context { metrics, roster, log_sample: sample, .. } = context;
+        let Context { metrics, roster, log_sample: sample, .. } = &**context;
         let entry = Arc::new(Entry { about, endpoint, way, begun: Stamp::now() });
         let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
@@ -116,7 +116,12 @@ impl<'a> Open<'a> {
             info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, "open");
         }
         let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
-        Self { entry, key, context, is_told, is_closed: false, _load: load, _counted: counted }
+        Self { entry, context: Arc::clone(context), key, is_told, is_closed: false, _load: load, _counted: counted }
+    }
+
+    /// What its session shares with others.
+    pub(super) const fn context(&self) -> &Arc<Context> {
+        &self.context
     }
 
     pub(super) fn close(&mut self, report: &Report) {
@@ -177,7 +182,7 @@ impl<'a> Open<'a> {
     }
 }
 
-impl Drop for Open<'_> {
+impl Drop for Open {
     fn drop(&mut self) {
         self.context.roster.remove(self.key);
         if self.is_closed {

@@ -45,12 +45,14 @@ pub struct Session<'a> {
 }
 
 impl Roster {
-    pub(super) fn add(&self, entry: Arc<Entry>) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(entry)
+    /// In four bytes, since each session keeps one.
+    pub(super) fn add(&self, entry: Arc<Entry>) -> u32 {
+        let key = self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(entry);
+        key.try_into().expect("a worker has far fewer than 2^32 sessions")
     }
 
-    pub(super) fn remove(&self, key: usize) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).try_remove(key);
+    pub(super) fn remove(&self, key: u32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).try_remove(key as usize);
     }
 
     /// All of them, as they are now.

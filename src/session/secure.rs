@@ -134,7 +134,7 @@ impl Context {
             }
         };
         let client = Client::of(address, &stream);
-        let mut stream = Kept::new(stream, self.relay.write_timeout);
+        let mut stream = Kept::new(stream, self.relay.config.write_timeout);
         if client.is_http2 {
             // Each of its requests has to have a place there.
             drop(permit);

@@ -8,4 +8,4 @@ mod tracker;
 
 pub use close::{CloseFrame, Code};
 pub use frame::{Header, Opcode};
-pub use tracker::{Limits, Rsv, Sender, Step, Tracker, Violation};
+pub use tracker::{Limits, Position, Rsv, Sender, Step, Tracker, Violation};

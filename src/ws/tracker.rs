@@ -142,6 +142,54 @@ pub enum Step {
 #[derive(Debug, Clone)]
 pub struct Tracker {
     limits: Limits,
+    position: Position,
+}
+
+impl Tracker {
+    /// At the first frame of a direction.
+    pub const fn new(sender: Sender, rsv: Rsv, limits: Limits) -> Self {
+        Self { limits, position: Position::new(sender, rsv) }
+    }
+
+    /// As [`Position::at_boundary`].
+    pub const fn at_boundary(&self) -> bool {
+        self.position.at_boundary()
+    }
+
+    /// As [`Position::payload_begun`].
+    pub fn payload_begun(&self) -> Option<Header> {
+        self.position.payload_begun()
+    }
+
+    /// As [`Position::in_message`].
+    pub const fn in_message(&self) -> bool {
+        self.position.in_message()
+    }
+
+    /// As [`Position::rest`].
+    pub const fn rest(&self) -> u64 {
+        self.position.rest()
+    }
+
+    /// As [`Position::skip`].
+    pub const fn skip(&mut self, bytes: u64) {
+        self.position.skip(bytes);
+    }
+
+    /// As [`Position::whole`].
+    pub fn whole(&mut self, input: &[u8]) -> Result<Option<(usize, Header)>, Violation> {
+        self.position.whole(input, self.limits)
+    }
+
+    /// As [`Position::step`].
+    pub fn step(&mut self, input: &[u8]) -> Result<(usize, Step), Violation> {
+        self.position.step(input, self.limits)
+    }
+}
+
+/// A tracker without its limits: these are the same for thousands of sessions, and two of this are in each.
+#[derive(Debug, Clone)]
+pub struct Position {
     /// Bytes of payload that are still to come.
     left: u64,
     /// The payload of a fragmented message so far.
@@ -149,18 +197,40 @@ pub struct Tracker {
     header: [u8; MAX_HEADER],
     /// Bytes of the header that are here.
     have: u8,
-    /// The header is whole, and its frame is not.
-    in_payload: bool,
-    in_message: bool,
-    sender: Sender,
-    rsv: Rsv,
+    /// Of [`IN_PAYLOAD`], [`IN_MESSAGE`] and [`OF_SERVER`]; above these, in two bits, the [`Rsv`].
+    marks: u8,
 }
 
-impl Tracker {
+/// The header is whole, and its frame is not.
+const IN_PAYLOAD: u8 = 1;
+
+/// Between the first and the last frame of a fragmented message.
+const IN_MESSAGE: u8 = 2;
+
+/// The frames are a server's.
+const OF_SERVER: u8 = 4;
+
+/// Where the [`Rsv`] begins, and two of its values.
+const RSV_AT: u32 = 3;
+const RSV_NONE: u8 = Rsv::None as u8;
+const RSV_DEFLATE: u8 = Rsv::Deflate as u8;
+
+impl Position {
     /// At the first frame of a direction.
-    pub const fn new(sender: Sender, rsv: Rsv, limits: Limits) -> Self {
-        let header = [0; MAX_HEADER];
-        Self { limits, left: 0, message: 0, header, have: 0, in_payload: false, in_message: false, sender, rsv }
+    pub const fn new(sender: Sender, rsv: Rsv) -> Self {
+        let sender = match sender {
+            Sender::Client => 0,
+            Sender::Server => OF_SERVER,
+        };
+        Self { left: 0, message: 0, header: [0; MAX_HEADER], have: 0, marks: sender | (rsv as u8) << RSV_AT }
+    }
+
+    const fn is(&self, mark: u8) -> bool {
+        self.marks & mark != 0
+    }
+
+    const fn set(&mut self, mark: u8, is_so: bool) {
+        self.marks = if is_so { self.marks | mark } else { self.marks & !mark };
     }
 
     /// Between two frames.
@@ -170,7 +240,7 @@ impl Tracker {
 
     /// The header of the frame whose payload is being read.
     pub fn payload_begun(&self) -> Option<Header> {
-        self.in_payload.then(|| self.header())
+        self.is(IN_PAYLOAD).then(|| self.header())
     }
 
     /// Bytes of payload that are still to come before the frame ends.
@@ -189,12 +259,12 @@ impl Tracker {
 
     /// Between the first and the last frame of a fragmented message.
     pub const fn in_message(&self) -> bool {
-        self.in_message
+        self.is(IN_MESSAGE)
     }
 
     /// Takes the frame that `input` begins with, if all of it is there and none is under way, and says how long it is: what two
     /// [steps](Self::step) do, for the frames that most streams consist of. `None`: nothing was taken.
-    pub fn whole(&mut self, input: &[u8]) -> Result<Option<(usize, Header)>, Violation> {
+    pub fn whole(&mut self, input: &[u8], limits: Limits) -> Result<Option<(usize, Header)>, Violation> {
         let &[first, second, ..] = input else { return Ok(None) };
         let size = header_size(second);
         if self.have != 0 || input.len() < size {
@@ -204,7 +274,7 @@ impl Tracker {
         let header = Header::read(opcode, &input[..size]);
         match usize::try_from(header.payload) {
             Ok(payload) if payload <= input.len() - size => {
-                self.check(&header, second)?;
+                self.check(&header, second, limits)?;
                 Ok(Some((size + payload, header)))
             }
             _ => Ok(None),
@@ -215,15 +285,16 @@ impl Tracker {
     ///
     /// A header and the end of its frame are two events, also when the payload is empty. After an error the tracker
     /// must not be fed again.
-    pub fn step(&mut self, input: &[u8]) -> Result<(usize, Step), Violation> {
-        if self.in_payload {
+    pub fn step(&mut self, input: &[u8], limits: Limits) -> Result<(usize, Step), Violation> {
+        if self.is(IN_PAYLOAD) {
             let used = usize::try_from(self.left).map_or(input.len(), |left| left.min(input.len()));
             self.left -= used as u64;
             if self.left > 0 {
                 return Ok((used, Step::More));
             }
             let header = self.header();
-            (self.in_payload, self.have) = (false, 0);
+            self.set(IN_PAYLOAD, false);
+            self.have = 0;
             return Ok((used, Step::End(header)));
         }
         let mut used = 0;
@@ -245,8 +316,9 @@ impl Tracker {
         }
         let opcode = self.check_first(self.header[0], self.header[1])?;
         let header = Header::read(opcode, &self.header[..usize::from(self.have)]);
-        self.check(&header, self.header[1])?;
-        (self.in_payload, self.left) = (true, header.payload);
+        self.check(&header, self.header[1], limits)?;
+        self.set(IN_PAYLOAD, true);
+        self.left = header.payload;
         Ok((used, Step::Header(header)))
     }
 
@@ -255,31 +327,31 @@ impl Tracker {
         let fin = first & 0x80 != 0;
         let rsv = first & 0x70;
         let opcode = Opcode::from_bits(first & 0x0F).ok_or(Violation::Opcode)?;
-        let rsv_allowed = match self.rsv {
-            Rsv::None => rsv == 0,
-            Rsv::Deflate => rsv == 0 || (rsv == 0x40 && matches!(opcode, Opcode::Text | Opcode::Binary)),
-            Rsv::Any => true,
+        let rsv_allowed = match self.marks >> RSV_AT {
+            RSV_NONE => rsv == 0,
+            RSV_DEFLATE => rsv == 0 || (rsv == 0x40 && matches!(opcode, Opcode::Text | Opcode::Binary)),
+            _ => true,
         };
         if !rsv_allowed {
             return Err(Violation::Rsv);
         }
-        match (self.sender, second & 0x80 != 0) {
-            (Sender::Client, false) => return Err(Violation::Unmasked),
-            (Sender::Server, true) => return Err(Violation::Masked),
+        match (self.is(OF_SERVER), second & 0x80 != 0) {
+            (false, false) => return Err(Violation::Unmasked),
+            (true, true) => return Err(Violation::Masked),
             _ => {}
         }
         if opcode.is_control() {
             if !fin || usize::from(second & 0x7F) > MAX_CONTROL {
                 return Err(Violation::Control);
             }
-        } else if (opcode == Opcode::Continuation) != self.in_message {
+        } else if (opcode == Opcode::Continuation) != self.in_message() {
             return Err(Violation::Fragments);
         }
         Ok(opcode)
     }
 
     /// The other rules, on a complete header.
-    fn check(&mut self, header: &Header, second: u8) -> Result<(), Violation> {
+    fn check(&mut self, header: &Header, second: u8, limits: Limits) -> Result<(), Violation> {
         match second & 0x7F {
             // "the minimal number of bytes MUST be used to encode the length" (RFC 6455 5.2)
             126 if header.payload < 126 => return Err(Violation::Length),
@@ -287,16 +359,16 @@ impl Tracker {
             127 if u16::try_from(header.payload).is_ok() || header.payload >> 63 != 0 => return Err(Violation::Length),
             _ => {}
         }
-        if header.payload > self.limits.frame {
+        if header.payload > limits.frame {
             return Err(Violation::FrameTooBig);
         }
         if !header.opcode.is_control() {
-            let message = if self.in_message { self.message } else { 0 };
+            let message = if self.in_message() { self.message } else { 0 };
             self.message = message.saturating_add(header.payload);
-            if self.message > self.limits.message {
+            if self.message > limits.message {
                 return Err(Violation::MessageTooBig);
             }
-            self.in_message = !header.fin;
+            self.set(IN_MESSAGE, !header.fin);
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use tidegate::{
     drain::{self, Drain},
     metrics::Metrics,
     net::Stream,
-    relay::{Config, Leg, Relay, Report},
+    relay::{Config, Leg, Relay, Report, Shared},
     side::Side,
     ws::Rsv,
 };
@@ -373,8 +373,8 @@ impl Case {
 
     async fn run(&self, positions: &[usize]) {
         let drain = drain();
-        let config = Arc::new(config(self.hold, self.way));
-        let traffic = Metrics::new().traffic();
+        let (config, traffic) = (config(self.hold, self.way), Metrics::new().traffic());
+        let shared = Arc::new(Shared { config, traffic, drain: drain.clone(), delays: Arc::default() });
         let mut sessions = Vec::new();
         let mut relays = Vec::new();
         let mut tasks = JoinSet::new();
@@ -393,15 +393,7 @@ impl Case {
                 (peer, Leg { stream: Some(Stream::Unix(ours)), early: bytes::Bytes::new() })
             });
             sessions.push(Session { client: client.0, backend: backend.0 });
-            relays.push(Relay::new(
-                Arc::clone(&config),
-                Arc::clone(&traffic),
-                drain.clone(),
-                Arc::default(),
-                Rsv::None,
-                client.1,
-                backend.1,
-            ));
+            relays.push(Relay::new(Arc::clone(&shared), Rsv::None, client.1, backend.1));
         }
         for (index, one) in relays.into_iter().enumerate() {
             tasks.spawn(async move { (index, relay(one).await) });

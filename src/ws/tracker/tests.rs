@@ -161,7 +161,7 @@ fn feed_whole(mut tracker: Tracker, bytes: &[u8], sizes: &[usize], by_frame: boo
                 }
                 Err(violation) => return (events, Some((ended, violation))),
             }
-            assert!(usize::from(tracker.have) <= MAX_HEADER);
+            assert!(usize::from(tracker.position.have) <= MAX_HEADER);
         }
     }
     (events, None)
@@ -423,18 +423,18 @@ proptest! {
 #[test]
 fn the_state_is_small() {
     const { assert!(!std::mem::needs_drop::<Tracker>()) };
-    const { assert!(size_of::<Tracker>() <= 56) };
+    const { assert!(size_of::<Position>() <= 32) };
     let mut tracker = Tracker::new(Sender::Client, Rsv::None, NO_LIMITS);
     let header = [0x82, 0xFF, 0, 0, 0, 0, 0, 1, 0, 0, 1, 2, 3, 4];
     for (at, byte) in header[..MAX_HEADER - 1].iter().enumerate() {
         assert_eq!(tracker.step(&[*byte]), Ok((1, Step::More)));
-        assert_eq!(usize::from(tracker.have), at + 1);
+        assert_eq!(usize::from(tracker.position.have), at + 1);
     }
     assert!(matches!(tracker.step(&header[MAX_HEADER - 1..]), Ok((1, Step::Header(_)))));
     assert!(!tracker.at_boundary());
     // 64 KiB of payload leave nothing behind.
     assert!(matches!(tracker.step(&vec![7; 0x1_0000]), Ok((0x1_0000, Step::End(_)))));
-    assert_eq!((tracker.have, tracker.at_boundary()), (0, true));
+    assert_eq!((tracker.position.have, tracker.at_boundary()), (0, true));
 }
 
 /// Each rule on its own: the frames that break it byte by byte, and their nearest neighbours that do not.
