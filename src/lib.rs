@@ -11,14 +11,15 @@
 //!    restart.rs                                       manager is told, succession
 //! 3  session/  hub/                                    the one place that knows the order of a session; WebSockets that clients share
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
-//! 1  admission/  budget.rs  drain/  gate.rs
-//!    metrics.rs  net/  pool/  slots.rs
+//! 1  admission/  alarms.rs  budget.rs  drain/
+//!    gate.rs  metrics.rs  net/  pool/  slots.rs
 //!    stamp.rs  system.rs  token.rs                     mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
 
 pub mod admin;
 pub mod admission;
+pub mod alarms;
 pub mod budget;
 pub mod cli;
 pub mod close;

@@ -216,15 +216,12 @@ impl Server {
             let (drain, home) = (drain.clone(), homes[index].clone());
             let tracker = home.tracker.clone();
             let traffic = metrics.traffic();
+            let (config, delays) = (settings.relay.clone(), admission.delays());
+            let relay = relay::Shared::new(config, Arc::clone(&traffic), drain.clone(), delays);
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
-                relay: Arc::new(relay::Shared {
-                    config: settings.relay.clone(),
-                    traffic: Arc::clone(&traffic),
-                    drain: drain.clone(),
-                    delays: admission.delays(),
-                }),
+                relay: Arc::new(relay),
                 log_sample: settings.log.sample,
                 close: settings.close.patience,
                 linger,

@@ -224,15 +224,12 @@ impl<'a> Parts<'a> {
             end: Arc::new(drop),
         };
         let traffic = self.metrics.traffic();
+        let (config, delays) = (self.relay.clone(), self.admission.delays());
+        let relay = relay::Shared::new(config, Arc::clone(&traffic), self.drain.clone(), delays);
         Arc::new(Context {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
-            relay: Arc::new(relay::Shared {
-                config: self.relay.clone(),
-                traffic: Arc::clone(&traffic),
-                drain: self.drain.clone(),
-                delays: self.admission.delays(),
-            }),
+            relay: Arc::new(relay),
             log_sample: 0,
             close: self.settings.close.patience,
             linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),

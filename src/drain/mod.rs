@@ -18,12 +18,9 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use self::ears::Ears;
-pub use self::{
-    ears::Ear,
-    phases::{Act, Phase, Phases, Status},
-};
+pub use self::phases::{Act, Phase, Phases, Status};
 
-use crate::stamp::Stamp;
+use crate::{alarms::Alarms, stamp::Stamp};
 
 /// How a drain goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +103,11 @@ impl Drain {
             ears: Ears::default(),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// From now on all who are in there are woken by each order; those that were given before are to be looked at by whoever joins, after it.
+    pub fn wakes(&self, alarms: &Arc<Alarms>) {
+        self.inner.ears.add(alarms);
     }
 
     /// What is configured.

@@ -297,7 +297,7 @@ impl Lines {
 impl Relayed {
     fn new(config: &relay::Config, drain: &Drain, client: Leg, backend: Leg) -> Self {
         let (config, drain) = (config.clone(), drain.clone());
-        let shared = relay::Shared { config, traffic: Arc::default(), drain, delays: Arc::default() };
+        let shared = relay::Shared::new(config, Arc::default(), drain, Arc::default());
         let relay = Relay::new(Arc::new(shared), Rsv::None, client, backend);
         Self(Arc::new(Mutex::new(relay)))
     }

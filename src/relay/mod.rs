@@ -18,17 +18,14 @@ mod tests;
 use std::{
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
+    pin::pin,
     sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use bytes::Bytes;
-use tokio::{
-    task::yield_now,
-    time::{Instant, Sleep, sleep_until},
-};
+use tokio::task::yield_now;
 
 pub use self::ending::{Cause, Gone, Initiator};
 use self::{
@@ -37,7 +34,8 @@ use self::{
 };
 use crate::{
     admission::{Delay, Delays},
-    drain::{Drain, Ear, Moments},
+    alarms::{Alarms, Place},
+    drain::{Drain, Moments},
     metrics::Traffic,
     net::{self, Fault, Stream, with_scratch},
     side::Side,
@@ -55,6 +53,17 @@ pub struct Shared {
     pub drain: Drain,
     /// Who waits for `close.delay` only.
     pub delays: Arc<Delays>,
+    /// What wakes them. A clone is for sessions of the same runtime.
+    pub alarms: Arc<Alarms>,
+}
+
+impl Shared {
+    /// Of the sessions of one runtime.
+    pub fn new(config: Config, traffic: Arc<Traffic>, drain: Drain, delays: Arc<Delays>) -> Self {
+        let alarms = Alarms::new();
+        drain.wakes(&alarms);
+        Self { config, traffic, drain, delays, alarms }
+    }
 }
 
 /// What the relay needs to know.
@@ -185,13 +194,13 @@ pub struct Counts {
     pub crossed: u64,
 }
 
-/// Whether a side is alive.
+/// Whether the sides are alive.
 #[derive(Debug)]
-struct Probe {
-    /// When the last byte came.
-    heard: Stamp,
-    /// What it was asked, and has not answered.
-    asked: Option<Box<Asked>>,
+struct Probes {
+    /// When the last byte of each came, by [`Stamp::short`].
+    heard: [u32; 2],
+    /// What they were asked, and have not answered.
+    asked: Option<Box<[Asked; 2]>>,
 }
 
 /// What a side has not answered.
@@ -205,26 +214,41 @@ struct Asked {
     relayed: Option<Box<[u8]>>,
 }
 
-impl Probe {
-    fn deadline(&self) -> Option<Stamp> {
-        self.asked.as_ref()?.deadline
+impl Probes {
+    const fn new(now: Stamp) -> Self {
+        Self { heard: [now.short(); 2], asked: None }
     }
 
-    fn asked_mut(&mut self) -> &mut Asked {
-        self.asked.get_or_insert_default()
+    /// For how long it has said nothing. A side that is asked at all is asked more often than every 49 days.
+    fn silence(&self, side: Side, now: Stamp) -> Duration {
+        Duration::from_millis(now.short().wrapping_sub(self.heard[side as usize]).into())
+    }
+
+    fn asked(&self, side: Side) -> Option<&Asked> {
+        self.asked.as_ref().map(|asked| &asked[side as usize])
+    }
+
+    fn deadline(&self, side: Side) -> Option<Stamp> {
+        self.asked(side)?.deadline
+    }
+
+    fn asked_mut(&mut self, side: Side) -> &mut Asked {
+        &mut self.asked.get_or_insert_default()[side as usize]
     }
 
     /// It said something at all; true: it was waited for.
-    fn has_said(&mut self, now: Stamp) -> bool {
-        self.heard = now;
-        let was_awaited = self.asked.as_mut().is_some_and(|asked| asked.deadline.take().is_some());
+    fn has_said(&mut self, side: Side, now: Stamp) -> bool {
+        self.heard[side as usize] = now.short();
+        let Some(asked) = &mut self.asked else { return false };
+        let was_awaited = asked[side as usize].deadline.take().is_some();
         self.tidy();
         was_awaited
     }
 
     /// Its Pong came; true: it is for a Ping of ours.
-    fn has_answered(&mut self, payload: &[u8]) -> bool {
+    fn has_answered(&mut self, side: Side, payload: &[u8]) -> bool {
         let Some(asked) = &mut self.asked else { return false };
+        let asked = &mut asked[side as usize];
         let is_ours = asked.payload.is_some_and(|own| own.to_be_bytes() == *payload);
         if is_ours {
             asked.payload = None;
@@ -236,13 +260,21 @@ impl Probe {
     }
 
     fn tidy(&mut self) {
-        self.asked.take_if(|asked| asked.payload.is_none() && asked.deadline.is_none() && asked.relayed.is_none());
+        self.asked.take_if(|asked| asked.iter().all(Asked::is_nothing));
+    }
+}
+
+impl Asked {
+    const fn is_nothing(&self) -> bool {
+        self.payload.is_none() && self.deadline.is_none() && self.relayed.is_none()
     }
 }
 
 /// What there is of a session only when it ends, or has an age to end at.
 #[derive(Debug, Default)]
 struct Farewell {
+    /// We have ended it, or somebody had begun to: the drain, its age and its silence have no more to say.
+    has_left: bool,
     /// When it is old enough, if there is such a thing.
     retires_at: Option<Stamp>,
     /// The drain has begun, and these are its moments.
@@ -263,13 +295,16 @@ struct Farewell {
 #[derive(Debug)]
 pub struct Relay {
     shared: Arc<Shared>,
-    ear: Ear,
+    /// Among the alarms; `None`: it was not polled yet, or both legs have ended.
+    place: Option<Place>,
+    /// What its alarm stands at, by [`Stamp::short`]: at most [`NEVER`] from now.
+    alarm: u32,
     ending: Ending,
     /// By the side whose socket it is.
     streams: [Option<Stream>; 2],
     /// By the side whose bytes they are.
     lanes: [Lane; 2],
-    probes: [Probe; 2],
+    probes: Probes,
     /// EOF or an error was read.
     read_done: [bool; 2],
     /// A write failed; what it still sent is being read.
@@ -282,13 +317,10 @@ pub struct Relay {
     /// The second that the client's control frames are counted in, by [`Stamp::short`], and how many there were.
     controls: (u32, u32),
     farewell: Option<Box<Farewell>>,
-    timer: Pin<Box<Sleep>>,
-    /// Something began that may be due before the timer.
+    /// Something began that may be due before the alarm.
     timer_is_late: bool,
     /// While bytes are on their way to a side: it may have more of a frame, or less, than its lane says.
     is_unsure: [bool; 2],
-    /// We have ended it, or somebody had begun to: the drain, its age and its silence have no more to say.
-    has_left: bool,
 }
 
 impl Relay {
@@ -304,15 +336,13 @@ impl Relay {
                 ending.heard_gone(side, Gone::Reset, false, now);
             }
         }
-        let probe = || Probe { heard: now, asked: None };
         Self {
-            has_left: false,
             lanes: [
                 Lane::new(Sender::Client, rsv, &client.early, now),
                 Lane::new(Sender::Server, rsv, &backend.early, now),
             ],
             streams: [client.stream, backend.stream],
-            probes: [probe(), probe()],
+            probes: Probes::new(now),
             read_done: [false; 2],
             broken: [false; 2],
             last_data: now,
@@ -320,11 +350,11 @@ impl Relay {
             moved: now,
             controls: (now.short(), 0),
             farewell: retires_at.map(|_| Box::new(Farewell { retires_at, ..Farewell::default() })),
-            timer: Box::pin(sleep_until(now.into())),
             timer_is_late: true,
             is_unsure: [false; 2],
             ending,
-            ear: Ear::new(shared.drain.clone()),
+            place: None,
+            alarm: now.short(),
             shared,
         }
     }
@@ -341,13 +371,25 @@ impl Relay {
     pub fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         if self.failed_at().is_none() {
             match catch_unwind(AssertUnwindSafe(|| self.poll(cx))) {
-                Ok(polled) => return polled,
+                Ok(polled) => {
+                    if polled.is_ready() && !self.is_open() {
+                        self.forget_alarm();
+                    }
+                    return polled;
+                }
                 Err(_) => self.farewell_mut().failed_at = Some(Stamp::now()),
             }
         }
+        self.forget_alarm();
         let side = if self.streams[Side::Client as usize].is_some() { Side::Client } else { Side::Backend };
         let saved = catch_unwind(AssertUnwindSafe(|| self.salvage(side)));
         Poll::Ready(saved.unwrap_or(Ended { side, stream: None, is_done: false, has_ended: false }))
+    }
+
+    fn forget_alarm(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.shared.alarms.leave(place);
+        }
     }
 
     /// A leg is here that has not ended.
@@ -361,6 +403,10 @@ impl Relay {
 
     fn failed_at(&self) -> Option<Stamp> {
         self.farewell.as_ref()?.failed_at
+    }
+
+    fn has_left(&self) -> bool {
+        self.farewell.as_ref().is_some_and(|farewell| farewell.has_left)
     }
 
     fn moments(&self) -> Option<Moments> {
@@ -459,13 +505,14 @@ impl Relay {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let instant = Instant::now();
-        let now = Stamp::from(instant);
-        self.hear_order(cx);
+        let now = Stamp::now();
+        self.shared.alarms.tend();
+        let place = *self.place.get_or_insert_with(|| self.shared.alarms.join(cx.waker()));
+        self.hear_order();
         if self.is_delay_cut() {
             self.ending.hasten(now);
         }
-        let mut due = Due { timer: self.timer.deadline() <= instant, leave: true };
+        let mut due = Due { timer: now.short().wrapping_sub(self.alarm) < FAR, leave: true };
         // Only in a later turn than the one that set it, and only after everything that had come was read.
         let settling = self.settling();
         let mut wake = None;
@@ -519,17 +566,15 @@ impl Relay {
         }
         // Who waits for quiet has a moment that moves with every byte.
         self.timer_is_late |=
-            !self.has_left && (self.moments().is_some() || self.retires_at().is_some_and(|at| at <= now));
+            !self.has_left() && (self.moments().is_some() || self.retires_at().is_some_and(|at| at <= now));
         if self.timer_is_late {
             self.timer_is_late = false;
-            let due = self.next_due(now).into_iter().chain(wake).min().unwrap_or(now + NEVER);
-            // A timer that is early costs one look; moving it with every message would cost more.
-            let (due, alarm) = (Instant::from(due), self.timer.deadline());
-            if due < alarm || alarm <= instant {
-                self.timer.as_mut().reset(due);
-            }
-            if self.timer.as_mut().poll(cx).is_ready() {
-                cx.waker().wake_by_ref();
+            let due = self.next_due(now).into_iter().chain(wake).fold(now + NEVER, Stamp::min);
+            // An alarm that is early costs one look; moving it with every message would cost more.
+            let is_over = now.short().wrapping_sub(self.alarm) < FAR;
+            if is_over || self.alarm.wrapping_sub(due.short()).wrapping_sub(1) < FAR {
+                self.alarm = due.short();
+                self.shared.alarms.set(place, due);
             }
         }
         Poll::Pending
@@ -691,7 +736,7 @@ impl Relay {
                 }
                 Ok(fresh) => {
                     // The timer may stand at the deadline, and the next Ping be due before.
-                    self.timer_is_late |= self.probes[index].has_said(now);
+                    self.timer_is_late |= self.probes.has_said(side, now);
                     lane.bytes += fresh as u64;
                     self.shared.traffic.read(side, fresh as u64);
                     // Saves a round that would find nothing.
@@ -845,10 +890,10 @@ impl Relay {
             Opcode::Ping => {
                 #[cfg(debug_assertions)]
                 fault::strike(&clear(payload, header.mask));
-                self.probes[side.other() as usize].asked_mut().relayed = Some(clear(payload, header.mask));
+                self.probes.asked_mut(side.other()).relayed = Some(clear(payload, header.mask));
                 Ok(true)
             }
-            _ => Ok(!self.probes[side as usize].has_answered(&clear(payload, header.mask))),
+            _ => Ok(!self.probes.has_answered(side, &clear(payload, header.mask))),
         }
     }
 
@@ -926,12 +971,9 @@ impl Relay {
     }
 
     /// Looks whether a drain has begun.
-    fn hear_order(&mut self, cx: &Context<'_>) {
-        if !self.has_left && self.moments().is_none() {
-            self.ear.listen(cx.waker());
-            if self.shared.drain.has_begun() {
-                self.farewell_mut().moments = Some(self.shared.drain.moments(rand::random()));
-            }
+    fn hear_order(&mut self) {
+        if !self.has_left() && self.moments().is_none() && self.shared.drain.has_begun() {
+            self.farewell_mut().moments = Some(self.shared.drain.moments(rand::random()));
         }
     }
 
@@ -949,7 +991,7 @@ impl Relay {
         };
         let code = Code::new(config.close_code).unwrap_or(Code::GOING_AWAY);
         self.ending.leave(CloseFrame::new(code, reason), cause, now);
-        self.has_left = true;
+        self.farewell_mut().has_left = true;
         true
     }
 
@@ -957,7 +999,7 @@ impl Relay {
     /// has begun, comes before all else, and alone has a say in a session that is ending already: it may be held by `close.delay`.
     fn leave_due(&self, now: Stamp) -> Option<(Stamp, Cause)> {
         match self.moments() {
-            _ if self.has_left => return None,
+            _ if self.has_left() => return None,
             Some(moments) => return Some((self.quiet_at(moments, now), Cause::Drain)),
             None if self.ending.has_begun() => return None,
             None => {}
@@ -1043,20 +1085,20 @@ impl Relay {
         let is_read = !self.lanes[side as usize].has_pending();
         let toward = &self.lanes[side.other() as usize];
         let (boundary, flushed) = (!toward.inside_frame, !toward.has_pending());
-        let probe = &mut self.probes[side as usize];
+        let probes = &mut self.probes;
         if !is_read {
             // Suspended: its answer may lie unread.
-            probe.has_said(now);
+            probes.has_said(side, now);
             return;
         }
-        match probe.deadline() {
-            Some(_) if !flushed => probe.asked_mut().deadline = Some(now + self.shared.config.pong_timeout),
+        match probes.deadline(side) {
+            Some(_) if !flushed => probes.asked_mut(side).deadline = Some(now + self.shared.config.pong_timeout),
             Some(deadline) if now >= deadline => {
                 let inside_frame = self.lanes[side as usize].inside_frame;
                 self.ending.heard_gone(side, Gone::Silent, inside_frame, now);
             }
-            None if now >= probe.heard + self.shared.config.ping_interval && flushed && boundary => {
-                let asked = probe.asked_mut();
+            None if probes.silence(side, now) >= self.shared.config.ping_interval && flushed && boundary => {
+                let asked = probes.asked_mut(side);
                 asked.deadline = Some(now + self.shared.config.pong_timeout);
                 // The other side's Ping is as good as one of ours, and none of ours may overtake it.
                 if asked.relayed.is_none() {
@@ -1090,12 +1132,21 @@ impl Relay {
             [stalled, held]
         });
         let probes = Side::BOTH.into_iter().filter(|side| pings && !self.is_local(*side)).map(|side| {
-            let probe = &self.probes[side as usize];
-            let due = probe.deadline().unwrap_or(probe.heard + self.shared.config.ping_interval);
+            let interval = self.shared.config.ping_interval;
+            let due = self
+                .probes
+                .deadline(side)
+                .unwrap_or_else(|| now + interval.saturating_sub(self.probes.silence(side, now)));
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
-            Some(if due <= now { now + self.shared.config.ping_interval } else { due })
+            Some(if due <= now { now + interval } else { due })
         });
         lanes.chain(probes).chain([self.leave_due(now).map(|(at, _)| at)]).flatten().map(|at| at.max(now + TICK)).min()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.forget_alarm();
     }
 }
 
@@ -1112,6 +1163,9 @@ struct Due {
 
 /// What stands for no deadline.
 const NEVER: Duration = Duration::from_hours(24);
+
+/// Of two moments in short the one is at or behind the other, rather than before it, when it is by less than this.
+const FAR: u32 = u32::MAX / 2;
 
 /// Timers are not set closer than this: the runtime's resolution.
 const TICK: Duration = Duration::from_millis(1);

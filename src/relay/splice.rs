@@ -36,7 +36,7 @@ impl Relay {
                 return Some(true);
             }
         };
-        self.timer_is_late |= self.probes[index].has_said(now);
+        self.timer_is_late |= self.probes.has_said(side, now);
         self.shared.traffic.read(side, count);
         let lane = &mut self.lanes[index];
         lane.bytes += count;

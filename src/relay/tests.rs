@@ -56,7 +56,7 @@ impl Scene {
         let leg = |stream| Leg { stream: Some(Stream::Unix(stream)), early: Bytes::new() };
         let (config, traffic) = (settings.relay, crate::metrics::Metrics::new().traffic());
         let (drain, delays) = (Drain::new(settings.drain), Arc::default());
-        let shared = Arc::new(Shared { config, traffic, drain, delays });
+        let shared = Arc::new(Shared::new(config, traffic, drain, delays));
         let (of_client, of_backend) = (leg(of_client), leg(of_backend));
         let mut relay = Relay::new(shared, Rsv::None, of_client, of_backend);
         let relay = tokio::task::spawn_local(async move {
@@ -213,7 +213,7 @@ impl Inside {
         let leg = |stream| Leg { stream: Some(stream), early: Bytes::new() };
         let (config, traffic) = (settings.relay, crate::metrics::Metrics::new().traffic());
         let (drain, delays) = (Drain::new(settings.drain), Arc::default());
-        let shared = Arc::new(Shared { config, traffic, drain, delays });
+        let shared = Arc::new(Shared::new(config, traffic, drain, delays));
         let backend = leg(Stream::Local(Box::new(within.clone())));
         let mut relay = Relay::new(shared, Rsv::None, leg(Stream::Unix(of_client)), backend);
         let relay = tokio::task::spawn_local(async move {

@@ -374,7 +374,7 @@ impl Case {
     async fn run(&self, positions: &[usize]) {
         let drain = drain();
         let (config, traffic) = (config(self.hold, self.way), Metrics::new().traffic());
-        let shared = Arc::new(Shared { config, traffic, drain: drain.clone(), delays: Arc::default() });
+        let shared = Arc::new(Shared::new(config, traffic, drain.clone(), Arc::default()));
         let mut sessions = Vec::new();
         let mut relays = Vec::new();
         let mut tasks = JoinSet::new();
