@@ -10,10 +10,8 @@ use tracing::{
 use super::{About, Context, roster::Entry};
 use crate::{
     hub::{Digest, Known},
-    metrics::Counted,
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
-    stamp::Stamp,
     upstream::{Load, Mode},
 };
 
@@ -95,7 +93,6 @@ pub(super) struct Open {
     is_closed: bool,
     /// The endpoint has one more until both legs have ended.
     _load: Option<Load>,
-    _counted: Counted,
 }
 
 impl Open {
@@ -106,17 +103,18 @@ impl Open {
         way: Mode,
     ) -> Self {
         let Context { metrics, roster, log_sample: sample, .. } = &**context;
-        let entry = Arc::new(Entry { about, endpoint, way, begun: Stamp::now() });
+        let entry = Arc::new(Entry::new(about, endpoint, way));
         let is_told = *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
-            let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, .. } = &*entry;
-            let (tls, sni, http, trace_id) =
-                (client.tls(), client.sni(), client.http(), trace_id.as_ref().map(display));
-            let key = key(shared.as_ref());
+            let Entry { path, request_id, route, endpoint, .. } = &*entry;
+            let client = entry.whose();
+            let (tls, sni, http) = (client.tls(), client.sni(), client.http());
+            let (trace_id, key) = (entry.trace_id().map(display), key(entry.shared()));
             info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, "open");
         }
-        let (key, counted) = (roster.add(Arc::clone(&entry)), Counted::new(&metrics.sessions));
-        Self { entry, context: Arc::clone(context), key, is_told, is_closed: false, _load: load, _counted: counted }
+        let key = roster.add(Arc::clone(&entry));
+        metrics.sessions.inc();
+        Self { entry, context: Arc::clone(context), key, is_told, is_closed: false, _load: load }
     }
 
     /// What its session shares with others.
@@ -142,23 +140,23 @@ impl Open {
             Cause::Slow => "pool.stall_timeout".to_owned(),
             Cause::Fault => BUG.to_owned(),
             Cause::Gone(Side::Backend, Gone::Fin) => {
-                self.entry.about.shared.as_ref().map_or("", |shared| shared.why(self.entry.begun)).to_owned()
+                self.entry.shared().map_or("", |shared| shared.why(self.entry.begun)).to_owned()
             }
             _ => String::new(),
         };
-        let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, way, begun } =
-            &*self.entry;
+        let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
+        let client = self.entry.whose();
         info!(
             %client,
             tls = client.tls(),
             sni = client.sni(),
             path,
             request_id,
-            trace_id = trace_id.as_ref().map(display),
+            trace_id = self.entry.trace_id().map(display),
             %route,
             %endpoint,
             way = way.as_str(),
-            key = key(shared.as_ref()),
+            key = key(self.entry.shared()),
             initiator = initiator(report.initiator),
             code = report.code,
             reason = %report.reason.escape_debug(),
@@ -185,6 +183,7 @@ impl Open {
 impl Drop for Open {
     fn drop(&mut self) {
         self.context.roster.remove(self.key);
+        self.context.metrics.sessions.dec();
         if self.is_closed {
             return;
         }
@@ -192,10 +191,10 @@ impl Drop for Open {
             if std::thread::panicking() { ("panic", BUG) } else { ("drain_cut", "drain.timeout was over") };
         self.context.metrics.close("tidegate", None, false, Duration::ZERO);
         self.context.metrics.abnormal(cause);
-        let Entry { about: About { client, path, request_id, trace_id, route, shared }, endpoint, way, begun } =
-            &*self.entry;
-        let (trace_id, key, duration_ms) =
-            (trace_id.as_ref().map(display), key(shared.as_ref()), millis(begun.elapsed()));
+        let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
+        let client = self.entry.whose();
+        let (trace_id, key) = (self.entry.trace_id().map(display), key(self.entry.shared()));
+        let duration_ms = millis(begun.elapsed());
         warn!(%client, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
     }
 }
