@@ -10,7 +10,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     net::IpAddr,
     sync::{
-        Arc, Mutex, OnceLock,
+        Mutex, OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -29,7 +29,7 @@ pub struct Pace {
     pub per: Duration,
 }
 
-/// Of all addresses. One for the process; connections that are counted hold it.
+/// Of all addresses. One for the process.
 pub(super) struct Addresses {
     /// 0: any number.
     connections: AtomicUsize,
@@ -39,12 +39,6 @@ pub(super) struct Addresses {
     table: OnceLock<Box<[Mutex<Shard>]>>,
     hasher: RandomState,
     begun: Instant,
-}
-
-/// A connection in the count of its address, until it is dropped.
-pub(super) struct Visitor {
-    addresses: Arc<Addresses>,
-    key: u64,
 }
 
 /// Its addresses, by their hash; those without a connection also by when they were last heard of.
@@ -102,8 +96,9 @@ impl Addresses {
         is_new
     }
 
-    /// One more connection of `ip`; `Ok(None)`: it is not counted. `Err`: it has as many as it may.
-    pub(super) fn connect(self: &Arc<Self>, ip: IpAddr) -> Result<Option<Visitor>, ()> {
+    /// One more connection of `ip`, with what [`Self::leave`] is to be told of it; `Ok(None)`: it is not counted. `Err`: it has as many as
+    /// it may.
+    pub(super) fn connect(&self, ip: IpAddr) -> Result<Option<u64>, ()> {
         let most = self.connections.load(Ordering::Relaxed);
         if most == 0 {
             return Ok(None);
@@ -116,9 +111,15 @@ impl Addresses {
         });
         match counted {
             None => Ok(None),
-            Some(true) => Ok(Some(Visitor { addresses: Arc::clone(self), key })),
+            Some(true) => Ok(Some(key)),
             Some(false) => Err(()),
         }
+    }
+
+    /// One connection less.
+    pub(super) fn leave(&self, key: u64) {
+        // Whoever has a connection is not forgotten.
+        self.with(key, |slot| slot.connections = slot.connections.saturating_sub(1));
     }
 
     /// A handshake of `ip`. `Err`: it has to wait for so long.
@@ -263,29 +264,18 @@ fn key(ip: IpAddr) -> u64 {
     }
 }
 
-impl Drop for Visitor {
-    fn drop(&mut self) {
-        // Whoever has a connection is not forgotten.
-        self.addresses.with(self.key, |slot| slot.connections = slot.connections.saturating_sub(1));
-    }
-}
-
 impl fmt::Debug for Addresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Addresses").finish_non_exhaustive()
     }
 }
 
-impl fmt::Debug for Visitor {
-    /// Without the address.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Visitor").finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::{
+        net::{Ipv4Addr, Ipv6Addr},
+        sync::Arc,
+    };
 
     use super::*;
 
@@ -293,6 +283,23 @@ mod tests {
         let addresses = Addresses::new();
         assert!(addresses.set(connections, handshakes));
         Arc::new(addresses)
+    }
+
+    /// A connection, until it is dropped.
+    struct Visitor {
+        addresses: Arc<Addresses>,
+        key: u64,
+    }
+
+    impl Drop for Visitor {
+        fn drop(&mut self) {
+            self.addresses.leave(self.key);
+        }
+    }
+
+    fn connect(addresses: &Arc<Addresses>, ip: IpAddr) -> Result<Option<Visitor>, ()> {
+        let key = addresses.connect(ip)?;
+        Ok(key.map(|key| Visitor { addresses: Arc::clone(addresses), key }))
     }
 
     fn v4(number: u32) -> IpAddr {
@@ -319,24 +326,24 @@ mod tests {
     #[test]
     fn connections_of_one_address() {
         let addresses = addresses(Some(2), None);
-        let mut held: Vec<_> = (0..2).map(|_| addresses.connect(v4(1)).unwrap().unwrap()).collect();
-        assert!(addresses.connect(v4(1)).is_err());
+        let mut held: Vec<_> = (0..2).map(|_| connect(&addresses, v4(1)).unwrap().unwrap()).collect();
+        assert!(connect(&addresses, v4(1)).is_err());
         // The same in IPv6, and another one.
-        assert!(addresses.connect(Ipv4Addr::from_bits(1).to_ipv6_mapped().into()).is_err());
-        held.push(addresses.connect(v4(2)).unwrap().unwrap());
+        assert!(connect(&addresses, Ipv4Addr::from_bits(1).to_ipv6_mapped().into()).is_err());
+        held.push(connect(&addresses, v4(2)).unwrap().unwrap());
         held.remove(0);
-        held.push(addresses.connect(v4(1)).unwrap().unwrap());
-        assert!(addresses.connect(v4(1)).is_err());
+        held.push(connect(&addresses, v4(1)).unwrap().unwrap());
+        assert!(connect(&addresses, v4(1)).is_err());
         // A subscriber's network is one, his neighbour's another.
         let six = |network: u16, host: u16| IpAddr::from(Ipv6Addr::new(0x2001, 0xdb8, 0, network, 0, 0, 0, host));
-        held.extend((1..3).map(|host| addresses.connect(six(1, host)).unwrap().unwrap()));
-        assert!(addresses.connect(six(1, 3)).is_err());
-        held.push(addresses.connect(six(2, 1)).unwrap().unwrap());
+        held.extend((1..3).map(|host| connect(&addresses, six(1, host)).unwrap().unwrap()));
+        assert!(connect(&addresses, six(1, 3)).is_err());
+        held.push(connect(&addresses, six(2, 1)).unwrap().unwrap());
         assert_eq!(counts(&addresses).0, 4);
         drop(held);
         assert_eq!(counts(&addresses).0, 0);
         addresses.set(None, None);
-        assert!(addresses.connect(v4(1)).unwrap().is_none());
+        assert!(connect(&addresses, v4(1)).unwrap().is_none());
     }
 
     #[test]
@@ -367,21 +374,22 @@ mod tests {
         let empty = counts(&addresses).1;
         assert_eq!(empty as u64, TABLE_BYTES);
         let now = Instant::now();
-        let held: Vec<_> = (0..1000).map(|ip| addresses.connect(v4(ip)).unwrap().unwrap()).collect();
+        let held: Vec<_> = (0..1000).map(|ip| connect(&addresses, v4(ip)).unwrap().unwrap()).collect();
         for ip in 1000..201_000 {
             addresses.handshake(v4(ip), now).unwrap();
         }
         assert_eq!(counts(&addresses), (1000, empty));
-        assert!((0..1000).all(|ip| addresses.connect(v4(ip)).is_err()));
+        assert!((0..1000).all(|ip| connect(&addresses, v4(ip)).is_err()));
         assert!((200_000..201_000).all(|ip| addresses.handshake(v4(ip), now).is_err()));
         assert!((1000..2000).all(|ip| addresses.handshake(v4(ip), now).is_ok()), "they were not forgotten");
         drop(held);
         // With a connection of each there is no room for any more, who are not counted, and nobody is confused with another.
-        let all: Vec<_> = (0..200_000).filter_map(|ip| addresses.connect(v4(ip)).unwrap()).collect();
+        let all: Vec<_> = (0..200_000).filter_map(|ip| connect(&addresses, v4(ip)).unwrap()).collect();
         assert_eq!(counts(&addresses), (SHARDS * SLOTS, empty));
         assert_eq!(all.len(), SHARDS * SLOTS);
         assert!(
-            all.iter().all(|visitor| addresses.connect(v4(u32::try_from(visitor.key & 0xffff_ffff).unwrap())).is_err())
+            all.iter()
+                .all(|visitor| connect(&addresses, v4(u32::try_from(visitor.key & 0xffff_ffff).unwrap())).is_err())
         );
         drop(all);
         assert_eq!(counts(&addresses), (0, empty));

@@ -25,7 +25,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use self::addresses::{Addresses, TABLE_BYTES, Visitor};
+use self::addresses::{Addresses, TABLE_BYTES};
 pub use self::{
     addresses::Pace,
     delays::{Delay, Delays},
@@ -282,8 +282,9 @@ pub struct Place {
     halves: u8,
     /// It has the descriptor that was kept in reserve.
     has_reserve: bool,
-    /// In the count of its address.
-    visitor: Option<Visitor>,
+    /// It is in the count of its address, which is this one.
+    is_visitor: bool,
+    visitor: u64,
     /// Why it gets a 503 and nothing else.
     pub refused: Option<Reason>,
 }
@@ -333,7 +334,8 @@ impl Admission {
     /// turned away: for that it has another place now, if it has any.
     pub fn count_address(&self, ip: IpAddr, place: &mut Place) -> bool {
         if let Ok(visitor) = self.inner.addresses.connect(ip) {
-            place.visitor = visitor;
+            place.forget_address();
+            (place.is_visitor, place.visitor) = (visitor.is_some(), visitor.unwrap_or_default());
             return true;
         }
         // One address must not have the places of all while it is told so.
@@ -447,7 +449,7 @@ impl Admission {
     }
 
     fn place(&self, halves: u8, memory: u32, refused: Option<Reason>) -> Place {
-        Place { inner: Arc::clone(&self.inner), memory, halves, has_reserve: false, visitor: None, refused }
+        Place::new(&self.inner, halves, memory, refused)
     }
 
     /// For one connection; `None`: there is not enough.
@@ -510,19 +512,29 @@ impl Admission {
 }
 
 impl Place {
+    fn new(inner: &Arc<Inner>, halves: u8, memory: u32, refused: Option<Reason>) -> Self {
+        let inner = Arc::clone(inner);
+        Self { inner, memory, halves, has_reserve: false, is_visitor: false, visitor: 0, refused }
+    }
+
+    fn forget_address(&mut self) {
+        if std::mem::take(&mut self.is_visitor) {
+            self.inner.addresses.leave(self.visitor);
+        }
+    }
+
     /// Half of it, for one of the two sockets of a session that lingers before the other: it takes a descriptor and no memory
     /// that was promised. `None`: it has no two.
     pub fn split(&mut self) -> Option<Self> {
         self.halves = self.halves.checked_sub(1).filter(|left| *left > 0)?;
-        let inner = Arc::clone(&self.inner);
-        Some(Self { inner, memory: 0, halves: 1, has_reserve: false, visitor: None, refused: self.refused })
+        Some(Self::new(&self.inner, 1, 0, self.refused))
     }
 
     /// What its last socket needs while it lingers.
     #[must_use]
     pub fn last_half(mut self) -> Self {
         let spare = self.split();
-        self.visitor = None;
+        self.forget_address();
         self.inner.give_back(u64::from(std::mem::take(&mut self.memory)));
         drop(spare);
         self
@@ -541,6 +553,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.forget_address();
         self.inner.give_back(u64::from(self.memory));
         if self.has_reserve {
             self.inner.take_reserve(&mut lock(&self.inner.reserve));
