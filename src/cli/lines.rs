@@ -119,8 +119,27 @@ fn push_moment(line: &mut String, moment: SystemTime) {
     let day = day - (153 * month + 2) / 5 + 1;
     let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
     let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
-    let (year, micros) = (era * 400 + year, since.subsec_micros());
-    let _ = write!(line, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z");
+    let (year, micros) = (era * 400 + year, u64::from(since.subsec_micros()));
+    for (number, places, behind) in [
+        (year, 4, '-'),
+        (month, 2, '-'),
+        (day, 2, 'T'),
+        (hour, 2, ':'),
+        (minute, 2, ':'),
+        (second, 2, '.'),
+        (micros, 6, 'Z'),
+    ] {
+        push_digits(line, number, places);
+        line.push(behind);
+    }
+}
+
+/// The last digits of a number, six at most. What can pad numbers with anything to any side takes ten times as long.
+fn push_digits(line: &mut String, number: u64, places: usize) {
+    const PLACES: [u64; 6] = [100_000, 10_000, 1_000, 100, 10, 1];
+    for place in &PLACES[PLACES.len() - places..] {
+        line.push(u8::try_from(number / place % 10).map_or('?', |digit| char::from(b'0' + digit)));
+    }
 }
 
 #[cfg(test)]

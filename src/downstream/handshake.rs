@@ -2,6 +2,8 @@
 //!
 //! Only what this file calls [`Intent::WebSocket`] can ever become a tunnel.
 
+use std::mem::MaybeUninit;
+
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
@@ -47,9 +49,10 @@ const MAX_HEADERS: usize = 64;
 /// Nearly all are, and then hyper is not needed: no body, no second request. `None`: hyper shall look at it, and say what is
 /// wrong if something is. Reading is httparse's work either way.
 pub fn whole_handshake(bytes: &Bytes, config: &Config) -> Option<(Request<()>, usize)> {
-    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut head = httparse::Request::new(&mut fields[..config.header_count.min(MAX_HEADERS)]);
-    let httparse::Status::Complete(length) = head.parse(bytes).ok()? else { return None };
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+    let mut head = httparse::Request::new(&mut []);
+    let fields = &mut fields[..config.header_count.min(MAX_HEADERS)];
+    let httparse::Status::Complete(length) = head.parse_with_uninit_headers(bytes, fields).ok()? else { return None };
     let target = head.path.filter(|target| target.starts_with('/'))?;
     if length > config.header_bytes || head.method != Some("GET") || head.version != Some(1) {
         return None;

@@ -6,6 +6,7 @@
 
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll, Waker},
 };
@@ -142,9 +143,10 @@ enum Parsed {
 }
 
 fn parse_switching(bytes: &Bytes) -> Parsed {
-    let mut fields = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut head = httparse::Response::new(&mut fields);
-    let length = match head.parse(bytes) {
+    let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+    let mut head = httparse::Response::new(&mut []);
+    let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, bytes, &mut fields);
+    let length = match parsed {
         Ok(httparse::Status::Complete(length)) => length,
         // What has a status already need not be waited for.
         Ok(httparse::Status::Partial) if head.code.is_none_or(|code| code == 101) => return Parsed::Partial,
