@@ -274,8 +274,8 @@ fn a_pipe_goes_with_its_reader() {
         t.proxy().metrics_when("no session", |m| m.sum("tidegate_connections_active") < 0.5);
         t.settle();
         assert_eq!(pipes.bytes(), 0, "{ends:?}");
-        // Those that are kept are empty, eight for each of two workers.
-        assert!(pipes.count() <= 16, "{} pipes", pipes.count());
+        // Those that were full are closed, and no worker has more than 32.
+        assert!(pipes.count() <= 64, "{} pipes", pipes.count());
         assert!(t.proxy().descriptors() <= before + 2 * pipes.count(), "{} descriptors", t.proxy().descriptors());
         let cause = if is_reset { "client_reset" } else { "client_stalled" };
         let count = t.proxy().metrics().count(&format!("tidegate_abnormal_closes_total{{cause=\"{cause}\"}}"));
