@@ -47,47 +47,171 @@ macro_rules! watched {
 
 watched!(TcpStream, UnixStream);
 
-/// Reads what there is.
-pub(super) fn poll_recv(socket: &impl Watched, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+/// What came of one call.
+enum Call {
+    /// The socket is not ready, as the runtime has known it for a while.
+    Unready,
+    /// It has just turned out not to be.
+    Refused,
+    Done(io::Result<usize>),
+}
+
+/// Reads what there is. `is_awaited` is this function's, one for each reader, false in the beginning: the task is woken when something comes,
+/// and nothing has come since it was found so; then the runtime need not be asked again. All calls are to be with the same task's waker.
+pub(super) fn poll_recv(
+    socket: &impl Watched,
+    cx: &mut Context<'_>,
+    into: &mut [u8],
+    is_awaited: &mut bool,
+) -> Poll<io::Result<usize>> {
     loop {
         let length = into.len();
         let read = transfer(socket, Interest::READABLE, length, || {
             recv(socket, &mut *into, RecvFlags::empty()).map(|(count, _)| count)
         });
-        if let Some(read) = read {
-            return Poll::Ready(read);
+        match read {
+            Call::Done(read) => {
+                *is_awaited = false;
+                return Poll::Ready(read);
+            }
+            // Only a call makes a socket unready, and whoever waited was woken when it had become ready.
+            Call::Unready if *is_awaited => return Poll::Pending,
+            Call::Unready | Call::Refused => ready!(poll_await(socket, cx, is_awaited))?,
         }
-        ready!(socket.poll_read_ready(cx))?;
     }
+}
+
+/// Waits until the socket is ready to be read.
+pub(super) fn poll_await(socket: &impl Watched, cx: &mut Context<'_>, is_awaited: &mut bool) -> Poll<io::Result<()>> {
+    let polled = socket.poll_read_ready(cx);
+    *is_awaited = polled.is_pending();
+    polled
 }
 
 /// Writes as much as the kernel takes.
 pub(super) fn poll_send(socket: &impl Watched, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
     loop {
-        let sent = transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket, bytes, SendFlags::NOSIGNAL));
-        if let Some(sent) = sent {
-            return Poll::Ready(sent);
+        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket, bytes, SendFlags::NOSIGNAL)) {
+            Call::Done(sent) => return Poll::Ready(sent),
+            Call::Unready | Call::Refused => ready!(socket.poll_write_ready(cx))?,
         }
-        ready!(socket.poll_write_ready(cx))?;
     }
 }
 
-/// One call, if the socket may be ready; `None`: it is not. A call that moved less than `length` has moved all that there was, or all that
-/// there was room for (epoll(7), questions and answers, 9), so that the kernel is not asked again just to hear so.
+/// One call, if the socket may be ready. A call that moved less than `length` has moved all that there was, or all that there was room for
+/// (epoll(7), questions and answers, 9), so that the kernel is not asked again just to hear so.
 fn transfer(
     socket: &impl Watched,
     interest: Interest,
     length: usize,
     mut call: impl FnMut() -> rustix::io::Result<usize>,
-) -> Option<io::Result<usize>> {
-    let mut moved = None;
+) -> Call {
+    let mut came = Call::Unready;
     let _ = socket.try_io(interest, || match retry_on_intr(&mut call) {
-        Err(Errno::AGAIN) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(Errno::AGAIN) => {
+            came = Call::Refused;
+            Err(io::ErrorKind::WouldBlock.into())
+        }
         result => {
             let is_all = result.is_ok_and(|count| 0 < count && count < length);
-            moved = Some(result.map_err(io::Error::from));
+            came = Call::Done(result.map_err(io::Error::from));
             if is_all { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         }
     });
-    moved
+    came
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::poll_fn,
+        io::{Read, Write},
+        net::{TcpListener, TcpStream as StdStream},
+        pin::pin,
+        task::Waker,
+    };
+
+    use super::*;
+
+    fn pair() -> (StdStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let theirs = StdStream::connect(listener.local_addr().expect("an address")).expect("a listener");
+        let (ours, _) = listener.accept().expect("a connection");
+        ours.set_nonblocking(true).expect("a socket");
+        (theirs, TcpStream::from_std(ours).expect("a runtime"))
+    }
+
+    fn in_runtime(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("descriptors");
+        runtime.block_on(test);
+    }
+
+    /// Whatever comes in whatever portions is read, the end included, by one who is asked again and again while nothing is there; also
+    /// when there is less than there is room for, just as much, or more.
+    #[test]
+    fn nothing_that_comes_is_missed() {
+        in_runtime(async {
+            let (mut theirs, ours) = pair();
+            let mut is_awaited = false;
+            let mut buffer = [0; 8];
+            let mut got = Vec::new();
+            for length in (0..40).chain([300]) {
+                // Twice nothing: the second time the runtime is not asked.
+                poll_fn(|cx| {
+                    for _ in 0..2 {
+                        assert!(poll_recv(&ours, cx, &mut buffer, &mut is_awaited).is_pending());
+                        assert!(is_awaited);
+                    }
+                    Poll::Ready(())
+                })
+                .await;
+                let sent: Vec<u8> = (0..length).map(|byte| u8::try_from(byte % 256).expect("a byte")).collect();
+                theirs.write_all(&sent).expect("room");
+                got.clear();
+                while got.len() < sent.len() {
+                    let count = poll_fn(|cx| poll_recv(&ours, cx, &mut buffer, &mut is_awaited)).await.expect("bytes");
+                    assert!(count > 0 && !is_awaited);
+                    got.extend_from_slice(&buffer[..count]);
+                }
+                assert_eq!(got, sent);
+                // What was just as much as there was room for may have more behind it, which the kernel has to say.
+                let mut cx = Context::from_waker(Waker::noop());
+                assert!(poll_recv(&ours, &mut cx, &mut buffer, &mut is_awaited).is_pending());
+                is_awaited = false;
+            }
+            drop(theirs);
+            assert_eq!(poll_fn(|cx| poll_recv(&ours, cx, &mut buffer, &mut is_awaited)).await.expect("the end"), 0);
+        });
+    }
+
+    /// A socket that takes no more does so again when its peer has read, and nothing is lost on the way.
+    #[test]
+    fn what_is_not_taken_is_taken_later() {
+        in_runtime(async {
+            let (mut theirs, ours) = pair();
+            let bytes: Vec<u8> = (0..1_000_000_u32).map(|at| at.to_le_bytes()[usize::from(at % 2 == 0)]).collect();
+            let mut sent = 0;
+            let mut cx = Context::from_waker(Waker::noop());
+            while let Poll::Ready(count) = poll_send(&ours, &mut cx, &bytes[sent % bytes.len()..]) {
+                sent += count.expect("a peer");
+            }
+            let reader = std::thread::spawn(move || {
+                let mut got = Vec::new();
+                theirs.read_to_end(&mut got).expect("bytes");
+                got
+            });
+            let until = sent.next_multiple_of(bytes.len()) + bytes.len();
+            let mut rest = pin!(poll_fn(|cx| {
+                while sent < until {
+                    sent += ready!(poll_send(&ours, cx, &bytes[sent % bytes.len()..])).expect("a peer");
+                }
+                Poll::Ready(())
+            }));
+            rest.as_mut().await;
+            drop(ours);
+            let got = reader.join().expect("no panic");
+            assert_eq!(got.len(), until);
+            assert!(got.chunks(bytes.len()).all(|chunk| chunk == bytes));
+        });
+    }
 }

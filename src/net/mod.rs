@@ -188,18 +188,29 @@ impl Stream {
     /// Unlike `try_read` it does not ask the kernel again after a short read, which says that nothing is left there. TLS may have
     /// more all the same, so only `Pending` means that whoever waits is woken. Whoever reads again has passed on what it read before.
     pub fn poll_read_slice(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.poll_read_again(cx, buffer, &mut false)
+    }
+
+    /// The same for one who asks often, and always with the same task's waker. `is_awaited` is this function's and [`Self::is_drained`]'s,
+    /// false in the beginning, and whenever somebody else has read or waited in between.
+    pub fn poll_read_again(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        is_awaited: &mut bool,
+    ) -> Poll<io::Result<usize>> {
         match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_recv(stream, cx, buffer),
-            Self::Unix(stream) => direct::poll_recv(stream, cx, buffer),
+            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_recv(stream, cx, buffer, is_awaited),
+            Self::Unix(stream) => direct::poll_recv(stream, cx, buffer, is_awaited),
             Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => self.poll_read_above(cx, buffer),
         }
     }
 
     /// After a read that was not filled: there is nothing more, and whoever waits is woken by what comes. False if that is not known.
-    pub fn is_drained(&self, cx: &mut Context<'_>) -> bool {
+    pub fn is_drained(&self, cx: &mut Context<'_>, is_awaited: &mut bool) -> bool {
         match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => stream.poll_read_ready(cx).is_pending(),
-            Self::Unix(stream) => stream.poll_read_ready(cx).is_pending(),
+            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_await(stream, cx, is_awaited).is_pending(),
+            Self::Unix(stream) => direct::poll_await(stream, cx, is_awaited).is_pending(),
             Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => false,
         }
     }

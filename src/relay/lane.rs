@@ -20,6 +20,8 @@ pub(super) struct Lane {
     pub(super) tracker: Position,
     /// `None` while there are none, as in an idle session.
     kept: Option<Box<Kept>>,
+    /// Nothing has come since the runtime was asked to tell of it.
+    pub(super) is_awaited: bool,
     /// The frame that is under way is not held: its bytes go on, or are discarded, as they come.
     pub(super) streams: bool,
     /// The other side has the beginning of a frame and not its end.
@@ -59,6 +61,7 @@ impl Lane {
         Self {
             tracker: Position::new(sender, rsv),
             kept,
+            is_awaited: false,
             streams: false,
             inside_frame: false,
             opcode: Opcode::Binary,

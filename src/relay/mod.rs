@@ -711,7 +711,7 @@ impl Relay {
             let fresh = if let Some(count) = lane.next_early(&mut scratch[held..held + READ]) {
                 Ok(count)
             } else {
-                match stream.poll_read_slice(cx, &mut scratch[held..held + READ]) {
+                match stream.poll_read_again(cx, &mut scratch[held..held + READ], &mut lane.is_awaited) {
                     Poll::Pending if is_broken => Ok(0),
                     Poll::Pending => {
                         *dry = true;
@@ -740,7 +740,7 @@ impl Relay {
                     lane.bytes += fresh as u64;
                     self.shared.traffic.read(side, fresh as u64);
                     // Saves a round that would find nothing.
-                    *dry = fresh < READ && stream.is_drained(cx);
+                    *dry = fresh < READ && stream.is_drained(cx, &mut lane.is_awaited);
                     if self.ending.listens(side) {
                         // The end of a frame is known before its bytes are written.
                         let to = side.other() as usize;

@@ -12,7 +12,7 @@ impl Relay {
     /// Moves what has come of a payload that is passed on as it comes; true: something came. `None`: it is to be read.
     pub(super) fn splice(&mut self, cx: &mut Context<'_>, side: Side, dry: &mut bool, now: Stamp) -> Option<bool> {
         let (index, to) = (side as usize, side.other());
-        let lane = &self.lanes[index];
+        let lane = &mut self.lanes[index];
         let rest = usize::try_from(lane.tracker.rest()).unwrap_or(usize::MAX);
         let is_large = self.shared.config.splice_from.is_some_and(|from| rest >= from);
         // What is not passed on, or can't be any more, is read to be discarded.
@@ -23,6 +23,8 @@ impl Relay {
         }
         let (Some(source), Some(target)) = (&self.streams[index], &self.streams[to as usize]) else { return None };
         let mut pipe = Pipe::between(source, target)?;
+        // It waits by itself.
+        lane.is_awaited = false;
         let count = match pipe.poll_fill(cx, source, rest) {
             Poll::Pending => {
                 *dry = true;
