@@ -690,8 +690,9 @@ fn a_backend_that_dies_inside_a_frame() {
         if whole {
             assert_eq!((seen.closes(), seen.end), (vec![], End::Fin), "{seen:?}");
             assert!(!seen.leftover.is_empty());
-            let metrics = t.proxy().metrics_when("the end", |m| m.sum("tidegate_closes_total") > 0.5);
-            assert_eq!(metrics.count("tidegate_abnormal_closes_total{cause=\"cut_inside_frame\"}"), 1);
+            // The counters of an end are read in the middle of it now and then.
+            let cut = "tidegate_abnormal_closes_total{cause=\"cut_inside_frame\"}";
+            t.proxy().metrics_when("a frame that was cut", |m| m.count(cut) == 1);
         } else {
             seen.assert_closed_with(1012);
         }
