@@ -20,7 +20,7 @@ mod client;
 mod leg;
 mod noise;
 mod process;
-#[path = "../compare/procfs.rs"]
+#[path = "../common/procfs.rs"]
 #[allow(dead_code, reason = "some of it is for compare only")]
 mod procfs;
 mod proxy;

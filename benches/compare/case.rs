@@ -11,6 +11,9 @@ use crate::{Options, fanout, peers::Peer, report::size, transport::Transport};
 const IDLE_BYTES: usize = 16 * 1024;
 const SHORT_BYTES: usize = 64;
 
+/// Sessions of `echo` that more of them are compared with.
+pub const FEW: u32 = 64;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Measure {
     /// Closed loop of messages: CPU time per message
@@ -56,6 +59,8 @@ pub enum Case {
     Echo {
         bytes: usize,
         sessions: u32,
+        /// Messages under way at once; as many as sessions: each always has one.
+        under_way: u32,
         transport: Transport,
     },
     Idle {
@@ -127,7 +132,9 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
             Measure::Echo => {
                 for &bytes in &options.sizes {
                     for &sessions in &options.connections {
-                        cases.extend(lasting.clone().map(|transport| Case::Echo { bytes, sessions, transport }));
+                        let under_way = options.under_way.unwrap_or(sessions).min(sessions);
+                        let case = |transport| Case::Echo { bytes, sessions, under_way, transport };
+                        cases.extend(lasting.clone().map(case));
                     }
                 }
             }
@@ -229,6 +236,16 @@ impl Case {
         plain
     }
 
+    /// The same with [`FEW`] sessions, where as many messages are under way.
+    pub fn with_few(self) -> Option<Self> {
+        match self {
+            Self::Echo { bytes, sessions, under_way, transport } if sessions != FEW => {
+                Some(Self::Echo { bytes, sessions: FEW, under_way: under_way.min(FEW), transport })
+            }
+            _ => None,
+        }
+    }
+
     /// At once, at most; 0: few.
     pub fn sessions(self) -> u64 {
         match self {
@@ -305,8 +322,11 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Churn { bytes, transport: Transport::Tls } => write!(f, "{}, TLS, full handshake", size(*bytes)),
-            Self::Echo { bytes, sessions: 1, transport } => write!(f, "{}, 1 session{transport}", size(*bytes)),
-            Self::Echo { bytes, sessions, transport } => write!(f, "{}, {sessions} sessions{transport}", size(*bytes)),
+            Self::Echo { bytes, sessions: 1, transport, .. } => write!(f, "{}, 1 session{transport}", size(*bytes)),
+            Self::Echo { bytes, sessions, under_way, transport } => {
+                write!(f, "{}, {sessions} sessions{transport}", size(*bytes))?;
+                if under_way < sessions { write!(f, ", {under_way} under way") } else { Ok(()) }
+            }
             Self::Idle { bytes: 0, transport, .. } => write!(f, "no message{transport}"),
             Self::Idle { bytes, transport, .. } | Self::Churn { bytes, transport } => {
                 write!(f, "{}{transport}", size(*bytes))

@@ -107,7 +107,7 @@ async fn hold(
     }
     let last = async {
         connection.echo(&script.message, script.bytes).await?;
-        connection.close(&script.close).await
+        connection.close(&script.close).await.map(drop)
     };
     timeout(LIMIT, last).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

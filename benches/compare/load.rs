@@ -4,12 +4,12 @@
 //! scheduled between the two.
 
 use std::{
-    collections::BTreeMap,
-    io,
+    collections::{BTreeMap, VecDeque},
+    io, mem,
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -30,7 +30,7 @@ use crate::{
     procfs::{Cpu, Memory},
     ramp::{self, Ramp},
     spike,
-    transport::{Dialers, Transport},
+    transport::{Dialer, Dialers, Transport},
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Role, frame},
 };
 
@@ -42,6 +42,10 @@ const LAST_BYTES: usize = 64;
 
 /// Between the last connection and the look at the memory.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// Those of a report, of 100,000.
+const QUANTILES: [(&str, u64); 5] =
+    [("p50", 50_000), ("p90", 90_000), ("p99", 99_000), ("p999", 99_900), ("max", 100_000)];
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Order {
@@ -66,18 +70,53 @@ pub struct Order {
 /// Times are in seconds.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub enum Work {
-    Echo { warmup: f64, seconds: f64 },
-    Idle { sessions: usize },
-    Churn { warmup: f64, seconds: f64 },
-    Spike { clients: usize, plain: bool },
-    Waves { waves: u32, clients: usize },
-    Held { sessions: usize, clients: usize },
+    /// Messages at once: as many as connections, or fewer.
+    Echo {
+        under_way: usize,
+        warmup: f64,
+        seconds: f64,
+    },
+    Idle {
+        sessions: usize,
+    },
+    /// So many sessions; 0: as many as there are in that time.
+    Churn {
+        warmup: f64,
+        seconds: f64,
+        sessions: u64,
+    },
+    Spike {
+        clients: usize,
+        plain: bool,
+    },
+    Waves {
+        waves: u32,
+        clients: usize,
+    },
+    Held {
+        sessions: usize,
+        clients: usize,
+    },
     Ramp(Ramp),
-    Fanout { watchers: usize, seconds: f64 },
-    Open { sessions: usize, rate: u32, seconds: f64 },
-    Audit { sessions: usize, waits: bool },
-    Drain { sessions: usize },
-    Kill { sessions: usize },
+    Fanout {
+        watchers: usize,
+        seconds: f64,
+    },
+    Open {
+        sessions: usize,
+        rate: u32,
+        seconds: f64,
+    },
+    Audit {
+        sessions: usize,
+        waits: bool,
+    },
+    Drain {
+        sessions: usize,
+    },
+    Kill {
+        sessions: usize,
+    },
 }
 
 impl Order {
@@ -92,7 +131,7 @@ pub struct Outcome {
     pub count: u64,
     pub seconds: f64,
     pub failures: u64,
-    /// How often which; of `Echo`, `Idle` and `Churn` the first one only.
+    /// How often which; of `Echo` and `Idle` the first one only.
     pub errors: BTreeMap<String, u64>,
     pub proxy: Cpu,
     /// Of load and backend.
@@ -112,6 +151,16 @@ impl Outcome {
     pub fn insert(&mut self, name: &str, value: f64) {
         self.values.insert(name.to_owned(), value);
     }
+
+    /// All times of something, and some of their quantiles, by names of [`QUANTILES`], in microseconds.
+    pub fn insert_quantiles(&mut self, name: &str, quantiles: &[&str], times: Histogram) {
+        for (quantile, of_100_000) in QUANTILES.into_iter().filter(|(quantile, _)| quantiles.contains(quantile)) {
+            if let Some(us) = times.quantile_us(of_100_000) {
+                self.insert(&format!("{name}_{quantile}_us"), us);
+            }
+        }
+        self.histograms.insert(name.to_owned(), times);
+    }
 }
 
 /// What all tasks count.
@@ -128,8 +177,7 @@ impl Counts {
             Ok(()) => _ = self.done.fetch_add(1, Ordering::Relaxed),
             Err(error) => {
                 self.failures.fetch_add(1, Ordering::Relaxed);
-                let mut first = self.first_error.lock().unwrap_or_else(PoisonError::into_inner);
-                first.get_or_insert_with(|| error.to_string());
+                locked(&self.first_error).get_or_insert_with(|| error.to_string());
             }
         }
     }
@@ -141,9 +189,10 @@ pub fn main(order: &str) -> anyhow::Result<()> {
     let counts = Arc::new(Counts::default());
     let mut outcome = runtime.block_on(async {
         match order.work {
-            Work::Echo { warmup, seconds } => echo(&order, &counts, warmup, seconds).await,
+            Work::Echo { under_way, warmup, seconds } => echo(&order, &counts, under_way, warmup, seconds).await,
             Work::Idle { sessions } => idle(&order, &counts, sessions).await,
-            Work::Churn { warmup, seconds } => churn(&order, &counts, warmup, seconds).await,
+            Work::Churn { warmup, seconds, sessions: 0 } => churn(&order, &counts, warmup, seconds).await,
+            Work::Churn { sessions, .. } => churn_all(&order, &counts, sessions).await,
             Work::Spike { clients, plain } => spike::spike(&order, clients, plain).await,
             Work::Waves { waves, clients } => spike::waves(&order, waves, clients).await,
             Work::Held { sessions, clients } => held::held(&order, sessions, clients).await,
@@ -156,60 +205,156 @@ pub fn main(order: &str) -> anyhow::Result<()> {
         }
     })?;
     outcome.failures += counts.failures.load(Ordering::Relaxed);
-    if let Some(error) = counts.first_error.lock().unwrap_or_else(PoisonError::into_inner).take() {
+    if let Some(error) = locked(&counts.first_error).take() {
         outcome.errors.insert(format!("{error} (the first)"), 1);
     }
     println!("{}", serde_json::to_string(&outcome)?);
     Ok(())
 }
 
-/// Every connection sends a message when the one before has come back.
-async fn echo(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
+/// A message is sent when one before has come back, on the connection that has waited longest: as many are under way as there are tasks,
+/// and they wander over all connections. With as many tasks as connections each connection always has one.
+async fn echo(
+    order: &Order,
+    counts: &Arc<Counts>,
+    under_way: usize,
+    warmup: f64,
+    seconds: f64,
+) -> anyhow::Result<Outcome> {
     let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
-    let mut open = Vec::with_capacity(order.connections);
+    let mut open = VecDeque::with_capacity(order.connections);
     let dialers = order.dialers()?;
     for mut dialer in limited(dialers.all(order.connections)).await? {
-        open.push(limited(dialer.open()).await?);
+        open.push_back(limited(dialer.open()).await?);
     }
+    let open = Arc::new(Mutex::new(open));
     // Only now: those that talk would hold up who still connects.
     let mut tasks = JoinSet::new();
-    for mut connection in open {
-        let (message, counts, bytes) = (Arc::clone(&message), Arc::clone(counts), order.bytes);
+    for _ in 0..under_way {
+        let (open, message, counts, bytes) = (Arc::clone(&open), Arc::clone(&message), Arc::clone(counts), order.bytes);
         tasks.spawn(async move {
+            // A connection that has failed is not given back.
             loop {
+                let next = locked(&open).pop_front();
+                let Some(mut connection) = next else { break };
                 let result = connection.echo(&message, bytes).await;
-                let failed = result.is_err();
-                counts.count(result);
-                if failed {
-                    break;
+                if result.is_ok() {
+                    locked(&open).push_back(connection);
                 }
+                counts.count(result);
             }
         });
     }
     window(order, counts, warmup, seconds).await
 }
 
-/// Sessions from their connect to their end, one after the other, `order.connections` of them at once.
-async fn churn(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
-    let message: Arc<[u8]> = frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into();
-    let close: Arc<[u8]> = frame(Role::Client, CLOSE, &CLOSE_NORMAL).into();
-    let mut tasks = JoinSet::new();
-    let dialers = order.dialers()?;
-    for mut dialer in limited(dialers.all(order.connections)).await? {
-        let (message, close, counts) = (Arc::clone(&message), Arc::clone(&close), Arc::clone(counts));
-        let bytes = order.bytes;
-        tasks.spawn(async move {
-            loop {
-                let session = async {
-                    let mut connection = dialer.open().await?;
-                    connection.echo(&message, bytes).await?;
-                    connection.close(&close).await
-                };
-                counts.count(limited(session).await);
-            }
-        });
+/// What clients of [`churn`] have in common.
+struct Clients {
+    message: Arc<[u8]>,
+    bytes: usize,
+    close: Arc<[u8]>,
+    /// Sessions that have not begun yet.
+    left: AtomicU64,
+    /// From the Close, and from the answering one, to the FIN.
+    closing: Mutex<[Histogram; 2]>,
+    failures: Mutex<BTreeMap<String, u64>>,
+}
+
+const CLOSING: [&str; 2] = ["close_to_fin", "answer_to_fin"];
+
+impl Clients {
+    fn new(order: &Order, sessions: u64) -> Arc<Self> {
+        Arc::new(Self {
+            message: frame(Role::Client, BINARY, &vec![b'x'; order.bytes]).into(),
+            bytes: order.bytes,
+            close: frame(Role::Client, CLOSE, &CLOSE_NORMAL).into(),
+            left: AtomicU64::new(sessions),
+            closing: Mutex::default(),
+            failures: Mutex::default(),
+        })
     }
-    window(order, counts, warmup, seconds).await
+
+    /// Sessions from their connect to their end, one after the other, as long as there are any.
+    async fn go(self: Arc<Self>, mut dialer: Dialer, counts: Arc<Counts>) {
+        let less = |left: u64| left.checked_sub(1);
+        while self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok() {
+            let mut stage = "connect and upgrade";
+            let session = async {
+                let mut connection = dialer.open().await?;
+                stage = "echo";
+                connection.echo(&self.message, self.bytes).await?;
+                stage = "close";
+                connection.close(&self.close).await
+            };
+            let result = limited(session).await;
+            match result {
+                Ok(moments) => {
+                    for (histogram, moment) in locked(&self.closing).iter_mut().zip(moments) {
+                        histogram.record(moment.elapsed());
+                    }
+                    counts.done.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => *locked(&self.failures).entry(format!("{stage}: {error}")).or_default() += 1,
+            }
+        }
+    }
+
+    /// Forgets what was seen until now.
+    fn begin(&self) {
+        *locked(&self.closing) = Default::default();
+        locked(&self.failures).clear();
+    }
+
+    /// What was seen since.
+    fn tell(&self, outcome: &mut Outcome) {
+        outcome.errors = mem::take(&mut *locked(&self.failures));
+        outcome.failures = outcome.errors.values().sum();
+        for (name, histogram) in CLOSING.into_iter().zip(mem::take(&mut *locked(&self.closing))) {
+            outcome.insert_quantiles(name, &["p50", "p99", "max"], histogram);
+        }
+    }
+}
+
+/// Sessions, `order.connections` of them at once.
+async fn churn(order: &Order, counts: &Arc<Counts>, warmup: f64, seconds: f64) -> anyhow::Result<Outcome> {
+    let clients = Clients::new(order, u64::MAX);
+    let mut tasks = JoinSet::new();
+    for dialer in limited(order.dialers()?.all(order.connections)).await? {
+        tasks.spawn(Arc::clone(&clients).go(dialer, Arc::clone(counts)));
+    }
+    sleep(Duration::from_secs_f64(warmup)).await;
+    clients.begin();
+    let mut outcome = window(order, counts, 0.0, seconds).await.map_err(|error| {
+        let failures = locked(&clients.failures);
+        error.context(format!("failures: {failures:?}"))
+    })?;
+    clients.tell(&mut outcome);
+    Ok(outcome)
+}
+
+/// Exactly so many sessions, and all that they cost.
+async fn churn_all(order: &Order, counts: &Arc<Counts>, sessions: u64) -> anyhow::Result<Outcome> {
+    let clients = Clients::new(order, sessions);
+    let mut tasks = JoinSet::new();
+    let dialers = limited(order.dialers()?.all(order.connections)).await?;
+    let others = [order.backend, std::process::id()];
+    let (cpu_before, others_before, begun) = (Cpu::of(&order.proxy)?, Cpu::of(&others)?, Instant::now());
+    for dialer in dialers {
+        tasks.spawn(Arc::clone(&clients).go(dialer, Arc::clone(counts)));
+    }
+    tasks.join_all().await;
+    let seconds = begun.elapsed().as_secs_f64();
+    let (cpu, others) = (Cpu::of(&order.proxy)?, Cpu::of(&others)?);
+    let mut outcome = Outcome {
+        count: counts.done.load(Ordering::Relaxed),
+        seconds,
+        proxy: cpu - cpu_before,
+        others: others - others_before,
+        ..Outcome::default()
+    };
+    clients.tell(&mut outcome);
+    anyhow::ensure!(outcome.count + outcome.failures == sessions, "not all sessions came to an end: {outcome:?}");
+    Ok(outcome)
 }
 
 /// What is done and what it costs within `seconds`, while tasks go on.
@@ -279,6 +424,10 @@ async fn idle(order: &Order, counts: &Arc<Counts>, sessions: usize) -> anyhow::R
         }
     }
     Ok(Outcome { count: open.len() as u64, seconds, memory: Some([before, after]), ..Outcome::default() })
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub async fn limited<T>(step: impl Future<Output = io::Result<T>>) -> io::Result<T> {

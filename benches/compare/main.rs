@@ -23,20 +23,27 @@ mod backend;
 mod case;
 mod ending;
 mod fanout;
+#[path = "../common/figures.rs"]
+mod figures;
 mod held;
 mod histogram;
 mod load;
+#[path = "../common/namespaces.rs"]
 mod namespaces;
 mod null;
 mod open;
 mod peers;
 mod plots;
+#[path = "../common/process.rs"]
 mod process;
+#[path = "../common/procfs.rs"]
 mod procfs;
 mod ramp;
 mod report;
 mod rivals;
 mod spike;
+#[path = "../common/svg.rs"]
+#[allow(dead_code, reason = "some of it is for fields only")]
 mod svg;
 mod tables;
 mod transport;
@@ -83,6 +90,9 @@ const WARMUP: Duration = Duration::from_millis(500);
 /// For `--quiet`: how often a leg is tried, and the pause before the next try.
 const TRIES: u32 = 5;
 const QUIET_PAUSE: Duration = Duration::from_secs(3);
+
+/// Sessions of `churn` in a second, at least, where their number is given: one that waits a second for its FIN, 64 at once.
+const SLOWEST_PER_SECOND: u32 = 50;
 
 /// Beyond the time that a leg measures for: connecting, settling, slow machines.
 const LEG_SLACK: Duration = Duration::from_mins(2);
@@ -165,6 +175,12 @@ struct Options {
     /// Sessions of `echo`
     #[arg(long, value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     connections: Vec<u32>,
+    /// Messages of `echo` under way at once, on one session after the other [default: each session always has one]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    under_way: Option<u32>,
+    /// Sessions of a leg of `churn`; 0: as many as come to their end in `--seconds`
+    #[arg(long, default_value_t = 0)]
+    churn_sessions: u32,
     /// Sessions under way at once in `churn`, and while those of other measures connect
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=5000))]
     at_once: u32,
@@ -442,9 +458,9 @@ async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcom
         roots: certificates.as_ref().map(|files| files.roots.clone()),
         streams: options.streams.into(),
         work: match case {
-            Case::Echo { .. } => Work::Echo { warmup, seconds },
+            Case::Echo { under_way, .. } => Work::Echo { under_way: under_way as usize, warmup, seconds },
             Case::Idle { .. } => Work::Idle { sessions: options.sessions as usize },
-            Case::Churn { .. } => Work::Churn { warmup, seconds },
+            Case::Churn { .. } => Work::Churn { warmup, seconds, sessions: options.churn_sessions.into() },
             Case::Spike { clients, plain, .. } => Work::Spike { clients: clients as usize, plain },
             Case::Waves { waves, clients, .. } => Work::Waves { waves, clients: clients as usize },
             Case::Held { sessions, clients, .. } => {
@@ -461,6 +477,9 @@ async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcom
         },
     };
     let lasts = match case {
+        Case::Churn { .. } if options.churn_sessions > 0 => {
+            Duration::from_secs((options.churn_sessions / SLOWEST_PER_SECOND).into())
+        }
         Case::Echo { .. } | Case::Churn { .. } => WARMUP + Duration::from_secs_f64(seconds),
         Case::Idle { .. } => Duration::ZERO,
         Case::Spike { .. } => spike::LIMIT,

@@ -40,10 +40,6 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// To read counters takes some tenths of a millisecond: times of messages that are due so near to it are not looked at.
 const GUARD: Duration = Duration::from_millis(10);
 
-/// The quantiles of a report, of 100,000.
-const QUANTILES: [(&str, u64); 5] =
-    [("p50", 50_000), ("p90", 90_000), ("p99", 99_000), ("p999", 99_900), ("max", 100_000)];
-
 const READ_BYTES: usize = 64 * 1024;
 const EVENTS: usize = 256;
 
@@ -169,12 +165,7 @@ pub async fn open(order: &Order, sessions: usize, rate: u32, seconds: f64) -> an
         outcome.errors.insert(format!("{error} (the first)"), 1);
     }
     for (name, histogram) in [("latency", seen.times), ("sent_late", seen.late)] {
-        for (quantile, of_100_000) in QUANTILES {
-            if let Some(us) = histogram.quantile_us(of_100_000) {
-                outcome.insert(&format!("{name}_{quantile}_us"), us);
-            }
-        }
-        outcome.histograms.insert(name.to_owned(), histogram);
+        outcome.insert_quantiles(name, &["p50", "p90", "p99", "p999", "max"], histogram);
     }
     Ok(outcome)
 }

@@ -80,7 +80,7 @@ pub fn plot(plot: &Plot, about: [&str; 2], summaries: &[&Summary], rows: &[&Row]
                 .collect();
             svg::parts(title, axis, &names, &panels)
         }
-        Kind::Quantiles { histogram, axis } => {
+        Kind::Quantiles { histogram, axis, of } => {
             let mut peers: BTreeMap<Peer, Histogram> = BTreeMap::new();
             for row in rows {
                 if let Some(histogram) = row.histograms.get(*histogram) {
@@ -95,7 +95,7 @@ pub fn plot(plot: &Plot, about: [&str; 2], summaries: &[&Summary], rows: &[&Row]
                     told.filter_map(|quantile| Some((quantile as f64 / 1e5, histogram.quantile_us(quantile)?)));
                 Line { name: name(peer), points: points.collect() }
             };
-            svg::quantiles(title, &Lines { axis, lines: peers.into_iter().map(line).collect() })
+            svg::quantiles(title, of, &Lines { axis, lines: peers.into_iter().map(line).collect() })
         }
         Kind::Times { end } => times(title, *end, rows),
     }

@@ -3,22 +3,23 @@
 
 #![expect(clippy::cast_precision_loss, reason = "counts and times far below 2^52")]
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path, thread};
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path};
 
 use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::{
     Options,
-    case::Case,
+    case::{Case, FEW},
     ending::{self, Timeline},
     fanout,
+    figures::{Host, Spread, number},
     histogram::Histogram,
     load::Outcome,
     peers::{Peer, Tidegates, WORKERS},
     plots,
     rivals::Rivals,
-    tables::{TABLES, Table},
+    tables::{Column, TABLES, Table},
     transport::{SUITE, Transport},
 };
 
@@ -62,6 +63,7 @@ impl Row {
             if peer != Peer::Direct {
                 insert("cpu_us", outcome.proxy.us() as f64 / all);
                 insert("user_us", outcome.proxy.user_us as f64 / all);
+                insert("system_us", outcome.proxy.system_us as f64 / all);
             }
         }
         let Outcome { errors, endings, histograms, timeline, .. } = outcome;
@@ -88,7 +90,8 @@ pub struct Report {
 
 #[derive(Debug, Serialize)]
 pub struct Setting {
-    command: String,
+    #[serde(flatten)]
+    host: Host,
     tidegate: String,
     /// The second one.
     other: Option<String>,
@@ -97,15 +100,12 @@ pub struct Setting {
     rivals: BTreeMap<String, String>,
     /// Of tidegate and the load generator: what encrypts, and what speaks HTTP/2.
     crates: Option<String>,
-    kernel: String,
-    cpu: String,
-    cores: usize,
     workers: usize,
-    load_average_before: String,
-    debug_build: bool,
     rounds: u32,
     seconds: f64,
     at_once: u32,
+    /// 0: as many as there can be in that time.
+    churn_sessions: u32,
     sessions: u32,
     open_seconds: f64,
     streams: u16,
@@ -115,32 +115,6 @@ pub struct Setting {
     backend_somaxconn: u32,
     ramp_rate: f64,
     ramp_hold: f64,
-}
-
-/// What a table says about the rounds of one peer.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Spread {
-    pub median: f64,
-    pub min: f64,
-    pub max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Self> {
-        values.sort_by(f64::total_cmp);
-        let (&min, &max) = (values.first()?, values.last()?);
-        let middle = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
-        Some(Self { median, min, max })
-    }
-}
-
-impl fmt::Display for Spread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [median, min, max] = [self.median, self.min, self.max].map(number);
-        if min == max { f.write_str(&median) } else { write!(f, "{median} ({min}..{max})") }
-    }
 }
 
 #[derive(Debug, Serialize)]
@@ -153,6 +127,8 @@ pub struct Summary {
     difference_percent: Option<Spread>,
     /// The same column, less that of the same over TCP, in its unit.
     more_than_plain: Option<Spread>,
+    /// The same column, next to that with [`FEW`] sessions, in percent.
+    next_to_few: Option<Spread>,
     /// What failed in all rounds, and how often.
     errors: BTreeMap<String, u64>,
     /// How it ended for clients in all rounds, and for how many.
@@ -168,25 +144,17 @@ impl Report {
         rivals: &Rivals,
         namespaces: bool,
     ) -> anyhow::Result<Self> {
-        let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-        let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
-        let cpu = read("/proc/cpuinfo");
-        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
         let setting = Setting {
-            command: ["cargo bench --bench compare --".to_owned(), arguments.join(" ")].join(" ").trim_end().to_owned(),
+            host: Host::look("compare")?,
             tidegate: tidegates.version(Peer::Tidegate)?,
             other: peers.contains(&Peer::Other).then(|| tidegates.version(Peer::Other)).transpose()?,
             rivals: rivals.versions(),
             crates: options.transport.iter().any(|transport| transport.is_tls()).then(crates).transpose()?,
-            kernel: read("/proc/sys/kernel/osrelease"),
-            cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
-            cores: thread::available_parallelism()?.get(),
             workers: WORKERS,
-            load_average_before: read("/proc/loadavg"),
-            debug_build: cfg!(debug_assertions),
             rounds: options.rounds,
             seconds: options.seconds,
             at_once: options.at_once,
+            churn_sessions: options.churn_sessions,
             sessions: options.sessions,
             open_seconds: options.open_seconds,
             streams: options.streams,
@@ -219,11 +187,10 @@ impl Report {
     }
 
     fn summary(&self, case: Case, peer: Peer) -> Summary {
-        let rows = |peer| self.rows.iter().filter(move |row| (row.case, row.peer) == (case, peer));
         let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut errors: BTreeMap<String, u64> = BTreeMap::new();
         let mut endings: BTreeMap<String, u64> = BTreeMap::new();
-        for row in rows(peer) {
+        for row in self.rows.iter().filter(|row| (row.case, row.peer) == (case, peer)) {
             for (name, value) in &row.values {
                 values.entry(name.clone()).or_default().push(*value);
             }
@@ -235,30 +202,33 @@ impl Report {
             }
         }
         let table = TABLES.iter().find(|table| table.measure == case.measure()).expect("each measure has a table");
-        let compared = |peer| -> BTreeMap<u32, f64> {
-            rows(peer).filter_map(|row| Some((row.round, *row.values.get(table.compared?)?))).collect()
+        // Of each round what is compared: differences are those within one.
+        let compared = |case: Case, peer: Peer| -> BTreeMap<u32, f64> {
+            let rows = self.rows.iter().filter(|row| (row.case, row.peer) == (case, peer));
+            rows.filter_map(|row| Some((row.round, *row.values.get(table.compared?)?))).collect()
+        };
+        let values_here = compared(case, peer);
+        let in_percent_of = |others: &BTreeMap<u32, f64>| {
+            Spread::of(
+                values_here
+                    .iter()
+                    .filter_map(|(round, value)| {
+                        let other = others.get(round).filter(|other| **other > 0.0)?;
+                        Some((value - other) / other * 100.0)
+                    })
+                    .collect(),
+            )
         };
         let with = self.with(table, case.transport());
-        let others = compared(with);
-        // Of the same round, too.
-        let plain: BTreeMap<u32, f64> = self
-            .rows
-            .iter()
-            .filter(|row| (row.case, row.peer) == (case.plain(), peer))
-            .filter_map(|row| Some((row.round, *row.values.get(table.compared?)?)))
-            .collect();
-        let more = compared(peer).into_iter().filter_map(|(round, value)| Some(value - plain.get(&round)?));
-        let more_than_plain = if case.plain() == case { None } else { Spread::of(more.collect()) };
-        let differences = compared(peer).into_iter().filter_map(|(round, value)| {
-            let other = others.get(&round).filter(|other| **other > 0.0)?;
-            Some((value - other) / other * 100.0)
-        });
+        let plain = compared(case.plain(), peer);
+        let more = values_here.iter().filter_map(|(round, value)| Some(value - plain.get(round)?));
         Summary {
             case,
             peer,
             values: values.into_iter().filter_map(|(name, values)| Some((name, Spread::of(values)?))).collect(),
-            difference_percent: if peer == with { None } else { Spread::of(differences.collect()) },
-            more_than_plain,
+            difference_percent: if peer == with { None } else { in_percent_of(&compared(case, with)) },
+            more_than_plain: if case.plain() == case { None } else { Spread::of(more.collect()) },
+            next_to_few: case.with_few().and_then(|few| in_percent_of(&compared(few, peer))),
             errors,
             endings,
         }
@@ -273,7 +243,7 @@ impl Report {
 
     fn write_markdown(&self, text: &mut String) -> fmt::Result {
         let s = &self.setting;
-        writeln!(text, "`{}`\n", s.command)?;
+        writeln!(text, "`{}`\n", s.host.command)?;
         let programs = [Some(s.tidegate.clone()), s.other.as_ref().map(|other| format!("other: {other}"))];
         let programs =
             programs.into_iter().chain(s.rivals.values().cloned().map(Some)).chain([s.crates.clone()]).flatten();
@@ -282,14 +252,14 @@ impl Report {
             "{}; Linux {}, {} cores ({}), {} workers each; load average before: {}; rounds: {}. Median (min..max) of \
              them.",
             programs.collect::<Vec<_>>().join(", "),
-            s.kernel,
-            s.cores,
-            s.cpu,
+            s.host.kernel,
+            s.host.cores,
+            s.host.cpu,
             s.workers,
-            s.load_average_before,
+            s.host.load_average_before,
             s.rounds,
         )?;
-        if s.debug_build {
+        if s.host.debug_build {
             writeln!(text, "\n**A debug build: these figures say nothing.**")?;
         }
         let summaries = self.summaries();
@@ -304,8 +274,9 @@ impl Report {
             writeln!(text, "\n### {title}\n\n{}\n", self.circumstances(measure))?;
             // Where something can't be measured for any of them, it is left out.
             let is_there = |name: &str| rows.iter().any(|row| row.values.contains_key(name));
-            let columns: Vec<(&str, &str)> = columns.iter().copied().filter(|(_, name)| is_there(name)).collect();
-            let names: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
+            let columns = columns.iter().copied().flatten().copied();
+            let columns: Vec<Column> = columns.filter(|(_, name)| is_there(name)).collect();
+            let names: Vec<String> = columns.iter().map(|(title, _)| (*title).to_owned()).collect();
             let compared = columns.iter().find(|(_, name)| Some(*name) == compared);
             let with_http2 = if rows.iter().any(|row| row.case.transport() == Transport::H2) && with_http2 != with {
                 format!(" (HTTP/2: to {with_http2})")
@@ -313,33 +284,23 @@ impl Report {
                 String::new()
             };
             let more = rows.iter().any(|row| row.more_than_plain.is_some());
-            let more_title = if more { " more than over TCP |" } else { "" };
-            write!(text, "| | through | {} |{more_title}", names.join(" | "))?;
-            if let Some((compared, _)) = compared {
-                write!(text, " {compared} next to {with}{with_http2} |")?;
-            }
-            let further = usize::from(more) + usize::from(compared.is_some());
-            writeln!(text, "\n|---:|---|{}", "---:|".repeat(names.len() + further))?;
+            let few = rows.iter().any(|row| row.next_to_few.is_some());
+            let mut titles = names;
+            titles.extend(more.then(|| "more than over TCP".to_owned()));
+            titles.extend(compared.filter(|_| few).map(|(compared, _)| format!("{compared} next to {FEW} sessions")));
+            titles.extend(compared.map(|(compared, _)| format!("{compared} next to {with}{with_http2}")));
+            writeln!(text, "| | through | {} |", titles.join(" | "))?;
+            writeln!(text, "|---:|---|{}", "---:|".repeat(titles.len()))?;
             for row in &rows {
                 write!(text, "| {} | {} |", row.case, row.peer)?;
-                for (_, name) in &columns {
-                    match row.values.get(*name) {
-                        Some(spread) => write!(text, " {spread} |")?,
-                        None => write!(text, " – |")?,
-                    }
-                }
-                if more {
-                    match row.more_than_plain {
-                        Some(spread) => write!(text, " {spread} |")?,
-                        None => write!(text, " – |")?,
-                    }
-                }
-                match row.difference_percent {
-                    Some(Spread { median, min, max }) => write!(text, " {median:+.0} % ({min:+.0}..{max:+.0}) |")?,
-                    None if compared.is_some() => write!(text, " – |")?,
-                    None => {}
-                }
-                writeln!(text)?;
+                let cell = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
+                let mut cells: Vec<String> =
+                    columns.iter().map(|(_, name)| cell(row.values.get(*name).map(Spread::to_string))).collect();
+                let percent = |Spread { median, min, max }| format!("{median:+.0} % ({min:+.0}..{max:+.0})");
+                cells.extend(more.then(|| cell(row.more_than_plain.map(|more| more.to_string()))));
+                cells.extend(compared.filter(|_| few).map(|_| cell(row.next_to_few.map(percent))));
+                cells.extend(compared.map(|_| cell(row.difference_percent.map(percent))));
+                writeln!(text, " {} |", cells.join(" | "))?;
             }
             for row in &rows {
                 let dropped = row.values.get("packets_dropped").map_or(0.0, |dropped| dropped.max);
@@ -384,6 +345,10 @@ impl Report {
         };
         match measure {
             "echo" => format!("{} s per leg.{tls}", s.seconds),
+            "churn" if s.churn_sessions > 0 => {
+                let sessions = number(f64::from(s.churn_sessions));
+                format!("{sessions} sessions per leg, {} at once.{tls}", s.at_once)
+            }
             "churn" => format!("{} s per leg, {} sessions at once.{tls}", s.seconds, s.at_once),
             "open" => format!("{} s per leg. Times are from when a message was due.", s.open_seconds),
             "drain" => format!(
@@ -414,8 +379,11 @@ impl Report {
         fs::create_dir_all(folder)?;
         let s = &self.setting;
         let rounds = if s.rounds == 1 { "one round".to_owned() } else { format!("{} rounds", s.rounds) };
-        let about = format!("Linux {}, {} cores ({}), {} workers each, {rounds}", s.kernel, s.cores, s.cpu, s.workers);
-        let about = if s.debug_build { format!("a debug build, which says nothing; {about}") } else { about };
+        let about = format!(
+            "Linux {}, {} cores ({}), {} workers each, {rounds}",
+            s.host.kernel, s.host.cores, s.host.cpu, s.workers
+        );
+        let about = if s.host.debug_build { format!("a debug build, which says nothing; {about}") } else { about };
         let programs = [Some(&s.tidegate), s.other.as_ref()].into_iter().flatten().chain(s.rivals.values());
         let programs = programs.map(String::as_str).collect::<Vec<_>>().join(", ");
         let summaries = self.summaries();
@@ -456,17 +424,6 @@ fn crates() -> anyhow::Result<String> {
         Some(format!("{name} {}", package.get("version")?.as_str()?))
     };
     Ok(["rustls", "ring", "h2"].into_iter().filter_map(version).collect::<Vec<_>>().join(", "))
-}
-
-/// Three digits that count.
-pub fn number(value: f64) -> String {
-    let digits = match value.abs() {
-        whole if whole.fract() == 0.0 => 0,
-        small if small < 10.0 => 2,
-        medium if medium < 100.0 => 1,
-        _ => 0,
-    };
-    format!("{value:.digits$}")
 }
 
 pub fn size(bytes: usize) -> String {

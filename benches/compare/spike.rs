@@ -123,7 +123,7 @@ impl Script {
             connection.echo(&self.message, self.bytes).await?;
             seen.echoed_at = Some(Instant::now());
             stage = "close";
-            connection.close(&self.close).await
+            connection.close(&self.close).await.map(drop)
         };
         let result = timeout_at(deadline.into(), session).await;
         match result.unwrap_or_else(|_| Err(io::Error::other(format!("not over after {} s", LIMIT.as_secs())))) {

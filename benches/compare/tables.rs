@@ -11,10 +11,13 @@ pub struct Table {
     /// The column that is compared, and with whose; None: nothing is.
     pub compared: Option<&'static str>,
     pub with: Peer,
-    /// What they are called here, and in [`crate::report::Row::values`].
-    pub columns: &'static [(&'static str, &'static str)],
+    /// In groups, since many tables have the same.
+    pub columns: &'static [&'static [Column]],
     pub plots: &'static [Plot],
 }
+
+/// What it is called in a table, and in [`crate::report::Row::values`].
+pub type Column = (&'static str, &'static str);
 
 /// A picture of a measurement, with the name of its file.
 pub struct Plot {
@@ -40,27 +43,50 @@ pub enum Kind {
     /// A bar for each peer, of several parts with their names.
     Parts { parts: &'static [Part], axis: &'static str },
     /// Quantiles of a histogram.
-    Quantiles { histogram: &'static str, axis: &'static str },
+    Quantiles { histogram: &'static str, axis: &'static str, of: &'static str },
     /// Timelines, with where the proxy's time ends.
     Times { end: Option<Duration> },
 }
 
+/// Of the CPU time of the proxy, by what; how kernels split it is mostly sampled.
+const CPU_PARTS: &[Column] = &[("of it user", "user_us"), ("of it the kernel's", "system_us")];
+const PER_MESSAGE: &[Column] = &[("proxy CPU us per message", "cpu_us")];
+const PER_SESSION: &[Column] = &[("proxy CPU us per session", "cpu_us")];
+const PER_CLIENT: &[Column] = &[("proxy CPU us per client", "cpu_us")];
+const OTHERS: &[Column] = &[("load + backend CPU us", "others_us")];
+const FAILURES: &[Column] = &[("failures", "failures")];
+const STRANGERS: &[Column] = &[("CPU of other programs, %", "strangers_percent")];
+
+/// Of clients that come at once.
+const SUCCESS: &[Column] = &[("success %", "success_percent")];
+const ADMITTED: &[Column] =
+    &[("connect to 101, ms: p50", "admitted_p50_ms"), ("p99", "admitted_p99_ms"), ("max", "admitted_max_ms")];
+const QUEUES: &[Column] = &[
+    ("ListenOverflows", "front_overflows"),
+    ("ListenDrops", "front_drops"),
+    ("of the backend: ListenOverflows", "back_overflows"),
+    ("ListenDrops", "back_drops"),
+    ("OutRsts", "front_rsts"),
+];
+
 /// Of `drain` and `kill`.
-const ENDINGS: &[(&str, &str)] = &[
-    ("clients saw: Close, FIN", "close_fin"),
-    ("Close, RST", "close_rst"),
-    ("FIN alone", "bare_fin"),
-    ("RST alone", "bare_rst"),
-    ("still there", "still_there"),
-    ("messages lost", "lost"),
-    ("ms to the Close: p50", "close_p50_ms"),
-    ("max", "close_max_ms"),
-    ("ms to the end: first", "first_end_ms"),
-    ("p50", "end_p50_ms"),
-    ("last", "last_end_ms"),
-    ("ms to the process's end", "gone_ms"),
-    ("messages per second before", "messages_per_second"),
-    ("failures", "failures"),
+const ENDINGS: &[&[Column]] = &[
+    &[
+        ("clients saw: Close, FIN", "close_fin"),
+        ("Close, RST", "close_rst"),
+        ("FIN alone", "bare_fin"),
+        ("RST alone", "bare_rst"),
+        ("still there", "still_there"),
+        ("messages lost", "lost"),
+        ("ms to the Close: p50", "close_p50_ms"),
+        ("max", "close_max_ms"),
+        ("ms to the end: first", "first_end_ms"),
+        ("p50", "end_p50_ms"),
+        ("last", "last_end_ms"),
+        ("ms to the process's end", "gone_ms"),
+        ("messages per second before", "messages_per_second"),
+    ],
+    FAILURES,
 ];
 
 /// How a session may end, from the best to the worst.
@@ -78,13 +104,7 @@ pub const TABLES: [Table; 12] = [
         title: "Echo, closed loop: a message is one there and one back",
         compared: Some("cpu_us"),
         with: Peer::Nginx,
-        columns: &[
-            ("proxy CPU us per message", "cpu_us"),
-            ("of it user", "user_us"),
-            ("messages per second", "per_second"),
-            ("load + backend CPU us", "others_us"),
-            ("failures", "failures"),
-        ],
+        columns: &[PER_MESSAGE, CPU_PARTS, &[("messages per second", "per_second")], OTHERS, FAILURES],
         plots: &[Plot {
             file: "echo-cpu",
             title: "Echo: CPU time of the proxy per message",
@@ -97,12 +117,14 @@ pub const TABLES: [Table; 12] = [
         compared: Some("rss_growth_kib"),
         with: Peer::Nginx,
         columns: &[
-            ("RSS growth", "rss_growth_kib"),
-            ("PSS growth", "pss_growth_kib"),
-            ("RSS", "rss_kib"),
-            ("PSS", "pss_kib"),
-            ("sessions", "count"),
-            ("failures", "failures"),
+            &[
+                ("RSS growth", "rss_growth_kib"),
+                ("PSS growth", "pss_growth_kib"),
+                ("RSS", "rss_kib"),
+                ("PSS", "pss_kib"),
+                ("sessions", "count"),
+            ],
+            FAILURES,
         ],
         plots: &[
             Plot {
@@ -123,37 +145,45 @@ pub const TABLES: [Table; 12] = [
         compared: Some("cpu_us"),
         with: Peer::Nginx,
         columns: &[
-            ("proxy CPU us per session", "cpu_us"),
-            ("of it user", "user_us"),
-            ("sessions per second", "per_second"),
-            ("load + backend CPU us", "others_us"),
-            ("failures", "failures"),
+            PER_SESSION,
+            CPU_PARTS,
+            &[
+                ("sessions", "count"),
+                ("sessions per second", "per_second"),
+                ("Close to FIN, us: p50", "close_to_fin_p50_us"),
+                ("p99", "close_to_fin_p99_us"),
+                ("max", "close_to_fin_max_us"),
+                ("answering Close to FIN, us: p50", "answer_to_fin_p50_us"),
+                ("p99", "answer_to_fin_p99_us"),
+                ("max", "answer_to_fin_max_us"),
+            ],
+            OTHERS,
+            FAILURES,
         ],
-        plots: &[Plot {
-            file: "churn-cpu",
-            title: "Short sessions: CPU time of the proxy per session",
-            kind: Kind::Bars { column: "cpu_us", axis: "microseconds per session" },
-        }],
+        plots: &[
+            Plot {
+                file: "churn-cpu",
+                title: "Short sessions: CPU time of the proxy per session",
+                kind: Kind::Bars { column: "cpu_us", axis: "microseconds per session" },
+            },
+            Plot {
+                file: "churn-close",
+                title: "Short sessions: from the client's Close to FIN",
+                kind: Kind::Quantiles { histogram: "close_to_fin", axis: "microseconds", of: "sessions" },
+            },
+            Plot {
+                file: "churn-answer",
+                title: "Short sessions: from the answering Close to FIN",
+                kind: Kind::Quantiles { histogram: "answer_to_fin", axis: "microseconds", of: "sessions" },
+            },
+        ],
     },
     Table {
         measure: "spike",
         title: "Spike: all connect at once; upgrade, one echo, Close handshake, FIN",
         compared: Some("admitted_max_ms"),
         with: Peer::Nginx,
-        columns: &[
-            ("success %", "success_percent"),
-            ("connect to 101 (to the whole answer of a GET), ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("last echo, ms", "last_echo_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("proxy CPU us per client", "cpu_us"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
+        columns: &[SUCCESS, ADMITTED, &[("last echo, ms", "last_echo_ms")], QUEUES, PER_CLIENT, CPU_PARTS, STRANGERS],
         plots: &[
             Plot {
                 file: "spike-admitted",
@@ -172,20 +202,7 @@ pub const TABLES: [Table; 12] = [
         title: "Waves: all of a wave connect at once, one wave each second; upgrade, one echo, Close handshake, FIN",
         compared: Some("admitted_max_ms"),
         with: Peer::Nginx,
-        columns: &[
-            ("success %", "success_percent"),
-            ("connect to 101, ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("a wave late by, ms", "late_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("proxy CPU us per client", "cpu_us"),
-            ("CPU of other programs, %", "strangers_percent"),
-        ],
+        columns: &[SUCCESS, ADMITTED, &[("a wave late by, ms", "late_ms")], QUEUES, PER_CLIENT, CPU_PARTS, STRANGERS],
         plots: &[Plot {
             file: "waves-admitted",
             title: "Waves: from connect to 101, 99th percentile",
@@ -198,18 +215,14 @@ pub const TABLES: [Table; 12] = [
         compared: Some("admitted_max_ms"),
         with: Peer::Nginx,
         columns: &[
-            ("success %", "success_percent"),
-            ("of the held lost", "held_lost"),
-            ("connect to 101, ms: p50", "admitted_p50_ms"),
-            ("p99", "admitted_p99_ms"),
-            ("max", "admitted_max_ms"),
-            ("slowest echo of the held, ms", "held_slowest_echo_ms"),
-            ("ListenOverflows", "front_overflows"),
-            ("ListenDrops", "front_drops"),
-            ("of the backend: ListenOverflows", "back_overflows"),
-            ("ListenDrops", "back_drops"),
-            ("OutRsts", "front_rsts"),
-            ("CPU of other programs, %", "strangers_percent"),
+            SUCCESS,
+            &[("of the held lost", "held_lost")],
+            ADMITTED,
+            &[("slowest echo of the held, ms", "held_slowest_echo_ms")],
+            QUEUES,
+            PER_CLIENT,
+            CPU_PARTS,
+            STRANGERS,
         ],
         plots: &[Plot {
             file: "held-admitted",
@@ -223,16 +236,20 @@ pub const TABLES: [Table; 12] = [
         compared: Some("close_max_ms"),
         with: Peer::Tidegate1,
         columns: &[
-            ("max connect, ms", "connect_max_ms"),
-            ("deviation", "connect_deviation_ms"),
-            ("max result, ms", "result_max_ms"),
-            ("deviation", "result_deviation_ms"),
-            ("max close, ms", "close_max_ms"),
-            ("deviation", "close_deviation_ms"),
-            ("clients", "count"),
-            ("failures", "failures"),
-            ("OutRsts", "front_rsts"),
-            ("CPU of other programs, %", "strangers_percent"),
+            &[
+                ("max connect, ms", "connect_max_ms"),
+                ("deviation", "connect_deviation_ms"),
+                ("max result, ms", "result_max_ms"),
+                ("deviation", "result_deviation_ms"),
+                ("max close, ms", "close_max_ms"),
+                ("deviation", "close_deviation_ms"),
+                ("clients", "count"),
+            ],
+            FAILURES,
+            &[("OutRsts", "front_rsts")],
+            PER_CLIENT,
+            CPU_PARTS,
+            STRANGERS,
         ],
         plots: &[Plot {
             file: "ramp-close",
@@ -246,16 +263,17 @@ pub const TABLES: [Table; 12] = [
         compared: Some("cpu_us"),
         with: Peer::Tidegate,
         columns: &[
-            ("proxy CPU us per delivered message", "cpu_us"),
-            ("of it user", "user_us"),
-            ("delivered %", "delivered_percent"),
-            ("under way, ms: p50", "delay_p50_ms"),
-            ("p99", "delay_p99_ms"),
-            ("max", "delay_max_ms"),
-            ("load + backend CPU us", "others_us"),
-            ("RSS growth, KiB per watcher", "watcher_kib"),
-            ("connections of the backend", "upstreams"),
-            ("failures", "failures"),
+            &[("proxy CPU us per delivered message", "cpu_us")],
+            CPU_PARTS,
+            &[
+                ("delivered %", "delivered_percent"),
+                ("under way, ms: p50", "delay_p50_ms"),
+                ("p99", "delay_p99_ms"),
+                ("max", "delay_max_ms"),
+            ],
+            OTHERS,
+            &[("RSS growth, KiB per watcher", "watcher_kib"), ("connections of the backend", "upstreams")],
+            FAILURES,
         ],
         plots: &[Plot {
             file: "fanout-cpu",
@@ -269,23 +287,24 @@ pub const TABLES: [Table; 12] = [
         compared: Some("cpu_us"),
         with: Peer::Nginx,
         columns: &[
-            ("under way, us: p50", "latency_p50_us"),
-            ("p90", "latency_p90_us"),
-            ("p99", "latency_p99_us"),
-            ("p99.9", "latency_p999_us"),
-            ("max", "latency_max_us"),
-            ("proxy CPU us per message", "cpu_us"),
-            ("of it user", "user_us"),
-            ("sent late by, us: p99", "sent_late_p99_us"),
-            ("messages per second", "per_second"),
-            ("failures", "failures"),
-            ("CPU of other programs, %", "strangers_percent"),
+            &[
+                ("under way, us: p50", "latency_p50_us"),
+                ("p90", "latency_p90_us"),
+                ("p99", "latency_p99_us"),
+                ("p99.9", "latency_p999_us"),
+                ("max", "latency_max_us"),
+            ],
+            PER_MESSAGE,
+            CPU_PARTS,
+            &[("sent late by, us: p99", "sent_late_p99_us"), ("messages per second", "per_second")],
+            FAILURES,
+            STRANGERS,
         ],
         plots: &[
             Plot {
                 file: "open-latency",
                 title: "How long messages are under way, from when they were due",
-                kind: Kind::Quantiles { histogram: "latency", axis: "microseconds, there and back" },
+                kind: Kind::Quantiles { histogram: "latency", axis: "microseconds, there and back", of: "messages" },
             },
             Plot {
                 file: "open-cpu",
@@ -300,20 +319,24 @@ pub const TABLES: [Table; 12] = [
         compared: None,
         with: Peer::Nginx,
         columns: &[
-            ("the backend saw: Close and FIN", "backend_clean"),
-            ("FIN without Close", "backend_fin"),
-            ("EPIPE or RST", "backend_rst"),
-            ("no end within 15 s", "backend_open"),
-            ("nothing", "backend_missing"),
-            ("TCPAbortOnClose", "front_aborts_on_close"),
-            ("TCPAbortOnData", "front_aborts_on_data"),
-            ("OutRsts", "front_rsts"),
-            ("of the clients: OutRsts", "client_rsts"),
-            ("Close to FIN, ms: p50", "close_p50_ms"),
-            ("p99", "close_p99_ms"),
-            ("max", "close_max_ms"),
-            ("failures", "failures"),
-            ("CPU of other programs, %", "strangers_percent"),
+            &[
+                ("the backend saw: Close and FIN", "backend_clean"),
+                ("FIN without Close", "backend_fin"),
+                ("EPIPE or RST", "backend_rst"),
+                ("no end within 15 s", "backend_open"),
+                ("nothing", "backend_missing"),
+                ("TCPAbortOnClose", "front_aborts_on_close"),
+                ("TCPAbortOnData", "front_aborts_on_data"),
+                ("OutRsts", "front_rsts"),
+                ("of the clients: OutRsts", "client_rsts"),
+                ("Close to FIN, ms: p50", "close_p50_ms"),
+                ("p99", "close_p99_ms"),
+                ("max", "close_max_ms"),
+            ],
+            PER_SESSION,
+            CPU_PARTS,
+            FAILURES,
+            STRANGERS,
         ],
         plots: &[Plot {
             file: "audit",

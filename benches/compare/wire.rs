@@ -9,6 +9,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     task::{Poll, ready},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -379,11 +380,15 @@ impl Connection {
         }
     }
 
-    /// The orderly end, by the client: Close, the peer's Close, the peer's FIN.
-    pub async fn close(mut self, close: &[u8]) -> io::Result<()> {
+    /// The orderly end, by the client: Close, the peer's Close, the peer's FIN. Says when the first was written, and when the second was read.
+    pub async fn close(mut self, close: &[u8]) -> io::Result<[Instant; 2]> {
+        let begun = Instant::now();
         self.write(close).await?;
         match self.next().await? {
-            Some(Received { opcode: CLOSE, .. }) => self.until_fin().await,
+            Some(Received { opcode: CLOSE, .. }) => {
+                let answered = Instant::now();
+                self.until_fin().await.map(|()| [begun, answered])
+            }
             other => Err(io::Error::other(format!("instead of a Close: {other:?}"))),
         }
     }

@@ -15,17 +15,22 @@
 
 mod backend;
 mod clients;
+#[path = "../common/figures.rs"]
+mod figures;
 mod leg;
-#[path = "../compare/namespaces.rs"]
+#[path = "../common/namespaces.rs"]
 mod namespaces;
 mod plot;
-#[path = "../compare/process.rs"]
+#[path = "../common/process.rs"]
 mod process;
-#[path = "../compare/procfs.rs"]
+#[path = "../common/procfs.rs"]
 #[allow(dead_code, reason = "some of it is for compare only")]
 mod procfs;
 mod report;
 mod stories;
+#[path = "../common/svg.rs"]
+#[allow(dead_code, reason = "some of it is for compare only")]
+mod svg;
 
 use std::{
     ffi::OsString,
@@ -165,7 +170,7 @@ async fn measure_round(
             let values: Vec<String> = story
                 .columns
                 .iter()
-                .filter_map(|(_, column)| Some(format!("{column} {}", report::number(*outcome.values.get(*column)?))))
+                .filter_map(|(_, column)| Some(format!("{column} {}", figures::number(*outcome.values.get(*column)?))))
                 .collect();
             eprintln!("{name}: {}; took {:.1} s", values.join(", "), begun.elapsed().as_secs_f64());
             for (error, count) in &outcome.errors {

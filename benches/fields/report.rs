@@ -3,13 +3,13 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
-    fs, thread,
 };
 
 use serde::Serialize;
 
 use crate::{
     clients::Outcome,
+    figures::{Host, Spread},
     stories::{Story, Through},
 };
 
@@ -27,21 +27,9 @@ pub struct Row {
 /// Where all of it was measured.
 #[derive(Debug, Serialize)]
 pub struct Setting {
-    command: String,
-    kernel: String,
-    cpu: String,
-    cores: usize,
-    load_average_before: String,
+    #[serde(flatten)]
+    host: Host,
     in_namespaces: bool,
-    debug_build: bool,
-}
-
-/// What the rounds of a leg have in common.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Spread {
-    pub median: f64,
-    pub min: f64,
-    pub max: f64,
 }
 
 /// A line of a table, and of a plot.
@@ -55,21 +43,7 @@ pub struct Line {
 
 impl Setting {
     pub fn new(in_namespaces: bool) -> anyhow::Result<Self> {
-        let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-        let dashes = if arguments.is_empty() { "" } else { "-- " };
-        let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
-        let cpu = read("/proc/cpuinfo");
-        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
-        Ok(Self {
-            command: format!("cargo bench --bench fields {dashes}{}", arguments.join(" ")).trim_end().to_owned(),
-            kernel: read("/proc/sys/kernel/osrelease"),
-            cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
-            cores: thread::available_parallelism()?.get(),
-            // Without the processes that there are.
-            load_average_before: read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(", "),
-            in_namespaces,
-            debug_build: cfg!(debug_assertions),
-        })
+        Ok(Self { host: Host::look("fields")?, in_namespaces })
     }
 }
 
@@ -80,30 +54,12 @@ impl fmt::Display for Setting {
         } else {
             "on loopback: somaxconn is the host's, and the counters are those of everything on it"
         };
-        let Self { command, kernel, cpu, cores, load_average_before, .. } = self;
+        let Host { command, kernel, cpu, cores, load_average_before, debug_build } = &self.host;
         write!(
             f,
             "`{command}`: Linux {kernel}, {cores} cores ({cpu}), load average before {load_average_before}, {place}."
         )?;
-        if self.debug_build { write!(f, " **A debug build: these figures say nothing.**") } else { Ok(()) }
-    }
-}
-
-impl Spread {
-    pub fn of(mut values: Vec<f64>) -> Option<Self> {
-        values.sort_by(f64::total_cmp);
-        let (&min, &max) = (values.first()?, values.last()?);
-        let middle = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
-        Some(Self { median, min, max })
-    }
-}
-
-impl fmt::Display for Spread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [median, min, max] = [self.median, self.min, self.max].map(number);
-        if min == max { f.write_str(&median) } else { write!(f, "{median} ({min}..{max})") }
+        if *debug_build { write!(f, " **A debug build: these figures say nothing.**") } else { Ok(()) }
     }
 }
 
@@ -168,25 +124,4 @@ fn write_markdown(text: &mut String, story: &Story, lines: &[Line]) -> fmt::Resu
         writeln!(text)?;
     }
     writeln!(text)
-}
-
-/// Three digits that count.
-pub fn number(value: f64) -> String {
-    let digits = match value.abs() {
-        whole if whole.fract() == 0.0 => 0,
-        small if small < 10.0 => 2,
-        medium if medium < 100.0 => 1,
-        _ => 0,
-    };
-    let text = format!("{value:.digits$}");
-    // "12,345".
-    if digits > 0 || text.len() <= 3 {
-        return text;
-    }
-    let (head, tail) = text.split_at(text.len() - 3);
-    if head.len() > 3 {
-        let (first, middle) = head.split_at(head.len() - 3);
-        return format!("{first},{middle},{tail}");
-    }
-    format!("{head},{tail}")
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{clients::Manner, report::number};
+use crate::{clients::Manner, figures::number};
 
 /// Sessions at once: with two descriptors each tidegate stays below the 20,000 that it may have.
 const AT_MOST: usize = 9_500;

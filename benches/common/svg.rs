@@ -1,12 +1,13 @@
-//! Pictures as SVG: bars with their spread, bars of several parts, quantiles and timelines. Numbers in, text out; nothing here knows what was measured.
+//! Pictures as SVG: bars with their spread, bars of several parts, quantiles, timelines, and dots with their spread over decades. Numbers in,
+//! text out; nothing here knows what was measured.
 //!
 //! For a light background, with labels that can be read at half the size, and colours that can be told apart by most who see few of them.
 
 #![expect(clippy::cast_precision_loss, reason = "counts of bars and lines")]
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
-use crate::report::{Spread, number};
+use crate::figures::{Spread, grouped, number};
 
 const WIDTH: f64 = 900.0;
 const MARGIN: f64 = 24.0;
@@ -25,6 +26,14 @@ const PANEL: f64 = 260.0;
 
 /// Between lines that would lie on one another.
 const ASIDE: f64 = 2.4;
+
+/// Of dots: left of them, for names; each panel, and between two; above and below; between 0 and the first decade.
+const LABELS: f64 = 370.0;
+const DOTS: f64 = 230.0;
+const GAP: f64 = 54.0;
+const TOP: f64 = 64.0;
+const BOTTOM: f64 = 34.0;
+const ZERO: f64 = 22.0;
 
 const INK: &str = "#222222";
 const FAINT: &str = "#666666";
@@ -113,7 +122,7 @@ impl Picture {
             Anchor::Middle => "middle",
             Anchor::End => "end",
         };
-        let words = words.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+        let words = escaped(words);
         self.push(format_args!(
             "<text x='{x:.1}' y='{y:.1}' font-size='{size}' fill='{colour}' text-anchor='{anchor}'>{words}</text>"
         ));
@@ -192,9 +201,7 @@ fn log_ticks(min: f64, max: f64) -> Vec<f64> {
 fn tick(value: f64) -> String {
     let value = (value * 1000.0).round() / 1000.0;
     if value >= 1000.0 && value.fract() == 0.0 {
-        let digits = format!("{value:.0}").into_bytes();
-        let groups = digits.rchunks(3).rev().map(String::from_utf8_lossy).collect::<Vec<_>>();
-        return groups.join(",");
+        return grouped(&format!("{value:.0}"));
     }
     format!("{value}")
 }
@@ -320,8 +327,8 @@ impl Frame {
     }
 }
 
-/// Quantiles, between 0 and 1, on an axis that gives each further nine as much room, over times on a logarithmic one.
-pub fn quantiles(title: Title<'_>, lines: &Lines) -> String {
+/// Quantiles of what is `of`, between 0 and 1, on an axis that gives each further nine as much room, over times on a logarithmic one.
+pub fn quantiles(title: Title<'_>, of: &str, lines: &Lines) -> String {
     let mut picture = Picture::default();
     let frame = Frame::at(HEAD + 6.0, PANEL * 1.5);
     let nines = |quantile: f64| -(1.0 - quantile).log10();
@@ -349,8 +356,8 @@ pub fn quantiles(title: Title<'_>, lines: &Lines) -> String {
     }
     frame.axis(&mut picture, lines.axis);
     let [_, bottom] = frame.point(0.0, 0.0);
-    let axis = "percentile of the messages";
-    picture.words([frame.left + frame.width / 2.0, bottom + 38.0], 13.0, FAINT, Anchor::Middle, axis);
+    let axis = format!("percentile of the {of}");
+    picture.words([frame.left + frame.width / 2.0, bottom + 38.0], 13.0, FAINT, Anchor::Middle, &axis);
     picture.legend(WIDTH - MARGIN - LEGEND + 20.0, frame.top + 10.0, lines.lines.iter().map(|line| line.name));
     picture.finish(title, bottom + 50.0 + FOOT)
 }
@@ -395,4 +402,128 @@ pub fn times(title: Title<'_>, (from, to): (f64, f64), moments: &[(f64, &str)], 
     let note = "Lines that would lie on one another are drawn side by side.";
     picture.words([MARGIN, bottom + 60.0], 12.0, FAINT, Anchor::Start, note);
     picture.finish(title, bottom + 50.0 + FOOT)
+}
+
+/// A row of [`dots`]: its name, in its colour, and what else is said of it.
+#[derive(Debug)]
+pub struct Row<'a> {
+    pub name: String,
+    pub colour: &'static str,
+    pub label: &'a str,
+}
+
+/// A panel of [`dots`]: one for each row, where there is one.
+#[derive(Debug)]
+pub struct Dots<'a> {
+    pub title: &'a str,
+    pub dots: Vec<Option<Spread>>,
+}
+
+/// Panels side by side, with the same rows: a dot at the median, and a bar from the smallest to the largest. The scales are logarithmic,
+/// with a place for 0. `number` is before the title, where it is seen.
+pub fn dots(number: &str, title: &str, rows: &[Row<'_>], panels: &[Dots<'_>]) -> String {
+    let mut text = String::new();
+    write_dots(&mut text, number, title, rows, panels).expect("writing to a String does not fail");
+    text
+}
+
+fn write_dots(text: &mut String, nth: &str, title: &str, rows: &[Row<'_>], panels: &[Dots<'_>]) -> fmt::Result {
+    let width = LABELS + panels.len() as f64 * (DOTS + GAP);
+    let bottom = TOP + rows.len() as f64 * ROW;
+    let height = bottom + BOTTOM;
+    let title = escaped(title);
+    write!(
+        text,
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}""#
+    )?;
+    writeln!(text, r##" role="img" aria-label="{title}" font-family="sans-serif" font-size="12" fill="#222">"##)?;
+    writeln!(text, r##"<rect width="{width}" height="{height}" fill="#fff"/>"##)?;
+    writeln!(text, r#"<text x="12" y="24" font-size="15" font-weight="bold">{nth}{title}</text>"#)?;
+    for (row, Row { name, colour, label }) in rows.iter().enumerate() {
+        let y = TOP + (row as f64 + 0.5) * ROW;
+        if row % 2 == 0 {
+            writeln!(text, r##"<rect y="{}" width="{width}" height="{ROW}" fill="#f4f4f4"/>"##, y - ROW / 2.0)?;
+        }
+        let label = escaped(label);
+        writeln!(
+            text,
+            r#"<text x="12" y="{}"><tspan fill="{colour}" font-weight="bold">{name}</tspan> {label}</text>"#,
+            y + 4.0
+        )?;
+    }
+    for (index, Dots { title, dots }) in panels.iter().enumerate() {
+        let left = LABELS + index as f64 * (DOTS + GAP);
+        let scale = Decades::of(dots.iter().flatten().flat_map(|spread| [spread.min, spread.max]));
+        writeln!(text, r#"<text x="{left}" y="{}" font-weight="bold">{}</text>"#, TOP - 10.0, escaped(title))?;
+        for (tick, at) in scale.ticks() {
+            let x = left + at;
+            writeln!(text, r##"<line x1="{x:.1}" y1="{TOP}" x2="{x:.1}" y2="{bottom}" stroke="#ccc"/>"##)?;
+            writeln!(
+                text,
+                r##"<text x="{x:.1}" y="{}" text-anchor="middle" fill="#555" font-size="10">{}</text>"##,
+                bottom + 14.0,
+                number(tick)
+            )?;
+        }
+        for (row, (Row { colour, .. }, spread)) in rows.iter().zip(dots).enumerate() {
+            let Some(spread) = spread else { continue };
+            let y = TOP + (row as f64 + 0.5) * ROW;
+            let [from, at, to] = [spread.min, spread.median, spread.max].map(|value| left + scale.at(value));
+            writeln!(
+                text,
+                r#"<line x1="{from:.1}" y1="{y}" x2="{to:.1}" y2="{y}" stroke="{colour}" stroke-width="3" stroke-opacity="0.45"/>"#
+            )?;
+            writeln!(text, r#"<circle cx="{at:.1}" cy="{y}" r="5" fill="{colour}"/>"#)?;
+            // On the side where there is room.
+            let (x, anchor) =
+                if at - left > DOTS * 0.72 { (from.min(at) - 9.0, "end") } else { (to.max(at) + 9.0, "start") };
+            writeln!(
+                text,
+                r#"<text x="{x:.1}" y="{}" text-anchor="{anchor}" font-size="11">{}</text>"#,
+                y + 4.0,
+                number(spread.median)
+            )?;
+        }
+    }
+    writeln!(text, "</svg>")
+}
+
+/// From a power of ten to another one, and 0 below them.
+#[derive(Debug)]
+struct Decades {
+    first: i32,
+    last: i32,
+}
+
+impl Decades {
+    #[expect(clippy::cast_possible_truncation, reason = "exponents")]
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let (mut least, mut most) = (f64::INFINITY, 0.0_f64);
+        for value in values.filter(|value| *value > 0.0) {
+            (least, most) = (least.min(value), most.max(value));
+        }
+        if most <= 0.0 {
+            return Self { first: 0, last: 1 };
+        }
+        let first = least.log10().floor() as i32;
+        Self { first, last: (most.log10().ceil() as i32).max(first + 1) }
+    }
+
+    fn at(&self, value: f64) -> f64 {
+        if value <= 0.0 {
+            return 0.0;
+        }
+        let decades = f64::from(self.last - self.first);
+        ZERO + (value.log10() - f64::from(self.first)) / decades * (DOTS - ZERO)
+    }
+
+    fn ticks(&self) -> Vec<(f64, f64)> {
+        let decades = (self.first..=self.last).map(|exponent| 10_f64.powi(exponent));
+        [0.0].into_iter().chain(decades).map(|tick| (tick, self.at(tick))).collect()
+    }
+}
+
+/// For an element's text, and between double quotes.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
 }
