@@ -122,41 +122,39 @@ IDLE = (512, 1024)
 DESCRIPTORS = 4096
 
 
-class Proxy:
-    """A tidegate with one worker, this process being its clients and its backend."""
+# The thread whose costs are counted.
+WORKER = "worker-0"
+# Without what goes by the clock, and so is more on a slow machine, and with time for it. Under valgrind, which has no vDSO, a scrape of
+# the admin listener would end the process. Values as in TOML.
+SETTINGS = {
+    "listen.workers": "1",
+    "listen.backlog": "128",
+    "limits.memory": '"off"',
+    "drain.delay": '"0s"',
+    "drain.window": '"0s"',
+    "drain.timeout": '"10m"',
+    "websocket.ping_interval": '"50s"',
+    "close.handshake_timeout": '"10m"',
+    "admin.address": '"off"',
+    "reload.watch": '"0s"',
+    "log.format": '"json"',
+}
 
-    def __init__(self, folder, command, **more):
+
+class Proxy:
+    """A tidegate with one worker, this process being its clients and its backend. `settings` are beside SETTINGS, or instead of them."""
+
+    def __init__(self, folder, command, settings=None, **more):
         self.backend = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.backend.settimeout(TIMEOUT_S)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = free.getsockname()
-        # Without what goes by the clock, and so is more on a slow machine, and with time for it. Under valgrind, which has no vDSO, a
-        # scrape of the admin listener would end the process.
+        addresses = {
+            "listen.address": f'"127.0.0.1:{self.address[1]}"',
+            "upstream.address": f'"127.0.0.1:{self.backend.getsockname()[1]}"',
+        }
         config = folder / "proxy.toml"
-        config.write_text(f"""
-            [listen]
-            address = "127.0.0.1:{self.address[1]}"
-            workers = 1
-            backlog = 128
-            [upstream]
-            address = "127.0.0.1:{self.backend.getsockname()[1]}"
-            [limits]
-            memory = "off"
-            [drain]
-            delay = "0s"
-            window = "0s"
-            timeout = "10m"
-            [websocket]
-            ping_interval = "50s"
-            [close]
-            handshake_timeout = "10m"
-            [admin]
-            address = "off"
-            [reload]
-            watch = "0s"
-            [log]
-            format = "json"
-        """)
+        config.write_text("".join(f"{key} = {value}\n" for key, value in (SETTINGS | addresses | (settings or {})).items()))
         self.process, self.pid, self.asleep = None, None, None
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.bind(str(folder / "ready"))
@@ -180,13 +178,12 @@ class Proxy:
                 # Under strace it is strace's child.
                 if children := pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
                     self.pid = int(children[0])
-                # The worker's thread is there, and has its name, when it has served somebody. valgrind knows it by how many were before
-                # it, strace by its id.
+                # The worker's thread is there, and has its name, when it has served somebody. valgrind knows threads by how many were
+                # before them, strace by their ids.
                 session = self.open()
                 tasks = sorted(int(task.name) for task in pathlib.Path(f"/proc/{self.pid}/task").iterdir())
-                names = [pathlib.Path(f"/proc/{self.pid}/task/{task}/comm").read_text().strip() for task in tasks]
-                self.worker = names.index("worker-0")
-                self.worker_id = tasks[self.worker]
+                self.threads = [pathlib.Path(f"/proc/{self.pid}/task/{task}/comm").read_text().strip() for task in tasks]
+                self.worker_id = tasks[self.threads.index(WORKER)]
                 self.asleep = pathlib.Path(f"/proc/{self.pid}/task/{self.worker_id}")
                 self.close(session)
             except BaseException:
@@ -321,23 +318,58 @@ def the_end(stream):
         raise ValueError(f"more than a Close: {more}")
 
 
-def instructions(tidegate, load):
-    """Of the worker's thread in user mode, by callgrind."""
+def callgrind(tidegate, load, settings=None):
+    """What callgrind wrote of each thread, by the thread's name; only what is done in user mode is in it."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        callgrind = ["valgrind", "-q", "--tool=callgrind", "--separate-threads=yes", f"--callgrind-out-file={folder}/out"]
-        with Proxy(folder, [*callgrind, tidegate]) as proxy:
+        command = ["valgrind", "-q", "--tool=callgrind", "--separate-threads=yes", f"--callgrind-out-file={folder}/out", tidegate]
+        with Proxy(folder, command, settings) as proxy:
             proxy.bear(load)
         # Threads are numbered from 1, in the order of their beginnings.
-        text = (folder / f"out-{proxy.worker + 1:02}").read_text()
-        return int(re.findall(r"^totals: (\d+)$", text, re.M)[-1])
+        return {name: (folder / f"out-{nth:02}").read_text() for nth, name in enumerate(proxy.threads, 1)}
 
 
-def sessions_calls(tidegate, load):
+def own_instructions(text):
+    """Those of each function itself, by its name, of what callgrind wrote."""
+    names, found, function, is_call = {}, Counter(), None, False
+    for line in text.splitlines():
+        if named := re.match(r"(c?)fn=\((\d+)\)(?: (.*))?$", line):
+            if named[3]:
+                names[named[2]] = named[3]
+            function = function if named[1] else named[2]
+        elif line.startswith("calls="):
+            # The next line has what was called.
+            is_call = True
+        elif re.match(r"[\d+*-]", line):
+            if not is_call:
+                found[function] += int(line.split()[1])
+            is_call = False
+    by_name = Counter()
+    for function, count in found.items():
+        by_name[names[function]] += count
+    return by_name
+
+
+def instructions(tidegate, load, settings=None):
+    """Of each thread in user mode."""
+    return Counter({
+        name: int(re.findall(r"^totals: (\d+)$", text, re.M)[-1]) for name, text in callgrind(tidegate, load, settings).items()
+    })
+
+
+def more_instructions(tidegate, kinds, settings=None, thread=WORKER):
+    """Of one more of each kind, in a thread."""
+    base = Load()
+    without = instructions(tidegate, base, settings)
+    with_more = {kind: instructions(tidegate, replace(base, **{kind: getattr(base, kind) + MORE[kind]}), settings) for kind in kinds}
+    return {kind: round((count[thread] - without[thread]) / MORE[kind]) for kind, count in with_more.items()}
+
+
+def sessions_calls(tidegate, load, settings=None):
     """The worker's system calls by name: for each session those from its accept to the next one's."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        with Proxy(folder, ["strace", "-qq", "-ff", "-e", "signal=none", "-o", f"{folder}/out", tidegate]) as proxy:
+        with Proxy(folder, ["strace", "-qq", "-ff", "-e", "signal=none", "-o", f"{folder}/out", tidegate], settings) as proxy:
             proxy.bear(load)
             lines = (folder / f"out.{proxy.worker_id}").read_text().splitlines()
     sessions = []
@@ -353,28 +385,34 @@ def sessions_calls(tidegate, load):
     return sessions
 
 
-def system_calls(tidegate):
-    """Of each kind, by name."""
-    base = Load()
-    load = replace(base, **{kind: MORE[kind] for kind in ("echo_64", "echo_16k", "session")})
-    sessions = sessions_calls(tidegate, load)
+def usual_calls(sessions, load):
+    """Of an echo of each size and of a session, by name, of what sessions_calls() found."""
     names = sorted(set().union(*sessions))
     # The median, since what waits at an end is looked at by the clock: on a busy machine some sessions have a few calls more.
     usual = {name: statistics.median(session[name] for session in sessions[1:load.session + 1]) for name in names}
     found = {}
     for kind, session in zip(("echo_64", "echo_16k"), sessions[load.session + 1:], strict=False):
         # All but the one that any session has.
-        found[kind] = {name: (session[name] - usual[name]) / (MORE[kind] - 1) for name in names}
-    found["session"] = usual
+        found[kind] = {name: (session[name] - usual[name]) / (getattr(load, kind) - 1) for name in names}
+    return found | {"session": usual}
+
+
+def in_all(calls):
+    """Rounded, with their sum."""
+    return {"all": round(sum(calls.values()), 1)} | {name: round(count, 1) for name, count in calls.items() if round(count, 1)}
+
+
+def system_calls(tidegate):
+    """Of each kind, by name."""
+    base = Load()
+    load = replace(base, **{kind: MORE[kind] for kind in ("echo_64", "echo_16k", "session")})
+    sessions = sessions_calls(tidegate, load)
+    found = usual_calls(sessions, load)
     more = sessions_calls(tidegate, replace(load, drained_session=base.drained_session + MORE["drained_session"]))
     without, with_more = sum(sessions, Counter()), sum(more, Counter())
-    found["drained_session"] = {
-        name: (with_more[name] - without[name]) / MORE["drained_session"] for name in names if name not in BY_CHANCE_IN_DRAIN
-    }
-    return {
-        kind: {"all": round(sum(each.values()), 1)} | {name: round(count, 1) for name, count in each.items() if round(count, 1)}
-        for kind, each in found.items()
-    }
+    names = sorted(set().union(*sessions, *more) - BY_CHANCE_IN_DRAIN)
+    found["drained_session"] = {name: (with_more[name] - without[name]) / MORE["drained_session"] for name in names}
+    return {kind: in_all(calls) for kind, calls in found.items()}
 
 
 def counted(binary):
@@ -432,13 +470,8 @@ def resident(tidegate):
 
 def measured(tidegate, counting):
     allocations, held = counted(counting)
-    base = Load()
-    without = instructions(tidegate, base)
     return {
-        "instructions": {
-            kind: round((instructions(tidegate, replace(base, **{kind: getattr(base, kind) + more})) - without) / more)
-            for kind, more in MORE.items()
-        },
+        "instructions": more_instructions(tidegate, MORE),
         "system_calls": system_calls(tidegate),
         "allocations": {kind: round(allocations[kind], 2) for kind in MORE if kind in allocations},
         "bytes": {kind: round(size) for kind, size in held.items()},

@@ -54,6 +54,9 @@ pub const FALLBACKS: [&str; 11] = [
     "host",
 ];
 
+/// False in a build that shows what counting costs (`.ci/costs`): what moves with messages and sessions over TCP then stays 0.
+const COUNTS: bool = !cfg!(uncounted);
+
 /// Labels with values from fixed sets only.
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 
@@ -772,6 +775,9 @@ impl Metrics {
 
     /// A WebSocket handshake ended.
     pub fn handshake(&self, result: Handshake, took: Duration) {
+        if !COUNTS {
+            return;
+        }
         self.handshakes[result as usize].inc();
         if result == Handshake::Accepted {
             self.handshake_duration.observe(took);
@@ -803,6 +809,9 @@ impl Metrics {
 
     /// A session ended; `initiator` is one of [`INITIATORS`].
     pub fn close(&self, initiator: &'static str, code: Option<u16>, clean: bool, took: Duration) {
+        if !COUNTS {
+            return;
+        }
         self.closes.count(initiator, clean, code_class(code));
         self.close_duration.observe(took);
     }
@@ -815,6 +824,9 @@ impl Metrics {
 
     /// A socket's last wait ended; `how` is one of [`LINGERED`].
     pub fn lingered(&self, side: Side, how: &'static str) {
+        if !COUNTS {
+            return;
+        }
         let how = LINGERED.iter().position(|name| *name == how).expect("one of the names");
         self.lingered[side as usize][how].inc();
     }
@@ -908,8 +920,9 @@ impl Metrics {
 
 /// One more of something, until it is dropped.
 #[derive(Debug)]
-pub struct Counted(Gauge);
+pub struct Counted(#[cfg(not(uncounted))] Gauge);
 
+#[cfg(not(uncounted))]
 impl Counted {
     /// Counts up.
     pub fn new(gauge: &Gauge) -> Self {
@@ -918,8 +931,17 @@ impl Counted {
     }
 }
 
+#[cfg(uncounted)]
+impl Counted {
+    /// Nothing.
+    pub fn new(_: &Gauge) -> Self {
+        Self()
+    }
+}
+
 impl Drop for Counted {
     fn drop(&mut self) {
+        #[cfg(not(uncounted))]
         self.0.dec();
     }
 }
@@ -951,7 +973,9 @@ impl Port {
     /// Counts up.
     pub fn new(ports: &Arc<Ports>) -> Self {
         ports.here.fetch_add(1, Ordering::Relaxed);
-        ports.all.inc();
+        if COUNTS {
+            ports.all.inc();
+        }
         Self(Arc::clone(ports))
     }
 }
@@ -959,7 +983,9 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         self.0.here.fetch_sub(1, Ordering::Relaxed);
-        self.0.all.dec();
+        if COUNTS {
+            self.0.all.dec();
+        }
     }
 }
 
@@ -1063,7 +1089,9 @@ impl Traffic {
 
 /// Without a locked instruction: there is one writer.
 fn add(counter: &AtomicU64, count: u64) {
-    counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    if COUNTS {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
