@@ -43,12 +43,7 @@ LOAD = guard.replace(guard.Load(), **{kind: guard.MORE[kind] for kind in KINDS})
 def costs(tidegate, settings):
     """Instructions and system calls of each kind, and the instructions of a session in the log's thread."""
     settings = DEFAULTS | settings
-    base = guard.Load()
-    without = guard.instructions(tidegate, base, settings)
-    found = {}
-    for kind in KINDS:
-        more = guard.instructions(tidegate, guard.replace(base, **{kind: getattr(base, kind) + guard.MORE[kind]}), settings)
-        found[kind] = {name: round((count - without[name]) / guard.MORE[kind]) for name, count in more.items()}
+    found = guard.more_instructions(tidegate, KINDS, settings)
     calls = guard.usual_calls(guard.sessions_calls(tidegate, LOAD, settings), LOAD)
     return (
         [(found[kind][guard.WORKER], guard.in_all(calls[kind])["all"]) for kind in KINDS],

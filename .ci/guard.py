@@ -357,12 +357,14 @@ def instructions(tidegate, load, settings=None):
     })
 
 
-def more_instructions(tidegate, kinds, settings=None, thread=WORKER):
-    """Of one more of each kind, in a thread."""
+def more_instructions(tidegate, kinds, settings=None):
+    """Of one more of each kind, in each thread."""
     base = Load()
     without = instructions(tidegate, base, settings)
     with_more = {kind: instructions(tidegate, replace(base, **{kind: getattr(base, kind) + MORE[kind]}), settings) for kind in kinds}
-    return {kind: round((count[thread] - without[thread]) / MORE[kind]) for kind, count in with_more.items()}
+    return {
+        kind: {name: round((count - without[name]) / MORE[kind]) for name, count in threads.items()} for kind, threads in with_more.items()
+    }
 
 
 def sessions_calls(tidegate, load, settings=None):
@@ -471,7 +473,7 @@ def resident(tidegate):
 def measured(tidegate, counting):
     allocations, held = counted(counting)
     return {
-        "instructions": more_instructions(tidegate, MORE),
+        "instructions": {kind: threads[WORKER] for kind, threads in more_instructions(tidegate, MORE).items()},
         "system_calls": system_calls(tidegate),
         "allocations": {kind: round(allocations[kind], 2) for kind in MORE if kind in allocations},
         "bytes": {kind: round(size) for kind, size in held.items()},
