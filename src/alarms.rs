@@ -1,9 +1,9 @@
 //! Who is woken when: at a moment of its own, and all at once. Each worker has one of these for all of its sessions, which is less for each
-//! of them than a timer of the runtime and a place in a list.
+//! of them than a timer of the runtime and a place in a list. The leg of a shared WebSocket has one for itself.
 //!
-//! The moments are in a wheel: six levels of 64 slots, of a millisecond, 64 of these, and so on. One timer of the runtime stands at the next
-//! slot that has something in it. When it fires, the one who woke is left to set it again ([`Alarms::tend`]): nothing of it is touched
-//! where a runtime may be about to end.
+//! The moments are in a hierarchical timer wheel: six levels of 64 slots, of a millisecond, 64 of these, and so on. One timer of the runtime
+//! stands at the next slot that has something in it. When it fires, the one who woke is left to set it again ([`Alarms::tend`]): nothing of
+//! it is touched where a runtime may be about to end.
 
 use std::{
     fmt,
@@ -30,7 +30,7 @@ pub struct Alarms {
     /// What ticks are counted from.
     begun: Stamp,
     wheel: Mutex<Wheel>,
-    /// Locked before the wheel, and never by whoever is woken by it.
+    /// Locked before the wheel, and never by the bell, which may ring while it is locked.
     sleep: Mutex<Option<Pin<Box<Sleep>>>>,
     /// What the timer wakes.
     bell: Waker,
@@ -181,8 +181,8 @@ const LEVELS: u32 = 6;
 const SLOTS: usize = 64;
 const BITS: u32 = 6;
 
-/// Nodes are made so many at a time: what is made and not in use is little, however many there are.
-const CHUNK: usize = 128;
+/// Nodes are made so many at a time: what is made and not in use is little, however many there are, or few.
+const CHUNK: usize = 16;
 
 /// No node.
 const NONE: u32 = u32::MAX;
@@ -197,6 +197,7 @@ struct Wheel {
     heads: [[u32; SLOTS]; LEVELS as usize],
     /// The slots that have any, by level.
     taken: [u64; LEVELS as usize],
+    #[expect(clippy::vec_box, reason = "all of them in one would be moved, and doubled, when there is one more")]
     nodes: Vec<Box<[Node; CHUNK]>>,
     /// The first of those that nobody has.
     free: u32,

@@ -54,7 +54,7 @@ pub const FALLBACKS: [&str; 11] = [
     "host",
 ];
 
-/// False in a build that shows what counting costs (`.ci/costs`): what moves with messages and sessions over TCP then stays 0.
+/// False in a build that shows what counting costs (`.ci/costs`): nearly all that moves with messages and sessions over TCP then stays 0.
 const COUNTS: bool = !cfg!(uncounted);
 
 /// Labels with values from fixed sets only.

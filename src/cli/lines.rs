@@ -56,7 +56,7 @@ impl Line {
         self.0.push_str("\":");
     }
 
-    /// What can't be written is left out.
+    /// To a string nothing fails.
     fn number(&mut self, field: &Field, number: impl fmt::Display) {
         self.name(field);
         let _ = write!(self.0, "{number}");

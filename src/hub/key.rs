@@ -193,11 +193,11 @@ impl Key {
         }
         let mut headers = HeaderMap::new();
         for host in from.get_all(HOST) {
-            headers.append(HOST, host.clone());
+            headers.append(HOST, own(host));
         }
         for name in names {
             for value in from.get_all(name) {
-                let mut value = value.clone();
+                let mut value = own(value);
                 value.set_sensitive(true);
                 headers.append(name.clone(), value);
             }
@@ -289,6 +289,11 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.digest().fmt(f)
     }
+}
+
+/// A value by itself: as it came it holds all that was read with it, for as long as the key lives.
+fn own(value: &HeaderValue) -> HeaderValue {
+    HeaderValue::from_bytes(value.as_bytes()).unwrap_or_else(|_| value.clone())
 }
 
 #[cfg(test)]

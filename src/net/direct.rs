@@ -17,6 +17,7 @@ use rustix::{
 use tokio::{
     io::Interest,
     net::{TcpStream, UnixStream},
+    task::coop::has_budget_remaining,
 };
 
 /// A socket that the runtime watches.
@@ -84,7 +85,8 @@ pub(super) fn poll_recv(
 /// Waits until the socket is ready to be read.
 pub(super) fn poll_await(socket: &impl Watched, cx: &mut Context<'_>, is_awaited: &mut bool) -> Poll<io::Result<()>> {
     let polled = socket.poll_read_ready(cx);
-    *is_awaited = polled.is_pending();
+    // One whose budget is used up is only to be polled once more: nothing was asked for it.
+    *is_awaited = polled.is_pending() && has_budget_remaining();
     polled
 }
 
@@ -181,6 +183,34 @@ mod tests {
             }
             drop(theirs);
             assert_eq!(poll_fn(|cx| poll_recv(&ours, cx, &mut buffer, &mut is_awaited)).await.expect("the end"), 0);
+        });
+    }
+
+    /// Who has used up the budget that the runtime gives a task for one turn, and so was not taken down as waiting, waits in the next one.
+    #[test]
+    fn a_budget_that_is_used_up_loses_no_wakeup() {
+        in_runtime(async {
+            let (mut theirs, ours) = pair();
+            let reader = tokio_util::task::TaskTracker::new().spawn(async move {
+                let mut is_awaited = false;
+                let mut turns = 0;
+                poll_fn(|cx| {
+                    turns += 1;
+                    if turns == 1 {
+                        while has_budget_remaining() {
+                            let _ = pin!(tokio::task::coop::consume_budget()).poll(cx);
+                        }
+                    }
+                    poll_recv(&ours, cx, &mut [0; 8], &mut is_awaited)
+                })
+                .await
+            });
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            theirs.write_all(b"word").expect("room");
+            let read = tokio::time::timeout(std::time::Duration::from_secs(20), reader).await;
+            assert_eq!(read.expect("a wake-up").expect("no panic").expect("bytes"), 4);
         });
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use rustix::{
     io::Errno,
-    pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
+    pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice},
 };
 use tokio::{
     io::Interest,
@@ -25,8 +25,12 @@ use super::Stream;
 use crate::sparse::Sparse;
 
 /// Bytes that are in one at most, and what the kernel is asked to give it: 64 pieces, of which each is a packet or a few. It may give less
-/// (`fs.pipe-max-size`, `fs.pipe-user-pages-soft`); then less is moved at once.
+/// (`fs.pipe-max-size`); then less is moved at once.
 const PIPE_BYTES: usize = 256 * 1024;
+
+/// What the kernel has to give it at least, as much as a read takes: a user with too many pages in pipes gets two pages for one
+/// (`fs.pipe-user-pages-soft`), by which bytes would move at more cost than by copying.
+const LEAST_BYTES: usize = 64 * 1024;
 
 /// Pipes of a thread at most, in use or not: with all that is in them, 8 MiB of the kernel's memory. Once opened they are kept: their
 /// descriptors are set aside anyway, and where many readers are behind one would be opened and closed, in four calls, for every other payload.
@@ -52,8 +56,11 @@ struct Ends {
 impl Ends {
     fn open() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // What it has got already is of use too.
-        let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
+        if let Err(error) = fcntl_setpipe_size(&writer, PIPE_BYTES)
+            && fcntl_getpipe_size(&writer)? < LEAST_BYTES
+        {
+            return Err(error.into());
+        }
         Ok(Self { reader, writer })
     }
 }
@@ -97,7 +104,8 @@ impl Stock {
                 static SAID: Sparse = Sparse::new();
                 self.short_until = Some(Instant::now() + PAUSE);
                 if let Some(unsaid) = SAID.is_due() {
-                    tracing::warn!(%error, unsaid, "no pipe can be opened: large payloads are copied");
+                    let fix = "raise RLIMIT_NOFILE (ulimit -n), or fs.pipe-user-pages-soft and -hard; nothing is lost meanwhile";
+                    tracing::warn!(%error, fix, unsaid, "no pipe can be opened: large payloads are copied, at more CPU time");
                 }
                 None
             }
@@ -185,8 +193,14 @@ impl Pipe {
     pub fn poll_fill(&mut self, cx: &mut Context<'_>, from: &Stream, most: usize) -> Poll<io::Result<usize>> {
         let (Some(from), true) = (Bare::of(from), self.is_empty()) else { return Poll::Ready(Ok(0)) };
         let (into, most) = (&self.ends().writer, most.min(PIPE_BYTES));
-        // Where nothing is in the pipe, only the socket may make it wait.
-        let filled = ready!(from.poll_io(cx, Interest::READABLE, |from| splice(from, None, into, None, most, FLAGS)));
+        // Where nothing is in the pipe, only the socket may make it wait. Or an urgent byte, which only a read gets past (`tcp_read_sock`,
+        // net/ipv4/tcp.c): so that is what finds out.
+        let filled = ready!(from.poll_io(cx, Interest::READABLE, |from| {
+            match splice(from, None, into, None, most, FLAGS) {
+                Err(Errno::AGAIN) => Ok(0),
+                moved => moved,
+            }
+        }));
         match filled {
             Err(error) if is_refusal(&error) => {
                 refuse(&error);
@@ -236,12 +250,14 @@ impl Pipe {
 
 /// From now on this thread copies.
 fn refuse(error: &io::Error) {
-    STOCK.with_borrow_mut(|stock| {
-        stock.is_refused = true;
+    let is_known = STOCK.with_borrow_mut(|stock| {
         stock.count -= stock.empty.len();
         stock.empty = Vec::new();
+        std::mem::replace(&mut stock.is_refused, true)
     });
-    tracing::info!(%error, "the system does not move bytes from socket to socket: large payloads are copied");
+    if !is_known {
+        tracing::info!(%error, "the system does not move bytes from socket to socket (splice): large payloads are copied until a restart");
+    }
 }
 
 impl Drop for Pipe {

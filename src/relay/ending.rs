@@ -129,7 +129,7 @@ struct Leg {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Ending {
-    /// From the first sign on: most sessions show none, and are to cost little.
+    /// From the first sign on, or if there is something to know of its backend: most sessions have neither, and are to cost little.
     signs: Option<Box<Signs>>,
 }
 

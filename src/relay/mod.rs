@@ -2,7 +2,7 @@
 //!
 //! One task, one poll function, no channel. Bytes go through the thread's scratch buffer straight to the other side;
 //! only what the other side does not take, and the beginning of a frame that is not whole yet, is kept. So an idle
-//! session owns no buffer, and a stalled one at most one scratch buffer per direction.
+//! session owns no buffer, and a stalled one at most one scratch buffer per direction, or one pipe in the kernel (`splice.rs`).
 //!
 //! What ends a session, and how, is decided in `ending.rs`; sockets are handed over to whoever lingers for them.
 //! Payloads are never looked at, except those of control frames.
@@ -114,8 +114,8 @@ impl Config {
 /// Bytes of one read.
 const READ: usize = 64 * 1024;
 
-/// The longest turn of one session. The runtime's own bound is 128 reads and writes, which may take milliseconds, and each
-/// connect on the same worker waits for several turns, each message for one.
+/// The longest turn of one session: each connect on the same worker waits for several turns, each message for one. The runtime's own bound,
+/// 128 reads and writes, may take milliseconds, and does not count those of bare sockets (`net/direct.rs`).
 const TURN: Duration = Duration::from_micros(100);
 
 /// How long after a client's Close its FIN counts as one that came with it.
@@ -589,7 +589,8 @@ impl Relay {
         self.lanes[side.other() as usize].drop_pending();
         let gone = self.ending.gone(side);
         let stream = self.streams[side as usize].take().filter(|_| gone != Some(Gone::Reset));
-        let has_ended = self.read_done[side as usize] && gone == Some(Gone::Fin);
+        // One that would not take what was written has been reset since.
+        let has_ended = self.read_done[side as usize] && gone == Some(Gone::Fin) && !self.broken[side as usize];
         Ended { side, stream, is_done: self.ending.heard_close_of(side), has_ended }
     }
 
