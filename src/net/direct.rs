@@ -58,7 +58,7 @@ enum Call {
 }
 
 /// Reads what there is. `is_awaited` is this function's, one for each reader, false in the beginning: the task is woken when something comes,
-/// and nothing has come since it was found so. The runtime is asked again all the same: a session was seen to stand still where it was not.
+/// and nothing has come since it was found so; then the runtime need not be asked again. All calls are to be with the same task's waker.
 pub(super) fn poll_recv(
     socket: &impl Watched,
     cx: &mut Context<'_>,
@@ -75,6 +75,8 @@ pub(super) fn poll_recv(
                 *is_awaited = false;
                 return Poll::Ready(read);
             }
+            // Only a call makes a socket unready, and whoever waited was woken when it had become ready.
+            Call::Unready if *is_awaited => return Poll::Pending,
             Call::Unready | Call::Refused => ready!(poll_await(socket, cx, is_awaited))?,
         }
     }
