@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     task::{Context, Poll, ready},
 };
 
@@ -20,33 +20,43 @@ use tokio::{
     task::coop::has_budget_remaining,
 };
 
-/// A socket that the runtime watches.
-pub(super) trait Watched: AsFd {
+/// A socket of the kernel with nothing above it, which the runtime watches.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Bare<'a> {
+    Tcp(&'a TcpStream),
+    Unix(&'a UnixStream),
+}
+
+impl<'a> Bare<'a> {
     /// Does it if the socket is ready, as far as the runtime knows; it no longer is after `WouldBlock`.
-    fn try_io(&self, interest: Interest, call: impl FnOnce() -> io::Result<()>) -> io::Result<()>;
-    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
-    fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
-}
-
-macro_rules! watched {
-    ($($stream:ty),*) => {$(
-        impl Watched for $stream {
-            fn try_io(&self, interest: Interest, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-                self.try_io(interest, call)
-            }
-
-            fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                self.poll_read_ready(cx)
-            }
-
-            fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                self.poll_write_ready(cx)
-            }
+    pub(super) fn try_io<R>(self, interest: Interest, call: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+        match self {
+            Self::Tcp(stream) => stream.try_io(interest, call),
+            Self::Unix(stream) => stream.try_io(interest, call),
         }
-    )*};
-}
+    }
 
-watched!(TcpStream, UnixStream);
+    pub(super) fn poll_read_ready(self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => stream.poll_read_ready(cx),
+            Self::Unix(stream) => stream.poll_read_ready(cx),
+        }
+    }
+
+    pub(super) fn poll_write_ready(self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => stream.poll_write_ready(cx),
+            Self::Unix(stream) => stream.poll_write_ready(cx),
+        }
+    }
+
+    pub(super) fn fd(self) -> BorrowedFd<'a> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
 
 /// What came of one call.
 enum Call {
@@ -60,7 +70,7 @@ enum Call {
 /// Reads what there is. `is_awaited` is this function's, one for each reader, false in the beginning: the task is woken when something comes,
 /// and nothing has come since it was found so; then the runtime need not be asked again. All calls are to be with the same task's waker.
 pub(super) fn poll_recv(
-    socket: &impl Watched,
+    socket: Bare<'_>,
     cx: &mut Context<'_>,
     into: &mut [u8],
     is_awaited: &mut bool,
@@ -68,7 +78,7 @@ pub(super) fn poll_recv(
     loop {
         let length = into.len();
         let read = transfer(socket, Interest::READABLE, length, || {
-            recv(socket, &mut *into, RecvFlags::empty()).map(|(count, _)| count)
+            recv(socket.fd(), &mut *into, RecvFlags::empty()).map(|(count, _)| count)
         });
         match read {
             Call::Done(read) => {
@@ -83,7 +93,7 @@ pub(super) fn poll_recv(
 }
 
 /// Waits until the socket is ready to be read.
-pub(super) fn poll_await(socket: &impl Watched, cx: &mut Context<'_>, is_awaited: &mut bool) -> Poll<io::Result<()>> {
+pub(super) fn poll_await(socket: Bare<'_>, cx: &mut Context<'_>, is_awaited: &mut bool) -> Poll<io::Result<()>> {
     let polled = socket.poll_read_ready(cx);
     // One whose budget is used up is only to be polled once more: nothing was asked for it.
     *is_awaited = polled.is_pending() && has_budget_remaining();
@@ -91,9 +101,9 @@ pub(super) fn poll_await(socket: &impl Watched, cx: &mut Context<'_>, is_awaited
 }
 
 /// Writes as much as the kernel takes.
-pub(super) fn poll_send(socket: &impl Watched, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+pub(super) fn poll_send(socket: Bare<'_>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
     loop {
-        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket, bytes, SendFlags::NOSIGNAL)) {
+        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket.fd(), bytes, SendFlags::NOSIGNAL)) {
             Call::Done(sent) => return Poll::Ready(sent),
             Call::Unready | Call::Refused => ready!(socket.poll_write_ready(cx))?,
         }
@@ -103,7 +113,7 @@ pub(super) fn poll_send(socket: &impl Watched, cx: &mut Context<'_>, bytes: &[u8
 /// One call, if the socket may be ready. A call that moved less than `length` has moved all that there was, or all that there was room for
 /// (epoll(7), questions and answers, 9), so that the kernel is not asked again just to hear so.
 fn transfer(
-    socket: &impl Watched,
+    socket: Bare<'_>,
     interest: Interest,
     length: usize,
     mut call: impl FnMut() -> rustix::io::Result<usize>,
@@ -161,7 +171,7 @@ mod tests {
                 // Twice nothing: the second time the runtime is not asked.
                 poll_fn(|cx| {
                     for _ in 0..2 {
-                        assert!(poll_recv(&ours, cx, &mut buffer, &mut is_awaited).is_pending());
+                        assert!(poll_recv(Bare::Tcp(&ours), cx, &mut buffer, &mut is_awaited).is_pending());
                         assert!(is_awaited);
                     }
                     Poll::Ready(())
@@ -171,18 +181,23 @@ mod tests {
                 theirs.write_all(&sent).expect("room");
                 got.clear();
                 while got.len() < sent.len() {
-                    let count = poll_fn(|cx| poll_recv(&ours, cx, &mut buffer, &mut is_awaited)).await.expect("bytes");
+                    let count = poll_fn(|cx| poll_recv(Bare::Tcp(&ours), cx, &mut buffer, &mut is_awaited))
+                        .await
+                        .expect("bytes");
                     assert!(count > 0 && !is_awaited);
                     got.extend_from_slice(&buffer[..count]);
                 }
                 assert_eq!(got, sent);
                 // What was just as much as there was room for may have more behind it, which the kernel has to say.
                 let mut cx = Context::from_waker(Waker::noop());
-                assert!(poll_recv(&ours, &mut cx, &mut buffer, &mut is_awaited).is_pending());
+                assert!(poll_recv(Bare::Tcp(&ours), &mut cx, &mut buffer, &mut is_awaited).is_pending());
                 is_awaited = false;
             }
             drop(theirs);
-            assert_eq!(poll_fn(|cx| poll_recv(&ours, cx, &mut buffer, &mut is_awaited)).await.expect("the end"), 0);
+            assert_eq!(
+                poll_fn(|cx| poll_recv(Bare::Tcp(&ours), cx, &mut buffer, &mut is_awaited)).await.expect("the end"),
+                0
+            );
         });
     }
 
@@ -201,7 +216,7 @@ mod tests {
                             let _ = pin!(tokio::task::coop::consume_budget()).poll(cx);
                         }
                     }
-                    poll_recv(&ours, cx, &mut [0; 8], &mut is_awaited)
+                    poll_recv(Bare::Tcp(&ours), cx, &mut [0; 8], &mut is_awaited)
                 })
                 .await
             });
@@ -222,7 +237,7 @@ mod tests {
             let bytes: Vec<u8> = (0..1_000_000_u32).map(|at| at.to_le_bytes()[usize::from(at % 2 == 0)]).collect();
             let mut sent = 0;
             let mut cx = Context::from_waker(Waker::noop());
-            while let Poll::Ready(count) = poll_send(&ours, &mut cx, &bytes[sent % bytes.len()..]) {
+            while let Poll::Ready(count) = poll_send(Bare::Tcp(&ours), &mut cx, &bytes[sent % bytes.len()..]) {
                 sent += count.expect("a peer");
             }
             let reader = std::thread::spawn(move || {
@@ -233,7 +248,7 @@ mod tests {
             let until = sent.next_multiple_of(bytes.len()) + bytes.len();
             let mut rest = pin!(poll_fn(|cx| {
                 while sent < until {
-                    sent += ready!(poll_send(&ours, cx, &bytes[sent % bytes.len()..])).expect("a peer");
+                    sent += ready!(poll_send(Bare::Tcp(&ours), cx, &bytes[sent % bytes.len()..])).expect("a peer");
                 }
                 Poll::Ready(())
             }));

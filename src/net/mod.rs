@@ -35,6 +35,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+use self::direct::Bare;
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     kept::{Kept, is_too_slow},
@@ -199,20 +200,15 @@ impl Stream {
         buffer: &mut [u8],
         is_awaited: &mut bool,
     ) -> Poll<io::Result<usize>> {
-        match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_recv(stream, cx, buffer, is_awaited),
-            Self::Unix(stream) => direct::poll_recv(stream, cx, buffer, is_awaited),
-            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => self.poll_read_above(cx, buffer),
+        match self.bare() {
+            Some(socket) => direct::poll_recv(socket, cx, buffer, is_awaited),
+            None => self.poll_read_above(cx, buffer),
         }
     }
 
     /// After a read that was not filled: there is nothing more, and whoever waits is woken by what comes. False if that is not known.
     pub fn is_drained(&self, cx: &mut Context<'_>, is_awaited: &mut bool) -> bool {
-        match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_await(stream, cx, is_awaited).is_pending(),
-            Self::Unix(stream) => direct::poll_await(stream, cx, is_awaited).is_pending(),
-            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => false,
-        }
+        self.bare().is_some_and(|socket| direct::poll_await(socket, cx, is_awaited).is_pending())
     }
 
     /// Of what is more than a socket.
@@ -230,10 +226,9 @@ impl Stream {
 
     /// Writes as much as is taken at once, or nothing.
     pub fn poll_write_slice(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => direct::poll_send(stream, cx, bytes),
-            Self::Unix(stream) => direct::poll_send(stream, cx, bytes),
-            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => Pin::new(self).poll_write(cx, bytes),
+        match self.bare() {
+            Some(socket) => direct::poll_send(socket, cx, bytes),
+            None => Pin::new(self).poll_write(cx, bytes),
         }
     }
 
@@ -290,7 +285,15 @@ impl Stream {
 
     /// It is a socket of the kernel, and nothing else.
     pub const fn is_bare(&self) -> bool {
-        matches!(self, Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_))
+        self.bare().is_some()
+    }
+
+    const fn bare(&self) -> Option<Bare<'_>> {
+        match self {
+            Self::Tcp(stream) | Self::Dialled(stream, _) => Some(Bare::Tcp(stream)),
+            Self::Unix(stream) => Some(Bare::Unix(stream)),
+            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => None,
+        }
     }
 
     /// It ends within this process, where nobody has to be asked whether he is there.
@@ -325,11 +328,7 @@ impl Stream {
             Self::Tls(tls) => tls.below()?,
             _ => self,
         };
-        match below {
-            Self::Tcp(stream) | Self::Dialled(stream, _) => Some(stream.as_fd()),
-            Self::Unix(stream) => Some(stream.as_fd()),
-            Self::Tls(_) | Self::Multiplexed(_) | Self::Local(_) => None,
-        }
+        below.bare().map(Bare::fd)
     }
 
     /// See [`unacked`]; `None`: it has no socket of its own.

@@ -7,7 +7,7 @@
 use std::{
     cell::RefCell,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -16,12 +16,9 @@ use rustix::{
     io::Errno,
     pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice},
 };
-use tokio::{
-    io::Interest,
-    net::{TcpStream, UnixStream},
-};
+use tokio::io::Interest;
 
-use super::Stream;
+use super::{Stream, direct::Bare};
 use crate::sparse::Sparse;
 
 /// Bytes that are in one at most, and what the kernel is asked to give it: 64 pieces, of which each is a packet or a few. It may give less
@@ -126,45 +123,18 @@ fn is_refusal(error: &io::Error) -> bool {
     )
 }
 
-/// A socket that the kernel can move bytes from and to as they are.
-#[derive(Debug, Clone, Copy)]
-enum Bare<'a> {
-    Tcp(&'a TcpStream),
-    Unix(&'a UnixStream),
-}
-
-impl<'a> Bare<'a> {
-    fn of(stream: &'a Stream) -> Option<Self> {
-        match stream {
-            Stream::Tcp(stream) | Stream::Dialled(stream, _) => Some(Self::Tcp(stream)),
-            Stream::Unix(stream) => Some(Self::Unix(stream)),
-            Stream::Tls(_) | Stream::Multiplexed(_) | Stream::Local(_) => None,
-        }
-    }
-
-    /// Does it when the socket is ready, and until it is so no more.
-    fn poll_io(
-        self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        mut act: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        let is_read = interest.is_readable();
-        loop {
-            ready!(match self {
-                Self::Tcp(stream) if is_read => stream.poll_read_ready(cx),
-                Self::Tcp(stream) => stream.poll_write_ready(cx),
-                Self::Unix(stream) if is_read => stream.poll_read_ready(cx),
-                Self::Unix(stream) => stream.poll_write_ready(cx),
-            })?;
-            let done = match self {
-                Self::Tcp(stream) => stream.try_io(interest, || Ok(act(stream.as_fd())?)),
-                Self::Unix(stream) => stream.try_io(interest, || Ok(act(stream.as_fd())?)),
-            };
-            match done {
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                done => return Poll::Ready(done),
-            }
+/// Does it when the socket is ready, and until it is so no more.
+fn poll_io(
+    socket: Bare<'_>,
+    cx: &mut Context<'_>,
+    interest: Interest,
+    mut act: impl FnMut(BorrowedFd<'_>) -> rustix::io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(if interest.is_readable() { socket.poll_read_ready(cx) } else { socket.poll_write_ready(cx) })?;
+        match socket.try_io(interest, || Ok(act(socket.fd())?)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            done => return Poll::Ready(done),
         }
     }
 }
@@ -175,7 +145,7 @@ const FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 impl Pipe {
     /// An empty one for bytes from one of these to the other; `None`: they are to be copied.
     pub fn between(from: &Stream, to: &Stream) -> Option<Self> {
-        (Bare::of(from).is_some() && Bare::of(to).is_some())
+        (from.is_bare() && to.is_bare())
             .then(|| STOCK.with_borrow_mut(Stock::take))?
             .map(|ends| Self { ends: Some(ends), bytes: 0 })
     }
@@ -191,11 +161,11 @@ impl Pipe {
 
     /// Fills it, if it is empty, with what `from` has, up to `most` bytes; 0: that is the end, or has to be read.
     pub fn poll_fill(&mut self, cx: &mut Context<'_>, from: &Stream, most: usize) -> Poll<io::Result<usize>> {
-        let (Some(from), true) = (Bare::of(from), self.is_empty()) else { return Poll::Ready(Ok(0)) };
+        let (Some(from), true) = (from.bare(), self.is_empty()) else { return Poll::Ready(Ok(0)) };
         let (into, most) = (&self.ends().writer, most.min(PIPE_BYTES));
         // Where nothing is in the pipe, only the socket may make it wait. Or an urgent byte, which only a read gets past (`tcp_read_sock`,
         // net/ipv4/tcp.c): so that is what finds out.
-        let filled = ready!(from.poll_io(cx, Interest::READABLE, |from| {
+        let filled = ready!(poll_io(from, cx, Interest::READABLE, |from| {
             match splice(from, None, into, None, most, FLAGS) {
                 Err(Errno::AGAIN) => Ok(0),
                 moved => moved,
@@ -215,10 +185,10 @@ impl Pipe {
 
     /// Moves what is in it to `to`, as much as that takes; never 0. `Ok(None)`: it can't be moved, so it is to be [read](Self::read).
     pub fn poll_empty(&mut self, cx: &mut Context<'_>, to: &Stream) -> Poll<io::Result<Option<usize>>> {
-        let Some(to) = Bare::of(to) else { return Poll::Ready(Ok(None)) };
+        let Some(to) = to.bare() else { return Poll::Ready(Ok(None)) };
         let (from, bytes) = (&self.ends().reader, self.bytes);
         // Nobody else fills it or takes from it, so only the socket may make it wait.
-        let moved = ready!(to.poll_io(cx, Interest::WRITABLE, |to| splice(from, None, to, None, bytes, FLAGS)));
+        let moved = ready!(poll_io(to, cx, Interest::WRITABLE, |to| splice(from, None, to, None, bytes, FLAGS)));
         Poll::Ready(match moved {
             Err(error) if is_refusal(&error) => {
                 refuse(&error);
@@ -278,8 +248,11 @@ impl Drop for Pipe {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::{future::poll_fn, io::Write as _};
+
+    use tokio::net::UnixStream;
+
+    use super::*;
 
     fn in_runtime(test: impl Future<Output = ()>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("descriptors");
