@@ -494,7 +494,7 @@ impl Reload {
             let fix = "restart when it suits, so that limits.max_connections is derived anew";
             warn!(fix, "clients now come by TLS, which takes memory that was not reckoned with at the start");
         }
-        first.drain.reconfigure(new.drain.clone());
+        first.relay.drain.reconfigure(new.drain.clone());
         if new.log.filter != old.log.filter
             && let Some(log) = log
             && let Err(error) = log.set_filter(&new.log.filter)

@@ -213,11 +213,10 @@ impl Server {
         let hubs = Hubs::new(&upstreams, settings.sharing(), &homes, &settings.relay, &metrics, &admission);
         let each = runtimes.take().into_iter().zip(accepted).zip(queues).zip(lingers);
         for (index, (((runtime, accepted), listeners), linger)) in each.enumerate() {
-            let (drain, home) = (drain.clone(), homes[index].clone());
+            let home = homes[index].clone();
             let tracker = home.tracker.clone();
-            let traffic = metrics.traffic();
             let (config, delays) = (settings.relay.clone(), admission.delays());
-            let relay = relay::Shared::new(config, Arc::clone(&traffic), drain.clone(), delays);
+            let relay = relay::Shared::new(config, metrics.traffic(), drain.clone(), delays);
             let context = Arc::new(Context {
                 current: Current::default(),
                 downstream: settings.downstream.clone(),
@@ -229,8 +228,6 @@ impl Server {
                 home,
                 hubs: hubs.clone(),
                 metrics: Arc::clone(&metrics),
-                traffic,
-                drain,
                 roster: Arc::default(),
                 tracker,
                 gate: Gate::new(&waiters),
@@ -662,7 +659,7 @@ impl Worker {
                 tokio::select! {
                     biased;
                     () = go.cancelled() => {}
-                    () = context.drain.begun() => return,
+                    () = context.relay.drain.begun() => return,
                 }
                 let context = context.latest();
                 context.upstreams.prewarm(&context.home);
@@ -675,16 +672,16 @@ impl Worker {
                     biased;
                     () = go.cancelled() => {}
                     // Somebody else accepts, and goes on with it.
-                    () = context.drain.begun() => return,
+                    () = context.relay.drain.begun() => return,
                 }
                 let serve = |stream, peer, place| {
-                    context.traffic.accept();
+                    context.relay.traffic.accept();
                     match balancer.place(index, stream, peer, place, Counted::new(&context.metrics.connections)) {
                         Some(accepted) => context.latest().accept(accepted),
-                        None => context.traffic.hand_off(),
+                        None => context.relay.traffic.hand_off(),
                     }
                 };
-                if let Err(error) = listen::accept_loop(listener, context.drain.begun(), &door, serve).await {
+                if let Err(error) = listen::accept_loop(listener, context.relay.drain.begun(), &door, serve).await {
                     tracing::error!(%error, "a worker cannot use a listener");
                 }
             });

@@ -223,9 +223,8 @@ impl<'a> Parts<'a> {
             // None is shared here.
             end: Arc::new(drop),
         };
-        let traffic = self.metrics.traffic();
         let (config, delays) = (self.relay.clone(), self.admission.delays());
-        let relay = relay::Shared::new(config, Arc::clone(&traffic), self.drain.clone(), delays);
+        let relay = relay::Shared::new(config, self.metrics.traffic(), self.drain.clone(), delays);
         Arc::new(Context {
             current: Current::default(),
             downstream: self.settings.downstream.clone(),
@@ -237,8 +236,6 @@ impl<'a> Parts<'a> {
             home,
             hubs: Hubs::default(),
             metrics: Arc::clone(&self.metrics),
-            traffic,
-            drain: self.drain.clone(),
             roster: Arc::default(),
             tracker,
             gate: Gate::new(&self.waiters),
@@ -262,12 +259,12 @@ impl<'a> Parts<'a> {
 async fn accept(listener: Arc<Listener>, context: Arc<Context>, balancer: Balancer) {
     let door = Door { admission: context.admission.clone(), metrics: Arc::clone(&context.metrics) };
     let serve = |stream, peer, place| {
-        context.traffic.accept();
+        context.relay.traffic.accept();
         if let Some(accepted) = balancer.place(0, stream, peer, place, Counted::new(&context.metrics.connections)) {
             context.accept(accepted);
         }
     };
-    if let Err(error) = listen::accept_loop(listener, context.drain.begun(), &door, serve).await {
+    if let Err(error) = listen::accept_loop(listener, context.relay.drain.begun(), &door, serve).await {
         tracing::error!(%error, "cannot use a listener");
     }
 }

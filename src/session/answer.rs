@@ -32,7 +32,7 @@ impl Context {
     /// The same for what there is too little of toward one endpoint.
     pub(super) fn refuse_at(&self, reason: Reason, client: SocketAddr, at: Option<(&str, &At)>) {
         static SAID: [Sparse; Reason::ALL.len()] = [const { Sparse::new() }; Reason::ALL.len()];
-        self.traffic.refuse(reason);
+        self.relay.traffic.refuse(reason);
         let is_rate = reason == Reason::AddressRate;
         if let Some(unsaid) = SAID[reason as usize].is_due() {
             let (route, endpoint) = at.map(|(route, at)| (route, at.endpoint())).unzip();

@@ -137,7 +137,7 @@ impl Context {
         let mut http = downstream::server(&self.downstream);
         http.header_read_timeout(header_timeout);
         let mut connection = http.serve_connection(TokioIo::new(stream), service);
-        let mut hurried = pin!(self.drain.hurried());
+        let mut hurried = pin!(self.relay.drain.hurried());
         let served = tokio::select! {
             served = &mut connection => {
                 served.inspect_err(|error| debug!(%client, %error, "client connection ended")).is_ok()
@@ -168,7 +168,7 @@ impl Context {
                     Err(_) => self.shed(Intent::WebSocket, client.address),
                 }
             });
-            let mut hurried = pin!(self.drain.hurried());
+            let mut hurried = pin!(self.relay.drain.hurried());
             // `None`: nobody waits for it any more.
             poll_fn(|cx| {
                 if let Poll::Ready(response) = answer.as_mut().poll(cx) {
@@ -259,7 +259,7 @@ impl Context {
         };
         let io = TokioIo::new(stream);
         let mut connection = downstream::server(&self.downstream).serve_connection(io, service);
-        let (mut begun, mut hurried) = (pin!(self.drain.begun()), pin!(self.drain.hurried()));
+        let (mut begun, mut hurried) = (pin!(self.relay.drain.begun()), pin!(self.relay.drain.hurried()));
         let (mut draining, mut told) = (false, false);
         // Of a first request that comes in pieces: its deadline, and memory for them.
         let mut pieces: Option<(Pin<Box<Sleep>>, Option<Extra>)> = None;
@@ -479,7 +479,7 @@ impl Context {
             self.refuse_at(reason, client, Some((&about.route, &At::of(endpoint))));
             (Handshake::Shed, self.refusal(reason), None)
         };
-        match self.hubs.join(&about.route, request, &self.home, &self.traffic, &self.admission).await {
+        match self.hubs.join(&about.route, request, &self.home, &self.relay.traffic, &self.admission).await {
             Ok(Joined { leg, protocol, endpoint, known }) => {
                 about.shared = Some(known);
                 let mut response = Response::new(empty());

@@ -141,7 +141,7 @@ impl Context {
                     is_flooded,
                     users: Arc::default(),
                     refused,
-                    begun: Box::pin(self.drain.begun()),
+                    begun: Box::pin(self.relay.drain.begun()),
                     idle: Some(Box::pin(sleep_until(deadline))),
                     is_leaving: false,
                     is_cut: refused.is_some(),
@@ -242,7 +242,7 @@ impl Context {
                     Err(_) => self.shed(Intent::WebSocket, client.address),
                 }
             });
-            let mut hurried = pin!(self.drain.hurried());
+            let mut hurried = pin!(self.relay.drain.hurried());
             // `None`: nobody waits for it any more.
             poll_fn(|cx| {
                 if let Poll::Ready(response) = answer.as_mut().poll(cx) {
@@ -337,7 +337,7 @@ impl Context {
                     Err(_) => self.shed(Intent::Plain, client.address),
                 }
             });
-            let mut hurried = pin!(self.drain.hurried());
+            let mut hurried = pin!(self.relay.drain.hurried());
             let mut is_told = !wants_to_be_told;
             poll_fn(|cx| {
                 let answered = answer.as_mut().poll(cx);
@@ -373,7 +373,7 @@ impl Context {
         if is_over {
             return;
         }
-        let mut hurried = pin!(self.drain.hurried());
+        let mut hurried = pin!(self.relay.drain.hurried());
         loop {
             // `None`: nobody waits for it any more.
             let frame = poll_fn(|cx| {

@@ -46,11 +46,10 @@ use crate::{
     admission::{Admission, Place, Reason},
     close::{self, Keeps, Linger},
     downstream::{self, ProxyProtocol, TraceId},
-    drain::Drain,
     gate::{Gate, PendingQueue, Permit},
     hub::{Hubs, Known},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
-    metrics::{Counted, Metrics, Traffic},
+    metrics::{Counted, Metrics},
     net::{Kept, Stream, concat, read_ahead},
     relay::{self, Ended, Leg, Relay},
     side::Side,
@@ -72,7 +71,7 @@ pub struct Context {
     pub current: Current,
     /// The client's leg.
     pub downstream: downstream::Config,
-    /// The relay.
+    /// The relay, with what is counted with every message, and the order to end.
     pub relay: Arc<relay::Shared>,
     /// Of so many sessions one has its lines in the log; 0: none. One that did not end in order has its last one always.
     pub log_sample: u32,
@@ -88,10 +87,6 @@ pub struct Context {
     pub hubs: Hubs,
     /// What is counted.
     pub metrics: Arc<Metrics>,
-    /// What this worker counts with every message.
-    pub traffic: Arc<Traffic>,
-    /// The order to end.
-    pub drain: Drain,
     /// Its sessions.
     pub roster: Arc<Roster>,
     /// Every task of the worker.
@@ -406,7 +401,7 @@ impl Context {
         let is_silent = tokio::select! {
             readable = timeout(patience, stream.readable()) => readable.is_err(),
             // It was accepted, so its request may be on its way: an end now would be one without an answer.
-            () = self.drain.begun() => timeout(patience.min(REFUSED_LINGER), stream.readable()).await.is_err(),
+            () = self.relay.drain.begun() => timeout(patience.min(REFUSED_LINGER), stream.readable()).await.is_err(),
         };
         if is_silent {
             self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);

@@ -251,13 +251,13 @@ impl Context {
     pub(super) async fn late(&self, deadline: Instant) {
         tokio::select! {
             () = sleep_until(deadline) => return,
-            () = self.drain.begun() => {}
+            () = self.relay.drain.begun() => {}
         }
         // It was accepted, so its request may be on its way.
         let soon = sleep(REFUSED_LINGER.min(deadline.saturating_duration_since(Instant::now())));
         tokio::select! {
             () = soon => {}
-            () = self.drain.hurried() => {}
+            () = self.relay.drain.hurried() => {}
         }
     }
 
