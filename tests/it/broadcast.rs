@@ -1,7 +1,7 @@
 //! One WebSocket of the backend for many clients: who shares it, what they get, and what becomes of them when it ends.
 
 use crate::harness::{
-    Board, DEADLINE, Frame, Gate, LIMIT, Message, NO_CODE, Peer, Scene,
+    Board, DEADLINE, Frame, Gate, LIMIT, Message, NO_CODE, Peer, Scene, backend,
     proxy::Metrics,
     scene::{encrypted, secure, streams},
     transcript::End,
@@ -327,16 +327,9 @@ fn a_backend_that_does_not_come_back_is_lost() {
 #[test]
 fn a_backend_that_says_nothing_is_not_waited_for() {
     let feed = Feed::new();
-    let script = feed.script();
     let pool = "idle_timeout = '0s', reconnect_grace = '500ms'";
     let t = Scene::new(&settings(pool, "upstream.handshake_timeout = '10m'"))
-        .backend(async move |c: &mut Peer| {
-            if c.index() == 0 {
-                return script(c).await;
-            }
-            c.read_head().await;
-            c.until_end().await;
-        })
+        .backend(backend::answers_once(feed.script()))
         .start();
     t.client(async |c| {
         c.handshake("/feed/a").await;

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{
-    Board, DEADLINE, Frame, LIMIT, Message, Peer, Scene,
+    Board, DEADLINE, Frame, LIMIT, Message, Peer, Scene, backend,
     crowd::is_strict,
     transcript::End,
     ws::{CLOSE, PING, PONG},
@@ -516,16 +516,9 @@ fn a_backend_that_does_not_come_back_is_lost() {
 #[test]
 fn a_silent_backend_is_not_waited_for() {
     let asked = Asked::new();
-    let script = asked.script();
     let pool = "idle_timeout = '45s', reconnect_grace = '500ms'";
     let t = Scene::new(&settings(pool, "upstream.handshake_timeout = '10m'"))
-        .backend(async move |c: &mut Peer| {
-            if c.index() == 0 {
-                return script(c).await;
-            }
-            c.read_head().await;
-            c.until_end().await;
-        })
+        .backend(backend::answers_once(asked.script()))
         .start();
     t.client(async |c| {
         c.handshake("/rpc").await;

@@ -346,6 +346,20 @@ pub fn zero_window(gate: super::Gate) -> impl AsyncFn(&mut Peer) + Send + Sync +
     }
 }
 
+/// Only the first connection follows the script: those after it are accepted, and get no answer.
+pub fn answers_once<F>(script: F) -> impl AsyncFn(&mut Peer) + Send + Sync + 'static
+where
+    F: AsyncFn(&mut Peer) + Send + Sync + 'static,
+{
+    async move |peer: &mut Peer| {
+        if peer.index() == 0 {
+            return script(peer).await;
+        }
+        peer.read_head().await;
+        peer.until_end().await;
+    }
+}
+
 /// Reads everything and never answers a Close.
 pub async fn never_answers_close(peer: &mut Peer) {
     peer.accept_websocket().await;
