@@ -120,87 +120,90 @@ fn stream() -> impl Strategy<Value = (Tracker, Vec<u8>)> {
 /// What a tracker says of a stream: each event with its position, and a violation with the frames that ended before.
 type Said = (Vec<(usize, Step)>, Option<(usize, Violation)>);
 
+/// A tracker, how far it has come in a stream, and what it has said of it.
+struct Fed {
+    tracker: Tracker,
+    at: usize,
+    events: Vec<(usize, Step)>,
+    /// Frames.
+    ended: usize,
+}
+
+impl Fed {
+    fn new(tracker: Tracker) -> Self {
+        Self { tracker, at: 0, events: Vec::new(), ended: 0 }
+    }
+
+    /// Feeds what comes before `until`; `by_frame`: whole frames are taken at once where there are any.
+    fn step_to(&mut self, until: usize, bytes: &[u8], by_frame: bool) -> Result<(), Violation> {
+        loop {
+            let portion = &bytes[self.at..until];
+            if by_frame && let Some((used, header)) = self.tracker.whole(portion)? {
+                assert!(self.tracker.at_boundary());
+                self.events.push((self.at + usize::from(header.size), Step::Header(header)));
+                self.at += used;
+                self.ended += 1;
+                self.events.push((self.at, Step::End(header)));
+                continue;
+            }
+            let (used, step) = self.tracker.step(portion)?;
+            self.at += used;
+            if step == Step::More {
+                assert_eq!(self.at, until, "more was asked for with bytes left");
+                return Ok(());
+            }
+            self.ended += usize::from(matches!(step, Step::End(_)));
+            self.events.push((self.at, step));
+            assert!(usize::from(self.tracker.position.have) <= MAX_HEADER);
+        }
+    }
+
+    fn said(self, violation: Option<Violation>) -> Said {
+        (self.events, violation.map(|violation| (self.ended, violation)))
+    }
+}
+
 /// Feeds `bytes` in portions of the given sizes, used in turn.
 fn feed(tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
     feed_whole(tracker, bytes, sizes, false)
 }
 
 /// The same; `by_frame`: whole frames are taken at once where there are any.
-fn feed_whole(mut tracker: Tracker, bytes: &[u8], sizes: &[usize], by_frame: bool) -> Said {
-    let mut events = Vec::new();
-    let mut ended = 0;
-    let mut at = 0;
+fn feed_whole(tracker: Tracker, bytes: &[u8], sizes: &[usize], by_frame: bool) -> Said {
+    let mut fed = Fed::new(tracker);
     for size in sizes.iter().cycle() {
-        if at == bytes.len() {
+        if fed.at == bytes.len() {
             break;
         }
-        let until = (at + size).min(bytes.len());
-        loop {
-            match if by_frame { tracker.whole(&bytes[at..until]) } else { Ok(None) } {
-                Ok(Some((used, header))) => {
-                    assert!(tracker.at_boundary());
-                    events.push((at + usize::from(header.size), Step::Header(header)));
-                    at += used;
-                    ended += 1;
-                    events.push((at, Step::End(header)));
-                    continue;
-                }
-                Ok(None) => {}
-                Err(violation) => return (events, Some((ended, violation))),
-            }
-            match tracker.step(&bytes[at..until]) {
-                Ok((used, Step::More)) => {
-                    at += used;
-                    assert_eq!(at, until, "more was asked for with bytes left");
-                    break;
-                }
-                Ok((used, step)) => {
-                    at += used;
-                    ended += usize::from(matches!(step, Step::End(_)));
-                    events.push((at, step));
-                }
-                Err(violation) => return (events, Some((ended, violation))),
-            }
-            assert!(usize::from(tracker.position.have) <= MAX_HEADER);
+        let until = (fed.at + size).min(bytes.len());
+        if let Err(violation) = fed.step_to(until, bytes, by_frame) {
+            return fed.said(Some(violation));
         }
     }
-    (events, None)
+    fed.said(None)
 }
 
 /// As [`feed`], but of each payload the portions that the sizes say are skipped, in turns with those that are fed.
-fn feed_and_skip(mut tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
-    let mut events = Vec::new();
-    let mut ended = 0;
-    let mut at = 0;
+fn feed_and_skip(tracker: Tracker, bytes: &[u8], sizes: &[usize]) -> Said {
+    let mut fed = Fed::new(tracker);
     for (turn, size) in sizes.iter().cycle().enumerate() {
-        if at == bytes.len() && tracker.payload_begun().is_none_or(|_| tracker.rest() > 0) {
+        if fed.at == bytes.len() && fed.tracker.payload_begun().is_none_or(|_| fed.tracker.rest() > 0) {
             break;
         }
-        let mut until = (at + size).min(bytes.len());
+        let mut until = (fed.at + size).min(bytes.len());
         if turn % 2 == 0 {
-            let rest = usize::try_from(tracker.rest()).expect("of this stream");
-            let skipped = rest.min(until - at);
-            tracker.skip(skipped as u64);
-            at += skipped;
+            let rest = usize::try_from(fed.tracker.rest()).expect("of this stream");
+            let skipped = rest.min(until - fed.at);
+            fed.tracker.skip(skipped as u64);
+            fed.at += skipped;
             // What is at its end says so without more input.
-            until = at;
+            until = fed.at;
         }
-        loop {
-            match tracker.step(&bytes[at..until]) {
-                Ok((used, Step::More)) => {
-                    at += used;
-                    break;
-                }
-                Ok((used, step)) => {
-                    at += used;
-                    ended += usize::from(matches!(step, Step::End(_)));
-                    events.push((at, step));
-                }
-                Err(violation) => return (events, Some((ended, violation))),
-            }
+        if let Err(violation) = fed.step_to(until, bytes, false) {
+            return fed.said(Some(violation));
         }
     }
-    (events, None)
+    fed.said(None)
 }
 
 /// The first event of a header on its own.
