@@ -17,6 +17,8 @@
 
 mod backend;
 mod client;
+#[path = "../common/figures.rs"]
+mod figures;
 mod leg;
 mod noise;
 mod process;

@@ -1,12 +1,13 @@
 //! From outcomes to tables: the median of the rounds, the smallest and the largest.
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path, thread};
+use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Options, Workload,
+    figures::{Host, Spread, number},
     leg::Outcome,
     proxy::{Assembly, WORKERS},
 };
@@ -44,14 +45,10 @@ impl fmt::Display for Row {
 
 #[derive(Debug, Serialize)]
 struct Setting {
-    command: String,
+    #[serde(flatten)]
+    host: Host,
     tidegate: &'static str,
-    kernel: String,
-    cpu: String,
-    cores: usize,
     workers: usize,
-    load_average_before: String,
-    debug_build: bool,
     options: Options,
 }
 
@@ -60,32 +57,6 @@ struct Setting {
 pub struct Report {
     pub rows: Vec<Row>,
     setting: Setting,
-}
-
-/// What a table says about the rounds of one assembly.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Self> {
-        values.sort_by(f64::total_cmp);
-        let (&min, &max) = (values.first()?, values.last()?);
-        let middle = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
-        Some(Self { median, min, max })
-    }
-}
-
-impl fmt::Display for Spread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [median, min, max] = [self.median, self.min, self.max].map(number);
-        if min == max { f.write_str(&median) } else { write!(f, "{median} ({min}..{max})") }
-    }
 }
 
 type Columns = &'static [(&'static str, &'static str)];
@@ -147,19 +118,10 @@ const ECHO: Columns = &[
 
 impl Report {
     pub fn new(options: &Options) -> anyhow::Result<Self> {
-        let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-        let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
-        let cpu = read("/proc/cpuinfo");
-        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown");
         let setting = Setting {
-            command: ["cargo bench --bench accept --".to_owned(), arguments.join(" ")].join(" ").trim_end().to_owned(),
+            host: Host::look("accept")?,
             tidegate: env!("CARGO_PKG_VERSION"),
-            kernel: read("/proc/sys/kernel/osrelease"),
-            cpu: cpu.trim_start_matches(['\t', ' ', ':']).to_owned(),
-            cores: thread::available_parallelism()?.get(),
             workers: WORKERS,
-            load_average_before: read("/proc/loadavg"),
-            debug_build: cfg!(debug_assertions),
             options: options.clone(),
         };
         Ok(Self { rows: Vec::new(), setting })
@@ -211,21 +173,21 @@ impl Report {
     fn write_markdown(&self, text: &mut String) -> fmt::Result {
         let Setting { options: o, .. } = &self.setting;
         let s = &self.setting;
-        writeln!(text, "`{}`\n", s.command)?;
+        writeln!(text, "`{}`\n", s.host.command)?;
         writeln!(
             text,
             "tidegate {}; Linux {}, {} cores ({}), {} workers; load average before: {}; somaxconn {}; {} rounds. Median \
              (min..max) of the rounds. Connects in milliseconds from the moment they were to begin until their 101.",
             s.tidegate,
-            s.kernel,
-            s.cores,
-            s.cpu,
+            s.host.kernel,
+            s.host.cores,
+            s.host.cpu,
             s.workers,
-            s.load_average_before,
+            s.host.load_average_before,
             o.somaxconn,
             self.rows.iter().map(|row| row.round).max().unwrap_or(0),
         )?;
-        if s.debug_build {
+        if s.host.debug_build {
             writeln!(text, "\n**A debug build: these figures say nothing.**")?;
         }
         let tables = [
@@ -318,15 +280,4 @@ impl Report {
 pub fn quantile(micros: &[u64], per_mille: usize) -> Option<f64> {
     let index = (micros.len() * per_mille).div_ceil(1000).max(1) - 1;
     micros.get(index).map(|micros| *micros as f64 / 1e3)
-}
-
-/// Three digits that count.
-fn number(value: f64) -> String {
-    let digits = match value.abs() {
-        whole if whole.fract() == 0.0 => 0,
-        small if small < 10.0 => 2,
-        medium if medium < 100.0 => 1,
-        _ => 0,
-    };
-    format!("{value:.digits$}")
 }

@@ -77,6 +77,18 @@ impl Memory {
     }
 }
 
+/// One of what the kernel counts of TCP in the network namespace of a process: the table is "snmp" or "netstat".
+pub fn counter(pid: u32, table: &str, name: &str) -> anyhow::Result<u64> {
+    let file = format!("/proc/{pid}/net/{table}");
+    let text = fs::read_to_string(&file).context(file)?;
+    let lines: Vec<&str> = text.lines().collect();
+    // A line of names, and below it one of values.
+    let pairs = lines.chunks_exact(2).filter(|pair| pair[0].starts_with("Tcp"));
+    let mut pairs = pairs.flat_map(|pair| pair[0].split(' ').zip(pair[1].split(' ')));
+    let (_, value) = pairs.find(|(key, _)| *key == name).with_context(|| format!("no {name}"))?;
+    Ok(value.parse()?)
+}
+
 /// What the kernel counts of TCP in one network namespace.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Counters {
@@ -92,16 +104,7 @@ pub struct Counters {
 impl Counters {
     /// Of the namespace that a process is in.
     pub fn of(pid: u32) -> anyhow::Result<Self> {
-        let value = |table: &str, name: &str| -> anyhow::Result<u64> {
-            let file = format!("/proc/{pid}/net/{table}");
-            let text = fs::read_to_string(&file).context(file)?;
-            let lines: Vec<&str> = text.lines().collect();
-            // A line of names, and below it one of values.
-            let pairs = lines.chunks_exact(2).filter(|pair| pair[0].starts_with("Tcp"));
-            let mut pairs = pairs.flat_map(|pair| pair[0].split(' ').zip(pair[1].split(' ')));
-            let (_, value) = pairs.find(|(key, _)| *key == name).with_context(|| format!("no {name}"))?;
-            Ok(value.parse()?)
-        };
+        let value = |table, name| counter(pid, table, name);
         Ok(Self {
             listen_overflows: value("netstat", "ListenOverflows")?,
             listen_drops: value("netstat", "ListenDrops")?,

@@ -20,7 +20,7 @@ use crate::{
     clients::{LIMIT, Order, Outcome},
     namespaces::{self, Place, Side},
     process::{Death, Process, Start},
-    procfs::Cpu,
+    procfs::{Cpu, counter},
     stories::{Leg, Load, SOMAXCONN, Through},
 };
 
@@ -167,18 +167,7 @@ async fn settle(backend: &mut Process) -> Seen {
 
 /// Of the namespace that a process is in.
 fn counters(pid: u32) -> anyhow::Result<BTreeMap<&'static str, u64>> {
-    let mut counters = BTreeMap::new();
-    for (table, name) in COUNTERS {
-        let file = format!("/proc/{pid}/net/{table}");
-        let text = fs::read_to_string(&file).context(file)?;
-        let lines: Vec<&str> = text.lines().collect();
-        // A line of names, and below it one of values.
-        let pairs = lines.chunks_exact(2).filter(|pair| pair[0].starts_with("Tcp"));
-        let mut pairs = pairs.flat_map(|pair| pair[0].split(' ').zip(pair[1].split(' ')));
-        let (_, value) = pairs.find(|(key, _)| *key == name).with_context(|| format!("no {name}"))?;
-        counters.insert(name, value.parse()?);
-    }
-    Ok(counters)
+    COUNTERS.into_iter().map(|(table, name)| Ok((name, counter(pid, table, name)?))).collect()
 }
 
 /// Sets what has to be the same everywhere, and is not what a report is about.
