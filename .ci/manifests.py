@@ -236,7 +236,7 @@ def monitoring(rendered, folder):
     wrong = []
 
     # Every metric and every value of a label is a string of the source.
-    known = pathlib.Path("src/metrics.rs").read_text()
+    known = "".join(path.read_text() for path in [pathlib.Path("src/metrics.rs"), *pathlib.Path("src/metrics").glob("*.rs")])
     source = "".join(path.read_text() for path in pathlib.Path("src").rglob("*.rs"))
     texts = {"rules.yaml": yaml.safe_dump(rules), "rules.test.yaml": yaml.safe_dump(tests), "dashboard.json": json.dumps(dashboard)}
     for file, text in texts.items():
