@@ -1,4 +1,8 @@
-//! The task behind a hub: between its clients, the core, and whatever WebSocket there is just now.
+//! The task behind a hub: between its clients, the core, and whatever WebSocket there is just now. What becomes of all of them when that is
+//! lost is in `loss.rs`.
+
+mod loss;
+mod told;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -11,10 +15,11 @@ use std::{
 
 use bytes::Bytes;
 use http::HeaderValue;
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use tokio_util::sync::WaitForCancellationFutureOwned;
-use tracing::{debug, info, warn};
+use tracing::debug;
 
+use self::told::Told;
 use super::{
     super::{
         End, Opener,
@@ -22,28 +27,24 @@ use super::{
         key::Key,
         line::{Fault, Heard, Line, OTHER_PROTOCOL, for_all_who_speak},
         memory::Memory,
-        roll::{State, given_up},
-        search::{STEADY, Search},
+        roll::State,
+        search::Search,
     },
     Callers, Hub, Opened,
-    core::{Action, Client, Core, Counts, with_id},
+    core::{Action, Client, Core, with_id},
     mailbox::{Mailbox, Whose},
     queue::Word,
 };
 use crate::{
-    metrics::{Gap, Metrics, Reconnect, RpcDrop, RpcResult},
-    pool::{AcquireError, Lease, OpenError, Pool, Reports},
-    sparse::Sparse,
+    metrics::Reconnect,
+    pool::{AcquireError, Lease, Pool, Reports},
     upstream::Home,
-    ws::{CloseFrame, Code},
+    ws::Code,
 };
 
 /// Messages of each side, and bytes of them, after which others have their turn.
 const BATCH: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
-
-/// WebSockets in a row that the backend ends because of a message, each after one of the same client's.
-const OFFENCES: u32 = 3;
 
 /// Messages to clients in one turn: one of the backend's may hold thousands, each for all.
 const DELIVERIES: usize = 16_384;
@@ -140,19 +141,6 @@ struct Open {
     _reports: Reports,
 }
 
-/// What the metrics know of the core.
-struct Told {
-    metrics: Arc<Metrics>,
-    counts: Counts,
-    /// What was for nobody, and is none of the core's.
-    binary: u64,
-    too_long: u64,
-    /// Reasons for which anything was, which the log knows by now.
-    said: [bool; RpcDrop::ALL.len()],
-    outstanding: usize,
-    subscriptions: usize,
-}
-
 impl Server {
     pub(super) fn new(hub: &Arc<Hub>, callers: &Arc<Callers>, key: &Key, home: &Home) -> Self {
         Self {
@@ -182,15 +170,7 @@ impl Server {
             blamed: None,
             timer: None,
             begun: Box::pin(home.drain.begun()),
-            told: Told {
-                metrics: Arc::clone(&callers.metrics),
-                counts: Counts::default(),
-                binary: 0,
-                too_long: 0,
-                said: [false; RpcDrop::ALL.len()],
-                outstanding: 0,
-                subscriptions: 0,
-            },
+            told: Told::new(&callers.metrics),
         }
     }
 
@@ -540,157 +520,6 @@ impl Server {
             }
         }
     }
-
-    /// The backend has ended the WebSocket, by a Close that is for all, or otherwise.
-    fn lose(&mut self, close: Option<Bytes>) {
-        static SAID: Sparse = Sparse::new();
-        let Some(Open { line, endpoint, since, speakers, .. }) = self.open.take() else { return };
-        let (how, is_over_message) = (line.how(), line.is_over_message());
-        // The backend's Close is owed an answer.
-        self.home.tracker.spawn(line.end(Code::NORMAL));
-        let is_used = self.is_needed();
-        if since.elapsed() >= STEADY {
-            self.before = None;
-        }
-        self.lease = None;
-        self.acquiring = None;
-        let (route, key, clients) = (&self.callers.route, &self.key, self.clients.len());
-        // Nobody wants anything of it: the next request opens another one.
-        if !is_used {
-            debug!(%route, %key, %endpoint, how, "a shared WebSocket is closed by the backend, and nobody uses it");
-            self.core.closed_unused();
-            self.blame(speakers.only().filter(|_| is_over_message));
-            // One that does so again and again is not asked at once.
-            let grace = self.callers.sharing.reconnect_grace;
-            self.before = Some(match self.before.take() {
-                Some(before) => {
-                    let mut search = before.later(grace);
-                    self.sleep = search.next().map(|wait| Box::pin(sleep(wait)));
-                    search
-                }
-                None => Search::new(grace),
-            });
-            return;
-        }
-        self.told.metrics.gap(Gap::Lost);
-        self.hub.known.gap();
-        if let Some(unsaid) = SAID.is_due() {
-            warn!(%route, %key, %endpoint, how, clients, unsaid, "the backend of a shared WebSocket is lost: what was asked is not answered");
-        }
-        self.forget_all();
-        self.blame(speakers.only().filter(|_| is_over_message));
-        match close {
-            Some(frame) => self.finish_all(&End::Close(frame)),
-            None if self.clients.is_empty() => {}
-            None => {
-                let grace = self.callers.sharing.reconnect_grace;
-                self.search = self.before.take().map(|before| {
-                    // One client must not use up what there is for all.
-                    if is_over_message { before.later(grace) } else { before.again() }
-                });
-                if !self.wait() {
-                    self.give_up(Reconnect::Expired);
-                }
-            }
-        }
-    }
-
-    /// Ends a client who alone has spoken on each of several WebSockets in a row that the backend ended because of a message.
-    fn blame(&mut self, speaker: Option<Client>) {
-        static SAID: Sparse = Sparse::new();
-        self.blamed = speaker.map(|speaker| match self.blamed {
-            Some((client, times)) if client == speaker => (client, times + 1),
-            _ => (speaker, 1),
-        });
-        let Some((client, _)) = self.blamed.take_if(|(_, times)| *times >= OFFENCES) else { return };
-        let Some(mailbox) = self.clients.get(&client) else { return };
-        if let Some(unsaid) = SAID.is_due() {
-            let (route, key) = (&self.callers.route, &self.key);
-            warn!(%route, %key, unsaid, "a client is ended: the backend ends its WebSocket each time because of what that client says");
-        }
-        let frame = CloseFrame::new(Code::POLICY, "").to_frame(None);
-        mailbox.finish(End::Close(Bytes::copy_from_slice(frame.as_bytes())));
-    }
-
-    /// What was asked gets no answer, and nothing is asked again.
-    fn forget_all(&mut self) {
-        let mut actions = Vec::new();
-        self.core.backend_lost(Instant::now().into_std(), &mut actions);
-        self.actions.extend(actions);
-        // Before anybody is ended.
-        self.carry_on(usize::MAX);
-        self.unsent.clear();
-        self.unsent_bytes = 0;
-        self.fit_unsent();
-    }
-
-    fn finish_all(&self, end: &End) {
-        self.clients.values().for_each(|mailbox| mailbox.finish(end.clone()));
-    }
-
-    /// The search goes on after a pause. Whether there is still grace.
-    fn wait(&mut self) -> bool {
-        let grace = self.callers.sharing.reconnect_grace;
-        let wait = self.search.get_or_insert_with(|| Search::new(grace)).next();
-        self.sleep = wait.map(|wait| Box::pin(sleep(wait)));
-        wait.is_some()
-    }
-
-    /// The backend is there.
-    fn find(&mut self) {
-        static FOUND: Sparse = Sparse::new();
-        let (Some(search), Some(open)) = (self.search.take(), &self.open) else { return };
-        self.told.metrics.reconnect(Reconnect::Connected);
-        self.error.clear();
-        self.hub.known.is_found_at(&open.endpoint);
-        let (route, key, endpoint, lost_ms) = (&self.callers.route, &self.key, &open.endpoint, search.lost_ms());
-        if let Some(unsaid) = FOUND.is_due() {
-            info!(%route, %key, %endpoint, lost_ms, unsaid, "a shared WebSocket is open again");
-        }
-        self.before = Some(search);
-    }
-
-    /// The backend is not there. It is looked for as long as there are clients, and grace.
-    fn miss(&mut self, error: &AcquireError<Fault>) {
-        let is_closing = matches!(error, AcquireError::Closing | AcquireError::Open(OpenError::Aborted));
-        let is_final = match error {
-            AcquireError::Open(OpenError::Failed(fault)) => {
-                matches!(&**fault, Fault::Refused(refused) if refused.is_final())
-            }
-            _ => false,
-        };
-        debug!(route = %self.callers.route, key = %self.key, %error, "the backend of a shared WebSocket is not there");
-        self.error = error.to_string();
-        if is_closing || self.clients.is_empty() {
-            // Its clients are ended by the drain, each in its turn.
-            self.told.metrics.reconnect(Reconnect::Unused);
-            self.search = None;
-            self.error.clear();
-            return self.forget_all();
-        }
-        let has_grace = self.wait();
-        if is_final {
-            self.give_up(Reconnect::Refused);
-        } else if !has_grace {
-            self.give_up(Reconnect::Expired);
-        }
-    }
-
-    /// There is no backend for those who are here.
-    fn give_up(&mut self, result: Reconnect) {
-        static GIVEN_UP: Sparse = Sparse::new();
-        self.told.metrics.reconnect(result);
-        self.hub.known.give_up(given_up(result));
-        let (route, key, why) = (&self.callers.route, &self.key, result.as_str());
-        let lost_ms = self.search.take().map_or(0, |search| search.lost_ms());
-        let error = std::mem::take(&mut self.error);
-        if let Some(unsaid) = GIVEN_UP.is_due() {
-            let clients = self.clients.len();
-            warn!(%route, %key, clients, lost_ms, why, error, unsaid, "a shared WebSocket is given up: its clients get their end");
-        }
-        self.forget_all();
-        self.finish_all(&End::Lost);
-    }
 }
 
 /// What a message of so many bytes to one client counts.
@@ -717,77 +546,6 @@ impl Drop for Server {
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server").field("key", &self.key).finish_non_exhaustive()
-    }
-}
-
-impl Told {
-    fn tell(&mut self, core: &Core, route: &str, key: &Key) {
-        let (new, old) = (core.counts(), std::mem::replace(&mut self.counts, core.counts()));
-        for (result, count) in [
-            (RpcResult::Answered, new.answered - old.answered),
-            (RpcResult::Error, new.failed - old.failed),
-            (RpcResult::Timeout, new.timed_out - old.timed_out),
-            (RpcResult::Lost, new.lost - old.lost),
-            (RpcResult::Left, new.left - old.left),
-            (RpcResult::Refused, new.refused - old.refused),
-        ] {
-            self.metrics.rpc(result, count);
-        }
-        self.gauges(core.outstanding(), core.subscriptions());
-        for (why, count) in [
-            (RpcDrop::Malformed, new.malformed - old.malformed),
-            (RpcDrop::Binary, std::mem::take(&mut self.binary)),
-            (RpcDrop::WithoutId, new.without_id - old.without_id),
-            (RpcDrop::Stray, new.strays - old.strays),
-            (RpcDrop::Unheard, new.unheard - old.unheard),
-            (RpcDrop::Unlisted, new.unlisted - old.unlisted),
-            (RpcDrop::Overflow, new.overflowed - old.overflowed),
-            (RpcDrop::TooLong, std::mem::take(&mut self.too_long)),
-            (RpcDrop::ClientResponse, new.client_responses - old.client_responses),
-        ] {
-            if count > 0 {
-                self.metrics.rpc_drop(why, count);
-                self.say(why, count, core.unlisted(), route, key);
-            }
-        }
-    }
-
-    /// Once of each hub; what a backend ought not to do, or may be of a subscription that is not set up, now and then to all who look.
-    fn say(&mut self, why: RpcDrop, count: u64, unlisted: &str, route: &str, key: &Key) {
-        static UNLISTED: Sparse = Sparse::new();
-        static ODD: Sparse = Sparse::new();
-        let reason = why.as_str();
-        if !std::mem::replace(&mut self.said[why as usize], true) {
-            debug!(%route, %key, reason, count, "JSON-RPC messages of a shared WebSocket are for nobody");
-        }
-        match why {
-            RpcDrop::Unlisted => {
-                if let Some(unsaid) = UNLISTED.is_due() {
-                    let method = unlisted.escape_debug();
-                    warn!(%route, %key, %method, count, unsaid, "notifications that neither pool.subscriptions nor pool.notifications names are for nobody");
-                }
-            }
-            RpcDrop::Malformed | RpcDrop::Binary | RpcDrop::WithoutId => {
-                if let Some(unsaid) = ODD.is_due() {
-                    warn!(%route, %key, reason, count, unsaid, "the backend of a shared WebSocket says what is no JSON-RPC, or does not understand it");
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn gauges(&mut self, outstanding: usize, subscriptions: usize) {
-        let Self { metrics, outstanding: before, subscriptions: subscribed, .. } = self;
-        let change = |old: usize, new: usize| new.cast_signed() as i64 - old.cast_signed() as i64;
-        metrics.rpc_outstanding.inc_by(change(*before, outstanding));
-        metrics.rpc_subscriptions.inc_by(change(*subscribed, subscriptions));
-        (*before, *subscribed) = (outstanding, subscriptions);
-    }
-}
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        self.gauges(0, 0);
     }
 }
 
