@@ -28,6 +28,17 @@ const FRONT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
 const BACK: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 5);
 const BACKEND: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 6);
 
+/// The ends of both pairs.
+const DEVICES: [(Side, &str, Ipv4Addr); 4] = [
+    (Side::Client, "proxy0", CLIENT),
+    (Side::Proxy, "client0", FRONT),
+    (Side::Proxy, "backend0", BACK),
+    (Side::Backend, "proxy0", BACKEND),
+];
+
+/// Packets in front of a device: some for each of as many sessions as there may be.
+const QUEUE: u32 = 100_000;
+
 /// Enough for 50,000 short connections, and beyond all ports that anything here listens on.
 const PORT_RANGE: &str = "10000 65535";
 
@@ -72,13 +83,9 @@ link add proxy0 netns {backend} type veth peer name backend0 netns {proxy}
 "
             ),
         )?;
-        for (name, device, address) in [
-            (&client, "proxy0", CLIENT),
-            (&proxy, "client0", FRONT),
-            (&proxy, "backend0", BACK),
-            (&backend, "proxy0", BACKEND),
-        ] {
-            ip(Some(name), &format!("link set lo up\naddress add {address}/30 dev {device}\nlink set {device} up\n"))?;
+        for (side, device, address) in DEVICES {
+            let batch = format!("link set lo up\naddress add {address}/30 dev {device}\nlink set {device} up\n");
+            ip(Some(&side.name()), &batch)?;
         }
         for side in Side::ALL {
             let somaxconn = if side == Side::Backend { backend_somaxconn } else { proxy_somaxconn };
@@ -89,6 +96,32 @@ link add proxy0 netns {backend} type veth peer name backend0 netns {proxy}
             })?;
         }
         Ok(place)
+    }
+
+    /// From now on what arrives is received by threads of the kernel, one for each device, and no longer within the system call of who sends it.
+    /// These are they, as far as this process can see threads of the kernel.
+    ///
+    /// veth leaves a packet to NAPI, which may have a thread, only where the end that receives has GRO, and the one that sends cuts its segments
+    /// itself (`veth_skb_is_eligible_for_gro`, drivers/net/veth.c). In front of it is a queue: its own has 256 packets, and what is more
+    /// would be dropped.
+    pub fn receive_apart(&self) -> anyhow::Result<Vec<u32>> {
+        ensure!(matches!(self, Self::Namespaces), "on loopback who sends receives too");
+        let before = receivers();
+        for (side, device, _) in DEVICES {
+            let script = format!(
+                "ethtool -K {device} gro on tso off; tc qdisc add dev {device} root pfifo limit {QUEUE}; echo 1 >/sys/class/net/{device}/threaded"
+            );
+            // It has the namespace's own /sys.
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &side.name(), "sh", "-ec", &script]).stdin(Stdio::null());
+            let output = command.output().context("ip (iproute2)")?;
+            let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+            ensure!(
+                output.status.success(),
+                "veth can't receive in a thread of its own (ethtool, tc, Linux 5.13): {said}"
+            );
+        }
+        Ok(receivers().into_iter().filter(|pid| !before.contains(pid)).collect())
     }
 
     /// The file of a side's namespace. None: that of this process.
@@ -150,6 +183,17 @@ fn sweep() {
             let _ = ip(None, &format!("netns del {name}\n"));
         }
     }
+}
+
+/// The kernel's threads that receive for devices of these names, of whatever namespace.
+fn receivers() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_one = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        DEVICES.iter().any(|(_, device, _)| name.starts_with(&format!("napi/{device}-")))
+    };
+    pids.filter(is_one).collect()
 }
 
 /// Runs a batch of `ip` commands.

@@ -197,6 +197,16 @@ pub fn packets_dropped() -> anyhow::Result<u64> {
     Ok(table.lines().filter_map(dropped).sum())
 }
 
+/// Packets that the devices of a process's network namespace had no room for, received or sent.
+pub fn device_drops(pid: u32) -> anyhow::Result<u64> {
+    let file = format!("/proc/{pid}/net/dev");
+    let table = fs::read_to_string(&file).context(file)?;
+    let fields = table.lines().filter_map(|line| line.split_once(':')).map(|(_, fields)| fields);
+    // The fourth of eight, and of the eight after those.
+    let drops = fields.flat_map(|fields| fields.split_ascii_whitespace().skip(3).step_by(8));
+    drops.map(|count| Ok(count.parse::<u64>()?)).sum()
+}
+
 /// The processes that `pid`'s main thread has started and that live.
 pub fn children(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();

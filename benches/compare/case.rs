@@ -98,6 +98,8 @@ pub enum Case {
     },
     Fanout {
         watchers: u32,
+        /// By threads of the kernel, and not by who sends.
+        received_apart: bool,
     },
     Open {
         sessions: u32,
@@ -163,7 +165,10 @@ pub fn all(options: &Options, in_namespaces: bool) -> Vec<Case> {
                 let (sessions, clients) = (options.held, options.held_clients);
                 cases.extend(somaxconns.iter().map(|&somaxconn| Case::Held { sessions, clients, somaxconn }));
             }
-            Measure::Fanout => cases.extend(options.watchers.iter().map(|&watchers| Case::Fanout { watchers })),
+            Measure::Fanout => {
+                let received_apart = options.receive_apart;
+                cases.extend(options.watchers.iter().map(|&watchers| Case::Fanout { watchers, received_apart }));
+            }
             // So few at a time that no queue is ever filled: one is enough.
             Measure::Ramp => {
                 cases.push(Case::Ramp { clients: options.ramp_clients, somaxconn: deepest });
@@ -259,7 +264,7 @@ impl Case {
             | Self::Spike { clients: count, .. }
             | Self::Waves { clients: count, .. }
             | Self::Ramp { clients: count, .. }
-            | Self::Fanout { watchers: count } => count.into(),
+            | Self::Fanout { watchers: count, .. } => count.into(),
             Self::Held { sessions, clients, .. } => u64::from(sessions) + u64::from(clients),
         }
     }
@@ -336,7 +341,8 @@ impl fmt::Display for Case {
             Self::Waves { waves, clients, .. } => write!(f, "{waves} waves of {clients} sessions"),
             Self::Held { sessions, clients, .. } => write!(f, "{clients} come to {sessions}"),
             Self::Ramp { clients, .. } => write!(f, "{clients} at once"),
-            Self::Fanout { watchers } => write!(f, "{watchers} watchers"),
+            Self::Fanout { watchers, received_apart: false } => write!(f, "{watchers} watchers"),
+            Self::Fanout { watchers, received_apart: true } => write!(f, "{watchers} watchers, received apart"),
             Self::Open { sessions, rate, bytes } => {
                 write!(f, "{rate} messages/s of {}, {sessions} sessions", size(*bytes))
             }

@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     load::{Order, Outcome, limited},
-    procfs::{Cpu, Memory, connections},
+    procfs::{Cpu, Memory, connections, device_drops},
     wire::{BINARY, CLOSE, CLOSE_NORMAL, Connection, FEED, Received, Role, frame},
 };
 
@@ -166,6 +166,8 @@ pub async fn fanout(order: &Order, watchers: usize, seconds: f64) -> anyhow::Res
     }
     sleep(WARMUP).await;
     let others = [order.backend, std::process::id()];
+    let front = order.proxy.first().copied().unwrap_or(order.backend);
+    let (receivers, drops) = (Cpu::of(&order.receivers)?, device_drops(front)?);
     let (cpu, others_cpu, begun) = (Cpu::of(&order.proxy)?, Cpu::of(&others)?, Instant::now());
     counts.is_measured.store(true, Ordering::Relaxed);
     sleep(Duration::from_secs_f64(seconds)).await;
@@ -173,6 +175,7 @@ pub async fn fanout(order: &Order, watchers: usize, seconds: f64) -> anyhow::Res
     outcome.seconds = begun.elapsed().as_secs_f64();
     outcome.proxy = Cpu::of(&order.proxy)? - cpu;
     outcome.others = Cpu::of(&others)? - others_cpu;
+    let (receivers, drops) = (Cpu::of(&order.receivers)? - receivers, device_drops(front)? - drops);
     outcome.count = counts.delivered.load(Ordering::Relaxed);
     let after = Memory::of(&order.proxy)?;
     let lost = counts.lost.load(Ordering::Relaxed);
@@ -187,6 +190,10 @@ pub async fn fanout(order: &Order, watchers: usize, seconds: f64) -> anyhow::Res
     anyhow::ensure!(outcome.count > 0, "nothing was delivered in {} s: {:?}", outcome.seconds, outcome.errors);
     let offered = watchers as f64 * f64::from(RATE) * outcome.seconds;
     outcome.insert("delivered_percent", outcome.count as f64 / offered * 100.0);
+    if !order.receivers.is_empty() {
+        outcome.insert("receive_us", receivers.us() as f64 / outcome.count as f64);
+        outcome.insert("packets_dropped", drops as f64);
+    }
     outcome.insert("upstreams", connections(order.backend)? as f64);
     if !order.proxy.is_empty() {
         outcome.insert("watcher_kib", (after.rss_kib as f64 - before.rss_kib as f64) / watchers as f64);

@@ -53,6 +53,8 @@ pub struct Order {
     /// The processes whose CPU time and memory are asked for.
     pub proxy: Vec<u32>,
     pub backend: u32,
+    /// Threads of the kernel that receive for all of these.
+    pub receivers: Vec<u32>,
     /// How to end the proxy in good order.
     pub stop: Option<Stop>,
     /// Sessions at once; where there are more in the end, as many connect at once.

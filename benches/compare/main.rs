@@ -224,6 +224,9 @@ struct Options {
     /// Watchers of the feed in `fanout`
     #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(1..))]
     watchers: Vec<u32>,
+    /// In `fanout` what a proxy sends is received by a thread of the kernel instead of in the proxy's system call: as root, with ethtool
+    #[arg(long)]
+    receive_apart: bool,
     /// Sessions of `open`
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     open_sessions: u32,
@@ -329,6 +332,10 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
             case.measure()
         );
     }
+    if options.receive_apart {
+        let tried = namespaces::possible().and_then(|()| apart(options.backend_somaxconn));
+        tried.context("--receive-apart is not possible here")?;
+    }
     let (peers, rivals) = peers(options)?;
     let tidegates = Tidegates::new(&options.tidegate, &options.other, options.tidegate_binary.as_deref())?;
     let folder = tempfile::Builder::new().prefix("tidegate-compare-").tempdir();
@@ -392,6 +399,13 @@ fn namespaces_or_note() -> bool {
     possible.is_ok()
 }
 
+/// Where what arrives is received by threads of the kernel, and these.
+fn apart(somaxconn: u32) -> anyhow::Result<(Place, Vec<u32>)> {
+    let place = Place::namespaces(somaxconn, somaxconn)?;
+    let receivers = place.receive_apart()?;
+    Ok((place, receivers))
+}
+
 /// What all legs have in common.
 struct Setup<'a> {
     folder: &'a Path,
@@ -425,9 +439,11 @@ async fn quiet_leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<
 /// One measurement through one peer, with processes of its own.
 async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcome> {
     let Setup { folder, options, tidegates, rivals, in_namespaces } = *setup;
-    let place = match case.somaxconn() {
-        Some(somaxconn) if in_namespaces => Place::namespaces(somaxconn, options.backend_somaxconn)?,
-        _ => Place::Loopback,
+    let somaxconn = options.backend_somaxconn;
+    let (place, receivers) = match (case, case.somaxconn()) {
+        (Case::Fanout { received_apart: true, .. }, _) => apart(somaxconn)?,
+        (_, Some(proxy)) if in_namespaces => (Place::namespaces(proxy, somaxconn)?, Vec::new()),
+        _ => (Place::Loopback, Vec::new()),
     };
     let transport = case.transport();
     let certificates = transport.is_tls().then(|| Certificates::write(folder)).transpose()?;
@@ -448,6 +464,7 @@ async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcom
         address,
         proxy: proxy.as_ref().map(|proxy| proxy.pids.clone()).unwrap_or_default(),
         backend: backend.pid(),
+        receivers,
         stop: proxy.as_ref().and_then(|proxy| proxy.stop),
         connections: match case {
             Case::Echo { sessions, .. } => sessions as usize,
@@ -467,7 +484,7 @@ async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcom
                 Work::Held { sessions: sessions as usize, clients: clients as usize }
             }
             Case::Ramp { .. } => Work::Ramp(ramp),
-            Case::Fanout { watchers } => Work::Fanout { watchers: watchers as usize, seconds },
+            Case::Fanout { watchers, .. } => Work::Fanout { watchers: watchers as usize, seconds },
             Case::Open { sessions, rate, .. } => {
                 Work::Open { sessions: sessions as usize, rate, seconds: options.open_seconds }
             }

@@ -307,8 +307,8 @@ impl Report {
                 if dropped > 0.0 {
                     writeln!(
                         text,
-                        "\nIn a round of {} through {} the host dropped up to {dropped} packets: a core's queue of received \
-                         ones (netdev_max_backlog) was full.",
+                        "\nIn a round of {} through {} up to {dropped} packets were dropped: a queue of received ones, a core's \
+                         (netdev_max_backlog) or a device's, was full.",
                         row.case, row.peer
                     )?;
                 }

@@ -271,6 +271,7 @@ pub const TABLES: [Table; 12] = [
                 ("p99", "delay_p99_ms"),
                 ("max", "delay_max_ms"),
             ],
+            &[("the kernel's receiving threads, CPU us", "receive_us")],
             OTHERS,
             &[("RSS growth, KiB per watcher", "watcher_kib"), ("connections of the backend", "upstreams")],
             FAILURES,

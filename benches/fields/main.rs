@@ -19,6 +19,7 @@ mod clients;
 mod figures;
 mod leg;
 #[path = "../common/namespaces.rs"]
+#[allow(dead_code, reason = "some of it is for compare only")]
 mod namespaces;
 mod plot;
 #[path = "../common/process.rs"]
