@@ -135,11 +135,9 @@ impl Server {
                 format!("a worker of {workers} cannot begin with {descriptors} descriptors (RLIMIT_NOFILE): raise the limit (ulimit -Hn)")
             })?);
         }
-        // Each has a descriptor, which has to be open before they are counted.
         let bounds = Arc::new(close::Bounds::new(settings.close.max_lingering));
-        let lingers = (0..workers).map(|_| Linger::new(&bounds, Some(Arc::clone(&metrics))));
-        let lingers: Vec<_> = lingers.collect::<io::Result<_>>().context("epoll, for sockets in their last wait")?;
-        let admin_linger = Linger::new(&bounds, None).context("epoll, for sockets in their last wait")?;
+        let lingers: Vec<_> = (0..workers).map(|_| Linger::new(&bounds, Some(Arc::clone(&metrics)))).collect();
+        let admin_linger = Linger::new(&bounds, None);
         let mut memory = memory_watch(&settings.limits, &system)?;
         let host = Host {
             descriptors,

@@ -231,7 +231,7 @@ impl<'a> Parts<'a> {
             relay: Arc::new(relay),
             log_sample: 0,
             close: self.settings.close.patience,
-            linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))).expect("a descriptor"),
+            linger: Linger::new(&self.bounds, Some(Arc::clone(&self.metrics))),
             upstreams: self.upstreams.clone(),
             home,
             hubs: Hubs::default(),

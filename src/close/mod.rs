@@ -5,8 +5,8 @@
 //! say, within a deadline. `SO_LINGER` is not used: it only chooses between blocking and RST.
 //!
 //! Waiting must cost next to nothing, or it is the waiting that brings a server down. All sockets that a thread lets go of are
-//! held by one [`Linger`]: for each a descriptor and a few words, no task, no timer, no buffer. When there are too many,
-//! or somebody else needs their room, the oldest go first.
+//! held by one [`Linger`]: for each a descriptor, with what the runtime has of it, and a few words, no task, no timer, no buffer. When
+//! there are too many, or somebody else needs their room, the oldest go first.
 
 #[cfg(test)]
 mod tests;
@@ -14,12 +14,11 @@ mod tunnels;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
-    os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
@@ -36,10 +35,9 @@ use tokio::{
 
 use crate::{
     admission::{Admission, Place, Spares},
-    metrics::{Counted, Metrics, Port},
-    net::{self, Last, Poller, Stream, send_some, with_scratch},
+    metrics::{Counted, Metrics},
+    net::{self, Last, Stream, send_some, with_scratch},
     side::Side,
-    sparse::Sparse,
 };
 
 /// What is configured.
@@ -115,12 +113,43 @@ pub struct Linger {
 
 #[derive(Debug)]
 struct Inner {
-    poller: Poller,
+    news: Arc<News>,
     bounds: Arc<Bounds>,
     metrics: Option<Arc<Metrics>>,
     sockets: Mutex<Sockets>,
-    /// Something is due earlier than was said, or it is over.
+}
+
+/// What there is to be done before the time.
+#[derive(Debug, Default)]
+struct News {
+    /// Something came for these.
+    ids: Mutex<Vec<u64>>,
+    /// There are such, or something is due earlier than was said, or it is over.
     changed: Notify,
+}
+
+/// Whom the runtime tells that something came for a socket.
+#[derive(Debug)]
+struct Bell {
+    id: u64,
+    news: Arc<News>,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.news.lock().push(self.id);
+        self.news.changed.notify_one();
+    }
+}
+
+impl News {
+    fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -140,7 +169,9 @@ struct Sockets {
 
 #[derive(Debug)]
 struct Socket {
-    fd: OwnedFd,
+    /// A bare one.
+    stream: Stream,
+    bell: Waker,
     /// What is to go out before our FIN; empty: that is on its way.
     unsent: Box<[u8]>,
     side: Side,
@@ -148,7 +179,6 @@ struct Socket {
     keeps: Keeps,
     /// It sent something after our FIN: since then it is looked at for much, for its FIN, and when it is time.
     is_chatty: bool,
-    _port: Option<Port>,
     _counted: Option<Counted>,
 }
 
@@ -177,8 +207,8 @@ const READS: usize = 4;
 /// What a look at a socket that still sends is worth, in bytes; the kernel makes it half of its buffer if that is less.
 const LOW_WATER: i32 = 64 * 1024;
 
-/// Sockets of one look at the kernel.
-const EVENTS: usize = 256;
+/// Sockets that are looked at before others have their turn.
+const LOOKS: usize = 256;
 
 impl Bounds {
     /// Nobody lingers; at most `max` may at once.
@@ -197,16 +227,10 @@ impl Bounds {
 }
 
 impl Linger {
-    /// For the sockets of a thread. Takes a descriptor.
-    pub fn new(bounds: &Arc<Bounds>, metrics: Option<Arc<Metrics>>) -> io::Result<Self> {
-        let inner = Inner {
-            poller: Poller::new()?,
-            bounds: Arc::clone(bounds),
-            metrics,
-            sockets: Mutex::default(),
-            changed: Notify::new(),
-        };
-        Ok(Self { inner: Arc::new(inner) })
+    /// For the sockets of a thread.
+    pub fn new(bounds: &Arc<Bounds>, metrics: Option<Arc<Metrics>>) -> Self {
+        let inner = Inner { news: Arc::default(), bounds: Arc::clone(bounds), metrics, sockets: Mutex::default() };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Ends a socket: `shutdown(WR)`, with TLS behind its `close_notify`, then reads and discards until the peer's FIN or a deadline of `patience`, then
@@ -218,45 +242,35 @@ impl Linger {
         let now = Instant::now();
         // Behind its Close comes its close_notify, for which a socket that is gone would reset it.
         let peer_is_done = peer_is_done && !matches!(stream, Stream::Tls(_));
-        let (fd, port, unsent) = match stream.into_last() {
-            Ok(Last::Socket { fd, port, unsent }) => (fd, port, unsent),
+        let (stream, unsent) = match stream.into_last() {
+            Ok(Last::Socket { socket, unsent }) => (socket, unsent),
             // It takes no descriptor, so it needs no place.
             Ok(Last::Tunnel(tunnel)) => return self.add_tunnel(side, tunnel, peer_is_done, *patience),
             // Nobody is there to be waited for.
             Ok(Last::Nothing) => return,
             Err(error) => {
-                tracing::warn!(%error, "a socket cannot be taken from its runtime: it is closed at once");
+                tracing::warn!(%error, "TLS has no last word: its socket is closed at once");
                 return self.inner.count(side, Lingered::Evicted);
             }
         };
-        if unsent.is_empty() && shutdown(&fd, Shutdown::Write).is_err() {
-            // ENOTCONN: the connection is dead already and has no FIN to send.
+        if unsent.is_empty() && !send_fin(&stream) {
             return self.inner.count(side, Lingered::Reset);
-        }
-        // Often all has been said by now.
-        match discard(&fd) {
-            Discarded::Fin => return self.inner.count(side, Lingered::Fin),
-            Discarded::Reset => return self.inner.count(side, Lingered::Reset),
-            Discarded::Bytes | Discarded::Nothing => {}
         }
         let mut sockets = self.inner.lock();
         let id = sockets.next;
         sockets.next += 1;
-        if let Err(error) = self.inner.poller.add(&fd, id) {
-            static SAID: Sparse = Sparse::new();
-            if let Some(unsaid) = SAID.is_due() {
-                let fix = "raise fs.epoll.max_user_watches, or the memory limit";
-                tracing::warn!(%error, fix, unsaid, "cannot watch a socket in its last wait: it is closed at once");
-            }
-            drop(sockets);
-            return self.inner.count(side, Lingered::Evicted);
-        }
+        let bell = Waker::from(Arc::new(Bell { id, news: Arc::clone(&self.inner.news) }));
         // At least our FIN, which has just gone; how much more there is shows when it is looked at.
         let wait = Wait::new(peer_is_done, patience, 1 + unsent.len(), now);
         let is_first = sockets.due.first().is_none_or(|(first, _)| wait.due < *first);
-        sockets.due.insert((wait.due, id));
         let counted = self.inner.metrics.as_ref().map(|metrics| Counted::new(&metrics.lingering));
-        let socket = Socket { fd, unsent, side, wait, keeps, is_chatty: false, _port: port, _counted: counted };
+        let mut socket = Socket { stream, bell, unsent, side, wait, keeps, is_chatty: false, _counted: counted };
+        // Often all has been said by now.
+        if let Some(how) = socket.look(now, true) {
+            drop(sockets);
+            return self.inner.count(side, how);
+        }
+        sockets.due.insert((socket.wait.due, id));
         if matches!(&socket.keeps, Keeps::Place(place) if place.refused.is_none()) {
             sockets.spare.insert(id);
         }
@@ -274,7 +288,7 @@ impl Linger {
         drop(sockets);
         drop(gone);
         if is_first {
-            self.inner.changed.notify_one();
+            self.inner.news.changed.notify_one();
         }
     }
 
@@ -294,14 +308,6 @@ impl Linger {
     /// Waits for the sockets of this thread, on its runtime, until [`Self::close`] was called and none is left.
     pub async fn run(self) {
         let inner = &*self.inner;
-        let watch = match inner.poller.watch() {
-            Ok(watch) => Some(watch),
-            Err(error) => {
-                tracing::error!(%error, "sockets in their last wait are closed by their deadlines only");
-                None
-            }
-        };
-        let mut events = Vec::with_capacity(EVENTS);
         let mut tunnels = FuturesUnordered::new();
         loop {
             let (wake, is_over) = {
@@ -313,24 +319,17 @@ impl Linger {
             if is_over {
                 return;
             }
-            let readable = async || match &watch {
-                Some(watch) => watch.readable().await,
-                None => std::future::pending().await,
-            };
             tokio::select! {
-                news = readable() => {
-                    inner.poller.ready(&mut events);
-                    // Only then: as long as one of them has something to be read, the kernel says no more about it.
-                    if events.is_empty() && let Ok(mut news) = news {
-                        news.clear_ready();
+                () = inner.news.changed.notified() => {
+                    let ids = std::mem::take(&mut *inner.news.lock());
+                    for some in ids.chunks(LOOKS) {
+                        for id in some {
+                            inner.look(*id, true);
+                        }
+                        // Also when there is always more: others have their turn, and so have deadlines.
+                        yield_now().await;
                     }
-                    for id in events.drain(..) {
-                        inner.look(id, true);
-                    }
-                    // Also when there is always more: others have their turn, and so have deadlines.
-                    yield_now().await;
                 }
-                () = inner.changed.notified() => {}
                 Some((side, how)) = tunnels.next(), if !tunnels.is_empty() => inner.count(side, how),
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
                     let now = Instant::now();
@@ -347,7 +346,7 @@ impl Linger {
     /// No socket comes any more.
     pub fn close(&self) {
         self.inner.lock().is_closed = true;
-        self.inner.changed.notify_one();
+        self.inner.news.changed.notify_one();
     }
 }
 
@@ -387,7 +386,7 @@ impl Inner {
     fn evict(&self, sockets: &mut Sockets, id: u64) -> Option<Socket> {
         let socket = sockets.by_age.get(&id)?;
         // What has come by now must not be what it is reset for.
-        let how = match discard(&socket.fd) {
+        let how = match discard(&socket.stream) {
             Discarded::Fin => Lingered::Fin,
             Discarded::Reset => Lingered::Reset,
             Discarded::Bytes | Discarded::Nothing => Lingered::Evicted,
@@ -436,20 +435,37 @@ impl Socket {
     /// `Some`: it is over. Else it says when it is to be looked at again.
     fn look(&mut self, now: Instant, has_news: bool) -> Option<Lingered> {
         // Also when it is only time: what came just now must not be what it is reset for.
-        let found = discard(&self.fd);
+        let found = if has_news { self.discard() } else { discard(&self.stream) };
         if matches!(found, Discarded::Bytes) && !self.is_chatty {
             // Who goes on a byte at a time must not cost a wake for each. If it fails it does.
             self.is_chatty = true;
-            let _ = net::set_low_water(&self.fd, LOW_WATER);
+            let _ = self.stream.socket().map(|fd| net::set_low_water(fd, LOW_WATER));
         }
         if !has_news && !self.unsent.is_empty() {
-            self.unsent = send_some(&self.fd, std::mem::take(&mut self.unsent));
-            if self.unsent.is_empty() && shutdown(&self.fd, Shutdown::Write).is_err() {
+            self.unsent = send_some(&self.stream, std::mem::take(&mut self.unsent));
+            if self.unsent.is_empty() && !send_fin(&self.stream) {
                 return Some(Lingered::Reset);
             }
         }
-        let left = (!has_news).then(|| net::unacked(&self.fd).unwrap_or(0) + self.unsent.len());
+        let left = (!has_news).then(|| self.stream.unacked().unwrap_or(0) + self.unsent.len());
         self.wait.go_on(&found, left, now)
+    }
+
+    /// As [`discard`], of what the runtime knows of; then it says when there is more.
+    fn discard(&mut self) -> Discarded {
+        with_scratch(|buffer| {
+            let mut found = Discarded::Nothing;
+            for _ in 0..READS {
+                match self.stream.poll_read_slice(&mut Context::from_waker(&self.bell), buffer) {
+                    Poll::Ready(Ok(0)) => return Discarded::Fin,
+                    Poll::Ready(Ok(_)) => found = Discarded::Bytes,
+                    Poll::Ready(Err(_)) => return Discarded::Reset,
+                    Poll::Pending => return found,
+                }
+            }
+            self.bell.wake_by_ref();
+            found
+        })
     }
 }
 
@@ -504,11 +520,18 @@ enum Discarded {
     Reset,
 }
 
-fn discard(fd: &OwnedFd) -> Discarded {
+/// FIN; false: the connection is dead already (ENOTCONN) and has none to send.
+fn send_fin(stream: &Stream) -> bool {
+    stream.socket().is_some_and(|fd| shutdown(fd, Shutdown::Write).is_ok())
+}
+
+/// Reads what the kernel has by now, whatever the runtime knows of it.
+fn discard(stream: &Stream) -> Discarded {
+    let Some(fd) = stream.socket() else { return Discarded::Reset };
     with_scratch(|buffer| {
         let mut found = Discarded::Nothing;
         for _ in 0..READS {
-            match recv(fd.as_fd(), &mut *buffer, RecvFlags::DONTWAIT) {
+            match recv(fd, &mut *buffer, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return Discarded::Fin,
                 Ok((length, _)) => {
                     found = Discarded::Bytes;

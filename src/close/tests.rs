@@ -1,6 +1,7 @@
 //! Sockets of this host, and peers that end, reset, stay, or send on; and the wait alone, on a virtual clock.
 
 use std::{
+    io,
     pin::{Pin, pin},
     task::{Context, Poll, Waker},
 };
@@ -29,7 +30,7 @@ struct Scene {
 impl Scene {
     async fn new(max: usize) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let linger = Linger::new(&Arc::new(Bounds::new(max)), Some(Arc::clone(&metrics))).expect("a descriptor");
+        let linger = Linger::new(&Arc::new(Bounds::new(max)), Some(Arc::clone(&metrics)));
         Self { linger, metrics, listener: TcpListener::bind("127.0.0.1:0").await.expect("a port") }
     }
 

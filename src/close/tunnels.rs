@@ -39,7 +39,7 @@ impl Linger {
             Poll::Ready(Discarded::Bytes) | Poll::Pending => {}
         }
         self.inner.lock().tunnels.push(Leaving { side, tunnel, patience, since: Instant::now() });
-        self.inner.changed.notify_one();
+        self.inner.news.changed.notify_one();
     }
 }
 

@@ -9,8 +9,9 @@ use std::{
     },
 };
 
-use socket2::SockRef;
-use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpStream, UnixStream};
 
 use super::{Address, SocketConfig, Stream, shortage, sys};
 use crate::metrics::Port;
@@ -95,12 +96,13 @@ pub fn check_sources(addresses: &[IpAddr]) -> Result<(), DialError> {
     Ok(())
 }
 
-fn socket_for(address: IpAddr) -> io::Result<TcpSocket> {
-    if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+fn socket_for(address: IpAddr) -> io::Result<Socket> {
+    let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))
 }
 
-fn bind(socket: &TcpSocket, source: IpAddr) -> io::Result<()> {
-    socket.bind(SocketAddr::new(source, 0)).map_err(|error| {
+fn bind(socket: &Socket, source: IpAddr) -> io::Result<()> {
+    socket.bind(&SocketAddr::new(source, 0).into()).map_err(|error| {
         let reason =
             format!("cannot connect from {source} (upstream.source_addresses): {error}; name addresses of this host");
         io::Error::new(io::ErrorKind::InvalidInput, reason)
@@ -163,7 +165,7 @@ async fn dial_from(source: Option<IpAddr>, peer: SocketAddr, config: &SocketConf
         sys::bind_without_port(std::os::fd::AsFd::as_fd(&socket))?;
         bind(&socket, source)?;
     }
-    let stream = socket.connect(peer).await?;
+    let stream = connect(socket, peer).await?;
     // With the backend down and its port inside the ephemeral range, the kernel may give us that very port, and a
     // simultaneous open with ourselves succeeds.
     let local = stream.local_addr()?;
@@ -171,6 +173,23 @@ async fn dial_from(source: Option<IpAddr>, peer: SocketAddr, config: &SocketConf
         let reason = "connected to itself, so nobody listens there; keep the backend's port out of \
                       net.ipv4.ip_local_port_range, or put it into net.ipv4.ip_local_reserved_ports";
         return Err(io::Error::new(io::ErrorKind::ConnectionRefused, reason));
+    }
+    Ok(stream)
+}
+
+/// Within a host all packets have passed when `connect()` returns, although it says EINPROGRESS, so that is not waited for.
+async fn connect(socket: Socket, peer: SocketAddr) -> io::Result<TcpStream> {
+    match socket.connect(&peer.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    // ENOTCONN: not yet, or not any more.
+    if stream.peer_addr().is_err() {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
     }
     Ok(stream)
 }

@@ -100,10 +100,18 @@ pub(super) fn poll_await(socket: Bare<'_>, cx: &mut Context<'_>, is_awaited: &mu
     polled
 }
 
-/// Writes as much as the kernel takes.
-pub(super) fn poll_send(socket: Bare<'_>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+/// Writes as much as the kernel takes. `fin_follows`: at once, and may go out with it.
+pub(super) fn poll_send(
+    socket: Bare<'_>,
+    cx: &mut Context<'_>,
+    bytes: &[u8],
+    fin_follows: bool,
+) -> Poll<io::Result<usize>> {
+    // The kernel keeps what is not a whole segment until the FIN, which it puts into the same one (`tcp_send_fin` in net/ipv4/tcp_output.c),
+    // or for 200 ms.
+    let flags = if fin_follows { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
     loop {
-        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket.fd(), bytes, SendFlags::NOSIGNAL)) {
+        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket.fd(), bytes, flags)) {
             Call::Done(sent) => return Poll::Ready(sent),
             Call::Unready | Call::Refused => ready!(socket.poll_write_ready(cx))?,
         }
@@ -237,7 +245,7 @@ mod tests {
             let bytes: Vec<u8> = (0..1_000_000_u32).map(|at| at.to_le_bytes()[usize::from(at % 2 == 0)]).collect();
             let mut sent = 0;
             let mut cx = Context::from_waker(Waker::noop());
-            while let Poll::Ready(count) = poll_send(Bare::Tcp(&ours), &mut cx, &bytes[sent % bytes.len()..]) {
+            while let Poll::Ready(count) = poll_send(Bare::Tcp(&ours), &mut cx, &bytes[sent % bytes.len()..], false) {
                 sent += count.expect("a peer");
             }
             let reader = std::thread::spawn(move || {
@@ -248,7 +256,8 @@ mod tests {
             let until = sent.next_multiple_of(bytes.len()) + bytes.len();
             let mut rest = pin!(poll_fn(|cx| {
                 while sent < until {
-                    sent += ready!(poll_send(Bare::Tcp(&ours), cx, &bytes[sent % bytes.len()..])).expect("a peer");
+                    sent +=
+                        ready!(poll_send(Bare::Tcp(&ours), cx, &bytes[sent % bytes.len()..], false)).expect("a peer");
                 }
                 Poll::Ready(())
             }));

@@ -9,12 +9,13 @@ use std::{
 };
 
 use bytes::Bytes;
+use rustix::net::{SendFlags, send};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, Sleep, sleep},
 };
 
-use super::{READ_AHEAD, Stream, set_low_water, with_scratch};
+use super::{READ_AHEAD, Stream, direct::Bare, set_low_water, with_scratch};
 
 /// A peer that sends a byte at a time costs a wake for each: beyond some it is looked at every so often.
 #[derive(Debug, Default)]
@@ -115,6 +116,12 @@ impl Kept {
             let length = ready!(self.stream.poll_read_slice(cx, &mut buffer[..READ_AHEAD]))?;
             Poll::Ready(Ok(Bytes::copy_from_slice(&buffer[..length])))
         })
+    }
+
+    /// Writes what the kernel takes now, of a socket that epoll may not have had a word about yet; gives how much that is.
+    pub fn write_now(&mut self, bytes: &[u8]) -> usize {
+        let fd = self.stream.bare().map(Bare::fd);
+        fd.and_then(|fd| send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).ok()).unwrap_or(0)
     }
 
     /// Waits for epoll's first word about a socket. Until then a write would be one that has to wait, which hyper does not

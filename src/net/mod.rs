@@ -11,7 +11,6 @@ mod lent;
 mod listener;
 mod local;
 mod pipe;
-mod poller;
 mod sys;
 mod tls;
 mod tunnel;
@@ -21,7 +20,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     path::PathBuf,
     pin::{Pin, pin},
     task::{Context, Poll, ready},
@@ -43,7 +42,6 @@ pub use self::{
     listener::{ADMIN_NAME, Inherited, Listener, Origin, PREDECESSOR_NAME, Wish, inherit, listen},
     local::{Fault, Local, fault},
     pipe::{MOST_PIPES, Pipe, limit_pipes},
-    poller::Poller,
     tls::{
         Accepting, ClientCertificate, Secured, TLS_FILE_BYTES, Tls, TlsClient, TlsFile, TlsFileError, TlsServer,
         encrypt, is_server_name, send_some, tls_error,
@@ -143,12 +141,10 @@ pub enum Stream {
 /// What is left of a leg when nothing more is said on it.
 #[derive(Debug)]
 pub enum Last {
-    /// Its socket, without its runtime. It stays non-blocking.
+    /// Its socket.
     Socket {
-        /// The socket.
-        fd: OwnedFd,
-        /// It has a port of ours.
-        port: Option<Port>,
+        /// It, and nothing else.
+        socket: Stream,
         /// What is to go out before its FIN, and the kernel did not take: the end of what TLS had to say.
         unsent: Box<[u8]>,
     },
@@ -172,15 +168,12 @@ pub fn set_low_water(fd: impl AsFd, bytes: i32) -> io::Result<()> {
 impl Stream {
     /// Takes it away from whoever wrote and read.
     pub fn into_last(self) -> io::Result<Last> {
-        let (fd, port) = match self {
-            Self::Tcp(stream) => (stream.into_std()?.into(), None),
-            Self::Dialled(stream, port) => (stream.into_std()?.into(), Some(port)),
-            Self::Unix(stream) => (stream.into_std()?.into(), None),
+        Ok(match self {
+            Self::Tcp(_) | Self::Dialled(..) | Self::Unix(_) => Last::Socket { socket: self, unsent: Box::default() },
             Self::Tls(tls) => return tls.into_last(),
-            Self::Multiplexed(tunnel) => return Ok(Last::Tunnel(tunnel)),
-            Self::Local(_) => return Ok(Last::Nothing),
-        };
-        Ok(Last::Socket { fd, port, unsent: Box::default() })
+            Self::Multiplexed(tunnel) => Last::Tunnel(tunnel),
+            Self::Local(_) => Last::Nothing,
+        })
     }
 
     /// Reads into `buffer` at once or not at all; 0 is the peer's FIN, or the end of what TLS can make sense of: the socket is as
@@ -226,8 +219,18 @@ impl Stream {
 
     /// Writes as much as is taken at once, or nothing.
     pub fn poll_write_slice(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, bytes, false)
+    }
+
+    /// The same. `fin_follows`: it will be ended at once, and the kernel may wait for that.
+    pub fn poll_write_with(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+        fin_follows: bool,
+    ) -> Poll<io::Result<usize>> {
         match self.bare() {
-            Some(socket) => direct::poll_send(socket, cx, bytes),
+            Some(socket) => direct::poll_send(socket, cx, bytes, fin_follows),
             None => Pin::new(self).poll_write(cx, bytes),
         }
     }
@@ -323,7 +326,7 @@ impl Stream {
     }
 
     /// The socket that is below it, if it has one of its own.
-    fn socket(&self) -> Option<BorrowedFd<'_>> {
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
         let below = match self {
             Self::Tls(tls) => tls.below()?,
             _ => self,
@@ -332,7 +335,7 @@ impl Stream {
     }
 
     /// See [`unacked`]; `None`: it has no socket of its own.
-    fn unacked(&self) -> Option<usize> {
+    pub fn unacked(&self) -> Option<usize> {
         unacked(self.socket()?).ok()
     }
 

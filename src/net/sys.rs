@@ -4,7 +4,7 @@
 
 use std::{
     io, mem,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd},
     sync::Arc,
 };
 
@@ -17,12 +17,6 @@ pub(super) fn watch(listener: Arc<Listener>) -> io::Result<AsyncFd<Arc<Listener>
     // SAFETY: the descriptor must be the same and open as long as the value is there: a listener owns it, and never puts
     // another in its place.
     unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
-}
-
-/// The same for an epoll.
-pub(super) fn watch_poller(poller: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: as above: an `OwnedFd` behind an `Arc` is the same and open as long as the value is there.
-    unsafe { AsyncFd::register_with_interest(poller, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 /// Bytes that the peer's kernel has not acknowledged, a FIN of ours counted as one (`SIOCOUTQ` in tcp(7)).

@@ -224,7 +224,7 @@ impl Tls {
         }
         let stream = raw.stream.take().ok_or(io::ErrorKind::NotConnected)?;
         Ok(match stream.into_last()? {
-            Last::Socket { fd, port, .. } => Last::Socket { unsent: send_some(&fd, unsent.into()), fd, port },
+            Last::Socket { socket, .. } => Last::Socket { unsent: send_some(&socket, unsent.into()), socket },
             other @ (Last::Tunnel(_) | Last::Nothing) => other,
         })
     }
@@ -475,7 +475,8 @@ fn drain<D: SideData>(session: &mut ConnectionCommon<D>, buffer: &mut ReadBuf<'_
 }
 
 /// Sends what the kernel takes at once; gives what it does not.
-pub fn send_some(fd: &std::os::fd::OwnedFd, bytes: Box<[u8]>) -> Box<[u8]> {
+pub fn send_some(stream: &Stream, bytes: Box<[u8]>) -> Box<[u8]> {
+    let Some(fd) = stream.socket() else { return Box::default() };
     let mut at = 0;
     while at < bytes.len() {
         match send(fd, &bytes[at..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {

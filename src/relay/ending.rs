@@ -248,6 +248,12 @@ impl Ending {
         leg.flushed_at = Some(now);
     }
 
+    /// As soon as it has its Close its leg is ended: see [`Ending::fin_due`].
+    pub(super) fn ends_with_close(&self, side: Side) -> bool {
+        let leg = self.leg(side);
+        side == Side::Client && (leg.close.is_some() || leg.gone.is_some())
+    }
+
     /// It was cut inside a frame.
     pub(super) fn was_cut(&self, side: Side) -> bool {
         self.leg(side).cut

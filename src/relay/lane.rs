@@ -134,7 +134,7 @@ impl Lane {
                 Poll::Pending => return Poll::Pending,
             }
         }
-        poll_write(stream, cx, &kept.pending[kept.taken..])
+        poll_write(stream, cx, &kept.pending[kept.taken..], false)
     }
 
     /// Keeps what is in a pipe, before all else that waits.

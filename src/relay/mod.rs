@@ -643,12 +643,17 @@ impl Relay {
 
     /// Sends bytes toward `side`, or keeps what it does not take.
     fn write(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], now: Stamp) {
+        self.write_with(cx, side, bytes, false, now);
+    }
+
+    /// The same. `fin_follows`: as soon as the kernel has it.
+    fn write_with(&mut self, cx: &mut Context<'_>, side: Side, bytes: &[u8], fin_follows: bool, now: Stamp) {
         let was_unsure = std::mem::replace(&mut self.is_unsure[side as usize], true);
-        self.write_or_keep(cx, side, bytes, now);
+        self.write_or_keep(cx, side, bytes, fin_follows, now);
         self.is_unsure[side as usize] = was_unsure;
     }
 
-    fn write_or_keep(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], now: Stamp) {
+    fn write_or_keep(&mut self, cx: &mut Context<'_>, side: Side, mut bytes: &[u8], fin_follows: bool, now: Stamp) {
         if self.broken[side as usize] || !self.ending.can_write(side) {
             return;
         }
@@ -658,7 +663,7 @@ impl Relay {
                 lane.push(bytes, now);
                 return;
             }
-            match poll_write(&mut self.streams[side as usize], cx, bytes) {
+            match poll_write(&mut self.streams[side as usize], cx, bytes, fin_follows) {
                 Poll::Ready(Ok(count)) => {
                     if lane.inside_frame {
                         lane.progress = now;
@@ -910,25 +915,26 @@ impl Relay {
     }
 
     fn send_close(&mut self, cx: &mut Context<'_>, side: Side, what: What, now: Stamp) {
+        let fin_follows = self.ending.ends_with_close(side);
         let code = match what {
             What::Verbatim => {
                 let frame = self.farewell_mut().closes[side.other() as usize].take();
                 if let Some(frame) = &frame {
-                    self.write(cx, side, frame, now);
+                    self.write_with(cx, side, frame, fin_follows, now);
                 }
                 self.farewell_mut().closes[side.other() as usize] = frame;
                 self.ending.close_code_of(side.other())
             }
             What::Own(close) => {
-                self.write(cx, side, close.to_frame(mask_toward(side)).as_bytes(), now);
+                self.write_with(cx, side, close.to_frame(mask_toward(side)).as_bytes(), fin_follows, now);
                 close.code()
             }
         };
         self.ending.sent_close(side, code);
     }
 
-    /// "A client that leaves without waiting": its FIN may be right behind its Close, so its socket is looked at once
-    /// more after a turn of the runtime, in which the kernel is asked for news. The FIN may also come in a packet of its own: where it matters, since the
+    /// "A client that leaves without waiting": its FIN may be right behind its Close, so the kernel is asked whether more has come,
+    /// which is then read in the runtime's next turn. The FIN may also come in a packet of its own: where it matters, since the
     /// client's was the last word and an answer may be in the making, it is given [`APART`]. `settling` was set in an earlier turn.
     fn settle(&mut self, cx: &mut Context<'_>, settling: Option<Stamp>, now: Stamp) -> bool {
         if !self.ending.is_unsettled() {
@@ -943,9 +949,15 @@ impl Relay {
             None if self.settling().is_none() => {
                 if self.last_speaker == Side::Client && !self.shared.config.close_delay.is_zero() {
                     self.farewell_mut().settling = Some(now + APART);
+                } else if self.streams[Side::Client as usize]
+                    .as_mut()
+                    .is_some_and(|stream| stream.is_bare() && stream.is_silent())
+                {
+                    self.ending.settle();
+                    return true;
                 } else {
                     self.farewell_mut().settling = Some(now);
-                    // Wakes the task after the next look at the kernel; only its waker is needed.
+                    // Wakes the task after the next look of the runtime at the kernel; only its waker is needed.
                     let _ = pin!(yield_now()).poll(cx);
                 }
             }
@@ -1171,9 +1183,14 @@ const FAR: u32 = u32::MAX / 2;
 /// Timers are not set closer than this: the runtime's resolution.
 const TICK: Duration = Duration::from_millis(1);
 
-fn poll_write(stream: &mut Option<Stream>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+fn poll_write(
+    stream: &mut Option<Stream>,
+    cx: &mut Context<'_>,
+    bytes: &[u8],
+    fin_follows: bool,
+) -> Poll<std::io::Result<usize>> {
     match stream {
-        Some(stream) => match stream.poll_write_slice(cx, bytes) {
+        Some(stream) => match stream.poll_write_with(cx, bytes, fin_follows) {
             Poll::Ready(Ok(0)) => Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
             result => result,
         },

@@ -117,8 +117,10 @@ pub(super) async fn ask(
 /// What was read, less the header of a 101 if it began with one. Failures show when it is read again.
 async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (Bytes, Option<Response<()>>) {
     let mut read = Bytes::new();
+    let head = head(request);
+    let sent = stream.write_now(&head);
     // When this fails the backend may have answered, and closed, before it had read all.
-    let _ = stream.write_all(&head(request)).await;
+    let _ = stream.write_all(&head[sent..]).await;
     loop {
         let mut more = BytesMut::with_capacity(MOST);
         match stream.read_buf(&mut more).await {

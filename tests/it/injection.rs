@@ -331,7 +331,7 @@ impl Session {
 /// The relay, and what a session does with its legs.
 async fn relay(mut relay: Relay) -> Report {
     let patience = Patience { linger: TOO_LONG, linger_max: TOO_LONG };
-    let linger = Linger::new(&Arc::new(Bounds::new(2)), None).expect("a descriptor");
+    let linger = Linger::new(&Arc::new(Bounds::new(2)), None);
     let ends = async {
         for _ in 0..2 {
             let ended = relay.next_ended().await;
