@@ -303,17 +303,17 @@ impl Case {
             // nginx has no RFC 8441.
             Transport::H2 => !matches!(peer, Peer::Direct | Peer::Null | Peer::Nginx | Peer::Envoy | Peer::Caddy),
         };
-        let is_variant = matches!(peer, Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast);
+        let is_variant = matches!(peer, Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast | Peer::Batched);
         speaks
             && match self {
                 Self::Ramp { .. } => match peer {
                     Peer::Direct | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Other => true,
                     Peer::Null | Peer::Nginx | Peer::Haproxy | Peer::Envoy | Peer::Caddy => asked,
-                    Peer::Tidegate | Peer::Broadcast => false,
+                    Peer::Tidegate | Peer::Broadcast | Peer::Batched => false,
                 },
                 // Without a proxy there is no memory of a proxy.
                 Self::Idle { .. } => peer != Peer::Direct && !is_variant,
-                Self::Fanout { .. } => peer == Peer::Broadcast || !is_variant,
+                Self::Fanout { .. } => matches!(peer, Peer::Broadcast | Peer::Batched) || !is_variant,
                 // How little a proxy may cost says nothing of how a session should end.
                 Self::Audit { .. } | Self::Kill { .. } => peer != Peer::Null && !is_variant,
                 Self::Drain { .. } => !matches!(peer, Peer::Direct | Peer::Null) && !is_variant,

@@ -566,7 +566,7 @@ fn peers(options: &Options) -> anyhow::Result<(Vec<Peer>, Rivals)> {
             Err(error) => eprintln!("without {peer}: {error:#}"),
         }
     }
-    peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2, Peer::Broadcast]);
+    peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2, Peer::Broadcast, Peer::Batched]);
     if !options.other.is_empty() || options.tidegate_binary.is_some() {
         peers.push(Peer::Other);
     }

@@ -28,7 +28,10 @@ pub const WORKERS: usize = 2;
 const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 
 /// What a route is told that is shared.
-const BROADCAST: &str = "pool = { mode = 'shared', shared = 'broadcast' }";
+const BROADCAST: &str = "pool.mode = 'shared', pool.shared = 'broadcast'";
+
+/// And that its messages may wait for more.
+const BATCHED: &str = "pool.batch_delay = '20ms'";
 
 /// Of a proxy that can't choose one, in a namespace of its own, where it is free.
 const PORT: u16 = 8080;
@@ -53,6 +56,8 @@ pub enum Peer {
     Tidegate2,
     /// With one connection to the backend for all who watch the same.
     Broadcast,
+    /// The same, where messages wait for more.
+    Batched,
     /// Another tidegate, or the same with other settings.
     Other,
 }
@@ -70,6 +75,7 @@ impl fmt::Display for Peer {
             Self::Tidegate1 => "tidegate-1",
             Self::Tidegate2 => "tidegate-2",
             Self::Broadcast => "broadcast",
+            Self::Batched => "batched",
             Self::Other => "other",
         })
     }
@@ -103,8 +109,9 @@ impl Tidegates {
             Peer::Other => (&self.other_binary, self.other_settings.clone()),
             Peer::Tidegate1 => (Path::new(TIDEGATE), with_workers(1)),
             Peer::Tidegate2 => (Path::new(TIDEGATE), with_workers(2)),
-            Peer::Broadcast => {
-                let route = settings(&format!("route = [{{ path = '{FEED}', {BROADCAST} }}]"));
+            Peer::Broadcast | Peer::Batched => {
+                let more = if peer == Peer::Batched { BATCHED } else { "pool.batch_delay = '0s'" };
+                let route = settings(&format!("route = [{{ path = '{FEED}', {BROADCAST}, {more} }}]"));
                 (Path::new(TIDEGATE), merged(self.settings.clone(), route.expect("it is valid TOML")))
             }
             _ => (Path::new(TIDEGATE), self.settings.clone()),
@@ -235,7 +242,7 @@ pub async fn start(
         Peer::Direct => Ok(None),
         Peer::Null => start_null(site, backend).await.map(Some),
         Peer::Nginx | Peer::Haproxy | Peer::Envoy | Peer::Caddy => rivals.start(site, peer, backend).await.map(Some),
-        Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast | Peer::Other => {
+        Peer::Tidegate | Peer::Tidegate1 | Peer::Tidegate2 | Peer::Broadcast | Peer::Batched | Peer::Other => {
             let (binary, settings) = tidegates.of(peer);
             start_tidegate(site, binary, settings, backend).await.map(Some)
         }

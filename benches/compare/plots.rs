@@ -32,6 +32,7 @@ fn name(peer: Peer) -> Name {
         Peer::Tidegate1 => ("tidegate-1", "#d55e00"),
         Peer::Tidegate2 => ("tidegate-2", "#8a3d00"),
         Peer::Broadcast => ("broadcast", "#8a3d00"),
+        Peer::Batched => ("batched", "#5c2900"),
         Peer::Other => ("other", "#e69f00"),
     };
     Name { label, colour, is_dashed: matches!(peer, Peer::Direct | Peer::Null) }

@@ -359,7 +359,7 @@ impl Report {
             "idle" => format!("{} sessions.{tls}", s.sessions),
             "fanout" => format!(
                 "{} messages of {} in a second, {} s per leg. `tidegate` has a connection to the backend for each watcher, `broadcast` \
-                 one for all.",
+                 one for all, `batched` too, and its messages wait up to 20 ms for more.",
                 fanout::RATE,
                 size(fanout::BYTES),
                 s.seconds

@@ -163,7 +163,7 @@ const ALWAYS_OTHER: [&str; 2] = ["x-request-id", "traceparent"];
 
 /// Keys that mean something with one kind of `pool.shared` alone.
 const OF_BROADCAST: &[&str] =
-    &["pool.slow_client", "pool.replay", "pool.replay_messages", "pool.allow_client_messages"];
+    &["pool.slow_client", "pool.replay", "pool.replay_messages", "pool.batch_delay", "pool.allow_client_messages"];
 const OF_RPC: &[&str] = &[
     "pool.request_timeout",
     "pool.max_requests",

@@ -64,7 +64,7 @@ pub(super) const BACKEND: &str = "upstream";
 /// What its keys begin with that are those of `[pool]`.
 pub(super) const POOL: &str = "pool.";
 /// How many it may have in place of what is for all.
-pub(super) const OVERRIDES: usize = 32;
+pub(super) const OVERRIDES: usize = 33;
 
 /// What kind of value a key has, its bounds, and where it goes.
 pub(super) enum Slot<'a> {
@@ -311,6 +311,7 @@ impl Settings {
                 slow_client: SlowClient::Disconnect,
                 replay: Replay::None,
                 replay_messages: 16,
+                batch_delay: Duration::ZERO,
                 allow_client_messages: false,
                 request_timeout: seconds(30),
                 max_requests: 256,
@@ -512,7 +513,7 @@ pub(super) fn keys(settings: &mut Settings) -> Vec<Key<'_>> {
 }
 
 /// `[pool]`, and what a route has of its own.
-fn pool_slots<'a>(pool: &'a mut Pool, sharing: &'a mut hub::Config) -> [(&'static str, Slot<'a>); 28] {
+fn pool_slots<'a>(pool: &'a mut Pool, sharing: &'a mut hub::Config) -> [(&'static str, Slot<'a>); 29] {
     let Pool {
         mode,
         prewarm,
@@ -538,6 +539,7 @@ fn pool_slots<'a>(pool: &'a mut Pool, sharing: &'a mut hub::Config) -> [(&'stati
         slow_client,
         replay,
         replay_messages,
+        batch_delay,
         allow_client_messages,
         request_timeout,
         max_requests,
@@ -570,6 +572,7 @@ fn pool_slots<'a>(pool: &'a mut Pool, sharing: &'a mut hub::Config) -> [(&'stati
         ("pool.slow_client", Slot::Word(slow_client)),
         ("pool.replay", Slot::Word(replay)),
         ("pool.replay_messages", count(replay_messages, 1..=65_536)),
+        ("pool.batch_delay", time(batch_delay, Duration::ZERO..=SECOND)),
         ("pool.allow_client_messages", Slot::Switch(allow_client_messages)),
         ("pool.request_timeout", time(request_timeout, MS..=HOUR)),
         ("pool.max_requests", count(max_requests, 1..=65_536)),

@@ -179,7 +179,7 @@ mod tests {
         for key in [PATH, BACKEND, "allow", "deny", "max_sessions"] {
             assert!(route[key]["description"].as_str().unwrap().len() > 12, "{key}: {}", route[key]);
         }
-        assert_eq!(route["pool"]["properties"].as_object().unwrap().len(), 28);
+        assert_eq!(route["pool"]["properties"].as_object().unwrap().len(), 29);
         let property = |section: &str, key: &str| schema["properties"][section]["properties"][key].clone();
         assert_eq!(
             property("websocket", "idle_timeout")["description"].as_str().unwrap().split(" [").nth(1),

@@ -31,6 +31,8 @@ pub struct Config {
     pub replay: Replay,
     /// How many of these messages with [`Replay::LastN`].
     pub replay_messages: usize,
+    /// How long a message waits for more, which go out with it (broadcast).
+    pub batch_delay: Duration,
     /// Clients may send messages to the backend (broadcast).
     pub allow_client_messages: bool,
     /// For the answer to a request (rpc).

@@ -546,6 +546,29 @@ fn who_comes_late_gets_what_was() {
     }
 }
 
+/// With `batch_delay` each client gets all there is, in order and once, and with an end what waited for it.
+#[test]
+fn what_waits_goes_out_in_order() {
+    let feed = Feed::new();
+    let t = scene(&feed, "idle_timeout = '0s', batch_delay = '1s'");
+    let all = Meeting::of(3);
+    t.clients(3, async |c: &mut Peer| {
+        c.handshake("/feed/a").await;
+        if all.join().await {
+            (0..100).for_each(|number| feed.text(&number.to_string()));
+            feed.say(Word::Close(1000, "done"));
+        }
+        for number in 0..100 {
+            assert_eq!(c.read_text().await, number.to_string());
+        }
+        assert_eq!(c.read_close().await, 1000);
+        c.answer_close().await;
+        assert_eq!(c.until_end().await.end, End::Fin);
+    });
+    assert_eq!(t.proxy().metrics().count("tidegate_shared_slow_clients_total{action=\"disconnect\"}"), 0);
+    t.no_rst();
+}
+
 /// A client that stops reading holds up nobody. It is disconnected, or goes on with what is kept; what it missed is counted.
 #[test]
 fn a_slow_client_harms_nobody() {

@@ -28,7 +28,13 @@ use http::HeaderValue;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use self::{feed::Feed, inbound::Inbound, member::Member, ring::Ring, ward::Ward};
+use self::{
+    feed::Feed,
+    inbound::Inbound,
+    member::Member,
+    ring::Ring,
+    ward::{Batch, Ward},
+};
 use super::{
     Opener,
     key::Key,
@@ -159,8 +165,15 @@ impl Hub {
     /// Wakes the clients of a worker, on that worker, until it is over.
     async fn watch(self: Arc<Self>, worker: usize) {
         let (ward, mut woken) = (&self.wards[worker], Vec::new());
+        let Config { batch_delay: delay, queue_messages, queue_bytes, .. } = *self.sharing;
+        // Nobody is to be behind by what is kept because of what waits.
+        let batch = Batch { delay, messages: queue_messages as u64 / 2, bytes: queue_bytes as u64 / 2 };
+        let mut told = (0, 0);
         loop {
             ward.called().await;
+            if !delay.is_zero() {
+                ward.gather(&self.ring, &batch, &mut told).await;
+            }
             let is_over = self.ring.is_over();
             ward.wake(self.ring.first(), is_over, &mut woken);
             if is_over {

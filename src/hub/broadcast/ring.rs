@@ -28,6 +28,8 @@ struct State {
     /// The number of the oldest.
     first: u64,
     bytes: usize,
+    /// Bytes of all messages that there were.
+    told: u64,
     /// Of these, bytes of messages that have no memory of their own.
     own: usize,
     /// For them.
@@ -63,6 +65,7 @@ impl State {
     fn keep(&mut self, message: Message) {
         let bytes = message.frame.len();
         self.bytes += bytes;
+        self.told += bytes as u64;
         self.own += if message.has_memory { 0 } else { bytes };
         self.messages.push_back(message);
     }
@@ -94,7 +97,7 @@ pub(super) enum Found {
 impl Ring {
     /// Empty; of more than one message it keeps so many bytes together, as far as there is memory.
     pub(super) fn new(most_bytes: usize, memory: Memory) -> Self {
-        let state = State { messages: VecDeque::new(), first: 0, bytes: 0, own: 0, memory, end: None };
+        let state = State { messages: VecDeque::new(), first: 0, bytes: 0, told: 0, own: 0, memory, end: None };
         Self { state: RwLock::new(state), most_bytes }
     }
 
@@ -133,6 +136,12 @@ impl Ring {
     /// It has ended.
     pub(super) fn is_over(&self) -> bool {
         self.state.read().unwrap_or_else(PoisonError::into_inner).end.is_some()
+    }
+
+    /// How many messages there were, and how many bytes they had.
+    pub(super) fn told(&self) -> (u64, u64) {
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        (state.first + state.messages.len() as u64, state.told)
     }
 
     /// The number of the oldest message that is kept.
