@@ -92,6 +92,16 @@ pub(super) fn poll_recv(
     }
 }
 
+/// Reads what there is; `None`: there is nothing, as far as is known.
+pub(super) fn try_recv(socket: Bare<'_>, into: &mut [u8]) -> Option<io::Result<usize>> {
+    let length = into.len();
+    let call = || recv(socket.fd(), &mut *into, RecvFlags::empty()).map(|(count, _)| count);
+    match transfer(socket, Interest::READABLE, length, call) {
+        Call::Done(read) => Some(read),
+        Call::Unready | Call::Refused => None,
+    }
+}
+
 /// Waits until the socket is ready to be read.
 pub(super) fn poll_await(socket: Bare<'_>, cx: &mut Context<'_>, is_awaited: &mut bool) -> Poll<io::Result<()>> {
     let polled = socket.poll_read_ready(cx);

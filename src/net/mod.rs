@@ -445,6 +445,14 @@ pub fn read_ahead(stream: &std::net::TcpStream) -> Option<Bytes> {
     })
 }
 
+/// The same of a socket that was found to be readable; `None`: it is not, after all.
+pub fn read_ahead_of_ready(stream: &TcpStream) -> Option<Bytes> {
+    with_scratch(|buffer| {
+        let read = direct::try_recv(Bare::Tcp(stream), &mut buffer[..READ_AHEAD])?;
+        Some(read.map_or(Bytes::new(), |length| Bytes::copy_from_slice(&buffer[..length])))
+    })
+}
+
 /// What a peer has sent already and nobody has read, as `look` has it, up to `most` bytes; it stays where it is. None at all: the peer has
 /// ended. `None`: there is nothing yet.
 pub fn peek<T>(socket: impl AsFd, most: usize, look: impl FnOnce(&[u8]) -> T) -> io::Result<Option<T>> {

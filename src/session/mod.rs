@@ -30,6 +30,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::{
     net::TcpStream,
     sync::Semaphore,
@@ -50,7 +51,7 @@ use crate::{
     hub::{Hubs, Known},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
     metrics::{Counted, Metrics},
-    net::{Kept, Stream, concat, read_ahead},
+    net::{Kept, Stream, concat, read_ahead, read_ahead_of_ready},
     relay::{self, Ended, Leg, Relay},
     side::Side,
     upstream::{Home, Load, Mode, Seat, Upstreams},
@@ -123,6 +124,9 @@ struct About {
     /// The WebSocket that it shares with others.
     shared: Option<Arc<Known>>,
 }
+
+/// A connection, as long as it is no session.
+type Serving = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What the handshake leaves to the relay.
 #[derive(Debug)]
@@ -246,9 +250,14 @@ impl Context {
         }
     }
 
+    /// A place for a handshake, if one is free and nobody waits for it.
+    fn room_at_once(&self) -> Option<Permit> {
+        if self.pending.is_empty() { self.gate.try_permit() } else { None }
+    }
+
     /// Begins with a connection, or leaves it to whichever worker has room first.
     fn admit(self: &Arc<Self>, accepted: Accepted) {
-        let permit = if self.pending.is_empty() { self.gate.try_permit() } else { None };
+        let permit = self.room_at_once();
         if permit.is_some() {
             self.begin(accepted, permit, false);
             return;
@@ -290,35 +299,49 @@ impl Context {
                     self.tracker.spawn(this.wait(stream, peer, accounting, left));
                     return;
                 };
-                let deadline = left.map(|left| Instant::now() + left);
-                if let Some(server) = self.downstream.tls.server.clone() {
-                    if early.is_empty() {
-                        return self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
-                    }
-                    self.tracker.spawn(this.serve_secure(server, stream, early, peer, accounting, permit, deadline));
-                    return;
+                if let Some(serving) = this.begin_with(stream, early, peer, accounting, permit, left) {
+                    self.tracker.spawn(serving);
                 }
-                let stream = Kept::new(Stream::Tcp(stream), self.relay.config.write_timeout);
-                let mut peer = Client::plain(peer);
-                if self.downstream.http2.is_on && downstream::begins_http2(&early) {
-                    drop(permit);
-                    peer.is_http2 = true;
-                    let deadline = deadline.unwrap_or_else(|| Instant::now() + self.downstream.header_timeout);
-                    self.tracker.spawn(this.serve_http2(stream.rewind(early), peer, accounting, deadline, None));
-                    return;
-                }
-                // Boxed here, it is moved once; the runtime moves it about four times.
-                self.tracker.spawn(Box::pin(async move {
-                    if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
-                        let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
-                        this.shake_hands(stream, asked, peer, accounting, permit).await;
-                    } else {
-                        Box::pin(this.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
-                    }
-                }));
             }
             Err(error) => lost(peer, &error),
         }
+    }
+
+    /// A connection from the first bytes of its request on. Boxed, it is moved once; the runtime moves it about four times. `None`: it has
+    /// ended.
+    fn begin_with(
+        self: Arc<Self>,
+        stream: TcpStream,
+        early: Bytes,
+        peer: SocketAddr,
+        accounting: Accounting,
+        permit: Option<Permit>,
+        left: Option<Duration>,
+    ) -> Option<Serving> {
+        let deadline = left.map(|left| Instant::now() + left);
+        if let Some(server) = self.downstream.tls.server.clone() {
+            if early.is_empty() {
+                self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
+                return None;
+            }
+            return Some(Box::pin(self.serve_secure(server, stream, early, peer, accounting, permit, deadline)));
+        }
+        let stream = Kept::new(Stream::Tcp(stream), self.relay.config.write_timeout);
+        let mut peer = Client::plain(peer);
+        if self.downstream.http2.is_on && downstream::begins_http2(&early) {
+            drop(permit);
+            peer.is_http2 = true;
+            let deadline = deadline.unwrap_or_else(|| Instant::now() + self.downstream.header_timeout);
+            return Some(Box::pin(self.serve_http2(stream.rewind(early), peer, accounting, deadline, None)));
+        }
+        Some(Box::pin(async move {
+            if let Some((request, length)) = downstream::whole_handshake(&early, &self.downstream) {
+                let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
+                self.shake_hands(stream, asked, peer, accounting, permit).await;
+            } else {
+                Box::pin(self.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
+            }
+        }))
     }
 
     /// In the count of its address, unless that is a proxy's, which has those of many. False: it is to be turned away.
@@ -407,13 +430,23 @@ impl Context {
             self.linger(Stream::Tcp(stream), &self.short_linger(), accounting);
             return;
         }
+        let this = self.latest();
+        // Once it has begun it has one deadline for all.
+        let left = left.map(|left| left.saturating_sub(begun.elapsed()));
+        // With room here, and nothing of the kernel's to be looked at first, it goes on in this task, registered as it is.
+        if (this.downstream.proxy_protocol == ProxyProtocol::Off || left.is_some())
+            && let Some(permit) = this.room_at_once()
+            && let Some(early) = read_ahead_of_ready(&stream)
+        {
+            drop(self);
+            if let Some(serving) = this.begin_with(stream, early, client, accounting, Some(permit), left) {
+                serving.await;
+            }
+            return;
+        }
         // Whichever worker goes on with it registers it anew.
         match stream.into_std() {
-            Ok(stream) => {
-                // Once it has begun it has one deadline for all.
-                let left = left.map(|left| left.saturating_sub(begun.elapsed()));
-                self.latest().admit(Accepted { stream, peer: client, accounting, left });
-            }
+            Ok(stream) => this.admit(Accepted { stream, peer: client, accounting, left }),
             Err(error) => lost(client, &error),
         }
     }

@@ -6,7 +6,7 @@
 //! behind it in the queue, in whatever order this process learnt of them.
 
 use std::{
-    collections::BTreeMap,
+    collections::VecDeque,
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -45,8 +45,37 @@ pub(super) struct Turns {
 struct Waiting {
     /// How many were connected so far, which numbers them.
     count: u64,
-    /// In the order in which they were connected, with the moment.
-    turns: BTreeMap<u64, (Instant, OwnedSemaphorePermit)>,
+    /// In the order in which they were connected, with the moment; the last one is the last of the count. `None`: it is over.
+    turns: VecDeque<Option<(Instant, OwnedSemaphorePermit)>>,
+}
+
+impl Waiting {
+    /// Where that of a number is, or would be; `None`: it and those before it are over.
+    fn position(&self, number: u64) -> Option<usize> {
+        self.turns.len().checked_sub(usize::try_from(self.count - number).ok()?)
+    }
+
+    fn connect(&mut self, turn: OwnedSemaphorePermit) -> u64 {
+        self.turns.push_back(Some((Instant::now(), turn)));
+        self.count += 1;
+        self.count - 1
+    }
+
+    /// Ends a turn.
+    fn take(&mut self, number: u64) -> Option<(Instant, OwnedSemaphorePermit)> {
+        let position = self.position(number)?;
+        self.turns.get_mut(position)?.take()
+    }
+
+    /// Ends those before a number, and forgets those that are over.
+    fn take_until(&mut self, number: u64) -> Vec<(Instant, OwnedSemaphorePermit)> {
+        let position = self.position(number).unwrap_or(0);
+        let ended = self.turns.drain(..position).flatten().collect();
+        while let Some(None) = self.turns.front() {
+            self.turns.pop_front();
+        }
+        ended
+    }
 }
 
 /// A connection whose turn lasts until it is known to be accepted, whatever becomes of whoever holds this.
@@ -128,22 +157,20 @@ impl Turns {
 
     /// Keeps the turn of a connection that was just made until it is known to be accepted.
     pub(super) fn connected(&self, turn: OwnedSemaphorePermit, begun: Begun) -> Connected<'_> {
-        let mut connected = self.lock();
-        let number = connected.count;
-        connected.count += 1;
-        connected.turns.insert(number, (Instant::now(), turn));
+        let number = self.lock().connect(turn);
         Connected { turns: self, number, begun }
     }
 
     /// Ends the turns of those that must be accepted by now; gives the moment of the next one.
     fn end_overdue(&self) -> Instant {
         let mut connected = self.lock();
-        while let Some(oldest) = connected.turns.first_entry() {
-            let due = oldest.get().0 + ACCEPTED_BY_NOW;
-            if due > Instant::now() {
-                return due;
+        while let Some(oldest) = connected.turns.front() {
+            if let Some((at, _)) = oldest
+                && *at + ACCEPTED_BY_NOW > Instant::now()
+            {
+                return *at + ACCEPTED_BY_NOW;
             }
-            drop(oldest.remove());
+            drop(connected.turns.pop_front());
         }
         // One that is connected from now on is due later than this.
         Instant::now() + ACCEPTED_BY_NOW
@@ -158,9 +185,8 @@ impl Connected<'_> {
     /// The backend has answered, or ended it.
     pub(super) fn was_accepted(&self) {
         let mut connected = self.turns.lock();
-        let own = connected.turns.remove(&self.number);
-        let later = connected.turns.split_off(&self.begun.0);
-        let earlier = std::mem::replace(&mut connected.turns, later);
+        let own = connected.take(self.number);
+        let earlier = connected.take_until(self.begun.0);
         drop(connected);
         // Wakes those whose turn it is, without the lock.
         drop((own, earlier));
