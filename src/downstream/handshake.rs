@@ -2,18 +2,25 @@
 //!
 //! Only what this file calls [`Intent::WebSocket`] can ever become a tunnel.
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, net::IpAddr};
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
+    HeaderName, Method, Request, Response, StatusCode, Uri, Version,
     header::{
         CONNECTION, CONTENT_LENGTH, EXPECT, HOST, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TRANSFER_ENCODING, UPGRADE,
     },
 };
+use ipnet::IpNet;
 
-use super::Config;
-use crate::fields::{read_header, tokens_of, write_header};
+use super::{
+    Config,
+    headers::{SWITCHING, forward_lines, forward_request},
+};
+use crate::{
+    fields::{Ask, Header, Lines, Spans, spans, text, tokens, write_header},
+    net::Secured,
+};
 
 /// Elements that a `Connection` header may have: each costs a look at all headers.
 const MAX_CONNECTION_OPTIONS: usize = 32;
@@ -44,11 +51,33 @@ pub(super) const fn refuse(status: StatusCode, reason: &'static str) -> Refusal 
 /// Header fields of a handshake that is read here; one with more is hyper's.
 const MAX_HEADERS: usize = 64;
 
-/// The handshake that `bytes` begin with, and the length of its header, when it is there as a whole and valid.
-///
-/// Nearly all are, and then hyper is not needed: no body, no second request. `None`: hyper shall look at it, and say what is
-/// wrong if something is. Reading is httparse's work either way.
-pub fn whole_handshake(bytes: &Bytes, config: &Config) -> Option<(Request<()>, usize)> {
+/// A handshake that was there as a whole, and is as nearly all are. Its header is looked at where it lies.
+#[derive(Debug)]
+pub struct Whole {
+    lines: Lines,
+    target: Uri,
+    key: [u8; KEY],
+}
+
+impl Whole {
+    /// What `bytes` begin with, and what is behind it, when it is there as a whole and as it should be; else they are given back.
+    ///
+    /// Nearly all are, and then hyper is not needed: no body, no second request. Else hyper shall look at it, and [`intent`] say what is
+    /// wrong if something is: nothing is taken here that is not taken there. Reading is httparse's work either way.
+    pub fn read(mut bytes: Bytes, config: &Config) -> Result<(Self, Bytes), Bytes> {
+        let Some((spans, target, key, length)) = read_usual(&bytes, config) else { return Err(bytes) };
+        let behind = bytes.split_off(length);
+        Ok((Self { lines: Lines::new(bytes, spans), target, key }, behind))
+    }
+
+    /// As it came.
+    pub fn into_bytes(self) -> Bytes {
+        self.lines.into_bytes()
+    }
+}
+
+/// The lines of a handshake, its target, its key, and the length of its header.
+fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Spans, Uri, [u8; KEY], usize)> {
     let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
     let mut head = httparse::Request::new(&mut []);
     let fields = &mut fields[..config.header_count.min(MAX_HEADERS)];
@@ -57,20 +86,117 @@ pub fn whole_handshake(bytes: &Bytes, config: &Config) -> Option<(Request<()>, u
     if length > config.header_bytes || head.method != Some("GET") || head.version != Some(1) {
         return None;
     }
-    let mut request = Request::new(());
-    *request.uri_mut() = Uri::from_maybe_shared(bytes.slice_ref(target.as_bytes())).ok()?;
-    *request.headers_mut() = read_header(head.headers, bytes)?;
-    // Whatever is about a body.
-    if [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT].iter().any(|name| request.headers().contains_key(name)) {
+    // What must be there once, and be as it should be; see `intent`.
+    let [mut hosts, mut upgrades, mut keys, mut versions] = [0; 4];
+    let (mut names_upgrade, mut key) = (false, [0; KEY]);
+    for httparse::Header { name, value } in &*head.headers {
+        let is = |known: &HeaderName| name.eq_ignore_ascii_case(known.as_str());
+        // In this order: of most lengths there is none.
+        let is_usual = match name.len() {
+            4 if is(&HOST) => {
+                hosts += 1;
+                is_host(value)
+            }
+            6 if is(&EXPECT) => false,
+            7 if is(&UPGRADE) => {
+                upgrades += 1;
+                value.eq_ignore_ascii_case(b"websocket")
+            }
+            10 if is(&CONNECTION) => value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).all(|option| {
+                let is_upgrade = option.eq_ignore_ascii_case(b"upgrade");
+                names_upgrade |= is_upgrade;
+                is_upgrade || option.eq_ignore_ascii_case(b"keep-alive")
+            }),
+            14 if is(&CONTENT_LENGTH) => false,
+            17 if is(&SEC_WEBSOCKET_KEY) => {
+                keys += 1;
+                key = <[u8; KEY]>::try_from(*value).ok()?;
+                is_key(value)
+            }
+            17 if is(&TRANSFER_ENCODING) => false,
+            21 if is(&SEC_WEBSOCKET_VERSION) => {
+                versions += 1;
+                *value == b"13"
+            }
+            _ => true,
+        };
+        if !is_usual {
+            return None;
+        }
+    }
+    if !names_upgrade || [hosts, upgrades, keys, versions] != [1; 4] {
         return None;
     }
-    (intent(&request) == Ok(Intent::WebSocket)).then_some((request, length))
+    Some((spans(head.headers, bytes)?, Uri::try_from(target).ok()?, key, length))
 }
 
-/// A 101 as it goes out.
+/// A valid WebSocket handshake, whoever has read it.
+pub trait Opening: Header {
+    /// Its answer is written here.
+    const IS_WHOLE: bool;
+
+    /// What it is for.
+    fn target(&self) -> &Uri;
+
+    /// As a request.
+    fn into_request(self) -> Request<()>;
+
+    /// As it goes on to the backend; see [`forward_request`].
+    fn forward(self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool);
+}
+
+impl Header for &Whole {
+    fn values_of(&self, name: &HeaderName) -> impl Iterator<Item = &[u8]> {
+        self.lines.values_of(name)
+    }
+}
+
+impl Opening for &Whole {
+    const IS_WHOLE: bool = true;
+
+    fn target(&self) -> &Uri {
+        &self.target
+    }
+
+    fn into_request(self) -> Request<()> {
+        let mut request = Request::new(());
+        (*request.uri_mut(), *request.headers_mut()) = (self.target.clone(), self.lines.to_map());
+        request
+    }
+
+    fn forward(self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool) {
+        let (head, was_replaced) = forward_lines(&self.target, &self.lines, client, secured, trusted, id);
+        (Ask::Written(head, self.key), was_replaced)
+    }
+}
+
+impl Header for Request<()> {
+    fn values_of(&self, name: &HeaderName) -> impl Iterator<Item = &[u8]> {
+        self.headers().values_of(name)
+    }
+}
+
+impl Opening for Request<()> {
+    const IS_WHOLE: bool = false;
+
+    fn target(&self) -> &Uri {
+        self.uri()
+    }
+
+    fn into_request(self) -> Request<()> {
+        self
+    }
+
+    fn forward(mut self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool) {
+        let was_replaced = forward_request(&mut self, client, secured, trusted, id, true);
+        (Ask::Request(self), was_replaced)
+    }
+}
+
+/// A 101 as it goes out; see also [`super::forward_switching`].
 pub fn encode_switching<B>(response: &Response<B>) -> Vec<u8> {
     let mut head = Vec::with_capacity(512);
-    head.extend_from_slice(b"HTTP/1.1 101 Switching Protocols\r\n");
+    head.extend_from_slice(SWITCHING);
     write_header(response.headers(), &mut head);
     head
 }
@@ -81,49 +207,50 @@ pub fn encode_switching<B>(response: &Response<B>) -> Vec<u8> {
 /// something else: what the backend makes of it must not depend on how it reads a sloppy request. Any other upgrade
 /// (`h2c`) is passed over, as a server may (RFC 9110 7.8), and never reaches the backend.
 pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
-    let headers = request.headers();
-    if request.method() == Method::CONNECT {
+    intent_of(request.method(), request.uri(), request.version(), request.headers())
+}
+
+fn intent_of(method: &Method, target: &Uri, version: Version, header: &impl Header) -> Result<Intent, Refusal> {
+    if method == Method::CONNECT {
         return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not supported"));
     }
     // Authority form is for CONNECT, asterisk form for OPTIONS alone (RFC 9112 3.2), and credentials in a target are to be
     // "treated as an error" (RFC 9110 4.2.4): Host would have to be made of it.
-    let target = request.uri();
     let authority = target.authority();
     if (authority.is_some() && target.scheme().is_none())
-        || (target.path() == "*" && request.method() != Method::OPTIONS)
+        || (target.path() == "*" && method != Method::OPTIONS)
         || authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes()))
     {
         return Err(refuse(StatusCode::BAD_REQUEST, "the target has no valid form"));
     }
     // "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host
     // header field and to any request message that contains more than one" (RFC 9112 3.2).
-    let mut hosts = headers.get_all(HOST).iter();
+    let mut hosts = header.values_of(&HOST);
     let host = hosts.next();
-    if hosts.next().is_some() || (host.is_none() && request.version() == Version::HTTP_11) {
+    if hosts.next().is_some() || (host.is_none() && version == Version::HTTP_11) {
         return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
     }
-    if host.is_some_and(|host| !is_host(host.as_bytes())) {
+    if host.is_some_and(|host| !is_host(host)) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Host is no host with a port"));
     }
-    let [connection, upgrade] = [CONNECTION, UPGRADE].map(|name| headers.get_all(name));
     // Bytes beyond ASCII would hide what else stands in the line.
-    if [&connection, &upgrade].iter().any(|field| field.iter().any(|value| value.to_str().is_err())) {
+    if [CONNECTION, UPGRADE].iter().any(|name| header.values_of(name).any(|value| text(value).is_none())) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection and Upgrade must be ASCII"));
     }
-    let length = headers.get(CONTENT_LENGTH);
+    let length = header.first(&CONTENT_LENGTH);
     // A backend that counts in 63 bits would take it for less than nothing.
-    if length.is_some_and(|length| length.to_str().map_or(true, |text| text.parse::<i64>().is_err())) {
+    if length.is_some_and(|length| text(length).is_none_or(|text| text.parse::<i64>().is_err())) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length is out of range"));
     }
     // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
     // unread, and what that makes of it is a guess.
-    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let mut codings = header.values_of(&TRANSFER_ENCODING);
     let coding = codings.next();
-    if codings.next().is_some() || coding.is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+    if codings.next().is_some() || coding.is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked")) {
         return Err(refuse(StatusCode::BAD_REQUEST, "Transfer-Encoding must be chunked, once"));
     }
     let (mut options, mut names_upgrade, mut names_more) = (0, false, false);
-    for option in tokens_of(&connection).take(MAX_CONNECTION_OPTIONS + 1) {
+    for option in tokens(header, &CONNECTION).take(MAX_CONNECTION_OPTIONS + 1) {
         options += 1;
         names_upgrade |= option.eq_ignore_ascii_case("upgrade");
         names_more |= names_what_a_handshake_needs(option);
@@ -131,16 +258,16 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if options > MAX_CONNECTION_OPTIONS {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection lists too much"));
     }
-    if !tokens_of(&upgrade).any(|protocol| protocol.eq_ignore_ascii_case("websocket")) {
+    if !tokens(header, &UPGRADE).any(|protocol| protocol.eq_ignore_ascii_case("websocket")) {
         return Ok(Intent::Plain);
     }
-    if request.method() != Method::GET {
+    if method != Method::GET {
         return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be a GET"));
     }
-    if request.version() != Version::HTTP_11 {
+    if version != Version::HTTP_11 {
         return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be HTTP/1.1"));
     }
-    if tokens_of(&upgrade).nth(1).is_some() {
+    if tokens(header, &UPGRADE).nth(1).is_some() {
         return Err(refuse(StatusCode::BAD_REQUEST, "Upgrade names more than websocket"));
     }
     if !names_upgrade {
@@ -149,22 +276,16 @@ pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
     if names_more {
         return Err(refuse(StatusCode::BAD_REQUEST, "Connection names a header that the handshake needs"));
     }
-    if coding.is_some() || length.is_some_and(|length| length.as_bytes() != b"0") {
+    if coding.is_some() || length.is_some_and(|length| length != b"0") {
         return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must not have a body"));
     }
-    if only(headers, &SEC_WEBSOCKET_VERSION).is_none_or(|version| version.as_bytes() != b"13") {
+    if header.only(&SEC_WEBSOCKET_VERSION).is_none_or(|version| version != b"13") {
         return Err(refuse(StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
     }
-    match only(headers, &SEC_WEBSOCKET_KEY) {
-        Some(key) if is_key(key.as_bytes()) => Ok(Intent::WebSocket),
+    match header.only(&SEC_WEBSOCKET_KEY) {
+        Some(key) if is_key(key) => Ok(Intent::WebSocket),
         _ => Err(refuse(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64")),
     }
-}
-
-/// The value of a header that stands there exactly once.
-fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a HeaderValue> {
-    let mut values = headers.get_all(name).iter();
-    values.next().filter(|_| values.next().is_none())
 }
 
 /// "uri-host [ ':' port ]" (RFC 9110 7.2), or nothing, "when the target URI has no authority". A comma is legal in a name, and would be
@@ -187,6 +308,9 @@ fn is_host(host: &[u8]) -> bool {
     is_name && is_port
 }
 
+/// How long one is.
+const KEY: usize = 24;
+
 /// "a base64-encoded value that, when decoded, is 16 bytes in length" (RFC 6455 4.2.1): 22 characters and "==".
 fn is_key(key: &[u8]) -> bool {
     // Trailing bits that ought to be zero are not looked at, as in other servers.
@@ -207,6 +331,7 @@ mod tests {
         sync::{Arc, Mutex},
     };
 
+    use http::HeaderValue;
     use http_body_util::Empty;
     use hyper::{body::Incoming, service::service_fn};
     use hyper_util::rt::TokioIo;
@@ -250,14 +375,17 @@ mod tests {
         ] {
             for text in [handshake(line, more), handshake(line, more).replace("\r\n", "\n")] {
                 let whole = Bytes::from(text.clone());
-                let (request, length) = whole_handshake(&whole, &config()).unwrap_or_else(|| panic!("{text:?}"));
+                let (ours, behind) = Whole::read(whole.clone(), &config()).unwrap_or_else(|_| panic!("{text:?}"));
+                let request = ours.into_request();
                 let theirs = by_hyper(text.as_bytes()).await.unwrap_or_else(|| panic!("hyper: {text:?}"));
                 assert_eq!((request.uri(), request.headers()), (theirs.uri(), theirs.headers()), "{text}");
-                assert_eq!(length, text.len());
+                assert!(behind.is_empty());
                 let with_frames = Bytes::from([text.as_bytes(), b"\x81\x80abcd"].concat());
-                assert_eq!(whole_handshake(&with_frames, &config()).map(|(_, length)| length), Some(text.len()));
+                let (ours, behind) = Whole::read(with_frames, &config()).unwrap_or_else(|_| panic!("{text:?}"));
+                assert_eq!((ours.into_bytes(), &behind[..]), (whole.clone(), &b"\x81\x80abcd"[..]));
                 for end in 0..text.len() {
-                    assert!(whole_handshake(&whole.slice(..end), &config()).is_none(), "{end} of {text}");
+                    let part = whole.slice(..end);
+                    assert_eq!(Whole::read(part.clone(), &config()).err(), Some(part), "{end} of {text}");
                 }
             }
         }
@@ -333,9 +461,10 @@ mod tests {
             ("GET / HTTP/1.1", &many),
             ("GET / HTTP/1.1", &long),
         ] {
-            assert!(whole_handshake(&handshake(line, more).into(), &config()).is_none(), "{line} {more}");
+            let bytes = Bytes::from(handshake(line, more));
+            assert_eq!(Whole::read(bytes.clone(), &config()).err(), Some(bytes), "{line} {more}");
         }
         let few = Config { header_count: 4, ..config() };
-        assert!(whole_handshake(&handshake("GET / HTTP/1.1", "").into(), &few).is_none());
+        assert!(Whole::read(handshake("GET / HTTP/1.1", "").into(), &few).is_err());
     }
 }

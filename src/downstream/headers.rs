@@ -1,23 +1,21 @@
 //! What is passed on of a header, in both directions.
 
 use std::{
-    fmt::{self, Write as _},
+    fmt,
+    io::Write as _,
     net::{IpAddr, SocketAddr},
     num::NonZeroU128,
 };
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, Version,
-    header::{
-        CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
-        UPGRADE,
-    },
+    header::{CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE},
     uri::PathAndQuery,
 };
 use ipnet::IpNet;
 
 use crate::{
-    fields::{elements, has_token, tokens},
+    fields::{Header, Lines, elements, has_token, text, tokens, write_line},
     net::{ClientCertificate, Secured},
 };
 
@@ -25,49 +23,67 @@ const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const CLIENT_CERTIFICATE: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACE: HeaderName = HeaderName::from_static("traceparent");
 
 /// What is meant for one hop, whatever `Connection` says.
-static ONE_HOP: [HeaderName; 8] = [
-    CONNECTION,
-    UPGRADE,
-    TE,
-    PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    HeaderName::from_static("http2-settings"),
+const ONE_HOP: [&str; 8] = [
+    "connection",
+    "upgrade",
+    "te",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "keep-alive",
+    "proxy-connection",
+    "http2-settings",
 ];
 
-/// Removes what is meant for one hop (RFC 9110 7.6.1): what `Connection` lists, and the fixed names. `upgrade`: `Connection` and `Upgrade`
-/// get the values of a WebSocket handshake.
-///
-/// `Host`, the framing, and what a proxy says of its client stay whatever `Connection` says: naming them there is an attack on the next
-/// hop (CVE-2022-31813).
-fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
-    // Few are there, and to look at all names costs less than to look for each of these.
-    let mut is_there = [false; ONE_HOP.len()];
-    for name in headers.keys() {
-        if let Some(index) = ONE_HOP.iter().position(|known| known == name) {
-            is_there[index] = true;
-        }
+/// What `Connection` may list in vain. To name them there is an attack on the next hop (CVE-2022-31813).
+const KEPT: [&str; 3] = ["host", "content-length", "transfer-encoding"];
+
+/// What goes on of a header, and what does not: what is meant for one hop (RFC 9110 7.6.1) does not, which is what `Connection` lists and the
+/// fixed names. `Host`, the framing, and what a proxy says of its client do whatever `Connection` says.
+struct Passage<'a, H> {
+    header: &'a H,
+    /// See [`lists_more`]: then each name has to be looked for there.
+    lists_more: bool,
+    /// Without what is said of who the client is.
+    is_unbelieved: bool,
+    /// Without what is said of certificates.
+    is_verified: bool,
+}
+
+impl<'a, H: Header> Passage<'a, H> {
+    fn new(header: &'a H, is_unbelieved: bool, is_verified: bool) -> Self {
+        Self { header, lists_more: lists_more(header), is_unbelieved, is_verified }
     }
+
+    fn takes(&self, name: &[u8]) -> bool {
+        let is_one_of = |names: &[&str]| names.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()));
+        let lists = || tokens(self.header, &CONNECTION).any(|token| token.as_bytes().eq_ignore_ascii_case(name));
+        let is_dropped = is_one_of(&ONE_HOP)
+            || self.is_unbelieved && is_claim(name)
+            || self.is_verified && speaks_of_certificates(name)
+            || self.lists_more && !is_one_of(&KEPT) && !is_claim(name) && lists();
+        !is_dropped
+    }
+}
+
+/// `Connection` lists something else than nearly all do.
+pub fn lists_more(header: &impl Header) -> bool {
+    let is_usual = |token: &str| ["upgrade", "keep-alive"].iter().any(|usual| token.eq_ignore_ascii_case(usual));
+    tokens(header, &CONNECTION).any(|token| !is_usual(token))
+}
+
+/// Removes what does not go on; see [`Passage`]. `upgrade`: `Connection` and `Upgrade` get the values of a WebSocket handshake.
+fn strip(headers: &mut HeaderMap, upgrade: bool, is_unbelieved: bool, is_verified: bool) {
     // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
     let trailers = has_token(headers, &TE, "trailers");
-    let listed: Vec<HeaderName> = tokens(headers, &CONNECTION)
-        // Nearly all list nothing else, and these are looked for below.
-        .filter(|token| !["upgrade", "keep-alive"].iter().any(|known| token.eq_ignore_ascii_case(known)))
-        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
-        .filter(|name| ![HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) && !is_claim(name.as_str()))
-        .collect();
-    for name in listed {
+    let passage = Passage::new(headers, is_unbelieved, is_verified);
+    let those = headers.keys().filter(|name| !passage.takes(name.as_str().as_bytes()));
+    for name in those.cloned().collect::<Vec<_>>() {
         headers.remove(name);
-    }
-    for (name, is_there) in ONE_HOP.iter().zip(is_there) {
-        if is_there && !(upgrade && (name == CONNECTION || name == UPGRADE)) {
-            headers.remove(name);
-        }
     }
     if upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -99,34 +115,21 @@ pub fn forward_request<B>(
     *request.uri_mut() = Uri::from(path);
     *request.version_mut() = Version::HTTP_11;
     let headers = request.headers_mut();
-    strip_hop_by_hop(headers, upgrade);
+    let is_trusted = is_trusted(client, trusted);
+    let was_replaced = !is_trusted && headers.contains_key(FOR);
+    let (is_verified, certificate) = certificate(secured);
+    strip(headers, upgrade, !is_trusted, is_verified);
     if let Some(authority) = authority {
         headers.insert(HOST, authority);
     }
     // HTTP/1.0 may lack it, HTTP/1.1 must not: "If the authority component is missing or undefined for the target URI, then
     // a client MUST send a Host header field with an empty field value" (RFC 9112 3.2).
     headers.entry(HOST).or_insert(HeaderValue::from_static(""));
-    let is_trusted = is_trusted(client, trusted);
-    let was_replaced = !is_trusted && headers.contains_key(FOR);
-    if !is_trusted {
-        drop_claims(headers);
+    if let Some(certificate) = certificate {
+        headers.insert(CLIENT_CERTIFICATE, certificate);
     }
-    match secured.map(|secured| &secured.certificate) {
-        None | Some(ClientCertificate::NotAsked) => {}
-        Some(ClientCertificate::Missing) => drop_those(headers, speaks_of_certificates),
-        Some(ClientCertificate::Verified(names)) => {
-            drop_those(headers, speaks_of_certificates);
-            if let Ok(names) = HeaderValue::from_str(names) {
-                headers.insert(CLIENT_CERTIFICATE, names);
-            }
-        }
-    }
-    let mut chain = String::new();
-    for element in elements(headers, &FOR) {
-        // "unknown" is RFC 7239's word for it (6.2).
-        chain.push_str(element.unwrap_or("unknown"));
-        chain.push_str(", ");
-    }
+    let mut chain = Vec::new();
+    push_elements(&mut chain, headers);
     push_address(&mut chain, client);
     if let Ok(chain) = HeaderValue::try_from(chain) {
         headers.insert(FOR, chain);
@@ -150,8 +153,84 @@ pub fn forward_request<B>(
     was_replaced
 }
 
+/// The same for a handshake that was read here: `Host` is there once, the target is a path. It is written as it goes out.
+pub(super) fn forward_lines(
+    target: &Uri,
+    lines: &Lines,
+    client: IpAddr,
+    secured: Option<&Secured>,
+    trusted: &[IpNet],
+    id: &str,
+) -> (Vec<u8>, bool) {
+    let client = client.to_canonical();
+    let is_trusted = is_trusted(client, trusted);
+    let (is_verified, certificate) = certificate(secured);
+    // Nothing else is listed in those that are read here.
+    let passage = Passage { header: lines, lists_more: false, is_unbelieved: !is_trusted, is_verified };
+    let mut head = Vec::with_capacity(lines.length() + ADDED);
+    let path = target.path_and_query().map_or("/", PathAndQuery::as_str);
+    for part in ["GET ", path, " HTTP/1.1\r\n"] {
+        head.extend_from_slice(part.as_bytes());
+    }
+    let is = |name: &[u8], known: &HeaderName| name.eq_ignore_ascii_case(known.as_str().as_bytes());
+    let (mut was_replaced, mut has_proto, mut has_host) = (false, false, false);
+    for (name, value) in lines.iter() {
+        was_replaced |= !is_trusted && is(name, &FOR);
+        // These are written below.
+        if !passage.takes(name) || is(name, &FOR) || is(name, &REQUEST_ID) {
+            continue;
+        }
+        has_proto |= is(name, &PROTO);
+        has_host |= is(name, &FORWARDED_HOST);
+        push_line(name, value, &mut head);
+    }
+    let mut add = |name: &HeaderName, value: &[u8]| write_line(name.as_str().as_bytes(), value, &mut head);
+    add(&CONNECTION, b"Upgrade");
+    add(&UPGRADE, b"websocket");
+    if let Some(certificate) = certificate {
+        add(&CLIENT_CERTIFICATE, certificate.as_bytes());
+    }
+    if !has_proto {
+        add(&PROTO, if secured.is_some() { b"https" } else { b"http" });
+    }
+    if let Some(host) = lines.first(&HOST).filter(|host| !has_host && !host.is_empty()) {
+        add(&FORWARDED_HOST, host);
+    }
+    add(&REQUEST_ID, id.as_bytes());
+    for part in [FOR.as_str(), ": "] {
+        head.extend_from_slice(part.as_bytes());
+    }
+    if is_trusted {
+        push_elements(&mut head, lines);
+    }
+    push_address(&mut head, client);
+    head.extend_from_slice(b"\r\n\r\n");
+    (head, was_replaced)
+}
+
+/// What nearly all handshakes become longer by at most.
+const ADDED: usize = 256;
+
+/// Where clients are asked for a certificate, nobody's word but theirs counts for what it says.
+fn certificate(secured: Option<&Secured>) -> (bool, Option<HeaderValue>) {
+    match secured.map(|secured| &secured.certificate) {
+        None | Some(ClientCertificate::NotAsked) => (false, None),
+        Some(ClientCertificate::Missing) => (true, None),
+        Some(ClientCertificate::Verified(names)) => (true, HeaderValue::from_str(names).ok()),
+    }
+}
+
+/// The addresses of `X-Forwarded-For`, with a comma behind each.
+fn push_elements(text: &mut Vec<u8>, header: &impl Header) {
+    for element in elements(header, &FOR) {
+        // "unknown" is RFC 7239's word for it (6.2).
+        text.extend_from_slice(element.unwrap_or("unknown").as_bytes());
+        text.extend_from_slice(b", ");
+    }
+}
+
 /// As it is displayed, for which the four numbers of most take a thousand instructions.
-fn push_address(text: &mut String, address: IpAddr) {
+fn push_address(text: &mut Vec<u8>, address: IpAddr) {
     let IpAddr::V4(address) = address else {
         // It can't fail.
         let _ = write!(text, "{address}");
@@ -159,11 +238,11 @@ fn push_address(text: &mut String, address: IpAddr) {
     };
     for (index, octet) in address.octets().into_iter().enumerate() {
         if index > 0 {
-            text.push('.');
+            text.push(b'.');
         }
-        let digits = [octet / 100, octet / 10 % 10, octet % 10].map(|digit| char::from(b'0' + digit));
+        let digits = [octet / 100, octet / 10 % 10, octet % 10].map(|digit| b'0' + digit);
         let begin = if octet >= 100 { 0 } else { 1 + usize::from(octet < 10) };
-        text.extend(&digits[begin..]);
+        text.extend_from_slice(&digits[begin..]);
     }
 }
 
@@ -195,13 +274,13 @@ pub fn is_trusted(ip: IpAddr, trusted: &[IpNet]) -> bool {
 }
 
 /// Whose request it is. What is on the left of somebody who is not trusted is nobody's word.
-pub fn speaker(headers: &HeaderMap, client: IpAddr, trusted: &[IpNet]) -> Speaker {
+pub fn speaker(header: &impl Header, client: IpAddr, trusted: &[IpNet]) -> Speaker {
     let client = client.to_canonical();
     if !is_trusted(client, trusted) {
         return Speaker::Client(client);
     }
-    let chain: Vec<_> = elements(headers, &FOR).collect();
-    if chain.is_empty() && ["forwarded", "x-real-ip"].iter().any(|name| headers.contains_key(*name)) {
+    let chain: Vec<_> = elements(header, &FOR).collect();
+    if chain.is_empty() && [FORWARDED, REAL_IP].iter().any(|name| header.first(name).is_some()) {
         // It speaks of somebody, in words that are not read here.
         return Speaker::Unknown;
     }
@@ -234,10 +313,13 @@ pub fn is_length_clear(headers: &HeaderMap) -> bool {
 
 /// Removes what says who the client is, also from trailers.
 pub fn drop_claims(headers: &mut HeaderMap) {
-    drop_those(headers, is_claim);
+    let claims = headers.keys().filter(|name| is_claim(name.as_str().as_bytes()));
+    for name in claims.cloned().collect::<Vec<_>>() {
+        headers.remove(name);
+    }
 }
 
-fn is_claim(name: &str) -> bool {
+fn is_claim(name: &[u8]) -> bool {
     let start = "x-forwarded-";
     name.get(..start.len()).is_some_and(|name| is_taken_for(name, start))
         || ["forwarded", "x-real-ip"].iter().any(|claim| is_taken_for(name, claim))
@@ -245,21 +327,14 @@ fn is_claim(name: &str) -> bool {
 }
 
 /// Some servers take `_` for `-` (CGI and its heirs).
-fn is_taken_for(name: &str, known: &str) -> bool {
+fn is_taken_for(name: &[u8], known: &str) -> bool {
+    let is_like = |(byte, known): (&u8, u8)| byte.eq_ignore_ascii_case(&known) || (*byte == b'_' && known == b'-');
     // Nearly all differ in this already.
-    name.len() == known.len()
-        && name.bytes().zip(known.bytes()).all(|(byte, known)| byte == known || (byte == b'_' && known == b'-'))
-}
-
-fn drop_those(headers: &mut HeaderMap, are: impl Fn(&str) -> bool) {
-    let those: Vec<HeaderName> = headers.keys().filter(|name| are(name.as_str())).cloned().collect();
-    for name in those {
-        headers.remove(name);
-    }
+    name.len() == known.len() && name.iter().zip(known.bytes()).all(is_like)
 }
 
 /// Envoy's, and those of RFC 9440.
-fn speaks_of_certificates(name: &str) -> bool {
+fn speaks_of_certificates(name: &[u8]) -> bool {
     ["x-forwarded-client-cert", "client-cert", "client-cert-chain"].iter().any(|claim| is_taken_for(name, claim))
 }
 
@@ -279,7 +354,7 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
         // overrides" (RFC 9112 6.3), and whoever forwards it must remove the latter.
         headers.remove(CONTENT_LENGTH);
     }
-    strip_hop_by_hop(headers, upgrade);
+    strip(headers, upgrade, false, false);
     if needs_upgrade {
         // "A server that sends a 426 response MUST send an Upgrade header field" (RFC 9110 15.5.22).
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
@@ -287,11 +362,46 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
     }
 }
 
+/// The first line of a 101.
+pub(super) const SWITCHING: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\n";
+
+/// What [`forward_response`] makes of a 101 that does not list more ([`lists_more`]), as it goes out.
+pub fn forward_switching(lines: &Lines) -> Vec<u8> {
+    let passage = Passage { header: lines, lists_more: false, is_unbelieved: false, is_verified: false };
+    let mut head = Vec::with_capacity(SWITCHING.len() + lines.length() + ADDED);
+    head.extend_from_slice(SWITCHING);
+    for (name, value) in lines.iter() {
+        let is_of_a_body = ["content-length", "transfer-encoding", "trailer"].iter();
+        if passage.takes(name) && !is_of_a_body.into_iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes())) {
+            push_line(name, value, &mut head);
+        }
+    }
+    write_line(b"connection", b"Upgrade", &mut head);
+    write_line(b"upgrade", b"websocket", &mut head);
+    if has_token(lines, &TE, "trailers") {
+        write_line(b"te", b"trailers", &mut head);
+    }
+    head.extend_from_slice(b"\r\n");
+    head
+}
+
+/// A line with its name as hyper writes it.
+fn push_line(name: &[u8], value: &[u8], to: &mut Vec<u8>) {
+    let begin = to.len();
+    write_line(name, value, to);
+    to[begin..begin + name.len()].make_ascii_lowercase();
+}
+
 /// The request's id: the client's `X-Request-Id` when it is short and printable, else a random one.
-pub fn request_id(headers: &HeaderMap) -> String {
-    match headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()) {
-        Some(id) if (1..=128).contains(&id.len()) => id.to_owned(),
-        _ => format!("{:016x}", rand::random::<u64>()),
+pub fn request_id(header: &impl Header) -> Box<str> {
+    match header.first(&REQUEST_ID).and_then(text) {
+        Some(id) if (1..=128).contains(&id.len()) => id.into(),
+        _ => {
+            let mut id = String::with_capacity(16);
+            // It can't fail.
+            let _ = fmt::Write::write_fmt(&mut id, format_args!("{:016x}", rand::random::<u64>()));
+            id.into()
+        }
     }
 }
 
@@ -306,9 +416,8 @@ impl fmt::Display for TraceId {
 }
 
 /// Of a `traceparent` that is valid, and the only one.
-pub fn trace_id(headers: &HeaderMap) -> Option<TraceId> {
-    let mut values = headers.get_all(TRACE).iter();
-    let (value, None) = (values.next()?.to_str().ok()?, values.next()) else { return None };
+pub fn trace_id(header: &impl Header) -> Option<TraceId> {
+    let value = text(header.only(&TRACE)?)?;
     let parts: Vec<&str> = value.splitn(5, '-').collect();
     let [version, trace, parent, flags, rest @ ..] = &parts[..] else { return None };
     let is_hex = |text: &str, length| {
@@ -325,18 +434,126 @@ pub fn trace_id(headers: &HeaderMap) -> Option<TraceId> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::{
+        downstream::{Intent, Opening as _, Whole, intent},
+        fields::{Ask, read_header, spans},
+    };
 
     #[test]
     fn addresses_are_as_they_are_displayed() {
         for octet in 0..=255 {
             for address in [IpAddr::from([octet, 0, 255, octet]), IpAddr::from([u16::from(octet); 8])] {
-                let mut text = "a, ".to_owned();
+                let mut text = b"a, ".to_vec();
                 push_address(&mut text, address);
-                assert_eq!(text, format!("a, {address}"));
+                assert_eq!(String::from_utf8_lossy(&text), format!("a, {address}"));
             }
         }
     }
+
+    proptest! {
+        /// A handshake that was read here is one by all rules, and goes on as if hyper had read it: with the same fields, and of each the same values in the same
+        /// order, whoever it comes from.
+        #[test]
+        fn lines_go_on_as_a_map_does(lines in prop::collection::vec((0..NAMES.len(), 0..VALUES.len()), 0..12), secured in 0_usize..4, is_trusted: bool) {
+            let mut text = "GET /a?b HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+                            Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n".to_owned();
+            text.extend(lines.into_iter().map(|(name, value)| format!("{}: {}\r\n", NAMES[name], VALUES[value])));
+            let read = Whole::read((text.clone() + "\r\n").into(), &crate::config::Settings::default().downstream);
+            let Ok((whole, _)) = read else { return Ok(()) };
+            let certificates = [
+                ClientCertificate::NotAsked,
+                ClientCertificate::Missing,
+                ClientCertificate::Verified("Subject=\"CN=a\"".into()),
+            ];
+            let secured = certificates.get(secured).map(|certificate| Secured {
+                version: "TLSv1.3",
+                name: None,
+                is_resumed: false,
+                certificate: certificate.clone(),
+            });
+            let trusted = ["10.0.0.0/8".parse().unwrap()];
+            let client = if is_trusted { "10.0.0.1" } else { "203.0.113.7" }.parse().unwrap();
+            let mut map = whole.into_request();
+            prop_assert_eq!(intent(&map), Ok(Intent::WebSocket), "{}", text);
+            let was_replaced = forward_request(&mut map, client, secured.as_ref(), &trusted, "an-id", true);
+            let (ask, is_same) = whole.forward(client, secured.as_ref(), &trusted, "an-id");
+            prop_assert!(matches!(ask, Ask::Written(..)));
+            prop_assert_eq!(is_same, was_replaced);
+            let request = ask.request();
+            prop_assert_eq!((request.uri(), request.headers()), (map.uri(), map.headers()), "{}", text);
+            prop_assert_eq!(ask.key(), map.headers()["sec-websocket-key"].as_bytes());
+        }
+    }
+
+    proptest! {
+        /// So does a 101.
+        #[test]
+        fn a_101_goes_on_as_a_map_does(lines in prop::collection::vec((0..NAMES.len(), 0..VALUES.len()), 0..12)) {
+            let lines = lines.into_iter().map(|(name, value)| format!("{}: {}\r\n", NAMES[name], VALUES[value]));
+            let text = bytes::Bytes::from(format!("HTTP/1.1 101 a\r\n{}\r\n", lines.collect::<String>()));
+            let read = |bytes: &bytes::Bytes| {
+                let mut fields = [httparse::EMPTY_HEADER; 32];
+                let mut read = httparse::Response::new(&mut fields);
+                assert!(read.parse(bytes).unwrap().is_complete(), "{bytes:?}");
+                (read_header(read.headers, bytes).unwrap(), spans(read.headers, bytes).unwrap())
+            };
+            let mut response = Response::new(());
+            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            let (map, spans) = read(&text);
+            *response.headers_mut() = map;
+            let lines = Lines::new(text.clone(), spans);
+            if lists_more(&lines) {
+                return Ok(());
+            }
+            forward_response(&mut response, true);
+            let written = forward_switching(&lines).into();
+            prop_assert_eq!(read(&written).0, response.into_parts().0.headers, "{:?} {:?}", text, written);
+        }
+    }
+
+    const NAMES: [&str; 25] = [
+        "Content-Length",
+        "transfer-encoding",
+        "Trailer",
+        "Connection",
+        "Cookie",
+        "TE",
+        "Keep-Alive",
+        "Proxy-Connection",
+        "Proxy-Authorization",
+        "HTTP2-Settings",
+        "X-Forwarded-For",
+        "x_forwarded-for",
+        "X-Forwarded-Proto",
+        "X-Forwarded-Host",
+        "x-forwarded_host",
+        "X-Forwarded-Client-Cert",
+        "Client-Cert",
+        "Client_Cert-Chain",
+        "Forwarded",
+        "X-Real-IP",
+        "X-Request-Id",
+        "X-MINE",
+        "Traceparent",
+        "Sec-WebSocket-Protocol",
+        "Origin",
+    ];
+
+    const VALUES: [&str; 10] = [
+        "",
+        "a",
+        "a,  b ,",
+        "trailers",
+        "TE, keep-alive",
+        "x-Mine, upgrade",
+        "X-Forwarded-For, cookie, client-cert, X-Request-Id, x-real-ip, x-forwarded-proto",
+        "198.51.100.1, 10.0.0.9",
+        "198.51.100.1\t,,\u{e9}",
+        "https",
+    ];
 
     #[test]
     fn trace_ids() {

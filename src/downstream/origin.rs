@@ -5,7 +5,9 @@
 
 use std::{fmt, str::FromStr};
 
-use http::{HeaderMap, Uri, header::ORIGIN};
+use http::{Uri, header::ORIGIN};
+
+use crate::fields::Header;
 
 /// An origin in the form in which browsers send it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,13 +56,12 @@ impl FromStr for Origin {
     }
 }
 
-/// The page that `headers` are of may open a WebSocket, as far as that is decided by its origin: one of `allowed`, if there are any.
+/// The page that `header` is of may open a WebSocket, as far as that is decided by its origin: one of `allowed`, if there are any.
 /// Clients that are no browsers send no origin, and there is nobody whom they could be made to deceive.
-pub fn is_allowed(headers: &HeaderMap, allowed: &[Origin]) -> bool {
-    let mut sent = headers.get_all(ORIGIN).iter();
+pub fn is_allowed(header: &impl Header, allowed: &[Origin]) -> bool {
+    let mut sent = header.values_of(&ORIGIN);
     let Some(origin) = sent.next() else { return true };
-    allowed.is_empty()
-        || (sent.next().is_none() && allowed.iter().any(|Origin(allowed)| origin.as_bytes() == allowed.as_bytes()))
+    allowed.is_empty() || (sent.next().is_none() && allowed.iter().any(|Origin(allowed)| origin == allowed.as_bytes()))
 }
 
 #[cfg(test)]

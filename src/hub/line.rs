@@ -37,6 +37,7 @@ use tokio_tungstenite::{
 
 use crate::{
     drain::Drain,
+    fields::Ask,
     metrics::Metrics,
     net::Stream,
     relay::{self, Cause, Gone, Leg, Relay, Report},
@@ -236,7 +237,7 @@ impl Lines {
         mut done: oneshot::Sender<Result<Line, Fault>>,
         mut place: Option<OwnedSemaphorePermit>,
     ) {
-        let mut exchange = self.upstream.websocket(request, &home);
+        let mut exchange = self.upstream.websocket(Ask::Request(request), &home);
         let at = exchange.at();
         let answer = tokio::select! {
             biased;
@@ -254,8 +255,8 @@ impl Lines {
                 exchange.await
             }
         };
-        let (stream, early, response, load) = match answer {
-            Ok(Placed { what: Answer::Tunnel { stream, early, response }, load }) => (stream, early, response, load),
+        let (stream, early, head, load) = match answer {
+            Ok(Placed { what: Answer::Tunnel { stream, early, head }, load }) => (stream, early, head, load),
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let refused = refused(reply, load, &home).await;
                 drop(done.send(Err(Fault::Refused(Arc::new(refused)))));
@@ -281,7 +282,7 @@ impl Lines {
             has_spoken: false,
             is_over_message: false,
             metrics: Arc::clone(&self.metrics),
-            protocol: response.headers().get(SEC_WEBSOCKET_PROTOCOL).cloned(),
+            protocol: head.into_map().remove(SEC_WEBSOCKET_PROTOCOL),
             endpoint: Arc::clone(load.endpoint()),
         };
         // Nobody may be there any more: then it is dropped here, and the backend gets its Close.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use http::{
-    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    HeaderValue, Request, Response, StatusCode,
     header::{ALLOW, CONNECTION, ORIGIN, SEC_WEBSOCKET_VERSION, UPGRADE},
 };
 use tracing::{debug, field::display, warn};
@@ -17,6 +17,7 @@ use super::{About, Context, secure::Client};
 use crate::{
     admission::Reason,
     downstream::{self, Body, Intent, Refusal, Speaker, answer, answer_later},
+    fields::Header,
     metrics::Handshake,
     net::Lack,
     sparse::Sparse,
@@ -51,8 +52,8 @@ impl Context {
     }
 
     /// What a client is told whose address may begin no more handshakes for so long.
-    pub(super) fn refuse_pace(&self, client: &Client, headers: &HeaderMap) -> Option<Response<Body>> {
-        let Speaker::Client(address) = self.speaker(client, headers) else { return None };
+    pub(super) fn refuse_pace(&self, client: &Client, header: &impl Header) -> Option<Response<Body>> {
+        let Speaker::Client(address) = self.speaker(client, header) else { return None };
         let wait = self.admission.pace_address(address).err()?;
         let reason = Reason::AddressRate;
         self.refuse_for(reason, SocketAddr::new(address, client.address.port()));
@@ -61,14 +62,14 @@ impl Context {
         Some(answer_later(StatusCode::TOO_MANY_REQUESTS, reason.told(), wait))
     }
 
-    fn speaker(&self, client: &Client, headers: &HeaderMap) -> Speaker {
-        downstream::speaker(headers, client.ip(), &self.downstream.trusted_proxies)
+    fn speaker(&self, client: &Client, header: &impl Header) -> Speaker {
+        downstream::speaker(header, client.ip(), &self.downstream.trusted_proxies)
     }
 
     /// What a client is told whom a route is not for.
-    pub(super) fn refuse_address(&self, client: &Client, headers: &HeaderMap, way: &Way) -> Option<Response<Body>> {
+    pub(super) fn refuse_address(&self, client: &Client, header: &impl Header, way: &Way) -> Option<Response<Body>> {
         static SAID: Sparse = Sparse::new();
-        let address = self.speaker(client, headers).address();
+        let address = self.speaker(client, header).address();
         if way.upstream.config().rules.admit(address) {
             return None;
         }
@@ -200,9 +201,9 @@ impl Context {
 }
 
 /// A handshake of a page that may not.
-pub(super) fn refuse_origin(client: SocketAddr, headers: &HeaderMap) -> Response<Body> {
+pub(super) fn refuse_origin(client: SocketAddr, header: &impl Header) -> Response<Body> {
     static SAID: Sparse = Sparse::new();
-    let origins: Vec<_> = headers.get_all(ORIGIN).iter().map(|origin| origin.as_bytes().escape_ascii()).collect();
+    let origins: Vec<_> = header.values_of(&ORIGIN).map(<[u8]>::escape_ascii).collect();
     let mut origin = origins.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     // Escaped it is ASCII.
     origin.truncate(256);

@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    HeaderValue, Request, Response, StatusCode,
     header::{SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL},
 };
 use http_body_util::{BodyExt, Empty, Full};
@@ -38,8 +38,8 @@ use super::{
 use crate::{
     admission::{Extra, Reason},
     close::Keeps,
-    downstream::{self, Body, BoxError, Intent, TimedBody, answer_later},
-    fields::tokens,
+    downstream::{self, Body, BoxError, Intent, Opening, TimedBody, Whole, answer_later},
+    fields::{Header, Switching, tokens},
     gate::{HANDSHAKE_BYTES, PROMPT, Permit},
     hub::{Fault, Joined, Refusal, Refused},
     listen::Accounting,
@@ -64,20 +64,18 @@ const REFUSED_TO_JOIN: (&Sparse, &str) =
 /// A WebSocket handshake that was there as a whole when its connection was begun with.
 #[derive(Debug)]
 pub(super) struct Asked {
-    pub(super) request: Request<()>,
-    /// The same as it came.
-    pub(super) header: Bytes,
+    pub(super) handshake: Whole,
     /// What came behind it.
     pub(super) early: Bytes,
 }
 
 impl About {
-    fn new(client: &Client, path: &str, headers: &HeaderMap, route: &Arc<str>) -> Self {
+    fn new(client: &Client, path: &str, header: &impl Header, route: &Arc<str>) -> Self {
         Self {
             client: client.clone(),
-            path: told(path).into(),
-            request_id: downstream::request_id(headers).into(),
-            trace_id: downstream::trace_id(headers).map(Box::new),
+            path: told(path),
+            request_id: downstream::request_id(header),
+            trace_id: downstream::trace_id(header).map(Box::new),
             route: Arc::clone(route),
             shared: None,
         }
@@ -85,9 +83,9 @@ impl About {
 }
 
 /// Of a path, what is told of it: at most 256 bytes, and nothing that a terminal or a log would obey.
-fn told(path: &str) -> String {
+fn told(path: &str) -> Box<str> {
     let path = &path[..path.floor_char_boundary(256)];
-    if path.bytes().all(|byte| byte.is_ascii_graphic()) { path.to_owned() } else { path.escape_debug().to_string() }
+    if path.bytes().all(|byte| byte.is_ascii_graphic()) { path.into() } else { path.escape_debug().to_string().into() }
 }
 
 /// A client's connection as long as it speaks HTTP.
@@ -156,13 +154,13 @@ impl Context {
         accounting: Accounting,
         permit: Option<Permit>,
     ) {
-        let Asked { request, header, mut early } = asked;
+        let Asked { handshake, mut early } = asked;
         let stage = Mutex::new(Stage::new(permit));
         let response = {
             let mut answer = pin!(async {
                 match self.handshakes.try_acquire() {
                     Ok(_slot) => {
-                        let answer = pin!(self.upgrade(request, &client, &stage));
+                        let answer = pin!(self.upgrade(&handshake, &client, &stage));
                         self.in_time(client.address, &stage, answer).await
                     }
                     Err(_) => self.shed(Intent::WebSocket, client.address),
@@ -191,15 +189,18 @@ impl Context {
         // Also of one that was shed.
         drop(permit);
         match (next, response) {
-            (Next::Tunnel(tunnel), Some(response)) => {
-                let written = stream.write_all(&downstream::encode_switching(&response)).await;
+            (Next::Tunnel(mut tunnel), Some(response)) => {
+                if tunnel.written.is_empty() {
+                    tunnel.written = downstream::encode_switching(&response);
+                }
+                let written = stream.write_all(&tunnel.written).await;
                 if let Err(error) = &written {
                     debug!(%client, %error, "client connection ended");
                 }
                 self.begin_session(stream.into_inner(), early, written.is_ok(), tunnel, accounting);
             }
             (_, Some(response)) => {
-                let stream = stream.rewind(concat(header, early));
+                let stream = stream.rewind(concat(handshake.into_bytes(), early));
                 let (stream, is_done) =
                     Box::pin(self.answer_and_end(stream, client.address, self.downstream.header_timeout, response))
                         .await;
@@ -383,13 +384,13 @@ impl Context {
     /// Carries a handshake out.
     pub(super) async fn upgrade(
         self: &Arc<Self>,
-        request: Request<()>,
+        opening: impl Opening,
         client: &Client,
         stage: &Mutex<Stage>,
     ) -> Response<Body> {
         lock(stage).next = Next::Upgrading;
         let mut outcome = Outcome { metrics: &self.metrics, begun: Instant::now(), result: Handshake::Abandoned };
-        let (result, response, tunnel) = self.websocket(request, client).await;
+        let (result, response, tunnel) = self.websocket(opening, client).await;
         outcome.result = result;
         drop(outcome);
         if let Some(tunnel) = tunnel {
@@ -402,15 +403,15 @@ impl Context {
     }
 
     /// The handshake with the backend, and what the client is told of it.
-    async fn websocket(
+    async fn websocket<O: Opening>(
         self: &Arc<Self>,
-        mut request: Request<()>,
+        opening: O,
         client: &Client,
     ) -> (Handshake, Response<Body>, Option<Tunnel>) {
-        if !downstream::is_allowed(request.headers(), &self.downstream.allowed_origins) {
-            return (Handshake::Origin, refuse_origin(client.address, request.headers()), None);
+        if !downstream::is_allowed(&opening, &self.downstream.allowed_origins) {
+            return (Handshake::Origin, refuse_origin(client.address, &opening), None);
         }
-        if let Some(response) = self.refuse_pace(client, request.headers()) {
+        if let Some(response) = self.refuse_pace(client, &opening) {
             return (Handshake::Shed, response, None);
         }
         match self.admission.pace() {
@@ -421,35 +422,47 @@ impl Context {
                 return (Handshake::Shed, self.refusal(reason), None);
             }
         }
-        let path = request.uri().path().to_owned();
-        let way = match self.upstreams.choose(&path) {
+        let path = opening.target().path();
+        let way = match self.upstreams.choose(path) {
             Ok(way) => way,
-            Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client.address, &path, &ambiguous), None),
+            Err(ambiguous) => return (Handshake::Invalid, self.refuse_path(client.address, path, &ambiguous), None),
         };
-        if let Some(response) = self.refuse_address(client, request.headers(), way) {
+        if let Some(response) = self.refuse_address(client, &opening, way) {
             return (Handshake::Denied, response, None);
         }
         let Way { route, upstream, seats } = way;
         let Some(seat) = seats.take(upstream.config().rules.max_sessions) else {
             return (Handshake::Shed, self.refuse_session(client, route), None);
         };
-        let about = About::new(client, &path, request.headers(), route);
+        let about = About::new(client, path, &opening, route);
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
-        if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, true) {
+        let (ask, was_doubted) = opening.forward(client.ip(), secured, trusted, &about.request_id);
+        if was_doubted {
             self.doubt(client.ip());
         }
         if upstream.config().pool.mode == Mode::Shared {
-            return self.join(request, about, seat).await;
+            return self.join(ask.request().into_owned(), about, seat).await;
         }
-        let exchange = upstream.websocket(request, &self.home);
+        let exchange = upstream.websocket(ask, &self.home);
         let at = exchange.at();
         match self.carried_out(exchange).await {
-            Ok(Placed { what: Answer::Tunnel { stream, early, mut response }, load }) => {
-                downstream::forward_response(&mut response, true);
+            Ok(Placed { what: Answer::Tunnel { stream, early, head }, load }) => {
                 let backend = Leg { stream: Some(stream), early };
-                let (endpoint, load, rsv) = (Arc::clone(load.endpoint()), Some(load), rsv(response.headers()));
-                let tunnel = Tunnel { backend, load, endpoint, rsv, about, seat };
-                (Handshake::Accepted, response.map(|()| empty()), Some(tunnel))
+                let (endpoint, load) = (Arc::clone(load.endpoint()), Some(load));
+                let mut response = Response::new(empty());
+                *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+                let (written, rsv) = match head {
+                    Switching::Lines(lines) if O::IS_WHOLE && !downstream::lists_more(&lines) => {
+                        (downstream::forward_switching(&lines), rsv_of(&lines))
+                    }
+                    head => {
+                        *response.headers_mut() = head.into_map();
+                        downstream::forward_response(&mut response, true);
+                        (Vec::new(), rsv_of(response.headers()))
+                    }
+                };
+                let tunnel = Tunnel { backend, load, endpoint, rsv, about, seat, written };
+                (Handshake::Accepted, response, Some(tunnel))
             }
             Ok(Placed { what: Answer::Refusal(reply), load }) => {
                 let status = reply.response.status().as_u16();
@@ -493,7 +506,8 @@ impl Context {
                 }
                 downstream::forward_response(&mut response, true);
                 let backend = Leg { stream: Some(leg), early: Bytes::new() };
-                let tunnel = Tunnel { backend, load: None, endpoint, rsv: Rsv::None, about, seat };
+                let (load, rsv, written) = (None, Rsv::None, Vec::new());
+                let tunnel = Tunnel { backend, load, endpoint, rsv, about, seat, written };
                 (Handshake::Accepted, response, Some(tunnel))
             }
             Err(Refusal::Backend(Fault::Refused(refused))) => {
@@ -540,17 +554,17 @@ impl Context {
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<BoxError>,
     {
-        let path = request.uri().path().to_owned();
-        let way = match self.upstreams.choose(&path) {
+        let path = request.uri().path();
+        let way = match self.upstreams.choose(path) {
             Ok(way) => way,
-            Err(ambiguous) => return self.refuse_path(client.address, &path, &ambiguous),
+            Err(ambiguous) => return self.refuse_path(client.address, path, &ambiguous),
         };
         if let Some(response) = self.refuse_address(client, request.headers(), way) {
             return response;
         }
         let Way { route, upstream, .. } = way;
         lock(stage).route = Some(Arc::clone(route));
-        let about = About::new(client, &path, request.headers(), route);
+        let about = About::new(client, path, request.headers(), route);
         let (secured, trusted) = (client.secured.as_deref(), &self.downstream.trusted_proxies);
         if downstream::forward_request(&mut request, client.ip(), secured, trusted, &about.request_id, false) {
             self.doubt(client.ip());
@@ -659,9 +673,16 @@ fn say_refused(about: &About, endpoint: &str, status: u16, (said, what): (&Spars
 }
 
 /// Which reserved bits the extensions of a 101 allow.
-pub(super) fn rsv(headers: &HeaderMap) -> Rsv {
+pub(super) fn rsv(head: &Switching) -> Rsv {
+    match head {
+        Switching::Lines(lines) => rsv_of(lines),
+        Switching::Map(headers) => rsv_of(headers),
+    }
+}
+
+fn rsv_of(header: &impl Header) -> Rsv {
     let mut rsv = Rsv::None;
-    for extension in tokens(headers, &SEC_WEBSOCKET_EXTENSIONS) {
+    for extension in tokens(header, &SEC_WEBSOCKET_EXTENSIONS) {
         let name = extension.split(';').next().unwrap_or_default().trim();
         match name {
             "" => {}

@@ -46,7 +46,7 @@ pub use self::{
 use crate::{
     admission::{Admission, Place, Reason},
     close::{self, Keeps, Linger},
-    downstream::{self, ProxyProtocol, TraceId},
+    downstream::{self, ProxyProtocol, TraceId, Whole},
     gate::{Gate, PendingQueue, Permit},
     hub::{Hubs, Known},
     listen::{Accepted, Accounting, ConnectionCounter, Pending},
@@ -139,6 +139,8 @@ struct Tunnel {
     about: About,
     /// Of its route.
     seat: Seat,
+    /// The 101 as it goes out, if it is written here.
+    written: Vec<u8>,
 }
 
 /// What a session begins with.
@@ -165,7 +167,7 @@ const _: () = assert!(size_of::<Running>() <= 384);
 impl Running {
     fn new(context: &Arc<Context>, given: Given) -> Self {
         let Given { client, tunnel, accounting } = given;
-        let Tunnel { backend, load, endpoint, rsv, about, seat } = *tunnel;
+        let Tunnel { backend, load, endpoint, rsv, about, seat, .. } = *tunnel;
         let way = match backend.stream {
             Some(Stream::Multiplexed(_)) => Mode::Multiplexed,
             Some(Stream::Local(_)) => Mode::Shared,
@@ -335,11 +337,13 @@ impl Context {
             return Some(Box::pin(self.serve_http2(stream.rewind(early), peer, accounting, deadline, None)));
         }
         Some(Box::pin(async move {
-            if let Some((request, length)) = downstream::whole_handshake(&early, &self.downstream) {
-                let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
-                self.shake_hands(stream, asked, peer, accounting, permit).await;
-            } else {
-                Box::pin(self.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
+            match Whole::read(early, &self.downstream) {
+                Ok((handshake, early)) => {
+                    self.shake_hands(stream, Asked { handshake, early }, peer, accounting, permit).await;
+                }
+                Err(early) => {
+                    Box::pin(self.serve(stream.rewind(early), peer, accounting, permit, deadline)).await;
+                }
             }
         }))
     }

@@ -108,11 +108,11 @@ impl Orphan for Answer {
     fn end(self, context: Arc<Context>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         match self {
             Self::Refusal(reply) => reply.end(context),
-            Self::Tunnel { stream, early, response } => Box::pin(async move {
+            Self::Tunnel { stream, early, head } => Box::pin(async move {
                 // A session whose client was reset: the backend gets its Close, and time to answer it.
                 let client = Leg { stream: None, early: Bytes::new() };
                 let backend = Leg { stream: Some(stream), early };
-                let rsv = rsv(response.headers());
+                let rsv = rsv(&head);
                 // It has no place that somebody else could have.
                 let shared = relay::Shared { delays: Arc::default(), ..relay::Shared::clone(&context.relay) };
                 let mut relay = Relay::new(Arc::new(shared), rsv, client, backend);

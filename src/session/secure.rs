@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 
 use super::{Context, REFUSED_LINGER, http::Asked};
 use crate::{
-    downstream,
+    downstream::Whole,
     gate::Permit,
     listen::Accounting,
     metrics::TlsHandshake,
@@ -173,12 +173,14 @@ impl Context {
             (permit, concat(early, more))
         };
         let this = self.latest();
-        if let Some((request, length)) = downstream::whole_handshake(&early, &this.downstream) {
-            let asked = Asked { request, header: early.slice(..length), early: early.slice(length..) };
-            this.shake_hands(stream, asked, client, accounting, Some(permit)).await;
-        } else {
-            let deadline = Instant::now() + left;
-            Box::pin(this.serve(stream.rewind(early), client, accounting, Some(permit), Some(deadline))).await;
+        match Whole::read(early, &this.downstream) {
+            Ok((handshake, early)) => {
+                this.shake_hands(stream, Asked { handshake, early }, client, accounting, Some(permit)).await;
+            }
+            Err(early) => {
+                let deadline = Instant::now() + left;
+                Box::pin(this.serve(stream.rewind(early), client, accounting, Some(permit), Some(deadline))).await;
+            }
         }
     }
 

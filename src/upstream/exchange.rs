@@ -12,8 +12,8 @@ use std::{
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, Request, Response, StatusCode, Version,
-    header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, UPGRADE},
+    Request, Response, StatusCode, Version,
+    header::{CONNECTION, SEC_WEBSOCKET_ACCEPT, UPGRADE},
 };
 use http_body::Body;
 use http_body_util::Empty;
@@ -34,7 +34,7 @@ use super::{
     tls,
 };
 use crate::{
-    fields::has_token,
+    fields::{Ask, Header, Switching, has_token},
     net::{Kept, Stream, concat},
 };
 
@@ -182,48 +182,51 @@ where
 /// See [`super::Upstream::websocket`].
 pub(super) async fn websocket(
     stream: Stream,
-    request: &Request<()>,
+    ask: &Ask,
     config: &Config,
     control: &Control,
 ) -> Result<Answer, Failure> {
     let deadline = Instant::now() + config.handshake_timeout;
-    let (response, parts) = match handshake::ask(stream, request, config, deadline, control).await? {
-        First::Switching(response, stream, early) => (response, Some((stream, early))),
+    let (version, head, parts) = match handshake::ask(stream, &ask.head(), config, deadline, control).await? {
+        First::Switching(version, lines, stream, early) => (version, Switching::Lines(lines), Some((stream, early))),
         First::Other(asked) => {
-            let again = request.clone().map(|()| Empty::<Bytes>::new());
+            let again = ask.request().into_owned().map(|()| Empty::<Bytes>::new());
             let (response, mut driven) = send(asked, again, config, deadline, control).await?;
             if response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Ok(reply(response, driven, None).into());
             }
             // Behind another answer of 1xx.
             poll_fn(|cx| driven.poll(cx)).await;
-            (response.map(|_| ()), driven.into_parts())
+            (response.version(), Switching::Map(response.into_parts().0.headers), driven.into_parts())
         }
     };
-    let key = request.headers().get(SEC_WEBSOCKET_KEY).map(http::HeaderValue::as_bytes).unwrap_or_default();
-    if let Err(reason) = check_accept(response.version(), response.headers(), key) {
+    let checked = match &head {
+        Switching::Lines(lines) => check_accept(version, lines, ask.key()),
+        Switching::Map(headers) => check_accept(version, headers, ask.key()),
+    };
+    if let Err(reason) = checked {
         return Err(Failure { error: Error::BadAccept(reason), stream: parts.map(|(stream, _)| stream) });
     }
     let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;
-    Ok(Answer::Tunnel { stream, early, response })
+    Ok(Answer::Tunnel { stream, early, head })
 }
 
 /// The client's part of RFC 6455 4.1, done on the client's behalf.
-fn check_accept(version: Version, headers: &HeaderMap, key: &[u8]) -> Result<(), &'static str> {
+fn check_accept(version: Version, header: &impl Header, key: &[u8]) -> Result<(), &'static str> {
     // "A server MUST ignore an Upgrade header field that is received in an HTTP/1.0 request" (RFC 9110 7.8), and the version
     // of a response is the highest that its sender conforms to.
     if version != Version::HTTP_11 {
         return Err("101 in HTTP/1.0");
     }
-    if !has_token(headers, &UPGRADE, "websocket") {
+    if !has_token(header, &UPGRADE, "websocket") {
         return Err("101 without Upgrade: websocket");
     }
-    if !has_token(headers, &CONNECTION, "upgrade") {
+    if !has_token(header, &CONNECTION, "upgrade") {
         return Err("101 without Connection: Upgrade");
     }
-    let mut accepts = headers.get_all(SEC_WEBSOCKET_ACCEPT).iter();
+    let mut accepts = header.values_of(&SEC_WEBSOCKET_ACCEPT);
     match (accepts.next(), accepts.next()) {
-        (Some(accept), None) if accept.as_bytes() == derive_accept_key(key).as_bytes() => Ok(()),
+        (Some(accept), None) if accept == derive_accept_key(key).as_bytes() => Ok(()),
         (Some(_), None) => Err("101 with a wrong Sec-WebSocket-Accept"),
         (None, _) => Err("101 without Sec-WebSocket-Accept"),
         (Some(_), Some(_)) => Err("101 with more than one Sec-WebSocket-Accept"),

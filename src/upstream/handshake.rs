@@ -5,35 +5,36 @@
 //! byte on, so that bodies are read in one way only.
 
 use std::{
+    future::poll_fn,
     io,
     mem::MaybeUninit,
     pin::Pin,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
 };
 
-use bytes::{Bytes, BytesMut};
-use http::{Request, Response, StatusCode, Version};
+use bytes::Bytes;
+use http::Version;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     time::{Instant, timeout_at},
 };
 
 use super::{Config, Control, Error, Failure};
 use crate::{
-    fields::{read_header, write_header},
-    net::{Kept, Stream, concat},
+    fields::{Lines, Spans, spans},
+    net::{Kept, Stream, concat, with_scratch},
 };
 
 /// The most header fields of an answer, as in hyper.
 const MAX_HEADERS: usize = 100;
 
-/// Room for most requests, and answers.
+/// What is read at once of an answer: most are shorter.
 const MOST: usize = 1024;
 
 /// What a backend said first.
 pub(super) enum First {
-    /// 101, not checked yet: its header, its socket, and what came behind it.
-    Switching(Response<()>, Stream, Bytes),
+    /// 101, not checked yet: its version and header, its socket, and what came behind it.
+    Switching(Version, Lines, Stream, Bytes),
     /// Something else, or nothing that could be read: for hyper to look at.
     Other(Replay),
 }
@@ -91,7 +92,7 @@ impl AsyncWrite for Replay {
 /// Sends the request and reads until the end of the answer's header.
 pub(super) async fn ask(
     stream: Stream,
-    request: &Request<()>,
+    head: &[u8],
     config: &Config,
     deadline: Instant,
     control: &Control,
@@ -100,7 +101,7 @@ pub(super) async fn ask(
     let asked = tokio::select! {
         biased;
         () = control.given_up() => None,
-        asked = timeout_at(deadline, exchange(&mut stream, request, config.header_bytes)) => Some(asked),
+        asked = timeout_at(deadline, exchange(&mut stream, head, config.header_bytes)) => Some(asked),
     };
     let Some(Ok((read, answer))) = asked else {
         return Err(Failure {
@@ -109,27 +110,26 @@ pub(super) async fn ask(
         });
     };
     match answer {
-        Some(response) => Ok(First::Switching(response, stream.into_inner(), read)),
+        Some((version, lines)) => Ok(First::Switching(version, lines, stream.into_inner(), read)),
         None => Ok(First::Other(Replay::new(stream, read))),
     }
 }
 
 /// What was read, less the header of a 101 if it began with one. Failures show when it is read again.
-async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (Bytes, Option<Response<()>>) {
+async fn exchange(stream: &mut Kept, head: &[u8], limit: usize) -> (Bytes, Option<(Version, Lines)>) {
     let mut read = Bytes::new();
-    let head = head(request);
-    let sent = stream.write_now(&head);
+    let sent = stream.write_now(head);
     // When this fails the backend may have answered, and closed, before it had read all.
     let _ = stream.write_all(&head[sent..]).await;
     loop {
-        let mut more = BytesMut::with_capacity(MOST);
-        match stream.read_buf(&mut more).await {
-            Ok(0) | Err(_) => return (read, None),
-            Ok(_) => read = concat(read, more.freeze()),
+        match poll_fn(|cx| poll_more(stream, cx)).await {
+            Ok(more) if !more.is_empty() => read = concat(read, more),
+            _ => return (read, None),
         }
         match parse_switching(&read) {
-            Parsed::Switching(length, response) if length <= limit => {
-                return (read.slice(length..), Some(response));
+            Parsed::Switching(length, version, spans) if length <= limit => {
+                let behind = read.split_off(length);
+                return (behind, Some((version, Lines::new(read, spans))));
             }
             Parsed::Partial if read.len() <= limit => {}
             _ => return (read, None),
@@ -137,14 +137,23 @@ async fn exchange(stream: &mut Kept, request: &Request<()>, limit: usize) -> (By
     }
 }
 
+/// What is there, no larger than it is; none: the backend has ended.
+fn poll_more(stream: &mut Kept, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+    with_scratch(|buffer| {
+        let mut buffer = ReadBuf::new(&mut buffer[..MOST]);
+        ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
+        Poll::Ready(Ok(Bytes::copy_from_slice(buffer.filled())))
+    })
+}
+
 enum Parsed {
     Partial,
-    /// The length of the header, and what is in it.
-    Switching(usize, Response<()>),
+    /// The length of the header, its version, and where its lines are.
+    Switching(usize, Version, Spans),
     Other,
 }
 
-fn parse_switching(bytes: &Bytes) -> Parsed {
+fn parse_switching(bytes: &[u8]) -> Parsed {
     let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
     let mut head = httparse::Response::new(&mut []);
     let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, bytes, &mut fields);
@@ -157,23 +166,7 @@ fn parse_switching(bytes: &Bytes) -> Parsed {
     if head.code != Some(101) {
         return Parsed::Other;
     }
-    let Some(headers) = read_header(head.headers, bytes) else { return Parsed::Other };
-    let mut response = Response::new(());
-    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    *response.version_mut() = if head.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-    *response.headers_mut() = headers;
-    Parsed::Switching(length, response)
-}
-
-/// The request as it goes out.
-fn head(request: &Request<()>) -> Vec<u8> {
-    let mut head = Vec::with_capacity(MOST);
-    let target = request.uri().path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    // "http://host?query" has an empty path, which is sent as "/" (RFC 9112 3.2.1).
-    let root = if target.starts_with('/') { "" } else { "/" };
-    for part in [request.method().as_str(), " ", root, target, " HTTP/1.1\r\n"] {
-        head.extend_from_slice(part.as_bytes());
-    }
-    write_header(request.headers(), &mut head);
-    head
+    let Some(spans) = spans(head.headers, bytes) else { return Parsed::Other };
+    let version = if head.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+    Parsed::Switching(length, version, spans)
 }

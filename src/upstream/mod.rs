@@ -62,6 +62,7 @@ use self::{
     turns::Connected,
 };
 use crate::{
+    fields::{Ask, Switching},
     metrics::Metrics,
     net::{Address, Lack, SocketConfig, Sources, Stream},
 };
@@ -279,8 +280,8 @@ pub enum Answer {
         stream: Stream,
         /// What it sent right behind the 101.
         early: Bytes,
-        /// The 101.
-        response: Response<()>,
+        /// That of the 101.
+        head: Switching,
     },
     /// Anything else.
     Refusal(Reply),
@@ -310,7 +311,7 @@ impl fmt::Debug for Reply {
 impl fmt::Debug for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tunnel { response, .. } => f.debug_tuple("Tunnel").field(response).finish(),
+            Self::Tunnel { head, .. } => f.debug_tuple("Tunnel").field(head).finish(),
             Self::Refusal(reply) => reply.fmt(f),
         }
     }
@@ -503,12 +504,12 @@ impl Upstream {
     }
 
     /// Passes a valid WebSocket handshake on, in its turn. A 101 is checked (RFC 6455 4.1) before it counts.
-    pub fn websocket(&self, request: Request<()>, home: &Home) -> Exchange<Placed<Answer>> {
+    pub fn websocket(&self, ask: Ask, home: &Home) -> Exchange<Placed<Answer>> {
         let (this, home, control) = (self.clone(), home.clone(), Arc::new(Control::default()));
         let shared = Arc::clone(&control);
         let future = Box::pin(async move {
             let (first, doubt) = if this.inner.config.pool.mode == Mode::Multiplexed {
-                match Box::pin(this.multiplexed(&request, &home, &control)).await {
+                match Box::pin(this.multiplexed(&ask.request(), &home, &control)).await {
                     Outcome::Dedicated(first, doubt) => (first, doubt),
                     Outcome::Over(result) => return result,
                 }
@@ -523,7 +524,7 @@ impl Upstream {
                     .open(true, &*home.end, idle.as_deref().map(|idle| (idle, kind)), first.take(), &control)
                     .await?;
                 let connected = fresh.map(|(turn, begun)| load.get().connects.connected(turn, begun));
-                let answer = exchange::websocket(stream, &request, &this.inner.config, &control).await;
+                let answer = exchange::websocket(stream, &ask, &this.inner.config, &control).await;
                 match (connected, idle.take()) {
                     (Some(connected), _) => connected.heard(&answer),
                     (None, Some(idle)) if control.was_stale(&answer) => {

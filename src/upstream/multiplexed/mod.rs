@@ -26,6 +26,7 @@ use http::{
         AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, HeaderValue, SEC_WEBSOCKET_ACCEPT,
         SEC_WEBSOCKET_KEY, SERVER, UPGRADE,
     },
+    response::Parts,
     uri::Scheme,
 };
 use http_body::{Body, Frame};
@@ -48,6 +49,7 @@ use super::{
 };
 use crate::{
     drain::Drain,
+    fields::Switching,
     metrics::Counted,
     net::{Peer, Stream, Tunnel},
     pool::{self, AcquireError, Connector, KeySnapshot, OpenError, Opened, Pool, Reports},
@@ -278,18 +280,15 @@ impl Upstream {
         if status.is_success() && is_of_a_tunnel(&response) {
             lease.prove();
             knowledge.prove(endpoint.name());
-            let (parts, recv) = response.into_parts();
-            let mut response = Response::from_parts(parts, ());
-            *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-            *response.version_mut() = Version::HTTP_11;
+            let (Parts { mut headers, .. }, recv) = response.into_parts();
             let key = request.headers().get(SEC_WEBSOCKET_KEY).map(HeaderValue::as_bytes).unwrap_or_default();
             // "these header fields are not used [in extended CONNECT]" (RFC 8441 5): the client's is ours to answer.
             if let Ok(accept) = HeaderValue::from_str(&derive_accept_key(key)) {
-                response.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
+                headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
             }
             let tunnel = Tunnel::new(send, recv, config.pool.stall_timeout, peer, lease);
             let stream = Stream::Multiplexed(Box::new(tunnel));
-            return Asked::Answer(Answer::Tunnel { stream, early: Bytes::new(), response });
+            return Asked::Answer(Answer::Tunnel { stream, early: Bytes::new(), head: Switching::Map(headers) });
         }
         if !lease.is_proven() && !is_of_the_application(status) {
             return Asked::without(endpoint, Without::Practice);
@@ -681,7 +680,7 @@ mod tests {
             let socket = std::os::unix::net::UnixStream::pair().expect("a pair").0;
             socket.set_nonblocking(true).expect("a socket");
             let stream = Stream::Unix(tokio::net::UnixStream::from_std(socket).expect("a runtime"));
-            Ok(Answer::Tunnel { stream, early: Bytes::new(), response: Response::new(()) })
+            Ok(Answer::Tunnel { stream, early: Bytes::new(), head: Switching::Map(HeaderMap::new()) })
         };
         for (from, why) in [(&other, Without::Practice), (&doubted, Without::Closed)] {
             Doubt::of(&doubted, why).heard(from, &accepted());
