@@ -19,9 +19,9 @@ use tracing_subscriber::{
     filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
 };
 
-use super::lines::JsonLines;
 use crate::{
     config::{self, LogFormat},
+    lines::JsonLines,
     reload::Log,
 };
 

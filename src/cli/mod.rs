@@ -4,7 +4,6 @@
 //! understood; 78 (`EX_CONFIG` of sysexits.h) for a configuration that cannot be used.
 
 mod connections;
-mod lines;
 mod log;
 #[cfg(feature = "manual")]
 mod manual;

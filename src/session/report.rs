@@ -1,15 +1,11 @@
 //! What is said and counted of a session.
 
-use std::{sync::Arc, time::Duration};
-
-use tracing::{
-    field::{DisplayValue, display},
-    info, warn,
-};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use super::{About, Context, roster::Entry};
 use crate::{
     hub::{Digest, Known},
+    lines::{Shown, line, shown, unquoted, word},
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
     upstream::{Load, Mode},
@@ -104,13 +100,25 @@ impl Open {
     ) -> Self {
         let Context { metrics, roster, log_sample: sample, .. } = &**context;
         let entry = Arc::new(Entry::new(about, endpoint, way));
-        let is_told = *sample > 0 && rand::random_ratio(1, *sample);
+        let is_told = *sample == 1 || *sample > 0 && rand::random_ratio(1, *sample);
         if is_told {
             let Entry { path, request_id, route, endpoint, .. } = &*entry;
-            let client = entry.whose();
-            let (tls, sni, http) = (client.tls(), client.sni(), client.http());
-            let (trace_id, key) = (entry.trace_id().map(display), key(entry.shared()));
-            info!(%client, http, tls, sni, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, "open");
+            let whose = entry.whose();
+            line!(
+                INFO,
+                "open",
+                client = whose.address,
+                http = word(whose.http()),
+                tls = whose.tls().map(word),
+                sni = whose.sni(),
+                path = &**path,
+                request_id = &**request_id,
+                trace_id = entry.trace_id().map(shown),
+                route = unquoted(route),
+                endpoint = unquoted(endpoint),
+                way = word(way.as_str()),
+                key = key(entry.shared()),
+            );
         }
         let key = roster.add(Arc::clone(&entry));
         metrics.sessions.inc();
@@ -130,43 +138,49 @@ impl Open {
         let [from_client, from_backend] = report.counts;
         let [client_sent, backend_sent] = report.sent;
         let [client_got, backend_got] = report.got;
-        let causes = abnormal(report).collect::<Vec<_>>().join(",");
-        let why = match report.cause {
-            Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()),
-            Cause::Drain => "drain".to_owned(),
-            Cause::Age => "websocket.max_age".to_owned(),
-            Cause::Idle => "websocket.idle_timeout".to_owned(),
-            Cause::Slow if self.entry.way == Mode::Shared => "pool.slow_client".to_owned(),
-            Cause::Slow => "pool.stall_timeout".to_owned(),
-            Cause::Fault => BUG.to_owned(),
+        let mut causes = Cow::Borrowed("");
+        for cause in abnormal(report) {
+            causes = if causes.is_empty() { cause.into() } else { format!("{causes},{cause}").into() };
+        }
+        let why: Cow<'_, str> = match report.cause {
+            Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()).into(),
+            Cause::Drain => "drain".into(),
+            Cause::Age => "websocket.max_age".into(),
+            Cause::Idle => "websocket.idle_timeout".into(),
+            Cause::Slow if self.entry.way == Mode::Shared => "pool.slow_client".into(),
+            Cause::Slow => "pool.stall_timeout".into(),
+            Cause::Fault => BUG.into(),
             Cause::Gone(Side::Backend, Gone::Fin) => {
-                self.entry.shared().map_or("", |shared| shared.why(self.entry.begun)).to_owned()
+                self.entry.shared().map_or("", |shared| shared.why(self.entry.begun)).into()
             }
-            _ => String::new(),
+            _ => "".into(),
         };
+        let reason = escaped(&report.reason);
         let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
-        let client = self.entry.whose();
-        info!(
-            %client,
-            tls = client.tls(),
-            sni = client.sni(),
-            path,
-            request_id,
-            trace_id = self.entry.trace_id().map(display),
-            %route,
-            %endpoint,
-            way = way.as_str(),
+        let whose = self.entry.whose();
+        line!(
+            INFO,
+            "close",
+            client = whose.address,
+            tls = whose.tls().map(word),
+            sni = whose.sni(),
+            path = &**path,
+            request_id = &**request_id,
+            trace_id = self.entry.trace_id().map(shown),
+            route = unquoted(route),
+            endpoint = unquoted(endpoint),
+            way = word(way.as_str()),
             key = key(self.entry.shared()),
-            initiator = initiator(report.initiator),
+            initiator = word(initiator(report.initiator)),
             code = report.code,
-            reason = %report.reason.escape_debug(),
+            reason = unquoted(&reason),
             client_sent,
             client_got,
             backend_sent,
             backend_got,
             clean = causes.is_empty(),
-            abnormal = causes,
-            why,
+            abnormal = &*causes,
+            why = &*why,
             duration_ms = millis(begun.elapsed()),
             ending_ms = millis(report.ending),
             messages_from_client = from_client.messages,
@@ -175,7 +189,6 @@ impl Open {
             bytes_from_backend = from_backend.bytes,
             crossed = from_client.crossed,
             delay_cut = report.delay_cut,
-            "close"
         );
     }
 }
@@ -192,16 +205,35 @@ impl Drop for Open {
         self.context.metrics.close("tidegate", None, false, Duration::ZERO);
         self.context.metrics.abnormal(cause);
         let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
-        let client = self.entry.whose();
-        let (trace_id, key) = (self.entry.trace_id().map(display), key(self.entry.shared()));
-        let duration_ms = millis(begun.elapsed());
-        warn!(%client, path, request_id, trace_id, %route, %endpoint, way = way.as_str(), key, initiator = "tidegate", clean = false, abnormal = cause, why, duration_ms, "close");
+        line!(
+            WARN,
+            "close",
+            client = self.entry.whose().address,
+            path = &**path,
+            request_id = &**request_id,
+            trace_id = self.entry.trace_id().map(shown),
+            route = unquoted(route),
+            endpoint = unquoted(endpoint),
+            way = word(way.as_str()),
+            key = key(self.entry.shared()),
+            initiator = word("tidegate"),
+            clean = false,
+            abnormal = word(cause),
+            why = word(why),
+            duration_ms = millis(begun.elapsed()),
+        );
     }
 }
 
 /// Of the WebSocket that a session shares with others, for the log.
-fn key(shared: Option<&Arc<Known>>) -> Option<DisplayValue<Digest>> {
-    shared.map(|shared| display(shared.key()))
+fn key(shared: Option<&Arc<Known>>) -> Option<Shown<Digest>> {
+    shared.map(|shared| shown(shared.key()))
+}
+
+/// As `escape_debug` has it, which most are already.
+fn escaped(reason: &str) -> Cow<'_, str> {
+    let is_plain = |byte| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\'' | b'\\');
+    if reason.bytes().all(is_plain) { reason.into() } else { reason.escape_debug().to_string().into() }
 }
 
 /// A number for the log.

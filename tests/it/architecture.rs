@@ -9,7 +9,21 @@ use std::{fs, path::Path};
 /// floor of rooms.
 const FLOORS: [&[&str]; 7] = [
     &["ws", "side", "fields", "sparse"],
-    &["admission", "alarms", "budget", "drain", "gate", "metrics", "net", "pool", "slots", "stamp", "system", "token"],
+    &[
+        "admission",
+        "alarms",
+        "budget",
+        "drain",
+        "gate",
+        "lines",
+        "metrics",
+        "net",
+        "pool",
+        "slots",
+        "stamp",
+        "system",
+        "token",
+    ],
     &["listen", "downstream", "upstream", "relay", "close"],
     &["session", "hub"],
     &["admin", "config", "demo", "doctor", "notify", "restart"],

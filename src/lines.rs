@@ -1,0 +1,791 @@
+//! Log lines as JSON: an object each, with the fields of the event beside `timestamp` and `level`. And [`line!`], for what is
+//! said of each session.
+//!
+//! tracing-subscriber has such lines too. There each value goes through several writers and is looked at byte by byte in each of them: two
+//! lines took as many instructions as all else of a session. What has to be escaped is `serde_json`'s.
+//!
+//! tracing hands over each value of an event by itself, and what is displayed goes through `fmt`. That is nothing for what is said now and
+//! then, and was an eighth of a session for its two lines, which have thirty fields. So [`line!`] asks tracing whether its line is wanted,
+//! and if these lines are what wants it, writes its fields where they are to go. For any other listener it is an event.
+
+use std::{
+    cell::Cell,
+    fmt::{self, Write as _},
+    io::Write as _,
+    net::SocketAddr,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::Value;
+use tracing::{
+    Event, Subscriber,
+    callsite::{Callsite as _, DefaultCallsite},
+    dispatcher::get_default,
+    field::{DisplayValue, Field, Visit, display},
+    level_filters::LevelFilter,
+};
+use tracing_appender::non_blocking::NonBlocking;
+use tracing_subscriber::{Layer, layer::Context};
+
+/// Most lines are shorter, in bytes.
+const USUAL: usize = 1024;
+/// What a thread keeps for its next line, in bytes.
+const MAX_KEPT: usize = 16 * 1024;
+
+thread_local! {
+    /// The room of the line before. Absent while there is a line in it.
+    static KEPT: Cell<Option<Box<Line>>> = const { Cell::new(None) };
+}
+
+/// Says a line of which there is one for each session: `line!(INFO, "open", path, route = unquoted(route))` is the event
+/// `info!(path, %route, "open")`, for a fraction of its instructions where lines are JSON. Its values are those that are [`Said`]; in its
+/// message nothing has to be escaped.
+macro_rules! line {
+    ($level:ident, $message:literal, $($field:ident $(= $value:expr)?),+ $(,)?) => {{
+        use $crate::lines::{Listener, Said, listener};
+        static METADATA: tracing::Metadata<'static> = tracing::metadata! {
+            name: concat!("line ", $message),
+            target: module_path!(),
+            level: tracing::Level::$level,
+            fields: &["message", $(stringify!($field)),+],
+            callsite: &CALLSITE,
+            kind: tracing::metadata::Kind::EVENT,
+        };
+        // tracing keeps in it whether somebody listens.
+        static CALLSITE: tracing::callsite::DefaultCallsite = tracing::callsite::DefaultCallsite::new(&METADATA);
+        // Values are computed in one of the arms.
+        match listener(&CALLSITE) {
+            Listener::Nobody => {}
+            Listener::Lines(mut line) => {
+                line.put($crate::lines::line!(@bytes "\",\"level\":\"", stringify!($level), "\",\"message\":\"", $message, "\""));
+                $(
+                    let name = $crate::lines::line!(@bytes ",\"", stringify!($field), "\":");
+                    Said::json(&$crate::lines::line!(@value $field $(= $value)?), name, &mut line);
+                )+
+                line.end();
+            }
+            Listener::Another => {
+                tracing::event!(
+                    tracing::Level::$level,
+                    $($field = Said::traced(&$crate::lines::line!(@value $field $(= $value)?)),)+
+                    $message
+                );
+            }
+        }
+    }};
+    (@value $field:ident) => { $field };
+    (@value $field:ident = $value:expr) => { $value };
+    (@bytes $($part:expr),+) => {{
+        const TEXT: &str = concat!($($part),+);
+        const BYTES: &[u8; TEXT.len()] = TEXT.as_bytes().first_chunk().expect("it is as long as it is");
+        BYTES
+    }};
+}
+pub(crate) use line;
+
+/// See the module.
+pub(crate) struct JsonLines {
+    writer: NonBlocking,
+}
+
+impl JsonLines {
+    pub(crate) const fn new(writer: NonBlocking) -> Self {
+        Self { writer }
+    }
+
+    #[expect(clippy::unnecessary_box_returns, reason = "it comes in one, and is kept in it")]
+    fn begin(&self) -> Box<Line> {
+        // What a value's own code says meanwhile, and a thread that ends, have a room of their own.
+        let mut line = KEPT.try_with(Cell::take).ok().flatten().unwrap_or_default();
+        line.begin(SystemTime::now());
+        line.writer = Some(self.writer.clone());
+        line
+    }
+}
+
+impl<S: Subscriber> Layer<S> for JsonLines {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut line = self.begin();
+        line.put(b"\",\"level\":\"");
+        line.put_all(event.metadata().level().as_str().as_bytes());
+        line.put(b"\"");
+        event.record(&mut *line);
+        line.end();
+    }
+}
+
+/// Who wants a line.
+pub(crate) enum Listener {
+    Nobody,
+    /// [`JsonLines`]: to be ended with [`Line::end`].
+    Lines(Box<Line>),
+    /// Somebody who is told of events.
+    Another,
+}
+
+/// For [`line!`].
+pub(crate) fn listener(callsite: &'static DefaultCallsite) -> Listener {
+    if *callsite.metadata().level() > LevelFilter::current() {
+        return Listener::Nobody;
+    }
+    let interest = callsite.interest();
+    if interest.is_never() {
+        return Listener::Nobody;
+    }
+    get_default(|listener| match listener.downcast_ref::<JsonLines>() {
+        _ if !interest.is_always() && !listener.enabled(callsite.metadata()) => Listener::Nobody,
+        Some(lines) => Listener::Lines(lines.begin()),
+        None => Listener::Another,
+    })
+}
+
+/// What [`line!`] can say.
+pub(crate) trait Said {
+    /// As tracing has it.
+    type Traced<'a>: tracing::Value
+    where
+        Self: 'a;
+
+    fn traced(&self) -> Self::Traced<'_>;
+
+    /// Appends it behind its name, which has a comma before it and a colon behind it.
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line);
+}
+
+impl Said for u64 {
+    type Traced<'a> = Self;
+
+    fn traced(&self) -> Self {
+        *self
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        line.put(name);
+        line.number(*self);
+    }
+}
+
+impl Said for u16 {
+    type Traced<'a> = Self;
+
+    fn traced(&self) -> Self {
+        *self
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        u64::from(*self).json(name, line);
+    }
+}
+
+impl Said for bool {
+    type Traced<'a> = Self;
+
+    fn traced(&self) -> Self {
+        *self
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        line.put(name);
+        line.flag(*self);
+    }
+}
+
+impl Said for &str {
+    type Traced<'a>
+        = &'a str
+    where
+        Self: 'a;
+
+    fn traced(&self) -> &str {
+        self
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        line.put(name);
+        line.text(self);
+    }
+}
+
+/// `None` is not said.
+impl<T: Said> Said for Option<T> {
+    type Traced<'a>
+        = Option<T::Traced<'a>>
+    where
+        Self: 'a;
+
+    fn traced(&self) -> Self::Traced<'_> {
+        self.as_ref().map(T::traced)
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        if let Some(value) = self {
+            value.json(name, line);
+        }
+    }
+}
+
+/// A word of ours, in which nothing has to be escaped: it is not looked for.
+pub(crate) const fn word(word: &'static str) -> Word {
+    Word(word)
+}
+
+/// See [`word`].
+pub(crate) struct Word(&'static str);
+
+impl Said for Word {
+    type Traced<'a> = &'static str;
+
+    fn traced(&self) -> &'static str {
+        self.0
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        line.put(name);
+        line.plain(self.0);
+    }
+}
+
+/// A text that has no quotes around it where lines are text.
+pub(crate) const fn unquoted(text: &str) -> Unquoted<'_> {
+    Unquoted(text)
+}
+
+/// See [`unquoted`].
+pub(crate) struct Unquoted<'a>(&'a str);
+
+impl Said for Unquoted<'_> {
+    type Traced<'a>
+        = DisplayValue<&'a str>
+    where
+        Self: 'a;
+
+    fn traced(&self) -> Self::Traced<'_> {
+        display(self.0)
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        self.0.json(name, line);
+    }
+}
+
+impl Said for SocketAddr {
+    type Traced<'a> = DisplayValue<&'a Self>;
+
+    fn traced(&self) -> Self::Traced<'_> {
+        display(self)
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        let Self::V4(address) = self else { return Shown(self).json(name, line) };
+        line.put(name);
+        // For `fmt` the five numbers take a thousand instructions.
+        let [a, b, c, d] = address.ip().octets();
+        for (before, number) in
+            [(b'"', a.into()), (b'.', b.into()), (b'.', c.into()), (b'.', d.into()), (b':', address.port())]
+        {
+            line.put(&[before]);
+            line.number(number.into());
+        }
+        line.put(b"\"");
+    }
+}
+
+/// What most lines lack, by its `Display`.
+pub(crate) const fn shown<T: fmt::Display>(value: T) -> Shown<T> {
+    Shown(value)
+}
+
+/// See [`shown`].
+pub(crate) struct Shown<T>(T);
+
+impl<T: fmt::Display> Said for Shown<T> {
+    type Traced<'a>
+        = DisplayValue<&'a T>
+    where
+        Self: 'a;
+
+    fn traced(&self) -> Self::Traced<'_> {
+        display(&self.0)
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+        line.put(name);
+        line.shown(format_args!("{}", self.0));
+    }
+}
+
+/// A line that lacks its end.
+pub(crate) struct Line {
+    /// All of it can be written to: so each write looks once whether there is enough of it.
+    room: Vec<u8>,
+    length: usize,
+    /// Of its moment, which the line before may have been in too; and the length up to the point behind it.
+    second: Option<u64>,
+    until_second: usize,
+    writer: Option<NonBlocking>,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self { room: vec![0; USUAL], length: 0, second: None, until_second: 0, writer: None }
+    }
+}
+
+impl Line {
+    /// So many bytes, for which there is always room.
+    #[inline]
+    fn room(&mut self, length: usize) -> &mut [u8] {
+        let (begin, end) = (self.length, self.length + length);
+        if self.room.len() < end {
+            self.grow(end);
+        }
+        self.length = end;
+        &mut self.room[begin..end]
+    }
+
+    #[cold]
+    fn grow(&mut self, end: usize) {
+        self.room.resize(end.max(2 * self.room.len()), 0);
+    }
+
+    /// What is known when this is compiled is copied in a few registers.
+    #[inline]
+    pub(crate) fn put<const N: usize>(&mut self, bytes: &[u8; N]) {
+        if let Some(room) = self.room(N).first_chunk_mut() {
+            *room = *bytes;
+        }
+    }
+
+    fn put_all(&mut self, bytes: &[u8]) {
+        self.room(bytes.len()).copy_from_slice(bytes);
+    }
+
+    /// In place of what was there, with its moment as RFC 3339 has it, in UTC, to the microsecond.
+    fn begin(&mut self, now: SystemTime) {
+        // No clock of a host with a log is set to before 1970.
+        let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+        if self.second != Some(since.as_secs()) {
+            self.second = Some(since.as_secs());
+            self.length = 0;
+            self.put(b"{\"timestamp\":\"");
+            self.put(&until_second(since.as_secs()));
+            self.until_second = self.length;
+        }
+        // Up to there it is as in the line before.
+        self.length = self.until_second;
+        let mut behind = *b"000000Z";
+        let micros = since.subsec_micros();
+        for (at, number) in [(0, micros / 10_000), (2, micros / 100 % 100), (4, micros % 100)] {
+            [behind[at], behind[at + 1]] = two_digits(number);
+        }
+        self.put(&behind);
+    }
+
+    /// Hands it over.
+    pub(crate) fn end(mut self: Box<Self>) {
+        self.put(b"}\n");
+        if let Some(mut writer) = self.writer.take() {
+            // Nobody is there to be told of an error; lines that are dropped are counted.
+            let _ = writer.write_all(&self.room[..self.length]);
+        }
+        if self.room.len() <= MAX_KEPT {
+            let _ = KEPT.try_with(|kept| kept.set(Some(self)));
+        }
+    }
+
+    /// Most have a digit or two.
+    #[inline]
+    fn number(&mut self, number: u64) {
+        if number < 10 {
+            self.put(&[b'0' + (number % 10) as u8]);
+        } else {
+            self.long_number(number);
+        }
+    }
+
+    fn long_number(&mut self, number: u64) {
+        let low = (number % 10_000) as u32;
+        let ([thousands, hundreds], [tens, ones]) = (two_digits(low / 100), two_digits(low % 100));
+        if number < 100 {
+            self.put(&[tens, ones]);
+        } else if number < 1_000 {
+            self.put(&[hundreds, tens, ones]);
+        } else {
+            if number >= 10_000 {
+                self.number(number / 10_000);
+            }
+            self.put(&[thousands, hundreds, tens, ones]);
+        }
+    }
+
+    fn flag(&mut self, flag: bool) {
+        if flag {
+            self.put(b"true");
+        } else {
+            self.put(b"false");
+        }
+    }
+
+    #[inline]
+    fn text(&mut self, text: &str) {
+        if text.is_empty() {
+            self.put(b"\"\"");
+        } else if is_plain(text.as_bytes()) {
+            self.plain(text);
+        } else {
+            self.escaped(text);
+        }
+    }
+
+    /// Of which nothing has to be escaped.
+    fn plain(&mut self, text: &str) {
+        if let [first, room @ .., last] = self.room(text.len() + 2) {
+            *first = b'"';
+            room.copy_from_slice(text.as_bytes());
+            *last = b'"';
+        }
+    }
+
+    #[cold]
+    fn escaped(&mut self, text: &str) {
+        self.put_all(Value::from(text).to_string().as_bytes());
+    }
+
+    /// It is written as it is, and once more if that was wrong.
+    fn shown(&mut self, text: fmt::Arguments<'_>) {
+        let begin = self.length;
+        self.put(b"\"");
+        // To memory nothing fails.
+        let _ = self.write_fmt(text);
+        let shown = &self.room[begin + 1..self.length];
+        if is_plain(shown) {
+            self.put(b"\"");
+        } else {
+            let shown = String::from_utf8_lossy(shown).into_owned();
+            self.length = begin;
+            self.text(&shown);
+        }
+    }
+
+    fn name(&mut self, field: &Field) {
+        self.put(b",\"");
+        self.put_all(field.name().as_bytes());
+        self.put(b"\":");
+    }
+
+    fn displayed(&mut self, field: &Field, number: impl fmt::Display) {
+        self.name(field);
+        let _ = write!(self, "{number}");
+    }
+}
+
+impl fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.put_all(text.as_bytes());
+        Ok(())
+    }
+}
+
+impl Visit for Line {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.displayed(field, Value::from(value));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.displayed(field, value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.name(field);
+        self.number(value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.name(field);
+        self.flag(value);
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.name(field);
+        self.text(value);
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.name(field);
+        self.shown(format_args!("{value:?}"));
+    }
+}
+
+/// JSON takes it as it is: it has no quote, no backslash, and nothing below a space. Eight bytes at once: one by one they took as long
+/// as all else of a line.
+#[inline(never)]
+fn is_plain(bytes: &[u8]) -> bool {
+    const ONES: u64 = u64::from_ne_bytes([1; 8]);
+    const HIGHEST: u64 = u64::from_ne_bytes([0x80; 8]);
+    // "Bit Twiddling Hacks", "Determine if a word has a byte less than n": exact for whether there is one.
+    let less = |word: u64, than: u8| word.wrapping_sub(ONES * u64::from(than)) & !word;
+    let has_odd = |word: u64| {
+        let is_byte = |byte: u8| less(word ^ (ONES * u64::from(byte)), 1);
+        (less(word, b' ') | is_byte(b'"') | is_byte(b'\\')) & HIGHEST != 0
+    };
+    // The last ones overlap with those before.
+    if let Some(last) = bytes.last_chunk() {
+        if has_odd(u64::from_ne_bytes(*last)) {
+            return false;
+        }
+        return !bytes[..bytes.len() - 1].as_chunks().0.iter().any(|word| has_odd(u64::from_ne_bytes(*word)));
+    }
+    if let (Some([a, b, c, d]), Some([e, f, g, h])) = (bytes.first_chunk(), bytes.last_chunk()) {
+        return !has_odd(u64::from_ne_bytes([*a, *b, *c, *d, *e, *f, *g, *h]));
+    }
+    !bytes.iter().any(|byte| matches!(byte, 0..b' ' | b'"' | b'\\'))
+}
+
+/// Of a moment this many seconds after 1970 began.
+fn until_second(second: u64) -> [u8; 20] {
+    let (days, second) = (second / 86_400, second % 86_400);
+    // Days are counted from the first of March of the year 0, so that a leap day is a year's last, and 400 years are 146,097 of them.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    // From March on five months have 153 days, and then again.
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
+    let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
+    let year = era * 400 + year;
+    let mut text = *b"0000-00-00T00:00:00.";
+    let numbers = [(0, year / 100), (2, year), (5, month), (8, day), (11, hour), (14, minute), (17, second)];
+    for (at, number) in numbers {
+        [text[at], text[at + 1]] = two_digits((number % 100) as u32);
+    }
+    text
+}
+
+/// Of a number below 100.
+#[inline]
+const fn two_digits(number: u32) -> [u8; 2] {
+    [b'0' + (number / 10 % 10) as u8, b'0' + (number % 10) as u8]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use serde_json::json;
+    use tracing_appender::non_blocking::NonBlockingBuilder;
+    use tracing_subscriber::{filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry};
+
+    use super::*;
+
+    /// Moments around the days that a calendar may be wrong about, next to those of `date -u`.
+    #[test]
+    fn moments() {
+        // In one line after the other, since a line has what it needs from the one before.
+        let mut line = Line::default();
+        let mut moment = |since| {
+            line.begin(UNIX_EPOCH + since);
+            let text = String::from_utf8_lossy(&line.room[..line.length]);
+            text.strip_prefix("{\"timestamp\":\"").expect("a moment").to_owned()
+        };
+        for (seconds, expected) in [
+            (0, "1970-01-01T00:00:00.000000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000000Z"),
+            (951_868_800, "2000-03-01T00:00:00.000000Z"),
+            (1_709_251_199, "2024-02-29T23:59:59.000000Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.000000Z"),
+            (1_735_689_600, "2025-01-01T00:00:00.000000Z"),
+            (1_772_323_199, "2026-02-28T23:59:59.000000Z"),
+            (1_772_323_200, "2026-03-01T00:00:00.000000Z"),
+            (4_107_542_399, "2100-02-28T23:59:59.000000Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.000000Z"),
+        ] {
+            assert_eq!(moment(Duration::from_secs(seconds)), expected);
+        }
+        assert_eq!(moment(Duration::from_nanos(1_000_042_999)), "1970-01-01T00:00:01.000042Z");
+        assert_eq!(moment(Duration::from_nanos(1_999_999_999)), "1970-01-01T00:00:01.999999Z");
+    }
+
+    const ODD: &str = "a \"quote\", a \\, a tab\t, an end\n, \u{0}\u{1b}[31m, \u{e4}\u{1f980}";
+
+    /// Whatever is in it, a line is an object, and its values are those that were given, in their types.
+    #[test]
+    fn a_line_is_an_object() {
+        let lines = lines_of(
+            |lines| registry().with(lines),
+            || {
+                tracing::info!(ODD, shown = %ODD, debug = ?ODD, plain = "a", "first");
+                tracing::warn!(
+                    u = u64::MAX,
+                    i = i64::MIN,
+                    f = 0.5,
+                    nan = f64::NAN,
+                    yes = true,
+                    none = None::<u64>,
+                    "second"
+                );
+            },
+        );
+        let first = json!({
+            "level": "INFO", "message": "first", "ODD": ODD, "shown": ODD, "debug": format!("{ODD:?}"), "plain": "a",
+        });
+        let second = json!({
+            "level": "WARN", "message": "second", "u": u64::MAX, "i": i64::MIN, "f": 0.5, "nan": null, "yes": true,
+        });
+        let lines: Vec<Value> = lines.iter().map(|line| serde_json::from_str(line).expect(line)).collect();
+        assert_eq!(lines, [first, second]);
+    }
+
+    /// What is said of a session is byte for byte what it is as an event of tracing, which it is for any other listener: as JSON, and as
+    /// text. With values of each kind, short and long ones, and with something to escape at each place of a word.
+    #[test]
+    fn a_line_is_an_event() {
+        let mut texts = vec![String::new(), ODD.to_owned(), "x".repeat(3 * MAX_KEPT)];
+        for length in 1..40 {
+            let plain = "\u{7f}~ !az#[]".repeat(5)[..length].to_owned();
+            texts.extend((0..length).map(|at| {
+                let mut odd = plain.clone();
+                odd.replace_range(at..=at, ["\"", "\\", "\u{1f}", "\u{e4}"][(at + length) % 4]);
+                odd
+            }));
+            texts.push(plain);
+        }
+        let addresses =
+            ["192.0.2.1:80", "0.10.255.99:65535", "[2001:db8::1]:443", "[fe80::1%7]:1", "[::ffff:192.0.2.1]:0"];
+        let addresses: Vec<SocketAddr> = addresses.iter().map(|address| address.parse().expect("an address")).collect();
+        let mut numbers = vec![0, 65_535, 1_000_200_003_000, u64::MAX];
+        numbers.extend((1..20).map(|places| 10_u64.pow(places)).flat_map(|power| [power - 1, power]));
+        let said = || {
+            for (index, text) in texts.iter().enumerate() {
+                let (address, number) = (addresses[index % addresses.len()], numbers[index % numbers.len()]);
+                let short = u16::try_from(number).ok();
+                line!(
+                    WARN,
+                    "a line",
+                    address,
+                    number,
+                    short,
+                    text = &**text,
+                    bare = unquoted(text),
+                    word = word("a word"),
+                    some = Some(&**text).filter(|_| index % 2 == 0),
+                    as_shown = Some(shown(format_args!("{number}{text}"))),
+                    yes = index % 3 == 0,
+                );
+            }
+        };
+        let traced = || {
+            for (index, text) in texts.iter().enumerate() {
+                let (address, number) = (addresses[index % addresses.len()], numbers[index % numbers.len()]);
+                let short = u16::try_from(number).ok();
+                let some = Some(&**text).filter(|_| index % 2 == 0);
+                let (as_shown, yes) = (format_args!("{number}{text}"), index % 3 == 0);
+                tracing::warn!(%address, number, short, text, bare = %text, word = "a word", some, %as_shown, yes, "a line");
+            }
+        };
+        let json = |lines| registry().with(lines);
+        let expected = lines_of(json, traced);
+        assert_eq!(expected.len(), texts.len());
+        for (index, (line, text)) in expected.iter().zip(&texts).enumerate() {
+            let (address, number) = (addresses[index % addresses.len()], numbers[index % numbers.len()]);
+            let text = Value::from(&**text).to_string();
+            let begin = "{\"level\":\"WARN\",\"message\":\"a line\"";
+            assert!(line.starts_with(&format!("{begin},\"address\":\"{address}\",\"number\":{number},")), "{line}");
+            assert!(line.contains(&format!("\"text\":{text},\"bare\":{text},\"word\":\"a word\"")), "{line}");
+        }
+        assert_eq!(lines_of(json, said), expected);
+        // Not as JsonLines alone is there.
+        assert_eq!(lines_of(|lines| registry().with(Another(lines)), said), expected);
+        let text = |told: &dyn Fn()| {
+            let (sender, lines) = mpsc::channel();
+            let layer = fmt_layer().without_time().with_writer(move || Lines(sender.clone()));
+            tracing::subscriber::with_default(registry().with(layer), told);
+            lines.iter().collect::<Vec<_>>()
+        };
+        assert_eq!(text(&said), text(&traced));
+    }
+
+    /// A line that nobody wants is none, and what it would have said is not computed: by level, by module, and where it has no such field.
+    #[test]
+    fn a_line_is_filtered() {
+        for (filter, is_wanted) in [
+            ("info", true),
+            ("warn", false),
+            ("off", false),
+            ("info,tidegate::lines=warn", false),
+            ("warn,tidegate::lines=info", true),
+            ("off,tidegate[{number}]=info", true),
+            ("off,tidegate[{message}]=info", true),
+            ("off,tidegate[{other}]=info", false),
+        ] {
+            let targets: Targets = filter.parse().expect("a filter");
+            let was_computed = Cell::new(false);
+            let filtered = |lines| registry().with(targets.clone()).with(lines);
+            let event = lines_of(filtered, || tracing::info!(number = 1, "a line"));
+            let lines = lines_of(filtered, || {
+                line!(
+                    INFO,
+                    "a line",
+                    number = {
+                        was_computed.set(true);
+                        1_u64
+                    },
+                );
+            });
+            assert_eq!((event.len(), was_computed.get()), (usize::from(is_wanted), is_wanted), "{filter}");
+            assert_eq!(lines, event, "{filter}");
+        }
+    }
+
+    /// What was said, without its moments.
+    fn lines_of<S>(subscriber: impl FnOnce(JsonLines) -> S, said: impl FnOnce()) -> Vec<String>
+    where
+        S: Subscriber + Send + Sync,
+    {
+        let (sender, lines) = mpsc::channel();
+        let (writer, guard) = NonBlockingBuilder::default().finish(Lines(sender));
+        tracing::subscriber::with_default(subscriber(JsonLines::new(writer)), said);
+        drop(guard);
+        let lines = lines.iter().collect::<Vec<_>>().concat();
+        let without_time = |line: &str| {
+            let (time, rest) = line.strip_prefix("{\"timestamp\":\"")?.split_once("\",")?;
+            (time.len() == 27 && time.starts_with("20") && time.ends_with('Z')).then(|| format!("{{{rest}"))
+        };
+        lines.lines().map(|line| without_time(line).expect(line)).collect()
+    }
+
+    /// Has [`JsonLines`] in it, which is not to be seen.
+    struct Another(JsonLines);
+
+    impl<S: Subscriber> Layer<S> for Another {
+        fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+            self.0.on_event(event, context);
+        }
+    }
+
+    /// Sends on what is written.
+    struct Lines(mpsc::Sender<String>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let text = String::from_utf8(bytes.to_vec()).map_err(std::io::Error::other)?;
+            self.0.send(text).map_err(std::io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+}
