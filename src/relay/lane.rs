@@ -3,6 +3,7 @@
 use std::{
     io,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,6 +29,8 @@ pub(super) struct Lane {
     pub(super) inside_frame: bool,
     /// Text or Binary: the first frame of the message that is under way.
     pub(super) opcode: Opcode,
+    /// When its last byte came, by [`Stamp::short`]. Here it has a place where there would be nothing else.
+    heard: u32,
     /// While bytes wait, or the other side is inside a frame: when it last took some, or they first had to wait. Else: since when neither
     /// is so.
     pub(super) progress: Stamp,
@@ -65,10 +68,22 @@ impl Lane {
             streams: false,
             inside_frame: false,
             opcode: Opcode::Binary,
+            heard: now.short(),
             progress: now,
             messages: 0,
             bytes: 0,
         }
+    }
+
+    /// So many bytes came.
+    pub(super) const fn has_read(&mut self, count: u64, now: Stamp) {
+        self.bytes += count;
+        self.heard = now.short();
+    }
+
+    /// For how long nothing has come. A side that is asked at all is asked more often than every 49 days.
+    pub(super) fn silence(&self, now: Stamp) -> Duration {
+        Duration::from_millis(now.short().wrapping_sub(self.heard).into())
     }
 
     /// The frame of `header` begins; up to `hold` bytes of payload are passed on only when whole.

@@ -194,14 +194,9 @@ pub struct Counts {
     pub crossed: u64,
 }
 
-/// Whether the sides are alive.
-#[derive(Debug)]
-struct Probes {
-    /// When the last byte of each came, by [`Stamp::short`].
-    heard: [u32; 2],
-    /// What they were asked, and have not answered.
-    asked: Option<Box<[Asked; 2]>>,
-}
+/// What the sides were asked to see whether they are alive, and have not answered.
+#[derive(Debug, Default)]
+struct Probes(Option<Box<[Asked; 2]>>);
 
 /// What a side has not answered.
 #[derive(Debug, Default)]
@@ -215,17 +210,8 @@ struct Asked {
 }
 
 impl Probes {
-    const fn new(now: Stamp) -> Self {
-        Self { heard: [now.short(); 2], asked: None }
-    }
-
-    /// For how long it has said nothing. A side that is asked at all is asked more often than every 49 days.
-    fn silence(&self, side: Side, now: Stamp) -> Duration {
-        Duration::from_millis(now.short().wrapping_sub(self.heard[side as usize]).into())
-    }
-
     fn asked(&self, side: Side) -> Option<&Asked> {
-        self.asked.as_ref().map(|asked| &asked[side as usize])
+        self.0.as_ref().map(|asked| &asked[side as usize])
     }
 
     fn deadline(&self, side: Side) -> Option<Stamp> {
@@ -233,13 +219,12 @@ impl Probes {
     }
 
     fn asked_mut(&mut self, side: Side) -> &mut Asked {
-        &mut self.asked.get_or_insert_default()[side as usize]
+        &mut self.0.get_or_insert_default()[side as usize]
     }
 
     /// It said something at all; true: it was waited for.
-    fn has_said(&mut self, side: Side, now: Stamp) -> bool {
-        self.heard[side as usize] = now.short();
-        let Some(asked) = &mut self.asked else { return false };
+    fn has_said(&mut self, side: Side) -> bool {
+        let Some(asked) = &mut self.0 else { return false };
         let was_awaited = asked[side as usize].deadline.take().is_some();
         self.tidy();
         was_awaited
@@ -247,7 +232,7 @@ impl Probes {
 
     /// Its Pong came; true: it is for a Ping of ours.
     fn has_answered(&mut self, side: Side, payload: &[u8]) -> bool {
-        let Some(asked) = &mut self.asked else { return false };
+        let Some(asked) = &mut self.0 else { return false };
         let asked = &mut asked[side as usize];
         let is_ours = asked.payload.is_some_and(|own| own.to_be_bytes() == *payload);
         if is_ours {
@@ -260,7 +245,7 @@ impl Probes {
     }
 
     fn tidy(&mut self) {
-        self.asked.take_if(|asked| asked.iter().all(Asked::is_nothing));
+        self.0.take_if(|asked| asked.iter().all(Asked::is_nothing));
     }
 }
 
@@ -342,7 +327,7 @@ impl Relay {
                 Lane::new(Sender::Server, rsv, &backend.early, now),
             ],
             streams: [client.stream, backend.stream],
-            probes: Probes::new(now),
+            probes: Probes::default(),
             read_done: [false; 2],
             broken: [false; 2],
             last_data: now,
@@ -742,8 +727,8 @@ impl Relay {
                 }
                 Ok(fresh) => {
                     // The timer may stand at the deadline, and the next Ping be due before.
-                    self.timer_is_late |= self.probes.has_said(side, now);
-                    lane.bytes += fresh as u64;
+                    self.timer_is_late |= self.probes.has_said(side);
+                    lane.has_read(fresh as u64, now);
                     self.shared.traffic.read(side, fresh as u64);
                     // Saves a round that would find nothing.
                     *dry = fresh < READ && stream.is_drained(cx, &mut lane.is_awaited);
@@ -1095,22 +1080,21 @@ impl Relay {
         if self.shared.config.ping_interval.is_zero() || self.ending.has_begun() || self.is_local(side) {
             return;
         }
-        let is_read = !self.lanes[side as usize].has_pending();
         let toward = &self.lanes[side.other() as usize];
         let (boundary, flushed) = (!toward.inside_frame, !toward.has_pending());
-        let probes = &mut self.probes;
-        if !is_read {
+        let (lane, probes) = (&mut self.lanes[side as usize], &mut self.probes);
+        if lane.has_pending() {
             // Suspended: its answer may lie unread.
-            probes.has_said(side, now);
+            lane.has_read(0, now);
+            probes.has_said(side);
             return;
         }
         match probes.deadline(side) {
             Some(_) if !flushed => probes.asked_mut(side).deadline = Some(now + self.shared.config.pong_timeout),
             Some(deadline) if now >= deadline => {
-                let inside_frame = self.lanes[side as usize].inside_frame;
-                self.ending.heard_gone(side, Gone::Silent, inside_frame, now);
+                self.ending.heard_gone(side, Gone::Silent, lane.inside_frame, now);
             }
-            None if probes.silence(side, now) >= self.shared.config.ping_interval && flushed && boundary => {
+            None if lane.silence(now) >= self.shared.config.ping_interval && flushed && boundary => {
                 let asked = probes.asked_mut(side);
                 asked.deadline = Some(now + self.shared.config.pong_timeout);
                 // The other side's Ping is as good as one of ours, and none of ours may overtake it.
@@ -1146,10 +1130,8 @@ impl Relay {
         });
         let probes = Side::BOTH.into_iter().filter(|side| pings && !self.is_local(*side)).map(|side| {
             let interval = self.shared.config.ping_interval;
-            let due = self
-                .probes
-                .deadline(side)
-                .unwrap_or_else(|| now + interval.saturating_sub(self.probes.silence(side, now)));
+            let silence = || self.lanes[side as usize].silence(now);
+            let due = self.probes.deadline(side).unwrap_or_else(|| now + interval.saturating_sub(silence()));
             // Due but not possible (back-pressure, inside a frame): looked at again in a while.
             Some(if due <= now { now + interval } else { due })
         });

@@ -38,10 +38,10 @@ impl Relay {
                 return Some(true);
             }
         };
-        self.timer_is_late |= self.probes.has_said(side, now);
+        self.timer_is_late |= self.probes.has_said(side);
         self.shared.traffic.read(side, count);
         let lane = &mut self.lanes[index];
-        lane.bytes += count;
+        lane.has_read(count, now);
         lane.keep(pipe, now);
         lane.tracker.skip(count);
         // The end of a frame is known before its bytes are written.

@@ -441,7 +441,8 @@ impl Context {
             self.doubt(client.ip());
         }
         if upstream.config().pool.mode == Mode::Shared {
-            return self.join(ask.request().into_owned(), about, seat).await;
+            // Boxed, as all that most handshakes do not come to: each has room for the largest of its steps.
+            return Box::pin(self.join(ask.request().into_owned(), about, seat)).await;
         }
         let exchange = upstream.websocket(ask, &self.home);
         let at = exchange.at();

@@ -30,7 +30,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::{
     Answer, Config, Connection, Control, Error, Failure, Reply, ReplyBody,
-    handshake::{self, First},
+    handshake::{self, First, Replay},
     tls,
 };
 use crate::{
@@ -189,15 +189,15 @@ pub(super) async fn websocket(
     let deadline = Instant::now() + config.handshake_timeout;
     let (version, head, parts) = match handshake::ask(stream, &ask.head(), config, deadline, control).await? {
         First::Switching(version, lines, stream, early) => (version, Switching::Lines(lines), Some((stream, early))),
+        // Boxed, since few come to it, and each has room for the largest of its steps.
         First::Other(asked) => {
-            let again = ask.request().into_owned().map(|()| Empty::<Bytes>::new());
-            let (response, mut driven) = send(asked, again, config, deadline, control).await?;
-            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(reply(response, driven, None).into());
+            let again = ask.request().into_owned();
+            match Box::pin(ask_again(asked, again, config, deadline, control)).await? {
+                Again::Switching(response, parts) => {
+                    (response.version(), Switching::Map(response.into_parts().0.headers), parts)
+                }
+                Again::Other(reply) => return Ok(reply.into()),
             }
-            // Behind another answer of 1xx.
-            poll_fn(|cx| driven.poll(cx)).await;
-            (response.version(), Switching::Map(response.into_parts().0.headers), driven.into_parts())
         }
     };
     let checked = match &head {
@@ -209,6 +209,30 @@ pub(super) async fn websocket(
     }
     let (stream, early) = parts.ok_or(Error::BadAccept("the connection is gone"))?;
     Ok(Answer::Tunnel { stream, early, head })
+}
+
+/// What hyper makes of an answer.
+enum Again {
+    Switching(Response<()>, Option<(Stream, Bytes)>),
+    Other(Reply),
+}
+
+/// Has hyper look at an answer that is no 101 at first sight.
+async fn ask_again(
+    asked: Replay,
+    request: Request<()>,
+    config: &Config,
+    deadline: Instant,
+    control: &Control,
+) -> Result<Again, Failure> {
+    let again = request.map(|()| Empty::<Bytes>::new());
+    let (response, mut driven) = send(asked, again, config, deadline, control).await?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(Again::Other(reply(response, driven, None)));
+    }
+    // Behind another answer of 1xx.
+    poll_fn(|cx| driven.poll(cx)).await;
+    Ok(Again::Switching(response.map(|_| ()), driven.into_parts()))
 }
 
 /// The client's part of RFC 6455 4.1, done on the client's behalf.

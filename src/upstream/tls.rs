@@ -123,7 +123,8 @@ pub(super) async fn secure(
         let what = "nobody knows what its certificate must be for: set upstream.tls_server_name".to_owned();
         return Err(Failure { error: Error::Tls { backend, what }, stream: Some(stream) });
     };
-    let encrypted = net::encrypt(stream, client, server, speaks.protocols(), deadline).await;
+    // Boxed: every dial would have room for it.
+    let encrypted = Box::pin(net::encrypt(stream, client, server, speaks.protocols(), deadline)).await;
     encrypted.map_err(|(error, stream)| {
         let error = match explain(&error) {
             Some(what) => Error::Tls { backend, what },
