@@ -83,7 +83,7 @@ const BEGUN: usize = 64;
 struct Driver {
     context: Arc<Context>,
     client: Client,
-    connection: Connection<Lent<Watched>, Bytes>,
+    connection: Box<Connection<Lent<Watched>, Bytes>>,
     back: Arc<Back<Watched>>,
     is_flooded: Arc<AtomicBool>,
     /// One for each stream.
@@ -125,9 +125,10 @@ impl Context {
         let (lent, back) = lend(Watched { stream, floods: Floods::default(), is_flooded: Arc::clone(&is_flooded) });
         let builder = downstream::stream_server(&self.downstream);
         let greeted = {
-            let handshake = pin!(builder.handshake::<_, Bytes>(lent));
+            // Both boxed: what follows lasts for long, and would keep room for them.
+            let handshake = Box::pin(builder.handshake::<_, Bytes>(lent));
             tokio::select! {
-                greeted = handshake => greeted.map_err(|error| debug!(%client, %error, "no HTTP/2")).ok(),
+                greeted = handshake => greeted.map(Box::new).map_err(|error| debug!(%client, %error, "no HTTP/2")).ok(),
                 () = self.late(deadline) => None,
             }
         };
@@ -562,7 +563,8 @@ impl Driver {
         let (client, guard) = (self.client.clone(), accounting.guard.one_more());
         let asked = Asked { request, intent, body, respond, user: Arc::clone(&self.users) };
         let tracker = context.tracker.clone();
-        tracker.spawn(context.serve_stream(asked, client, guard));
+        // Boxed, since h2 keeps its waker until somebody else waits for this stream, and with that the task's memory: without its future that is little.
+        tracker.spawn(Box::pin(context.serve_stream(asked, client, guard)));
     }
 }
 

@@ -138,7 +138,9 @@ impl Context {
         if client.is_http2 {
             // Each of its requests has to have a place there.
             drop(permit);
-            return self.latest().serve_http2(stream, client, accounting, deadline, None).await;
+            // In a task of its own, since that of the handshake is larger.
+            self.tracker.spawn(Box::pin(self.latest().serve_http2(stream, client, accounting, deadline, None)));
+            return;
         }
         let early = {
             let mut late = pin!(self.late(deadline));
@@ -175,7 +177,8 @@ impl Context {
         let this = self.latest();
         match Whole::read(early, &this.downstream) {
             Ok((handshake, early)) => {
-                this.shake_hands(stream, Asked { handshake, early }, client, accounting, Some(permit)).await;
+                let asked = Asked { handshake, early };
+                Box::pin(this.shake_hands(stream, asked, client, accounting, Some(permit))).await;
             }
             Err(early) => {
                 let deadline = Instant::now() + left;
