@@ -563,7 +563,8 @@ impl Driver {
         let (client, guard) = (self.client.clone(), accounting.guard.one_more());
         let asked = Asked { request, intent, body, respond, user: Arc::clone(&self.users) };
         let tracker = context.tracker.clone();
-        // Boxed, since h2 keeps its waker until somebody else waits for this stream, and with that the task's memory: without its future that is little.
+        // Boxed: h2 keeps its waker, and with that the task's memory, until somebody else waits for this stream. Without its future that is
+        // little.
         tracker.spawn(Box::pin(context.serve_stream(asked, client, guard)));
     }
 }
