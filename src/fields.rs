@@ -122,8 +122,12 @@ pub fn text(value: &[u8]) -> Option<&str> {
 
 /// The comma-separated elements of a field, over all its lines; what is no visible ASCII is passed over.
 pub fn tokens<'a>(header: &'a impl Header, name: &HeaderName) -> impl Iterator<Item = &'a str> {
-    let values = header.values_of(name).filter_map(text);
-    values.flat_map(|value| value.split(',')).map(str::trim_ascii).filter(|token| !token.is_empty())
+    header.values_of(name).filter_map(text).flat_map(tokens_of)
+}
+
+/// Those of one value.
+pub fn tokens_of(value: &str) -> impl Iterator<Item = &str> {
+    value.split(',').map(str::trim_ascii).filter(|token| !token.is_empty())
 }
 
 /// As [`tokens`]; `None` stands for an element that is no visible ASCII.

@@ -18,7 +18,7 @@ use super::{
     headers::{SWITCHING, forward_lines, forward_request},
 };
 use crate::{
-    fields::{Ask, Header, Lines, Spans, spans, text, tokens, write_header},
+    fields::{Ask, Header, Lines, Spans, spans, text, tokens, tokens_of, write_header},
     net::Secured,
 };
 
@@ -57,17 +57,20 @@ pub struct Whole {
     lines: Lines,
     target: Uri,
     key: [u8; KEY],
+    /// See [`super::lists_more`].
+    lists_more: bool,
 }
 
 impl Whole {
     /// What `bytes` begin with, and what is behind it, when it is there as a whole and as it should be; else they are given back.
     ///
     /// Nearly all are, and then hyper is not needed: no body, no second request. Else hyper shall look at it, and [`intent`] say what is
-    /// wrong if something is: nothing is taken here that is not taken there. Reading is httparse's work either way.
+    /// wrong if something is: what is taken here is what is taken there. Reading is httparse's work either way.
     pub fn read(mut bytes: Bytes, config: &Config) -> Result<(Self, Bytes), Bytes> {
-        let Some((spans, target, key, length)) = read_usual(&bytes, config) else { return Err(bytes) };
+        let Some((usual, length)) = read_usual(&bytes, config) else { return Err(bytes) };
+        let Usual { spans, target, key, lists_more } = usual;
         let behind = bytes.split_off(length);
-        Ok((Self { lines: Lines::new(bytes, spans), target, key }, behind))
+        Ok((Self { lines: Lines::new(bytes, spans), target, key, lists_more }, behind))
     }
 
     /// As it came.
@@ -76,8 +79,16 @@ impl Whole {
     }
 }
 
-/// The lines of a handshake, its target, its key, and the length of its header.
-fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Spans, Uri, [u8; KEY], usize)> {
+/// What is found in a handshake.
+struct Usual {
+    spans: Spans,
+    target: Uri,
+    key: [u8; KEY],
+    lists_more: bool,
+}
+
+/// A handshake, and the length of its header.
+fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Usual, usize)> {
     let mut fields = [const { MaybeUninit::uninit() }; MAX_HEADERS];
     let mut head = httparse::Request::new(&mut []);
     let fields = &mut fields[..config.header_count.min(MAX_HEADERS)];
@@ -88,7 +99,7 @@ fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Spans, Uri, [u8; KEY], 
     }
     // What must be there once, and be as it should be; see `intent`.
     let [mut hosts, mut upgrades, mut keys, mut versions] = [0; 4];
-    let (mut names_upgrade, mut key) = (false, [0; KEY]);
+    let (mut options, mut names_upgrade, mut lists_more, mut key) = (0, false, false, [0; KEY]);
     for httparse::Header { name, value } in &*head.headers {
         let is = |known: &HeaderName| name.eq_ignore_ascii_case(known.as_str());
         // In this order: of most lengths there is none.
@@ -98,14 +109,16 @@ fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Spans, Uri, [u8; KEY], 
                 is_host(value)
             }
             6 if is(&EXPECT) => false,
-            7 if is(&UPGRADE) => {
+            7 if is(&UPGRADE) => tokens_of(text(value)?).all(|protocol| {
                 upgrades += 1;
-                value.eq_ignore_ascii_case(b"websocket")
-            }
-            10 if is(&CONNECTION) => value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).all(|option| {
-                let is_upgrade = option.eq_ignore_ascii_case(b"upgrade");
+                protocol.eq_ignore_ascii_case("websocket")
+            }),
+            10 if is(&CONNECTION) => tokens_of(text(value)?).all(|option| {
+                options += 1;
+                let is_upgrade = option.eq_ignore_ascii_case("upgrade");
                 names_upgrade |= is_upgrade;
-                is_upgrade || option.eq_ignore_ascii_case(b"keep-alive")
+                lists_more |= !is_upgrade && !option.eq_ignore_ascii_case("keep-alive");
+                options <= MAX_CONNECTION_OPTIONS && !names_what_a_handshake_needs(option)
             }),
             14 if is(&CONTENT_LENGTH) => false,
             17 if is(&SEC_WEBSOCKET_KEY) => {
@@ -127,7 +140,8 @@ fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Spans, Uri, [u8; KEY], 
     if !names_upgrade || [hosts, upgrades, keys, versions] != [1; 4] {
         return None;
     }
-    Some((spans(head.headers, bytes)?, Uri::try_from(target).ok()?, key, length))
+    let (spans, target) = (spans(head.headers, bytes)?, Uri::try_from(target).ok()?);
+    Some((Usual { spans, target, key, lists_more }, length))
 }
 
 /// A valid WebSocket handshake, whoever has read it.
@@ -165,7 +179,8 @@ impl Opening for &Whole {
     }
 
     fn forward(self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool) {
-        let (head, was_replaced) = forward_lines(&self.target, &self.lines, client, secured, trusted, id);
+        let lines = (&self.lines, self.lists_more);
+        let (head, was_replaced) = forward_lines(&self.target, lines, client, secured, trusted, id);
         (Ask::Written(head, self.key), was_replaced)
     }
 }

@@ -156,7 +156,7 @@ pub fn forward_request<B>(
 /// The same for a handshake that was read here: `Host` is there once, the target is a path. It is written as it goes out.
 pub(super) fn forward_lines(
     target: &Uri,
-    lines: &Lines,
+    (lines, lists_more): (&Lines, bool),
     client: IpAddr,
     secured: Option<&Secured>,
     trusted: &[IpNet],
@@ -165,8 +165,7 @@ pub(super) fn forward_lines(
     let client = client.to_canonical();
     let is_trusted = is_trusted(client, trusted);
     let (is_verified, certificate) = certificate(secured);
-    // Nothing else is listed in those that are read here.
-    let passage = Passage { header: lines, lists_more: false, is_unbelieved: !is_trusted, is_verified };
+    let passage = Passage { header: lines, lists_more, is_unbelieved: !is_trusted, is_verified };
     let mut head = Vec::with_capacity(lines.length() + ADDED);
     let path = target.path_and_query().map_or("/", PathAndQuery::as_str);
     for part in ["GET ", path, " HTTP/1.1\r\n"] {
@@ -462,6 +461,9 @@ mod tests {
                             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n".to_owned();
             text.extend(lines.into_iter().map(|(name, value)| format!("{}: {}\r\n", NAMES[name], VALUES[value])));
             let read = Whole::read((text.clone() + "\r\n").into(), &crate::config::Settings::default().downstream);
+            let request = Ask::Written((text.clone() + "\r\n").into(), [0; 24]).request().into_owned();
+            let is_of_a_body = ["content-length", "transfer-encoding"].iter().any(|name| request.headers().contains_key(*name));
+            prop_assert_eq!(read.is_ok(), intent(&request) == Ok(Intent::WebSocket) && !is_of_a_body, "{}", text);
             let Ok((whole, _)) = read else { return Ok(()) };
             let certificates = [
                 ClientCertificate::NotAsked,
@@ -477,7 +479,6 @@ mod tests {
             let trusted = ["10.0.0.0/8".parse().unwrap()];
             let client = if is_trusted { "10.0.0.1" } else { "203.0.113.7" }.parse().unwrap();
             let mut map = whole.into_request();
-            prop_assert_eq!(intent(&map), Ok(Intent::WebSocket), "{}", text);
             let was_replaced = forward_request(&mut map, client, secured.as_ref(), &trusted, "an-id", true);
             let (ask, is_same) = whole.forward(client, secured.as_ref(), &trusted, "an-id");
             prop_assert!(matches!(ask, Ask::Written(..)));
