@@ -14,6 +14,7 @@ mod tunnels;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -239,7 +240,6 @@ impl Linger {
     /// `peer_is_done`: its Close frame (or the end of its last message) was received, so it sends nothing more of
     /// its own accord, and the wait may end when the peer's kernel has everything.
     pub fn add(&self, side: Side, stream: Stream, peer_is_done: bool, patience: &Patience, keeps: Keeps) {
-        let now = Instant::now();
         // Behind its Close comes its close_notify, for which a socket that is gone would reset it.
         let peer_is_done = peer_is_done && !matches!(stream, Stream::Tls(_));
         let (stream, unsent) = match stream.into_last() {
@@ -253,6 +253,19 @@ impl Linger {
                 return self.inner.count(side, Lingered::Evicted);
             }
         };
+        self.keep(side, stream, unsent, peer_is_done, patience, keeps);
+    }
+
+    fn keep(
+        &self,
+        side: Side,
+        stream: Stream,
+        unsent: Box<[u8]>,
+        peer_is_done: bool,
+        patience: &Patience,
+        keeps: Keeps,
+    ) {
+        let now = Instant::now();
         if unsent.is_empty() && !send_fin(&stream) {
             return self.inner.count(side, Lingered::Reset);
         }
@@ -309,6 +322,7 @@ impl Linger {
     pub async fn run(self) {
         let inner = &*self.inner;
         let mut tunnels = FuturesUnordered::new();
+        let mut alarm = pin!(sleep_until(Instant::now()));
         loop {
             let (wake, is_over) = {
                 let mut sockets = inner.lock();
@@ -318,6 +332,12 @@ impl Linger {
             };
             if is_over {
                 return;
+            }
+            // Most are gone before they are due. Then it fires for nothing once in a while, which is less than to set it for each.
+            if let Some(wake) = wake
+                && (alarm.is_elapsed() || wake < alarm.deadline())
+            {
+                alarm.as_mut().reset(wake);
             }
             tokio::select! {
                 () = inner.news.changed.notified() => {
@@ -331,7 +351,7 @@ impl Linger {
                     }
                 }
                 Some((side, how)) = tunnels.next(), if !tunnels.is_empty() => inner.count(side, how),
-                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
+                () = &mut alarm, if wake.is_some() => {
                     let now = Instant::now();
                     loop {
                         let due = inner.lock().first_due(now);
@@ -447,6 +467,8 @@ impl Socket {
                 return Some(Lingered::Reset);
             }
         }
+        // A peer that has ended may still read, and of TLS it wants the last word: its FIN is found again when that has gone.
+        let found = if self.unsent.is_empty() || !matches!(found, Discarded::Fin) { found } else { Discarded::Nothing };
         let left = (!has_news).then(|| self.stream.unacked().unwrap_or(0) + self.unsent.len());
         self.wait.go_on(&found, left, now)
     }

@@ -104,6 +104,24 @@ async fn a_peer_that_has_ended_misses_nothing() {
     scene.until("fin", 1).await;
 }
 
+/// A peer's FIN does not keep from it what was still to go out, such as TLS's last word behind a full buffer.
+#[tokio::test]
+async fn a_peer_that_has_ended_is_told_the_rest() {
+    let scene = Scene::new(10).await;
+    let (mut ours, mut peer) = scene.pair().await;
+    peer.shutdown().await.expect("open");
+    let (more, mut sent, mut cx) = (vec![7; 64 << 10], 0, Context::from_waker(Waker::noop()));
+    while let Poll::Ready(written) = Pin::new(&mut ours).poll_write(&mut cx, &more) {
+        sent += written.expect("open");
+    }
+    let rest = vec![8; 64 << 10];
+    scene.linger.keep(Side::Client, ours, rest.as_slice().into(), false, &PATIENT, Keeps::Nothing);
+    let mut received = Vec::new();
+    let (read, ()) = tokio::join!(peer.read_to_end(&mut received), scene.until("fin", 1));
+    assert_eq!(read.expect("no reset"), sent + rest.len());
+    assert!(received.ends_with(&rest));
+}
+
 #[tokio::test]
 async fn a_peer_that_is_done_need_not_end() {
     let scene = Scene::new(10).await;
