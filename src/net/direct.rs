@@ -58,6 +58,23 @@ impl<'a> Bare<'a> {
     }
 }
 
+/// One kind of [`Bare`] socket: what is done by the message is compiled for each, with the call to the kernel in the middle of it.
+trait Watched: AsFd {
+    fn try_io(&self, interest: Interest, call: impl FnOnce() -> io::Result<()>) -> io::Result<()>;
+}
+
+impl Watched for TcpStream {
+    fn try_io(&self, interest: Interest, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.try_io(interest, call)
+    }
+}
+
+impl Watched for UnixStream {
+    fn try_io(&self, interest: Interest, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.try_io(interest, call)
+    }
+}
+
 /// What came of one call.
 enum Call {
     /// The socket is not ready, as the runtime has known it for a while.
@@ -76,11 +93,7 @@ pub(super) fn poll_recv(
     is_awaited: &mut bool,
 ) -> Poll<io::Result<usize>> {
     loop {
-        let length = into.len();
-        let read = transfer(socket, Interest::READABLE, length, || {
-            recv(socket.fd(), &mut *into, RecvFlags::empty()).map(|(count, _)| count)
-        });
-        match read {
+        match recv_once(socket, into) {
             Call::Done(read) => {
                 *is_awaited = false;
                 return Poll::Ready(read);
@@ -94,9 +107,7 @@ pub(super) fn poll_recv(
 
 /// Reads what there is; `None`: there is nothing, as far as is known.
 pub(super) fn try_recv(socket: Bare<'_>, into: &mut [u8]) -> Option<io::Result<usize>> {
-    let length = into.len();
-    let call = || recv(socket.fd(), &mut *into, RecvFlags::empty()).map(|(count, _)| count);
-    match transfer(socket, Interest::READABLE, length, call) {
+    match recv_once(socket, into) {
         Call::Done(read) => Some(read),
         Call::Unready | Call::Refused => None,
     }
@@ -121,17 +132,34 @@ pub(super) fn poll_send(
     // or for 200 ms.
     let flags = if fin_follows { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
     loop {
-        match transfer(socket, Interest::WRITABLE, bytes.len(), || send(socket.fd(), bytes, flags)) {
+        let sent = match socket {
+            Bare::Tcp(stream) => transfer(stream, Interest::WRITABLE, bytes.len(), || send(stream, bytes, flags)),
+            Bare::Unix(stream) => transfer(stream, Interest::WRITABLE, bytes.len(), || send(stream, bytes, flags)),
+        };
+        match sent {
             Call::Done(sent) => return Poll::Ready(sent),
             Call::Unready | Call::Refused => ready!(socket.poll_write_ready(cx))?,
         }
     }
 }
 
+fn recv_once(socket: Bare<'_>, into: &mut [u8]) -> Call {
+    fn from(socket: &impl Watched, into: &mut [u8]) -> Call {
+        let length = into.len();
+        transfer(socket, Interest::READABLE, length, || {
+            recv(socket, &mut *into, RecvFlags::empty()).map(|(count, _)| count)
+        })
+    }
+    match socket {
+        Bare::Tcp(stream) => from(stream, into),
+        Bare::Unix(stream) => from(stream, into),
+    }
+}
+
 /// One call, if the socket may be ready. A call that moved less than `length` has moved all that there was, or all that there was room for
 /// (epoll(7), questions and answers, 9), so that the kernel is not asked again just to hear so.
 fn transfer(
-    socket: Bare<'_>,
+    socket: &impl Watched,
     interest: Interest,
     length: usize,
     mut call: impl FnMut() -> rustix::io::Result<usize>,
