@@ -46,42 +46,47 @@ impl Feed {
         let feed = self.clone();
         async move |c: &mut Peer| {
             let request = c.read_head().await;
-            let mut next = feed.words.read(Vec::len);
-            feed.heads.change(|heads| heads.push(request.clone()));
-            let mut response = Message::switching(&request);
-            if let Some(protocols) = request.field("Sec-WebSocket-Protocol") {
-                let first = protocols.split(',').next().unwrap_or_default();
-                response = response.header("Sec-WebSocket-Protocol", first).header("Set-Cookie", "first=1");
-            }
-            c.reply(response).await;
-            loop {
-                let word = tokio::select! {
-                    word = feed.words.until(LIMIT, |words| words.get(next).cloned()) => word.expect("a word in time"),
-                    frame = c.next_frame(LIMIT) => {
-                        let Ok(frame) = frame else { return };
-                        match frame.opcode {
-                            CLOSE => {
-                                c.answer_close().await;
-                                return;
-                            }
-                            PING => _ = c.send(&Frame::new(PONG, &frame.payload)).await,
-                            PONG => feed.heard.change(|heard| heard.push("pong".to_owned())),
-                            _ => feed.heard.change(|heard| heard.push(frame.text())),
+            feed.serve(c, request).await;
+        }
+    }
+
+    /// What one does that has said this.
+    async fn serve(&self, c: &mut Peer, request: Message) {
+        let mut next = self.words.read(Vec::len);
+        self.heads.change(|heads| heads.push(request.clone()));
+        let mut response = Message::switching(&request);
+        if let Some(protocols) = request.field("Sec-WebSocket-Protocol") {
+            let first = protocols.split(',').next().unwrap_or_default();
+            response = response.header("Sec-WebSocket-Protocol", first).header("Set-Cookie", "first=1");
+        }
+        c.reply(response).await;
+        loop {
+            let word = tokio::select! {
+                word = self.words.until(LIMIT, |words| words.get(next).cloned()) => word.expect("a word in time"),
+                frame = c.next_frame(LIMIT) => {
+                    let Ok(frame) = frame else { return };
+                    match frame.opcode {
+                        CLOSE => {
+                            c.answer_close().await;
+                            return;
                         }
-                        continue;
+                        PING => _ = c.send(&Frame::new(PONG, &frame.payload)).await,
+                        PONG => self.heard.change(|heard| heard.push("pong".to_owned())),
+                        _ => self.heard.change(|heard| heard.push(frame.text())),
                     }
-                };
-                next += 1;
-                match word {
-                    Word::Say(frame) => _ = c.send(&frame).await,
-                    Word::Close(code, reason) => {
-                        c.send_close(code, reason).await;
-                        c.until_end().await;
-                        return;
-                    }
-                    Word::Fin => return,
-                    Word::Rst => return c.rst(),
+                    continue;
                 }
+            };
+            next += 1;
+            match word {
+                Word::Say(frame) => _ = c.send(&frame).await,
+                Word::Close(code, reason) => {
+                    c.send_close(code, reason).await;
+                    c.until_end().await;
+                    return;
+                }
+                Word::Fin => return,
+                Word::Rst => return c.rst(),
             }
         }
     }
@@ -543,6 +548,107 @@ fn who_comes_late_gets_what_was() {
             leave(c).await;
         });
         t.no_rst();
+    }
+}
+
+/// With `batch_delay` what comes one by one goes out together, and an end does not wait: neither a Close of the backend's nor its loss. Method:
+/// the longest delay there is. While one WebSocket's messages wait, which tidegate has read one by one, another's last message and its Close
+/// reach a client, and so does what a third one's backend says before it is lost; then the three messages come with one read. The machine may
+/// be so slow that the delay is over meanwhile, so one try out of some has to go like this.
+#[test]
+fn what_waits_goes_out_together() {
+    const TRIES: usize = 5;
+    let feeds = ["/feed/waits", "/feed/closes", "/feed/is_lost"].map(|target| (target, Feed::new()));
+    let t = Scene::new(&settings("idle_timeout = '0s', batch_delay = '1s'", ""))
+        .backend({
+            let feeds = feeds.clone();
+            async move |c: &mut Peer| {
+                let request = c.read_head().await;
+                let (_, feed) = feeds.iter().find(|(target, _)| request.target() == *target).expect("a feed");
+                feed.serve(c, request).await;
+            }
+        })
+        .start();
+    let [(waits, waiting), (closes, closing), (is_lost, losing)] = &feeds;
+    let mut tries = Vec::new();
+    while tries.len() < TRIES {
+        let (order, joined) = (Board::new(Vec::new()), Gate::new("the first client has joined"));
+        let first = t.start_client({
+            let (waits, order, joined) = (*waits, order.clone(), joined.clone());
+            async move |c| {
+                c.handshake(waits).await;
+                joined.open();
+                c.sip(4096).await;
+                order.change(|order| order.push(c.seen().texts().join(" ")));
+                for text in ["one", "two", "three"] {
+                    assert_eq!(c.read_text().await, text);
+                }
+                leave(c).await;
+            }
+        });
+        joined.pass();
+        let before = t.proxy().metrics().count("tidegate_shared_messages_total");
+        for (text, count) in [("one", 1), ("two", 2), ("three", 3)] {
+            waiting.text(text);
+            let is_read = |metrics: &Metrics| metrics.count("tidegate_shared_messages_total") == before + count;
+            t.proxy().metrics_when("that it was read", is_read);
+        }
+        for (target, feed, word) in [(closes, closing, Word::Close(1000, "done")), (is_lost, losing, Word::Fin)] {
+            t.client(async |c| {
+                c.handshake(target).await;
+                feed.text("last");
+                feed.say(word.clone());
+                assert_eq!(c.read_text().await, "last");
+                if let Word::Close(code, _) = word {
+                    assert_eq!(c.read_close().await, code);
+                    c.answer_close().await;
+                    assert_eq!(c.until_end().await.end, End::Fin);
+                } else {
+                    leave(c).await;
+                }
+            });
+            order.change(|order| order.push((*target).to_owned()));
+        }
+        first.join();
+        tries.push(order.read(Clone::clone));
+        if tries.last().is_some_and(|order| *order == [*closes, *is_lost, "one two three"]) {
+            break;
+        }
+    }
+    let last = tries.last().expect("a try");
+    assert_eq!(*last, [*closes, *is_lost, "one two three"], "{tries:?}");
+    t.no_rst();
+}
+
+/// With `batch_delay` nobody is slow because of what waits: a small message does, then one comes that is as large as all that may be kept, or
+/// larger.
+#[test]
+fn what_waits_is_not_dropped() {
+    for (queue_bytes, size) in [("1KiB", 1000), ("1KiB", 5000), ("1MiB", (1 << 20) - 10)] {
+        for policy in ["disconnect", "drop_oldest", "conflate"] {
+            let feed = Feed::new();
+            let keys = format!("queue_bytes = '{queue_bytes}', slow_client = '{policy}'");
+            let t = scene(&feed, &format!("idle_timeout = '0s', batch_delay = '1s', {keys}"));
+            let all = Meeting::of(2);
+            let told = ["small".repeat(20), "x".repeat(size)];
+            t.clients(2, async |c: &mut Peer| {
+                c.handshake("/feed/a").await;
+                if all.join().await {
+                    feed.text(&told[0]);
+                    let is_read = |metrics: &Metrics| metrics.count("tidegate_shared_messages_total") == 1;
+                    t.proxy().metrics_when("that it was read", is_read);
+                    feed.text(&told[1]);
+                }
+                for text in &told {
+                    assert!(c.read_text().await == *text, "{keys}");
+                }
+                leave(c).await;
+            });
+            let metrics = t.proxy().metrics();
+            assert!(metrics.sum("tidegate_shared_slow_clients_total") < 0.5, "{keys}");
+            assert_eq!(metrics.count("tidegate_shared_deliveries_total"), 4, "{keys}");
+            t.no_rst();
+        }
     }
 }
 

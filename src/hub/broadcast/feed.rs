@@ -19,6 +19,7 @@ use super::{
         roll::{State, given_up},
     },
     Hub,
+    delay::Delay,
 };
 use crate::{
     hub::{
@@ -115,6 +116,7 @@ impl Feed {
         let hub = &self.hub;
         let judge = if hub.inbound.is_some() { for_all_who_speak } else { for_all };
         let mut asked = pin!(hub.end.cancelled());
+        let mut delay = Delay::new(hub.sharing.batch_delay);
         // For the message that goes out.
         let mut memory = None;
         poll_fn(|cx| {
@@ -147,7 +149,14 @@ impl Feed {
                 }
             }
             let is_full = frames.len() >= BATCH.0 || bytes >= BATCH.1;
-            hub.push(frames);
+            if !frames.is_empty() {
+                delay.came(hub.push(frames));
+            }
+            // The next message may be long in coming. With a Close of the backend's all goes out anyway.
+            let is_lost = matches!(over, Some(Over::Lost));
+            if (is_lost && delay.stop()) || delay.poll(cx).is_ready() {
+                hub.go_out();
+            }
             if let Some(over) = over {
                 return Poll::Ready(over);
             }

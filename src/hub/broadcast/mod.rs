@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! backend -> relay -> feed.rs -> ring.rs: each message once -> member.rs: a place in the ring per client -> leg -> relay -> client
-//!                                         ward.rs: wakes those of a worker there
+//!            delay.rs: waits for more     ward.rs: wakes those of a worker there
 //! backend <- relay <- feed.rs <- inbound.rs <- member.rs, if allow_client_messages
 //! ```
 //!
 //! Nobody is waited for: neither a client that does not read, nor a worker that is busy.
 
+mod delay;
 mod feed;
 mod inbound;
 mod member;
@@ -32,8 +33,8 @@ use self::{
     feed::Feed,
     inbound::Inbound,
     member::Member,
-    ring::Ring,
-    ward::{Batch, Ward},
+    ring::{Batch, Ring},
+    ward::Ward,
 };
 use super::{
     Opener,
@@ -53,6 +54,8 @@ use crate::{
 /// What all clients of a key have in common.
 pub(super) struct Hub {
     ring: Ring,
+    /// Messages that are kept for those who are behind.
+    queue_messages: usize,
     /// By worker.
     wards: Box<[Ward]>,
     /// Of a route where clients may say something.
@@ -85,9 +88,16 @@ impl Hub {
         let known = opener.roll.enter(&opener.route, Kind::Broadcast, key.digest());
         let line = opener.lines.open(key.request(), home).await?;
         known.is_at(&line.endpoint);
-        let Config { queue_messages, queue_bytes, allow_client_messages, .. } = *opener.sharing;
+        let Config { queue_messages, queue_bytes, batch_delay, allow_client_messages, .. } = *opener.sharing;
+        let batch = if batch_delay.is_zero() {
+            Batch::default()
+        } else {
+            Batch { messages: queue_messages / 2, bytes: queue_bytes / 2 }
+        };
         let hub = Arc::new(Self {
-            ring: Ring::new(queue_bytes, Memory::new(&opener.admission)),
+            ring: Ring::new(queue_bytes, batch, Memory::new(&opener.admission)),
+            // Room for what waits, as in bytes.
+            queue_messages: queue_messages + batch.messages,
             wards: (0..home.workers).map(|_| Ward::default()).collect(),
             inbound: allow_client_messages
                 .then(|| Inbound::new(queue_messages, queue_bytes, Memory::new(&opener.admission))),
@@ -165,15 +175,8 @@ impl Hub {
     /// Wakes the clients of a worker, on that worker, until it is over.
     async fn watch(self: Arc<Self>, worker: usize) {
         let (ward, mut woken) = (&self.wards[worker], Vec::new());
-        let Config { batch_delay: delay, queue_messages, queue_bytes, .. } = *self.sharing;
-        // Nobody is to be behind by what is kept because of what waits.
-        let batch = Batch { delay, messages: queue_messages as u64 / 2, bytes: queue_bytes as u64 / 2 };
-        let mut told = (0, 0);
         loop {
             ward.called().await;
-            if !delay.is_zero() {
-                ward.gather(&self.ring, &batch, &mut told).await;
-            }
             let is_over = self.ring.is_over();
             ward.wake(self.ring.first(), is_over, &mut woken);
             if is_over {
@@ -191,15 +194,27 @@ impl Hub {
         }
     }
 
-    /// Messages came.
-    fn push(&self, frames: Vec<Bytes>) {
-        if frames.is_empty() {
-            return;
-        }
+    /// Messages came. Gives whether they wait for more.
+    fn push(&self, frames: Vec<Bytes>) -> bool {
         self.metrics.shared_messages.inc_by(frames.len() as u64);
         // Where nobody is behind, what is kept is for whoever joins.
-        let most = if self.is_alone() { self.replayed() } else { self.sharing.queue_messages };
-        self.metrics.shared_queue_bytes.inc_by(self.ring.push(frames, most));
+        let most = if self.is_alone() { self.replayed() } else { self.queue_messages };
+        let (grown, goes_out) = self.ring.push(frames, most);
+        self.metrics.shared_queue_bytes.inc_by(grown);
+        if goes_out {
+            self.call();
+        }
+        !goes_out
+    }
+
+    /// What waits goes out.
+    fn go_out(&self) {
+        self.ring.go_out();
+        self.call();
+    }
+
+    /// Once for all that goes out together.
+    fn call(&self) {
         for ward in self.wards.iter().filter(|ward| ward.is_watched()) {
             ward.call();
         }

@@ -1,21 +1,17 @@
 //! The clients' legs of one worker that wait for the next message: woken there, by one task, however many they are.
 //!
-//! So the hub wakes each worker once for a message, and not each client from another thread.
+//! So the hub wakes each worker once for a batch, and not each client from another thread.
 
 use std::{
-    pin::pin,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::Waker,
-    time::Duration,
 };
 
 use slab::Slab;
-use tokio::{sync::Notify, time::sleep};
-
-use super::ring::Ring;
+use tokio::sync::Notify;
 
 /// See the module. Its lock is contended by nobody: all who take it are of the same thread.
 #[derive(Default)]
@@ -33,17 +29,6 @@ struct Waiting {
     waker: Waker,
     /// It can't take more, and is only to know when this message is no longer kept.
     holds: Option<u64>,
-}
-
-/// What goes out together.
-#[derive(Debug)]
-pub(super) struct Batch {
-    /// The first of it waits for so long at most.
-    pub delay: Duration,
-    /// It does not wait for more than so many messages.
-    pub messages: u64,
-    /// The same in bytes.
-    pub bytes: u64,
 }
 
 /// A leg's place in it.
@@ -89,7 +74,7 @@ impl Ward {
         self.is_watched.load(Ordering::Relaxed)
     }
 
-    /// Something came; to be said once for all that came together.
+    /// Something came; to be said once for all that goes out together.
     pub(super) fn call(&self) {
         self.news.notify_one();
     }
@@ -97,26 +82,6 @@ impl Ward {
     /// Until something comes.
     pub(super) async fn called(&self) {
         self.news.notified().await;
-    }
-
-    /// Something came: until the batch goes out. `told`: how much there was when the last one did, see [`Ring::told`].
-    pub(super) async fn gather(&self, ring: &Ring, batch: &Batch, told: &mut (u64, u64)) {
-        let mut time = pin!(sleep(batch.delay));
-        loop {
-            let now = ring.told();
-            let is_much = now.0 - told.0 >= batch.messages || now.1 - told.1 >= batch.bytes;
-            let is_due = is_much || ring.is_over() || {
-                tokio::select! {
-                    biased;
-                    () = self.called() => false,
-                    () = &mut time => true,
-                }
-            };
-            if is_due {
-                *told = now;
-                return;
-            }
-        }
     }
 
     /// Wakes all who wait; of those who can't take more only whoever waits for a message before `first`. All: it is over.
@@ -153,14 +118,7 @@ mod tests {
         task::Wake,
     };
 
-    use bytes::Bytes;
-    use tokio::time::Instant;
-
     use super::*;
-    use crate::hub::{
-        End,
-        memory::{Memory, tests::budget},
-    };
 
     #[derive(Default)]
     struct Count(AtomicUsize);
@@ -169,42 +127,6 @@ mod tests {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Ordering::Relaxed);
         }
-    }
-
-    /// What comes within the delay of the first goes out together, much of it or an end at once; what went out before does not count.
-    #[tokio::test(start_paused = true)]
-    async fn a_batch_goes_out_in_time() {
-        let (ring, ward) = (Ring::new(1 << 20, Memory::new(&budget(None))), Ward::default());
-        let batch = Batch { delay: Duration::from_millis(20), messages: 4, bytes: 100 };
-        let mut told = (0, 0);
-        let say = |messages: u8, bytes: usize| {
-            ring.push((0..messages).map(|byte| Bytes::from(vec![byte; bytes])), 1024);
-            ward.call();
-        };
-        let mut gathered = async |more: &dyn Fn()| {
-            let begun = Instant::now();
-            ward.called().await;
-            let gather = ward.gather(&ring, &batch, &mut told);
-            tokio::join!(gather, async {
-                sleep(Duration::from_millis(5)).await;
-                more();
-            });
-            (begun.elapsed().as_millis(), told)
-        };
-        say(1, 10);
-        assert_eq!(gathered(&|| say(1, 10)).await, (20, (2, 20)));
-        say(1, 10);
-        assert_eq!(gathered(&|| ()).await, (20, (3, 30)));
-        say(1, 10);
-        assert_eq!(gathered(&|| say(3, 10)).await, (5, (7, 70)));
-        say(1, 10);
-        assert_eq!(gathered(&|| say(1, 90)).await, (5, (9, 170)));
-        say(1, 10);
-        let over = || {
-            ring.finish(End::Lost);
-            ward.call();
-        };
-        assert_eq!(gathered(&over).await, (5, (10, 180)));
     }
 
     /// Each who waits is woken once; who can't take more, only when what it waits for is gone; who has left, never.
