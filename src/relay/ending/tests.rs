@@ -105,6 +105,8 @@ struct Scene {
     /// Nothing more can be read from it.
     read_done: [bool; 2],
     let_go: [bool; 2],
+    /// In this turn: it was sent its Close, and whether a FIN was to follow at once.
+    closed: [Option<bool>; 2],
     wake: Option<Stamp>,
     said: Vec<(u64, Side, Told)>,
     /// When a write last went on, or a frame that stood in the way of a Close ended.
@@ -124,6 +126,7 @@ impl Scene {
             mid_frame: [false; 2],
             read_done: [false; 2],
             let_go: [false; 2],
+            closed: [None; 2],
             wake: None,
             said: Vec::new(),
             progress: None,
@@ -281,6 +284,7 @@ impl Scene {
     }
 
     fn poll(&mut self) {
+        self.closed = [None; 2];
         for _ in 0..20 {
             for side in Side::BOTH {
                 let toward = &mut self.toward[side as usize];
@@ -314,6 +318,7 @@ impl Scene {
                 }
                 Err(wake) => {
                     assert!(wake.is_none_or(|wake| wake > self.now), "a timer that is due already");
+                    self.assert_fin_follows();
                     let goes_on = self.ending.has_begun() && !self.is_over() && !self.ending.is_unsettled();
                     assert!(wake.is_some() || !goes_on, "waits for ever: {:?}", self.ending);
                     self.wake = wake.filter(|_| goes_on);
@@ -322,6 +327,17 @@ impl Scene {
             }
         }
         panic!("does not come to rest: {:?}", self.ending);
+    }
+
+    /// The kernel keeps a Close back for the FIN that is said to follow at once. It did, if the Close was taken; and no other at the client.
+    fn assert_fin_follows(&self) {
+        for side in Side::BOTH {
+            let Some(follows) = self.closed[side as usize].filter(|_| !self.toward[side as usize].pending) else {
+                continue;
+            };
+            let is_there = self.let_go[side as usize];
+            assert!(follows == is_there || (side == Backend && !follows), "{}: {:?}", side.as_str(), self.ending);
+        }
     }
 
     /// What may be sent when, whatever happened before.
@@ -343,6 +359,7 @@ impl Scene {
         };
         assert!(code.is_none_or(|code| Code::new(code).is_some()), "{code:?} on the wire");
         self.said.push((self.millis(), side, told));
+        self.closed[side as usize] = Some(self.ending.ends_with_close(side));
         self.write(side);
         self.ending.sent_close(side, code);
     }

@@ -166,6 +166,12 @@ impl Lab {
         self.place(side).run(|| Counters::read(self.counts_are_exact())).expect("procfs")
     }
 
+    /// TCP segments that a side's kernel has received; None where that would be the whole host's.
+    pub fn segments_in(&self, side: Side) -> Option<i64> {
+        let count = || Ok::<_, io::Error>(count_of(&tcp_counters()?, "InSegs"));
+        self.counts_are_exact().then(|| self.place(side).run(count).expect("procfs"))
+    }
+
     /// The TCP sockets of a side, as the kernel lists them.
     pub fn sockets(&self, side: Side) -> Vec<Socket> {
         self.place(side).run(Socket::list).expect("procfs")
@@ -389,6 +395,27 @@ impl<T> Running<T> {
     }
 }
 
+/// All TCP counters of the calling thread's namespace. `/proc/net` would be that of the main thread.
+fn tcp_counters() -> io::Result<BTreeMap<String, String>> {
+    let mut all = BTreeMap::new();
+    for table in ["snmp", "netstat"] {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+        let mut lines = text.lines();
+        while let (Some(names), Some(values)) = (lines.next(), lines.next()) {
+            if names.starts_with("Tcp") {
+                let named = names.split(' ').zip(values.split(' ')).skip(1);
+                all.extend(named.map(|(name, value)| (name.to_owned(), value.to_owned())));
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn count_of(all: &BTreeMap<String, String>, name: &str) -> i64 {
+    let text = all.get(name).unwrap_or_else(|| panic!("this kernel has no {name}"));
+    text.parse().expect("counters are numbers")
+}
+
 /// The kernel's TCP counters of one namespace that tell of abortive closes and of turned away connections.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Counters {
@@ -410,24 +437,10 @@ impl Counters {
         "ListenDrops",
     ];
 
-    /// Those of the calling thread's namespace. `/proc/net` would be that of the main thread.
+    /// Those of the calling thread's namespace.
     fn read(exact: bool) -> io::Result<Self> {
-        let snmp = fs::read_to_string("/proc/thread-self/net/snmp")?;
-        let netstat = fs::read_to_string("/proc/thread-self/net/netstat")?;
-        let mut all = BTreeMap::new();
-        for text in [&snmp, &netstat] {
-            let mut lines = text.lines();
-            while let (Some(names), Some(values)) = (lines.next(), lines.next()) {
-                if names.starts_with("Tcp") {
-                    all.extend(names.split(' ').zip(values.split(' ')).skip(1));
-                }
-            }
-        }
-        let value = |name| {
-            let text = all.get(name).unwrap_or_else(|| panic!("this kernel has no {name}"));
-            (name, text.parse().expect("counters are numbers"))
-        };
-        Ok(Self { exact, values: Self::NAMES.map(value).into() })
+        let all = tcp_counters()?;
+        Ok(Self { exact, values: Self::NAMES.map(|name| (name, count_of(&all, name))).into() })
     }
 
     pub fn get(&self, name: &str) -> i64 {
