@@ -54,7 +54,7 @@ fuzz_target!(|input: &str| {
                 core.client_left(client, now, &mut actions);
                 questions.remove(&client);
             }
-            'x' => core.backend_lost(&mut actions),
+            'x' => core.backend_lost(now, &mut actions),
             _ => {
                 now += TIMEOUT / 4;
                 core.due(now, &mut actions);
