@@ -12,7 +12,7 @@
 //! 3  session/  hub/                                    the one place that knows the order of a session; WebSockets that clients share
 //! 2  listen/  downstream/  upstream/  relay/  close/     rooms that do not import one another
 //! 1  admission/  alarms.rs  budget.rs  drain/
-//!    gate.rs  lines.rs  metrics.rs  net/  pool/
+//!    gate.rs  log_lines.rs  metrics.rs  net/  pool/
 //!    slots.rs  stamp.rs  system.rs  token.rs           mechanisms that everybody shares
 //! 0  ws/  side.rs  fields.rs  sparse.rs                RFC 6455 on bytes: no tokio, no clock, no log; small words
 //! ```
@@ -31,8 +31,8 @@ pub mod drain;
 pub mod fields;
 pub mod gate;
 pub mod hub;
-mod lines;
 pub mod listen;
+mod log_lines;
 pub mod metrics;
 pub mod net;
 pub mod notify;

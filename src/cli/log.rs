@@ -21,7 +21,7 @@ use tracing_subscriber::{
 
 use crate::{
     config::{self, LogFormat},
-    lines::JsonLines,
+    log_lines::JsonLines,
     reload::Log,
 };
 

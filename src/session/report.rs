@@ -5,7 +5,7 @@ use std::{borrow::Cow, sync::Arc, time::Duration};
 use super::{About, Context, roster::Entry};
 use crate::{
     hub::{Digest, Known},
-    lines::{Shown, line, shown, unquoted, word},
+    log_lines::{Shown, log_line, shown, unquoted, word},
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
     upstream::{Load, Mode},
@@ -104,7 +104,7 @@ impl Open {
         if is_told {
             let Entry { path, request_id, route, endpoint, .. } = &*entry;
             let whose = entry.whose();
-            line!(
+            log_line!(
                 INFO,
                 "open",
                 client = whose.address,
@@ -158,7 +158,7 @@ impl Open {
         let reason = escaped(&report.reason);
         let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
         let whose = self.entry.whose();
-        line!(
+        log_line!(
             INFO,
             "close",
             client = whose.address,
@@ -205,7 +205,7 @@ impl Drop for Open {
         self.context.metrics.close("tidegate", None, false, Duration::ZERO);
         self.context.metrics.abnormal(cause);
         let Entry { path, request_id, route, endpoint, way, begun, .. } = &*self.entry;
-        line!(
+        log_line!(
             WARN,
             "close",
             client = self.entry.whose().address,

@@ -15,7 +15,7 @@ const FLOORS: [&[&str]; 7] = [
         "budget",
         "drain",
         "gate",
-        "lines",
+        "log_lines",
         "metrics",
         "net",
         "pool",

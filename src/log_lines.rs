@@ -1,11 +1,11 @@
-//! Log lines as JSON: an object each, with the fields of the event beside `timestamp` and `level`. And [`line!`], for what is
+//! Log lines as JSON: an object each, with the fields of the event beside `timestamp` and `level`. And [`log_line!`], for what is
 //! said of each session.
 //!
 //! tracing-subscriber has such lines too. There each value goes through several writers and is looked at byte by byte in each of them: two
 //! lines took as many instructions as all else of a session. What has to be escaped is `serde_json`'s.
 //!
 //! tracing hands over each value of an event by itself, and what is displayed goes through `fmt`. That is nothing for what is said now and
-//! then, and was an eighth of a session for its two lines, which have thirty fields. So [`line!`] asks tracing whether its line is wanted,
+//! then, and was an eighth of a session for its two lines, which have thirty fields. So [`log_line!`] asks tracing whether its line is wanted,
 //! and if these lines are what wants it, writes its fields where they are to go. For any other listener it is an event.
 
 use std::{
@@ -34,15 +34,15 @@ const MAX_KEPT: usize = 16 * 1024;
 
 thread_local! {
     /// The room of the line before. Absent while there is a line in it.
-    static KEPT: Cell<Option<Box<Line>>> = const { Cell::new(None) };
+    static KEPT: Cell<Option<Box<LogLine>>> = const { Cell::new(None) };
 }
 
-/// Says a line of which there is one for each session: `line!(INFO, "open", path, route = unquoted(route))` is the event
-/// `info!(path, %route, "open")`, for a fraction of its instructions where lines are JSON. Its values are those that are [`Said`]; in its
+/// Says a line of which there is one for each session: `log_line!(INFO, "open", path, route = unquoted(route))` is the event
+/// `info!(path, %route, "open")`, for a fraction of its instructions where lines are JSON. Its values are those that are [`LogValue`]; in its
 /// message nothing has to be escaped.
-macro_rules! line {
+macro_rules! log_line {
     ($level:ident, $message:literal, $($field:ident $(= $value:expr)?),+ $(,)?) => {{
-        use $crate::lines::{Listener, Said, listener};
+        use $crate::log_lines::{Listener, LogValue, listener};
         static METADATA: tracing::Metadata<'static> = tracing::metadata! {
             name: concat!("line ", $message),
             target: module_path!(),
@@ -56,18 +56,18 @@ macro_rules! line {
         // Values are computed in one of the arms.
         match listener(&CALLSITE) {
             Listener::Nobody => {}
-            Listener::Lines(mut line) => {
-                line.put($crate::lines::line!(@bytes "\",\"level\":\"", stringify!($level), "\",\"message\":\"", $message, "\""));
+            Listener::Json(mut line) => {
+                line.put($crate::log_lines::log_line!(@bytes "\",\"level\":\"", stringify!($level), "\",\"message\":\"", $message, "\""));
                 $(
-                    let name = $crate::lines::line!(@bytes ",\"", stringify!($field), "\":");
-                    Said::json(&$crate::lines::line!(@value $field $(= $value)?), name, &mut line);
+                    let name = $crate::log_lines::log_line!(@bytes ",\"", stringify!($field), "\":");
+                    LogValue::json(&$crate::log_lines::log_line!(@value $field $(= $value)?), name, &mut line);
                 )+
                 line.end();
             }
             Listener::Another => {
                 tracing::event!(
                     tracing::Level::$level,
-                    $($field = Said::traced(&$crate::lines::line!(@value $field $(= $value)?)),)+
+                    $($field = LogValue::traced(&$crate::log_lines::log_line!(@value $field $(= $value)?)),)+
                     $message
                 );
             }
@@ -81,7 +81,7 @@ macro_rules! line {
         BYTES
     }};
 }
-pub(crate) use line;
+pub(crate) use log_line;
 
 /// See the module.
 pub(crate) struct JsonLines {
@@ -94,7 +94,7 @@ impl JsonLines {
     }
 
     #[expect(clippy::unnecessary_box_returns, reason = "it comes in one, and is kept in it")]
-    fn begin(&self) -> Box<Line> {
+    fn begin(&self) -> Box<LogLine> {
         // What a value's own code says meanwhile, and a thread that ends, have a room of their own.
         let mut line = KEPT.try_with(Cell::take).ok().flatten().unwrap_or_default();
         line.begin(SystemTime::now());
@@ -117,13 +117,13 @@ impl<S: Subscriber> Layer<S> for JsonLines {
 /// Who wants a line.
 pub(crate) enum Listener {
     Nobody,
-    /// [`JsonLines`]: to be ended with [`Line::end`].
-    Lines(Box<Line>),
+    /// [`JsonLines`]: to be ended with [`LogLine::end`].
+    Json(Box<LogLine>),
     /// Somebody who is told of events.
     Another,
 }
 
-/// For [`line!`].
+/// For [`log_line!`].
 pub(crate) fn listener(callsite: &'static DefaultCallsite) -> Listener {
     if *callsite.metadata().level() > LevelFilter::current() {
         return Listener::Nobody;
@@ -134,13 +134,13 @@ pub(crate) fn listener(callsite: &'static DefaultCallsite) -> Listener {
     }
     get_default(|listener| match listener.downcast_ref::<JsonLines>() {
         _ if !interest.is_always() && !listener.enabled(callsite.metadata()) => Listener::Nobody,
-        Some(lines) => Listener::Lines(lines.begin()),
+        Some(lines) => Listener::Json(lines.begin()),
         None => Listener::Another,
     })
 }
 
-/// What [`line!`] can say.
-pub(crate) trait Said {
+/// What [`log_line!`] can say.
+pub(crate) trait LogValue {
     /// As tracing has it.
     type Traced<'a>: tracing::Value
     where
@@ -149,10 +149,10 @@ pub(crate) trait Said {
     fn traced(&self) -> Self::Traced<'_>;
 
     /// Appends it behind its name, which has a comma before it and a colon behind it.
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line);
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine);
 }
 
-impl Said for u64 {
+impl LogValue for u64 {
     type Traced<'a> = Self;
 
     fn traced(&self) -> Self {
@@ -160,13 +160,13 @@ impl Said for u64 {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         line.put(name);
         line.number(*self);
     }
 }
 
-impl Said for u16 {
+impl LogValue for u16 {
     type Traced<'a> = Self;
 
     fn traced(&self) -> Self {
@@ -174,12 +174,12 @@ impl Said for u16 {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         u64::from(*self).json(name, line);
     }
 }
 
-impl Said for bool {
+impl LogValue for bool {
     type Traced<'a> = Self;
 
     fn traced(&self) -> Self {
@@ -187,13 +187,13 @@ impl Said for bool {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         line.put(name);
         line.flag(*self);
     }
 }
 
-impl Said for &str {
+impl LogValue for &str {
     type Traced<'a>
         = &'a str
     where
@@ -204,14 +204,14 @@ impl Said for &str {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         line.put(name);
         line.text(self);
     }
 }
 
 /// `None` is not said.
-impl<T: Said> Said for Option<T> {
+impl<T: LogValue> LogValue for Option<T> {
     type Traced<'a>
         = Option<T::Traced<'a>>
     where
@@ -222,7 +222,7 @@ impl<T: Said> Said for Option<T> {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         if let Some(value) = self {
             value.json(name, line);
         }
@@ -237,7 +237,7 @@ pub(crate) const fn word(word: &'static str) -> Word {
 /// See [`word`].
 pub(crate) struct Word(&'static str);
 
-impl Said for Word {
+impl LogValue for Word {
     type Traced<'a> = &'static str;
 
     fn traced(&self) -> &'static str {
@@ -245,7 +245,7 @@ impl Said for Word {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         line.put(name);
         line.plain(self.0);
     }
@@ -259,7 +259,7 @@ pub(crate) const fn unquoted(text: &str) -> Unquoted<'_> {
 /// See [`unquoted`].
 pub(crate) struct Unquoted<'a>(&'a str);
 
-impl Said for Unquoted<'_> {
+impl LogValue for Unquoted<'_> {
     type Traced<'a>
         = DisplayValue<&'a str>
     where
@@ -270,12 +270,12 @@ impl Said for Unquoted<'_> {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         self.0.json(name, line);
     }
 }
 
-impl Said for SocketAddr {
+impl LogValue for SocketAddr {
     type Traced<'a> = DisplayValue<&'a Self>;
 
     fn traced(&self) -> Self::Traced<'_> {
@@ -283,7 +283,7 @@ impl Said for SocketAddr {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         let Self::V4(address) = self else { return Shown(self).json(name, line) };
         line.put(name);
         // For `fmt` the five numbers take a thousand instructions.
@@ -306,7 +306,7 @@ pub(crate) const fn shown<T: fmt::Display>(value: T) -> Shown<T> {
 /// See [`shown`].
 pub(crate) struct Shown<T>(T);
 
-impl<T: fmt::Display> Said for Shown<T> {
+impl<T: fmt::Display> LogValue for Shown<T> {
     type Traced<'a>
         = DisplayValue<&'a T>
     where
@@ -317,14 +317,14 @@ impl<T: fmt::Display> Said for Shown<T> {
     }
 
     #[inline]
-    fn json<const N: usize>(&self, name: &[u8; N], line: &mut Line) {
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
         line.put(name);
         line.shown(format_args!("{}", self.0));
     }
 }
 
 /// A line that lacks its end.
-pub(crate) struct Line {
+pub(crate) struct LogLine {
     /// All of it can be written to: so each write looks once whether there is enough of it.
     room: Vec<u8>,
     length: usize,
@@ -334,13 +334,13 @@ pub(crate) struct Line {
     writer: Option<NonBlocking>,
 }
 
-impl Default for Line {
+impl Default for LogLine {
     fn default() -> Self {
         Self { room: vec![0; USUAL], length: 0, second: None, until_second: 0, writer: None }
     }
 }
 
-impl Line {
+impl LogLine {
     /// So many bytes, for which there is always room.
     #[inline]
     fn room(&mut self, length: usize) -> &mut [u8] {
@@ -488,14 +488,14 @@ impl Line {
     }
 }
 
-impl fmt::Write for Line {
+impl fmt::Write for LogLine {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.put_all(text.as_bytes());
         Ok(())
     }
 }
 
-impl Visit for Line {
+impl Visit for LogLine {
     fn record_f64(&mut self, field: &Field, value: f64) {
         self.displayed(field, Value::from(value));
     }
@@ -592,7 +592,7 @@ mod tests {
     #[test]
     fn moments() {
         // In one line after the other, since a line has what it needs from the one before.
-        let mut line = Line::default();
+        let mut line = LogLine::default();
         let mut moment = |since| {
             line.begin(UNIX_EPOCH + since);
             let text = String::from_utf8_lossy(&line.room[..line.length]);
@@ -670,7 +670,7 @@ mod tests {
             for (index, text) in texts.iter().enumerate() {
                 let (address, number) = (addresses[index % addresses.len()], numbers[index % numbers.len()]);
                 let short = u16::try_from(number).ok();
-                line!(
+                log_line!(
                     WARN,
                     "a line",
                     address,
@@ -709,7 +709,7 @@ mod tests {
         assert_eq!(lines_of(|lines| registry().with(Another(lines)), said), expected);
         let text = |told: &dyn Fn()| {
             let (sender, lines) = mpsc::channel();
-            let layer = fmt_layer().without_time().with_writer(move || Lines(sender.clone()));
+            let layer = fmt_layer().without_time().with_writer(move || Sent(sender.clone()));
             tracing::subscriber::with_default(registry().with(layer), told);
             lines.iter().collect::<Vec<_>>()
         };
@@ -723,8 +723,8 @@ mod tests {
             ("info", true),
             ("warn", false),
             ("off", false),
-            ("info,tidegate::lines=warn", false),
-            ("warn,tidegate::lines=info", true),
+            ("info,tidegate::log_lines=warn", false),
+            ("warn,tidegate::log_lines=info", true),
             ("off,tidegate[{number}]=info", true),
             ("off,tidegate[{message}]=info", true),
             ("off,tidegate[{other}]=info", false),
@@ -734,7 +734,7 @@ mod tests {
             let filtered = |lines| registry().with(targets.clone()).with(lines);
             let event = lines_of(filtered, || tracing::info!(number = 1, "a line"));
             let lines = lines_of(filtered, || {
-                line!(
+                log_line!(
                     INFO,
                     "a line",
                     number = {
@@ -754,7 +754,7 @@ mod tests {
         S: Subscriber + Send + Sync,
     {
         let (sender, lines) = mpsc::channel();
-        let (writer, guard) = NonBlockingBuilder::default().finish(Lines(sender));
+        let (writer, guard) = NonBlockingBuilder::default().finish(Sent(sender));
         tracing::subscriber::with_default(subscriber(JsonLines::new(writer)), said);
         drop(guard);
         let lines = lines.iter().collect::<Vec<_>>().concat();
@@ -775,9 +775,9 @@ mod tests {
     }
 
     /// Sends on what is written.
-    struct Lines(mpsc::Sender<String>);
+    struct Sent(mpsc::Sender<String>);
 
-    impl std::io::Write for Lines {
+    impl std::io::Write for Sent {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             let text = String::from_utf8(bytes.to_vec()).map_err(std::io::Error::other)?;
             self.0.send(text).map_err(std::io::Error::other)?;
