@@ -5,6 +5,7 @@
 
 mod dial;
 mod direct;
+mod dotted;
 mod identity;
 mod kept;
 mod lent;
@@ -35,6 +36,7 @@ use tokio::{
 };
 
 use self::direct::Bare;
+pub(crate) use self::dotted::Dotted;
 pub use self::{
     dial::{DialError, Lack, Sources, check_sources, dial},
     kept::{Kept, is_too_slow},
