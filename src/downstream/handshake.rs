@@ -15,14 +15,14 @@ use ipnet::IpNet;
 
 use super::{
     Config,
-    headers::{SWITCHING, forward_lines, forward_request},
+    headers::{SWITCHING, forward_lines, forward_request, is_usual_option},
 };
 use crate::{
     fields::{Ask, Header, Lines, Spans, spans, text, tokens, tokens_of, write_header},
     net::Secured,
 };
 
-/// Elements that a `Connection` header may have: each costs a look at all headers.
+/// Elements that a `Connection` header may have, empty ones not counted: for each field it is looked up whether it is one of them.
 const MAX_CONNECTION_OPTIONS: usize = 32;
 
 /// See [`intent`].
@@ -57,7 +57,7 @@ pub struct Whole {
     lines: Lines,
     target: Uri,
     key: [u8; KEY],
-    /// See [`super::lists_more`].
+    /// `Connection` lists more than is usual.
     lists_more: bool,
 }
 
@@ -117,7 +117,7 @@ fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Usual, usize)> {
                 options += 1;
                 let is_upgrade = option.eq_ignore_ascii_case("upgrade");
                 names_upgrade |= is_upgrade;
-                lists_more |= !is_upgrade && !option.eq_ignore_ascii_case("keep-alive");
+                lists_more |= !is_usual_option(option);
                 options <= MAX_CONNECTION_OPTIONS && !names_what_a_handshake_needs(option)
             }),
             14 if is(&CONTENT_LENGTH) => false,

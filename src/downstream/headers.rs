@@ -1,6 +1,7 @@
 //! What is passed on of a header, in both directions.
 
 use std::{
+    cmp::Ordering,
     fmt,
     io::Write as _,
     net::{IpAddr, SocketAddr},
@@ -44,43 +45,52 @@ const KEPT: [&str; 3] = ["host", "content-length", "transfer-encoding"];
 
 /// What goes on of a header, and what does not: what is meant for one hop (RFC 9110 7.6.1) does not, which is what `Connection` lists and the
 /// fixed names. `Host`, the framing, and what a proxy says of its client do whatever `Connection` says.
-struct Passage<'a, H> {
-    header: &'a H,
-    /// See [`lists_more`]: then each name has to be looked for there.
-    lists_more: bool,
+struct Passage<'a> {
+    /// See [`listed`].
+    listed: Vec<&'a [u8]>,
     /// Without what is said of who the client is.
     is_unbelieved: bool,
     /// Without what is said of certificates.
     is_verified: bool,
 }
 
-impl<'a, H: Header> Passage<'a, H> {
-    fn new(header: &'a H, is_unbelieved: bool, is_verified: bool) -> Self {
-        Self { header, lists_more: lists_more(header), is_unbelieved, is_verified }
-    }
-
+impl Passage<'_> {
     fn takes(&self, name: &[u8]) -> bool {
         let is_one_of = |names: &[&str]| names.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()));
-        let lists = || tokens(self.header, &CONNECTION).any(|token| token.as_bytes().eq_ignore_ascii_case(name));
+        let lists = || self.listed.binary_search_by(|listed| in_order(listed, name)).is_ok();
         let is_dropped = is_one_of(&ONE_HOP)
             || self.is_unbelieved && is_claim(name)
             || self.is_verified && speaks_of_certificates(name)
-            || self.lists_more && !is_one_of(&KEPT) && !is_claim(name) && lists();
+            || !self.listed.is_empty() && !is_one_of(&KEPT) && !is_claim(name) && lists();
         !is_dropped
     }
 }
 
-/// `Connection` lists something else than nearly all do.
-pub fn lists_more(header: &impl Header) -> bool {
-    let is_usual = |token: &str| ["upgrade", "keep-alive"].iter().any(|usual| token.eq_ignore_ascii_case(usual));
-    tokens(header, &CONNECTION).any(|token| !is_usual(token))
+/// What `Connection` lists beside what nearly all do: mostly nothing, and then nothing is allocated. It is read once, and sorted, so that many
+/// names can be looked up in it: how many options a backend lists is bounded by the length of its header alone.
+fn listed(header: &impl Header) -> Vec<&[u8]> {
+    let more = tokens(header, &CONNECTION).filter(|option| !is_usual_option(option));
+    let mut listed: Vec<_> = more.map(str::as_bytes).collect();
+    listed.sort_unstable_by(|one, other| in_order(one, other));
+    listed
+}
+
+/// What nearly all `Connection` lines list.
+pub(super) fn is_usual_option(option: &str) -> bool {
+    ["upgrade", "keep-alive"].iter().any(|usual| option.eq_ignore_ascii_case(usual))
+}
+
+/// Whatever their case, and by their length first, in which most differ.
+fn in_order(one: &[u8], other: &[u8]) -> Ordering {
+    let lower = |byte: &u8| byte.to_ascii_lowercase();
+    one.len().cmp(&other.len()).then_with(|| one.iter().map(lower).cmp(other.iter().map(lower)))
 }
 
 /// Removes what does not go on; see [`Passage`]. `upgrade`: `Connection` and `Upgrade` get the values of a WebSocket handshake.
 fn strip(headers: &mut HeaderMap, upgrade: bool, is_unbelieved: bool, is_verified: bool) {
     // Before it goes: whoever sends TE names it in Connection (RFC 9110 10.1.4).
     let trailers = has_token(headers, &TE, "trailers");
-    let passage = Passage::new(headers, is_unbelieved, is_verified);
+    let passage = Passage { listed: listed(headers), is_unbelieved, is_verified };
     let those = headers.keys().filter(|name| !passage.takes(name.as_str().as_bytes()));
     for name in those.cloned().collect::<Vec<_>>() {
         headers.remove(name);
@@ -153,7 +163,8 @@ pub fn forward_request<B>(
     was_replaced
 }
 
-/// The same for a handshake that was read here: `Host` is there once, the target is a path. It is written as it goes out.
+/// The same for a handshake that was read here: `Host` is there once, the target is a path, and it is known whether `Connection` lists more than
+/// is usual. It is written as it goes out.
 pub(super) fn forward_lines(
     target: &Uri,
     (lines, lists_more): (&Lines, bool),
@@ -165,7 +176,8 @@ pub(super) fn forward_lines(
     let client = client.to_canonical();
     let is_trusted = is_trusted(client, trusted);
     let (is_verified, certificate) = certificate(secured);
-    let passage = Passage { header: lines, lists_more, is_unbelieved: !is_trusted, is_verified };
+    let listed = if lists_more { listed(lines) } else { Vec::new() };
+    let passage = Passage { listed, is_unbelieved: !is_trusted, is_verified };
     let mut head = Vec::with_capacity(lines.length() + ADDED);
     let path = target.path_and_query().map_or("/", PathAndQuery::as_str);
     for part in ["GET ", path, " HTTP/1.1\r\n"] {
@@ -356,9 +368,9 @@ pub fn forward_response<B>(response: &mut Response<B>, upgrade: bool) {
 /// The first line of a 101.
 pub(super) const SWITCHING: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\n";
 
-/// What [`forward_response`] makes of a 101 that does not list more ([`lists_more`]), as it goes out.
+/// What [`forward_response`] makes of a 101, as it goes out.
 pub fn forward_switching(lines: &Lines) -> Vec<u8> {
-    let passage = Passage { header: lines, lists_more: false, is_unbelieved: false, is_verified: false };
+    let passage = Passage { listed: listed(lines), is_unbelieved: false, is_verified: false };
     let mut head = Vec::with_capacity(SWITCHING.len() + lines.length() + ADDED);
     head.extend_from_slice(SWITCHING);
     for (name, value) in lines.iter() {
@@ -425,6 +437,8 @@ pub fn trace_id(header: &impl Header) -> Option<TraceId> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -487,9 +501,6 @@ mod tests {
             let (map, spans) = read(&text);
             *response.headers_mut() = map;
             let lines = Lines::new(text.clone(), spans);
-            if lists_more(&lines) {
-                return Ok(());
-            }
             forward_response(&mut response, true);
             let written = forward_switching(&lines).into();
             prop_assert_eq!(read(&written).0, response.into_parts().0.headers, "{:?} {:?}", text, written);
@@ -584,6 +595,52 @@ mod tests {
         assert!(!is_clear(&[(length, "5"), (length, "5")]));
         assert!(!is_clear(&[(coding, "chunked"), (coding, "chunked")]));
         assert!(!is_clear(&[(coding, "gzip, chunked")]));
+    }
+
+    proptest! {
+        /// What `Connection` lists does not go on, whatever its case and in whichever line it stands, and all else does: next to a look through all that is listed for each
+        /// name.
+        #[test]
+        fn what_is_listed_does_not_go_on(lines in prop::collection::vec("(,|, |[abAB]{0,3}|keep-alive|Upgrade,){0,12}", 0..4)) {
+            let names: Vec<_> = ["a", "b"].into_iter().flat_map(|a| ["", "a", "b"].map(|b| ["", "a", "b"].map(|c| [a, b, c].concat()))).flatten().collect();
+            let mut headers = HeaderMap::new();
+            for line in &lines {
+                headers.append(CONNECTION, HeaderValue::from_str(line).unwrap());
+            }
+            for name in &names {
+                headers.insert(HeaderName::from_bytes(name.as_bytes()).unwrap(), HeaderValue::from_static("a"));
+            }
+            strip(&mut headers, false, false, false);
+            for name in &names {
+                let is_listed = lines.iter().flat_map(|line| line.split(',')).any(|option| option.trim().eq_ignore_ascii_case(name));
+                prop_assert_eq!(headers.contains_key(name), !is_listed, "{}", name);
+            }
+        }
+    }
+
+    /// However many options are listed and names looked up, `Connection` is read once; what nearly all list takes no memory.
+    #[test]
+    fn what_is_listed_is_read_once() {
+        struct Counted(HeaderMap, Cell<usize>);
+
+        impl Header for Counted {
+            fn values_of(&self, name: &HeaderName) -> impl Iterator<Item = &[u8]> {
+                self.1.set(self.1.get() + 1);
+                self.0.values_of(name)
+            }
+        }
+
+        for (options, expected) in [("keep-alive, Upgrade".to_owned(), 0), (",".repeat(30_000) + "X-Mine, UPGRADE", 1)]
+        {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONNECTION, HeaderValue::try_from(options).unwrap());
+            let header = Counted(headers, Cell::new(0));
+            let passage = Passage { listed: listed(&header), is_unbelieved: true, is_verified: false };
+            assert_eq!((passage.listed.len(), passage.listed.capacity() > 0), (expected, expected > 0));
+            assert_eq!(passage.takes(b"x-mine"), expected == 0);
+            assert!((0..100).all(|name| passage.takes(format!("x-{name}").as_bytes())));
+            assert_eq!(header.1.get(), 1);
+        }
     }
 
     /// What a proxy says of its client is not for that client to have removed.

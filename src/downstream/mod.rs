@@ -22,7 +22,7 @@ pub use self::{
     handshake::{Intent, Opening, Refusal, Whole, encode_switching, intent},
     headers::{
         Speaker, TraceId, drop_claims, forward_request, forward_response, forward_switching, is_length_clear,
-        is_trusted, lists_more, request_id, speaker, trace_id,
+        is_trusted, request_id, speaker, trace_id,
     },
     http2::{Floods, Http2, StreamBody, begins_http2, from_stream, stream_response, stream_server},
     origin::{BadOrigin, Origin, is_allowed},

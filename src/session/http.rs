@@ -453,9 +453,7 @@ impl Context {
                 let mut response = Response::new(empty());
                 *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
                 let (written, rsv) = match head {
-                    Switching::Lines(lines) if O::IS_WHOLE && !downstream::lists_more(&lines) => {
-                        (downstream::forward_switching(&lines), rsv_of(&lines))
-                    }
+                    Switching::Lines(lines) if O::IS_WHOLE => (downstream::forward_switching(&lines), rsv_of(&lines)),
                     head => {
                         *response.headers_mut() = head.into_map();
                         downstream::forward_response(&mut response, true);

@@ -789,6 +789,61 @@ fn what_the_backend_is_told() {
     }
 }
 
+/// `Connection` may list as much as there is room for in a header: empty elements from a client, who may name 32 fields, and any number of options from a backend.
+/// What is named is taken away in both directions, and all else goes on: in a handshake that is there at once, in one that is too long for that, in a refusal,
+/// and in a plain request.
+#[test]
+fn connection_may_list_much() {
+    let fields = |message: Message| (1..80).fold(message.header("X-Hop", "a"), |m, n| m.header(&format!("X-{n}"), "a"));
+    let options = |count| (0..count).map(|n| format!("o{n},")).collect::<Vec<_>>().concat();
+    let script = async move |c: &mut Peer| {
+        let request = c.read_head().await;
+        let answer = match request.target() {
+            "/refused" => Message::status(403, "Forbidden", ""),
+            "/plain" => Message::status(200, "OK", ""),
+            _ => Message::switching(&request),
+        };
+        let connection = format!("{}x-HOP,Upgrade,X-79", options(4_000));
+        c.reply(fields(answer.set("Connection", &connection))).await;
+        backend::echo_on(c).await;
+    };
+    let t = Scene::new("").backend(script).start();
+    let commas = ",".repeat(30_000);
+    let named = options(30);
+    let requests = [
+        ("/", format!("{named}Upgrade,X-HOP"), 101),
+        ("/", format!("x-hop{commas}Upgrade"), 101),
+        ("/", format!("{named}Upgrade,X-HOP,one"), 400),
+        ("/refused", format!("x-hop{commas}Upgrade"), 403),
+        ("/refused", "Upgrade,x-hop".to_owned(), 403),
+        ("/plain", format!("x-hop{commas}close"), 200),
+        ("/plain", format!("{named}x-hop,close,one"), 400),
+    ];
+    let mut index = 0;
+    for (target, connection, status) in requests {
+        let request = if target == "/plain" { Message::get(target) } else { Message::websocket(target) };
+        // Of a handshake that is there at once there are at most 64 fields.
+        let is_long = connection.len() > 1_000 || target == "/plain";
+        let request = if is_long { fields(request) } else { request.header("X-Hop", "a").header("X-1", "a") };
+        let response = t.client(async |c| c.request(request.set("Connection", &connection)).await);
+        assert_eq!(response.code(), status, "{response:?}");
+        if status == 400 {
+            continue;
+        }
+        let got = t.connection(index).seen().head.unwrap();
+        index += 1;
+        let last = if is_long { 79 } else { 1 };
+        for (message, last) in [(&got, last), (&response, 78)] {
+            assert_eq!((message.field("X-Hop"), message.field("X-1")), (None, Some("a")), "{message:?}");
+            assert_eq!(message.field(&format!("X-{last}")), Some("a"), "{message:?}");
+            assert!(message.field("Connection").is_none_or(|connection| connection.len() < 20), "{message:?}");
+        }
+        assert_eq!(response.field("X-79"), None, "{response:?}");
+    }
+    assert_eq!(t.backend().count(), index);
+    t.no_rst();
+}
+
 /// Cross-site WebSocket hijacking: a page of somebody else opens a WebSocket with the cookies of the user. Where origins are listed these
 /// alone may, byte by byte; the backend never hears of the others. Clients that are no browsers have none, and plain requests have
 /// rules of their own (CORS).
