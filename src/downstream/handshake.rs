@@ -18,7 +18,7 @@ use super::{
     headers::{SWITCHING, forward_lines, forward_request, is_usual_option},
 };
 use crate::{
-    fields::{Ask, Header, Lines, Spans, spans, text, tokens, tokens_of, write_header},
+    fields::{Ask, Header, Lines, Spans, spans, text, tokens_of, write_header},
     net::Secured,
 };
 
@@ -97,51 +97,16 @@ fn read_usual(bytes: &Bytes, config: &Config) -> Option<(Usual, usize)> {
     if length > config.header_bytes || head.method != Some("GET") || head.version != Some(1) {
         return None;
     }
-    // What must be there once, and be as it should be; see `intent`.
-    let [mut hosts, mut upgrades, mut keys, mut versions] = [0; 4];
-    let (mut options, mut names_upgrade, mut lists_more, mut key) = (0, false, false, [0; KEY]);
+    let (target, mut facts) = (Uri::try_from(target).ok()?, Facts::default());
     for httparse::Header { name, value } in &*head.headers {
-        let is = |known: &HeaderName| name.eq_ignore_ascii_case(known.as_str());
-        // In this order: of most lengths there is none.
-        let is_usual = match name.len() {
-            4 if is(&HOST) => {
-                hosts += 1;
-                is_host(value)
-            }
-            6 if is(&EXPECT) => false,
-            7 if is(&UPGRADE) => tokens_of(text(value)?).all(|protocol| {
-                upgrades += 1;
-                protocol.eq_ignore_ascii_case("websocket")
-            }),
-            10 if is(&CONNECTION) => tokens_of(text(value)?).all(|option| {
-                options += 1;
-                let is_upgrade = option.eq_ignore_ascii_case("upgrade");
-                names_upgrade |= is_upgrade;
-                lists_more |= !is_usual_option(option);
-                options <= MAX_CONNECTION_OPTIONS && !names_what_a_handshake_needs(option)
-            }),
-            14 if is(&CONTENT_LENGTH) => false,
-            17 if is(&SEC_WEBSOCKET_KEY) => {
-                keys += 1;
-                key = <[u8; KEY]>::try_from(*value).ok()?;
-                is_key(value)
-            }
-            17 if is(&TRANSFER_ENCODING) => false,
-            21 if is(&SEC_WEBSOCKET_VERSION) => {
-                versions += 1;
-                *value == b"13"
-            }
-            _ => true,
-        };
-        if !is_usual {
-            return None;
-        }
+        facts.note(name.as_bytes(), value);
     }
-    if !names_upgrade || [hosts, upgrades, keys, versions] != [1; 4] {
+    let is_handshake = facts.judge(&Method::GET, &target, Version::HTTP_11) == Ok(Intent::WebSocket);
+    if !is_handshake || facts.length.is_some() || facts.expects {
         return None;
     }
-    let (spans, target) = (spans(head.headers, bytes)?, Uri::try_from(target).ok()?);
-    Some((Usual { spans, target, key, lists_more }, length))
+    let key = facts.key.first?.try_into().ok()?;
+    Some((Usual { spans: spans(head.headers, bytes)?, target, key, lists_more: facts.options.names_more }, length))
 }
 
 /// A valid WebSocket handshake, whoever has read it.
@@ -151,9 +116,6 @@ pub trait Opening: Header {
 
     /// What it is for.
     fn target(&self) -> &Uri;
-
-    /// As a request.
-    fn into_request(self) -> Request<()>;
 
     /// As it goes on to the backend; see [`forward_request`].
     fn forward(self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool);
@@ -170,12 +132,6 @@ impl Opening for &Whole {
 
     fn target(&self) -> &Uri {
         &self.target
-    }
-
-    fn into_request(self) -> Request<()> {
-        let mut request = Request::new(());
-        (*request.uri_mut(), *request.headers_mut()) = (self.target.clone(), self.lines.to_map());
-        request
     }
 
     fn forward(self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool) {
@@ -198,10 +154,6 @@ impl Opening for Request<()> {
         self.uri()
     }
 
-    fn into_request(self) -> Request<()> {
-        self
-    }
-
     fn forward(mut self, client: IpAddr, secured: Option<&Secured>, trusted: &[IpNet], id: &str) -> (Ask, bool) {
         let was_replaced = forward_request(&mut self, client, secured, trusted, id, true);
         (Ask::Request(self), was_replaced)
@@ -222,84 +174,175 @@ pub fn encode_switching<B>(response: &Response<B>) -> Vec<u8> {
 /// something else: what the backend makes of it must not depend on how it reads a sloppy request. Any other upgrade
 /// (`h2c`) is passed over, as a server may (RFC 9110 7.8), and never reaches the backend.
 pub fn intent<B>(request: &Request<B>) -> Result<Intent, Refusal> {
-    intent_of(request.method(), request.uri(), request.version(), request.headers())
+    let mut facts = Facts::default();
+    for (name, value) in request.headers() {
+        facts.note(name.as_str().as_bytes(), value.as_bytes());
+    }
+    facts.judge(request.method(), request.uri(), request.version())
 }
 
-fn intent_of(method: &Method, target: &Uri, version: Version, header: &impl Header) -> Result<Intent, Refusal> {
-    if method == Method::CONNECT {
-        return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not supported"));
+/// What the fields of a request say, as far as it matters for what it wants: they are looked through once, whoever has read them.
+#[derive(Default)]
+struct Facts<'a> {
+    host: Lone<'a>,
+    key: Lone<'a>,
+    version: Lone<'a>,
+    coding: Lone<'a>,
+    /// The first of them; others are hyper's to judge.
+    length: Option<&'a [u8]>,
+    options: Options,
+    protocols: Protocols,
+    /// In `Connection` or `Upgrade`.
+    has_odd_bytes: bool,
+    expects: bool,
+}
+
+/// A field that should stand there once.
+#[derive(Default)]
+struct Lone<'a> {
+    first: Option<&'a [u8]>,
+    has_more: bool,
+}
+
+/// What `Connection` lists.
+#[derive(Default)]
+struct Options {
+    count: usize,
+    names_upgrade: bool,
+    /// See [`names_what_a_handshake_needs`].
+    names_needed: bool,
+    /// Something that is not usual.
+    names_more: bool,
+}
+
+/// What `Upgrade` lists.
+#[derive(Default)]
+struct Protocols {
+    count: usize,
+    names_websocket: bool,
+}
+
+impl<'a> Lone<'a> {
+    fn note(&mut self, value: &'a [u8]) {
+        self.has_more = self.first.is_some();
+        self.first = self.first.or(Some(value));
     }
-    // Authority form is for CONNECT, asterisk form for OPTIONS alone (RFC 9112 3.2), and credentials in a target are to be
-    // "treated as an error" (RFC 9110 4.2.4): Host would have to be made of it.
-    let authority = target.authority();
-    if (authority.is_some() && target.scheme().is_none())
-        || (target.path() == "*" && method != Method::OPTIONS)
-        || authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes()))
-    {
-        return Err(refuse(StatusCode::BAD_REQUEST, "the target has no valid form"));
+
+    fn only(&self) -> Option<&'a [u8]> {
+        self.first.filter(|_| !self.has_more)
     }
-    // "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host
-    // header field and to any request message that contains more than one" (RFC 9112 3.2).
-    let mut hosts = header.values_of(&HOST);
-    let host = hosts.next();
-    if hosts.next().is_some() || (host.is_none() && version == Version::HTTP_11) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
+}
+
+impl Options {
+    fn note(&mut self, option: &str) {
+        self.count += 1;
+        if option.eq_ignore_ascii_case("upgrade") {
+            self.names_upgrade = true;
+        } else {
+            self.names_needed |= names_what_a_handshake_needs(option);
+            self.names_more |= !is_usual_option(option);
+        }
     }
-    if host.is_some_and(|host| !is_host(host)) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Host is no host with a port"));
+}
+
+impl Protocols {
+    fn note(&mut self, protocol: &str) {
+        self.count += 1;
+        self.names_websocket |= protocol.eq_ignore_ascii_case("websocket");
     }
-    // Bytes beyond ASCII would hide what else stands in the line.
-    if [CONNECTION, UPGRADE].iter().any(|name| header.values_of(name).any(|value| text(value).is_none())) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Connection and Upgrade must be ASCII"));
+}
+
+impl<'a> Facts<'a> {
+    /// The next line.
+    #[inline]
+    fn note(&mut self, name: &[u8], value: &'a [u8]) {
+        let is = |known: &HeaderName| name.eq_ignore_ascii_case(known.as_str().as_bytes());
+        // In this order: of most lengths there is none.
+        match name.len() {
+            4 if is(&HOST) => self.host.note(value),
+            6 if is(&EXPECT) => self.expects = true,
+            // Bytes beyond ASCII would hide what else stands in the line.
+            7 if is(&UPGRADE) => match text(value) {
+                Some(value) => tokens_of(value).for_each(|protocol| self.protocols.note(protocol)),
+                None => self.has_odd_bytes = true,
+            },
+            10 if is(&CONNECTION) => match text(value) {
+                Some(value) => tokens_of(value).for_each(|option| self.options.note(option)),
+                None => self.has_odd_bytes = true,
+            },
+            14 if is(&CONTENT_LENGTH) => self.length = self.length.or(Some(value)),
+            17 if is(&SEC_WEBSOCKET_KEY) => self.key.note(value),
+            17 if is(&TRANSFER_ENCODING) => self.coding.note(value),
+            21 if is(&SEC_WEBSOCKET_VERSION) => self.version.note(value),
+            _ => {}
+        }
     }
-    let length = header.first(&CONTENT_LENGTH);
-    // A backend that counts in 63 bits would take it for less than nothing.
-    if length.is_some_and(|length| text(length).is_none_or(|text| text.parse::<i64>().is_err())) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length is out of range"));
-    }
-    // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
-    // unread, and what that makes of it is a guess.
-    let mut codings = header.values_of(&TRANSFER_ENCODING);
-    let coding = codings.next();
-    if codings.next().is_some() || coding.is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked")) {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Transfer-Encoding must be chunked, once"));
-    }
-    let (mut options, mut names_upgrade, mut names_more) = (0, false, false);
-    for option in tokens(header, &CONNECTION).take(MAX_CONNECTION_OPTIONS + 1) {
-        options += 1;
-        names_upgrade |= option.eq_ignore_ascii_case("upgrade");
-        names_more |= names_what_a_handshake_needs(option);
-    }
-    if options > MAX_CONNECTION_OPTIONS {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Connection lists too much"));
-    }
-    if !tokens(header, &UPGRADE).any(|protocol| protocol.eq_ignore_ascii_case("websocket")) {
-        return Ok(Intent::Plain);
-    }
-    if method != Method::GET {
-        return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be a GET"));
-    }
-    if version != Version::HTTP_11 {
-        return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be HTTP/1.1"));
-    }
-    if tokens(header, &UPGRADE).nth(1).is_some() {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Upgrade names more than websocket"));
-    }
-    if !names_upgrade {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Connection does not name upgrade"));
-    }
-    if names_more {
-        return Err(refuse(StatusCode::BAD_REQUEST, "Connection names a header that the handshake needs"));
-    }
-    if coding.is_some() || length.is_some_and(|length| length != b"0") {
-        return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must not have a body"));
-    }
-    if header.only(&SEC_WEBSOCKET_VERSION).is_none_or(|version| version != b"13") {
-        return Err(refuse(StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
-    }
-    match header.only(&SEC_WEBSOCKET_KEY) {
-        Some(key) if is_key(key) => Ok(Intent::WebSocket),
-        _ => Err(refuse(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64")),
+
+    /// What a request with these fields wants; see [`intent`].
+    fn judge(&self, method: &Method, target: &Uri, version: Version) -> Result<Intent, Refusal> {
+        if method == Method::CONNECT {
+            return Err(refuse(StatusCode::METHOD_NOT_ALLOWED, "CONNECT is not supported"));
+        }
+        // Authority form is for CONNECT, asterisk form for OPTIONS alone (RFC 9112 3.2), and credentials in a target are to be
+        // "treated as an error" (RFC 9110 4.2.4): Host would have to be made of it.
+        let authority = target.authority();
+        if (authority.is_some() && target.scheme().is_none())
+            || (target.path() == "*" && method != Method::OPTIONS)
+            || authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes()))
+        {
+            return Err(refuse(StatusCode::BAD_REQUEST, "the target has no valid form"));
+        }
+        // "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host
+        // header field and to any request message that contains more than one" (RFC 9112 3.2).
+        if self.host.has_more || (self.host.first.is_none() && version == Version::HTTP_11) {
+            return Err(refuse(StatusCode::BAD_REQUEST, "exactly one Host header is required"));
+        }
+        if self.host.first.is_some_and(|host| !is_host(host)) {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Host is no host with a port"));
+        }
+        if self.has_odd_bytes {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Connection and Upgrade must be ASCII"));
+        }
+        // A backend that counts in 63 bits would take it for less than nothing.
+        if self.length.is_some_and(|length| text(length).is_none_or(|text| text.parse::<i64>().is_err())) {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Content-Length is out of range"));
+        }
+        // hyper frames by `chunked` alone and has dropped a Content-Length beside it; another coding would reach the backend
+        // unread, and what that makes of it is a guess.
+        if self.coding.has_more || self.coding.first.is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked")) {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Transfer-Encoding must be chunked, once"));
+        }
+        if self.options.count > MAX_CONNECTION_OPTIONS {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Connection lists too much"));
+        }
+        if !self.protocols.names_websocket {
+            return Ok(Intent::Plain);
+        }
+        if method != Method::GET {
+            return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be a GET"));
+        }
+        if version != Version::HTTP_11 {
+            return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must be HTTP/1.1"));
+        }
+        if self.protocols.count > 1 {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Upgrade names more than websocket"));
+        }
+        if !self.options.names_upgrade {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Connection does not name upgrade"));
+        }
+        if self.options.names_needed {
+            return Err(refuse(StatusCode::BAD_REQUEST, "Connection names a header that the handshake needs"));
+        }
+        if self.coding.first.is_some() || self.length.is_some_and(|length| length != b"0") {
+            return Err(refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake must not have a body"));
+        }
+        if self.version.only().is_none_or(|version| version != b"13") {
+            return Err(refuse(StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
+        }
+        match self.key.only() {
+            Some(key) if is_key(key) => Ok(Intent::WebSocket),
+            _ => Err(refuse(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64")),
+        }
     }
 }
 
@@ -391,9 +434,8 @@ mod tests {
             for text in [handshake(line, more), handshake(line, more).replace("\r\n", "\n")] {
                 let whole = Bytes::from(text.clone());
                 let (ours, behind) = Whole::read(whole.clone(), &config()).unwrap_or_else(|_| panic!("{text:?}"));
-                let request = ours.into_request();
                 let theirs = by_hyper(text.as_bytes()).await.unwrap_or_else(|| panic!("hyper: {text:?}"));
-                assert_eq!((request.uri(), request.headers()), (theirs.uri(), theirs.headers()), "{text}");
+                assert_eq!((&ours.target, &ours.lines.to_map()), (theirs.uri(), theirs.headers()), "{text}");
                 assert!(behind.is_empty());
                 let with_frames = Bytes::from([text.as_bytes(), b"\x81\x80abcd"].concat());
                 let (ours, behind) = Whole::read(with_frames, &config()).unwrap_or_else(|_| panic!("{text:?}"));
@@ -444,7 +486,7 @@ mod tests {
 
     #[test]
     fn fields_that_hide_something() {
-        let refused = |name: &'static str, value: &'static [u8]| {
+        let refused = |name: &'static str, value: &[u8]| {
             let request = Request::builder().version(Version::HTTP_11).header(HOST, "a").header(UPGRADE, "websocket");
             let request = request.header(name, HeaderValue::from_bytes(value).unwrap()).body(()).unwrap();
             intent(&request).unwrap_err().reason
@@ -452,6 +494,9 @@ mod tests {
         assert_eq!(refused("upgrade", b"websock\x91\x8b"), "Connection and Upgrade must be ASCII");
         assert_eq!(refused("connection", b"a, \xe9"), "Connection and Upgrade must be ASCII");
         assert_eq!(refused("content-length", b"9223372036854775808"), "Content-Length is out of range");
+        assert_eq!(refused("connection", "a,".repeat(33).as_bytes()), "Connection lists too much");
+        let host = Request::builder().header(HOST, "a, b").body(()).unwrap();
+        assert_eq!(intent(&host).unwrap_err().reason, "Host is no host with a port");
     }
 
     #[test]
@@ -470,6 +515,10 @@ mod tests {
             ("GET / HTTP/1.1", "Expect: 100-continue\r\n"),
             ("GET / HTTP/1.1", "Host: b\r\n"),
             ("GET / HTTP/1.1", "Sec-WebSocket-Version: 8\r\n"),
+            ("GET / HTTP/1.1", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"),
+            ("GET / HTTP/1.1", "Upgrade: h2c\r\n"),
+            ("GET / HTTP/1.1", "Connection: Origin\r\n"),
+            ("GET / HTTP/1.1", "Connection: \u{e9}\r\n"),
             ("GET / HTTP/1.1", "a : b\r\n"),
             ("GET / HTTP/1.1", "a\u{0}: b\r\n"),
             ("GET / HTTP/1.1", "a: b\r\n c\r\n"),
@@ -478,6 +527,23 @@ mod tests {
         ] {
             let bytes = Bytes::from(handshake(line, more));
             assert_eq!(Whole::read(bytes.clone(), &config()).err(), Some(bytes), "{line} {more}");
+        }
+        for (from, to) in [
+            ("Host: a", "Host: a, b"),
+            ("Host: a", "Host: \u{e9}"),
+            ("Host: a", "X-Host: a"),
+            (": websocket", ": h2c"),
+            (": Upgrade", ": close"),
+            (": 13", ": 12"),
+            (": 13", ": 13, 13"),
+            ("Q==", "Q="),
+            ("Q==", "QQ="),
+            ("Q==", "*=="),
+        ] {
+            let text = handshake("GET / HTTP/1.1", "");
+            assert!(text.contains(from), "{from}");
+            let bytes = Bytes::from(text.replace(from, to));
+            assert_eq!(Whole::read(bytes.clone(), &config()).err(), Some(bytes), "{to}");
         }
         let few = Config { header_count: 4, ..config() };
         assert!(Whole::read(handshake("GET / HTTP/1.1", "").into(), &few).is_err());
