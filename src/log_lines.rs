@@ -411,18 +411,18 @@ impl LogLine {
     }
 
     fn long_number(&mut self, number: u64) {
+        if number < 100 {
+            return self.put(&two_digits((number % 100) as u32));
+        }
         let low = (number % 10_000) as u32;
         let ([thousands, hundreds], [tens, ones]) = (two_digits(low / 100), two_digits(low % 100));
-        if number < 100 {
-            self.put(&[tens, ones]);
-        } else if number < 1_000 {
-            self.put(&[hundreds, tens, ones]);
-        } else {
-            if number >= 10_000 {
-                self.number(number / 10_000);
-            }
-            self.put(&[thousands, hundreds, tens, ones]);
+        if number < 1_000 {
+            return self.put(&[hundreds, tens, ones]);
         }
+        if number >= 10_000 {
+            self.number(number / 10_000);
+        }
+        self.put(&[thousands, hundreds, tens, ones]);
     }
 
     fn flag(&mut self, flag: bool) {
