@@ -448,7 +448,7 @@ impl LogLine {
     fn plain(&mut self, text: &str) {
         if let [first, room @ .., last] = self.room(text.len() + 2) {
             *first = b'"';
-            room.copy_from_slice(text.as_bytes());
+            copy(text.as_bytes(), room);
             *last = b'"';
         }
     }
@@ -520,6 +520,27 @@ impl Visit for LogLine {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.name(field);
         self.shown(format_args!("{value:?}"));
+    }
+}
+
+/// As `copy_from_slice`: both are of one length. Most texts of a line are so short that to call the C library takes longer than to copy
+/// them. The last bytes overlap with those before.
+#[inline]
+fn copy(from: &[u8], to: &mut [u8]) {
+    fn ends<const N: usize>(from: &[u8], to: &mut [u8]) {
+        if let (Some(first), Some(last)) = (from.first_chunk::<N>(), from.last_chunk::<N>())
+            && let Some(end) = to.last_chunk_mut()
+        {
+            *end = *last;
+            if let Some(begin) = to.first_chunk_mut() {
+                *begin = *first;
+            }
+        }
+    }
+    match from.len() {
+        4..=7 => ends::<4>(from, to),
+        8..=16 => ends::<8>(from, to),
+        _ => to.copy_from_slice(from),
     }
 }
 
@@ -613,6 +634,17 @@ mod tests {
         }
         assert_eq!(moment(Duration::from_nanos(1_000_042_999)), "1970-01-01T00:00:01.000042Z");
         assert_eq!(moment(Duration::from_nanos(1_999_999_999)), "1970-01-01T00:00:01.999999Z");
+    }
+
+    /// Of each length, since short ones are copied in other ways.
+    #[test]
+    fn texts() {
+        let text = "abcdefghijklmnopqrstuvwxyz";
+        for length in 0..text.len() {
+            let mut line = LogLine::default();
+            line.text(&text[..length]);
+            assert_eq!(String::from_utf8_lossy(&line.room[..line.length]), format!("\"{}\"", &text[..length]));
+        }
     }
 
     const ODD: &str = "a \"quote\", a \\, a tab\t, an end\n, \u{0}\u{1b}[31m, \u{e4}\u{1f980}";
