@@ -2,7 +2,7 @@
 """Counts what pings, limits, logs and metrics cost an echo and a session of tidegate: each is switched off, and then all of them
 (.ci/costs says how to use it).
 
-    costs.py TIDEGATE UNCOUNTED [--functions]
+    costs.py TIDEGATE UNCOUNTED [--rounds N] [--functions]
 
 TIDEGATE is the release build, UNCOUNTED the same without counters (`--cfg uncounted`): there is no switch for these. All is counted by
 guard.py, in the same way: instructions in user mode and system calls of the only worker's thread, for an echo of 64 B and for a session,
@@ -12,6 +12,7 @@ Not in it: what the kernel does in a call, and what goes by the clock, such as t
 """
 
 import argparse
+import statistics
 import sys
 
 sys.dont_write_bytecode = True
@@ -66,6 +67,7 @@ def main():
     options = argparse.ArgumentParser()
     options.add_argument("tidegate")
     options.add_argument("uncounted")
+    options.add_argument("--rounds", type=int, default=5, help="how often each is counted; the figures are medians (default: 5)")
     options.add_argument("--functions", action="store_true", help="also tell which functions a session's instructions are in")
     options = options.parse_args()
     rows = [
@@ -84,9 +86,12 @@ def main():
 
     print("| | an echo, 64 B: instructions | system calls | a session: instructions | system calls | in the log's thread |")
     print("|---|---:|---:|---:|---:|---:|")
+    # When a worker wakes is chance, and a session's instructions are a percent more or less with it: so in rounds, and the medians.
+    found = [[costs(tidegate, settings) for _, tidegate, settings in rows] for _ in range(options.rounds)]
     first = None
-    for name, tidegate, settings in rows:
-        kinds, log = costs(tidegate, settings)
+    for (name, *_), rounds in zip(rows, zip(*found, strict=True), strict=True):
+        kinds = [[statistics.median(figures) for figures in zip(*kind, strict=True)] for kind in zip(*(kinds for kinds, _ in rounds), strict=True)]
+        log = statistics.median(log for _, log in rounds)
         first = first or kinds
         figures = [next_to(now, before) for kind, was in zip(kinds, first, strict=True) for now, before in zip(kind, was, strict=True)]
         print(f"| {name} | {' | '.join(figures)} | {log:,} |", flush=True)
