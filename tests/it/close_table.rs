@@ -2,7 +2,7 @@
 
 use crate::harness::{
     DEADLINE, Gate, NO_CODE, Peer, Scene, Side, backend, left_out,
-    scene::Dial,
+    scene::{self, Dial},
     transcript::End,
     ws::{self, Frame, SeenFrame},
 };
@@ -386,7 +386,9 @@ fn a_backend_that_closes() {
         assert_eq!(seen.texts(), ["last word"]);
         seen.assert_closed_with(4003);
         let backend = t.connection(0).seen();
-        assert_eq!((backend.closes(), backend.end), (if with_fin { vec![] } else { vec![4003] }, End::Fin));
+        // With a front its end may still be on its way when the client answers, and then that is passed on.
+        let is_answered = !with_fin || scene::backend_has_a_front() && !backend.closes().is_empty();
+        assert_eq!((backend.closes(), backend.end), (if is_answered { vec![4003] } else { vec![] }, End::Fin));
         t.no_rst();
     }
 }

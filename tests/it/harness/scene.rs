@@ -75,6 +75,11 @@ pub fn multiplexed(test: impl FnOnce()) {
     MULTIPLEXED.set(false);
 }
 
+/// What a backend of this test has sent goes on in its own time: on a stream, or through what speaks TLS for it.
+pub fn backend_has_a_front() -> bool {
+    MULTIPLEXED.get() || ENCRYPTED.get()
+}
+
 /// Runs a test whose scenes have TLS in front of their backends.
 pub fn encrypted(test: impl FnOnce()) {
     ENCRYPTED.set(true);
