@@ -6,7 +6,7 @@
 TIDEGATE is the release build, COUNTING the same with an allocator that counts (guard.rs). Nothing is asked of the clock: instructions in
 user mode are callgrind's, system calls strace's, allocations and bytes the allocator's. Each figure is the difference of two processes, or
 of two moments of one, of which the second has had more to do, divided by what it had more: so a start and an end do not count. Only a
-session's system calls are the median of many. Only the worker's thread counts, but for memory: the others work by the clock, or by what
+session's system calls are the fewest of many. Only the worker's thread counts, but for memory: the others work by the clock, or by what
 has piled up.
 
 Load and backend are this process. It does one thing at a time, and waits until the worker sleeps before it does the next. So the worker
@@ -27,7 +27,6 @@ import re
 import resource
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -390,8 +389,9 @@ def sessions_calls(tidegate, load, settings=None):
 def usual_calls(sessions, load):
     """Of an echo of each size and of a session, by name, of what sessions_calls() found."""
     names = sorted(set().union(*sessions))
-    # The median, since what waits at an end is looked at by the clock: on a busy machine some sessions have a few calls more.
-    usual = {name: statistics.median(session[name] for session in sessions[1:load.session + 1]) for name in names}
+    # That with the fewest, since what waits at an end is looked at by the clock: on a slow machine most have some more, but never all.
+    fewest = min(sessions[1:load.session + 1], key=Counter.total)
+    usual = {name: fewest[name] for name in names}
     found = {}
     for kind, session in zip(("echo_64", "echo_16k"), sessions[load.session + 1:], strict=False):
         # All but the one that any session has.
