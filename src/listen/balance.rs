@@ -68,7 +68,7 @@ struct Inner {
 #[derive(Debug)]
 struct Member {
     runtime: Handle,
-    connections: Arc<AtomicUsize>,
+    connections: Arc<Connections>,
     /// Bounded by the places that all accepted connections have.
     inbox: mpsc::UnboundedSender<Accepted>,
     /// Where connections wait for a worker: for any of them, unless each keeps its own.
@@ -76,26 +76,39 @@ struct Member {
     pulse: Mutex<Pulse>,
 }
 
-/// How much of the time a worker had something to do.
+/// How much of the time a worker had something to do, and how many connections left it.
 #[derive(Debug)]
 struct Pulse {
     at: Instant,
     busy: Duration,
     share: f32,
+    gone: usize,
+    /// In [`SOON`].
+    leaving: usize,
+}
+
+/// Those of one worker.
+#[derive(Debug, Default)]
+struct Connections {
+    now: AtomicUsize,
+    /// Those that have left it.
+    gone: AtomicUsize,
 }
 
 /// The count of one worker.
 #[derive(Debug, Clone)]
-pub struct ConnectionCounter(Arc<AtomicUsize>);
+pub struct ConnectionCounter(Arc<Connections>);
 
 /// A connection in the count of its worker.
 #[derive(Debug)]
-pub struct ConnectionGuard(Arc<AtomicUsize>);
+pub struct ConnectionGuard(Arc<Connections>);
 
 /// What is known of a worker's load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Load {
     connections: usize,
+    /// So many of them are about to leave.
+    leaving: usize,
     /// 0 to 1.
     busy: f32,
 }
@@ -103,9 +116,17 @@ struct Load {
 /// The shortest time over which it is said how busy a worker was.
 const PULSE: Duration = Duration::from_millis(20);
 
+/// How busy it was over about so long counts: in 20 ms one of two workers with the same work is often busier by far, since other programs have its
+/// core, and soon the other one is.
+const SETTLED: Duration = Duration::from_millis(500);
+
 /// Differences up to these are none: giving a connection away costs a wake-up of another thread.
 const BUSIER: f32 = 0.25;
 const MORE: usize = 8;
+
+/// Nor is one that is gone so soon, since so many connections leave: where they come and go by the thousand it is chance, and the next one is
+/// the other way round.
+const SOON: Duration = Duration::from_millis(100);
 
 impl Balancer {
     /// For each worker its runtime and where what others accept for it goes.
@@ -120,7 +141,7 @@ impl Balancer {
             connections: Arc::default(),
             inbox,
             pending: if hand_off { Arc::clone(&shared) } else { Arc::new(PendingQueue::new(waiters)) },
-            pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0 }),
+            pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0, gone: 0, leaving: 0 }),
         };
         Self { inner: Arc::new(Inner { members: workers.into_iter().map(member).collect(), hand_off }) }
     }
@@ -169,17 +190,21 @@ impl Member {
         let passed = now - pulse.at;
         if passed >= PULSE {
             let busy = self.runtime.metrics().worker_total_busy_duration(0);
-            let share = busy.saturating_sub(pulse.busy).as_secs_f32() / passed.as_secs_f32();
-            *pulse = Pulse { at: now, busy, share: share.min(1.0) };
+            let share = (busy.saturating_sub(pulse.busy).as_secs_f32() / passed.as_secs_f32()).min(1.0);
+            let share = pulse.share + (share - pulse.share) * (passed.as_secs_f32() / SETTLED.as_secs_f32()).min(1.0);
+            let gone = self.connections.gone.load(Ordering::Relaxed);
+            let leaving = gone.wrapping_sub(pulse.gone) as u128 * SOON.as_micros() / passed.as_micros();
+            let leaving = usize::try_from(leaving).unwrap_or(usize::MAX);
+            *pulse = Pulse { at: now, busy, share, gone, leaving };
         }
-        Load { connections: self.connections.load(Ordering::Relaxed), busy: pulse.share }
+        Load { connections: self.connections.now.load(Ordering::Relaxed), leaving: pulse.leaving, busy: pulse.share }
     }
 }
 
 impl ConnectionCounter {
     /// One more connection.
     pub fn one_more(&self) -> ConnectionGuard {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.0.now.fetch_add(1, Ordering::Relaxed);
         ConnectionGuard(Arc::clone(&self.0))
     }
 }
@@ -202,7 +227,8 @@ impl Drop for Inner {
 
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.now.fetch_sub(1, Ordering::Relaxed);
+        self.0.gone.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -223,7 +249,7 @@ impl Load {
         if (self.busy - other.busy).abs() >= BUSIER {
             return self.busy < other.busy;
         }
-        self.connections + MORE + other.connections / 16 < other.connections
+        self.connections + MORE + other.connections / 16 < other.connections.saturating_sub(other.leaving)
     }
 }
 
@@ -232,8 +258,10 @@ mod tests {
     use super::*;
 
     fn chosen(loads: &[(usize, f32)], by: usize) -> usize {
-        let loads: Vec<_> =
-            loads.iter().map(|(connections, busy)| Load { connections: *connections, busy: *busy }).collect();
+        let loads: Vec<_> = loads
+            .iter()
+            .map(|(connections, busy)| Load { connections: *connections, leaving: 0, busy: *busy })
+            .collect();
         least(&loads, by)
     }
 
@@ -245,6 +273,14 @@ mod tests {
         assert_eq!(chosen(&[(1000, 0.2), (1060, 0.2)], 1), 1);
         assert_eq!(chosen(&[(1000, 0.2), (1100, 0.2)], 1), 0);
         assert_eq!(chosen(&[(50, 0.0), (30, 0.0), (10, 0.0)], 0), 2);
+    }
+
+    #[test]
+    fn those_who_are_about_to_leave_are_no_load() {
+        let load = |connections, leaving| Load { connections, leaving, busy: 0.5 };
+        assert_eq!(least(&[load(20, 400), load(44, 400)], 1), 1);
+        assert_eq!(least(&[load(20, 0), load(44, 10)], 1), 0);
+        assert_eq!(least(&[load(20, 0), load(44, 16)], 1), 1);
     }
 
     #[test]
