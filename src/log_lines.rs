@@ -13,6 +13,7 @@ use std::{
     fmt::{self, Write as _},
     io::Write as _,
     net::SocketAddr,
+    sync::atomic::{AtomicU64, Ordering},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -88,11 +89,14 @@ pub(crate) use log_line;
 /// See the module.
 pub(crate) struct JsonLines {
     writer: NonBlocking,
+    /// No other has it.
+    id: u64,
 }
 
 impl JsonLines {
-    pub(crate) const fn new(writer: NonBlocking) -> Self {
-        Self { writer }
+    pub(crate) fn new(writer: NonBlocking) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { writer, id: NEXT.fetch_add(1, Ordering::Relaxed) }
     }
 
     #[expect(clippy::unnecessary_box_returns, reason = "it comes in one, and is kept in it")]
@@ -100,7 +104,10 @@ impl JsonLines {
         // What a value's own code says meanwhile, and a thread that ends, have a room of their own.
         let mut line = KEPT.try_with(Cell::take).ok().flatten().unwrap_or_default();
         line.begin(SystemTime::now());
-        line.writer = Some(self.writer.clone());
+        // Most threads have one log, whose writer stays with their room: its references are counted by all of them.
+        if line.writer.as_ref().is_none_or(|(id, _)| *id != self.id) {
+            line.writer = Some((self.id, self.writer.clone()));
+        }
         line
     }
 }
@@ -329,7 +336,8 @@ pub(crate) struct LogLine {
     /// Of its moment, which the line before may have been in too; and the length up to the point behind it.
     second: Option<u64>,
     until_second: usize,
-    writer: Option<NonBlocking>,
+    /// With whose it is.
+    writer: Option<(u64, NonBlocking)>,
 }
 
 impl Default for LogLine {
@@ -358,9 +366,17 @@ impl LogLine {
     /// What is known when this is compiled is copied in a few registers.
     #[inline]
     pub(crate) fn put<const N: usize>(&mut self, bytes: &[u8; N]) {
-        if let Some(room) = self.room(N).first_chunk_mut() {
+        if let Some(room) = self.room.get_mut(self.length..).and_then(|room| room.first_chunk_mut()) {
             *room = *bytes;
+            self.length += N;
+        } else {
+            self.put_beyond(bytes);
         }
+    }
+
+    #[cold]
+    fn put_beyond(&mut self, bytes: &[u8]) {
+        self.put_all(bytes);
     }
 
     fn put_all(&mut self, bytes: &[u8]) {
@@ -391,7 +407,7 @@ impl LogLine {
     /// Hands it over.
     pub(crate) fn end(mut self: Box<Self>) {
         self.put(b"}\n");
-        if let Some(mut writer) = self.writer.take() {
+        if let Some((_, writer)) = &mut self.writer {
             // Nobody is there to be told of an error; lines that are dropped are counted.
             let _ = writer.write_all(&self.room[..self.length]);
         }
@@ -411,18 +427,17 @@ impl LogLine {
     }
 
     fn long_number(&mut self, number: u64) {
-        if number < 100 {
-            return self.put(&two_digits((number % 100) as u32));
-        }
         let low = (number % 10_000) as u32;
         let ([thousands, hundreds], [tens, ones]) = (two_digits(low / 100), two_digits(low % 100));
-        if number < 1_000 {
-            return self.put(&[hundreds, tens, ones]);
-        }
+        let digits = [thousands, hundreds, tens, ones];
         if number >= 10_000 {
             self.number(number / 10_000);
+            return self.put(&digits);
         }
-        self.put(&[thousands, hundreds, tens, ones]);
+        // All four are written, those before the first one that counts behind the others, where what comes next is written over them.
+        let ahead = usize::from(number < 1_000) + usize::from(number < 100);
+        self.put(&(u32::from_be_bytes(digits) << (8 * ahead)).to_be_bytes());
+        self.length -= ahead;
     }
 
     fn flag(&mut self, flag: bool) {
@@ -591,10 +606,18 @@ fn until_second(second: u64) -> [u8; 20] {
     text
 }
 
-/// Of a number below 100.
+/// Of a number below 100. Looked up: to compute the tens takes five instructions.
 #[inline]
-const fn two_digits(number: u32) -> [u8; 2] {
-    [b'0' + (number / 10 % 10) as u8, b'0' + (number % 10) as u8]
+fn two_digits(number: u32) -> [u8; 2] {
+    const DIGITS: [[u8; 2]; 100] = {
+        let (mut digits, mut number) = ([[0; 2]; 100], 0_u8);
+        while number < 100 {
+            digits[number as usize] = [b'0' + number / 10, b'0' + number % 10];
+            number += 1;
+        }
+        digits
+    };
+    DIGITS[number as usize % 100]
 }
 
 #[cfg(test)]
@@ -634,6 +657,22 @@ mod tests {
         }
         assert_eq!(moment(Duration::from_nanos(1_000_042_999)), "1970-01-01T00:00:01.000042Z");
         assert_eq!(moment(Duration::from_nanos(1_999_999_999)), "1970-01-01T00:00:01.999999Z");
+    }
+
+    /// Around each power of ten, and in a line that has to grow for it.
+    #[test]
+    fn numbers() {
+        let powers = (0..20).map(|digits| 10_u64.pow(digits));
+        for number in
+            powers.flat_map(|power| [power - 1, power, power + 1, power + power / 2]).chain([10_203, u64::MAX])
+        {
+            for room in [USUAL, 0, 3, 5] {
+                let mut line = LogLine { room: vec![0; room], ..LogLine::default() };
+                line.number(number);
+                line.put(b",");
+                assert_eq!(String::from_utf8_lossy(&line.room[..line.length]), format!("{number},"));
+            }
+        }
     }
 
     /// Of each length, since short ones are copied in other ways.

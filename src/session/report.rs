@@ -173,14 +173,14 @@ impl Open {
             key = key(self.entry.shared()),
             initiator = word(initiator(report.initiator)),
             code = report.code,
-            reason = unquoted(&reason),
+            reason = (!reason.is_empty()).then(|| unquoted(&reason)),
             client_sent,
             client_got,
             backend_sent,
             backend_got,
             clean = causes.is_empty(),
-            abnormal = &*causes,
-            why = &*why,
+            abnormal = (!causes.is_empty()).then_some(&*causes),
+            why = (!why.is_empty()).then_some(&*why),
             duration_ms = millis(begun.elapsed()),
             ending_ms = millis(report.ending),
             messages_from_client = from_client.messages,
@@ -188,7 +188,7 @@ impl Open {
             bytes_from_client = from_client.bytes,
             bytes_from_backend = from_backend.bytes,
             crossed = from_client.crossed,
-            delay_cut = report.delay_cut,
+            delay_cut = report.delay_cut.then_some(true),
         );
     }
 }
