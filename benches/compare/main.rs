@@ -135,6 +135,7 @@ enum Role {
 }
 
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are flags of a command line")]
 struct Options {
     /// How often everything is measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -169,9 +170,15 @@ struct Options {
     /// Measures a second tidegate too, `other`, with these settings beside the first one's
     #[arg(long, value_name = "TOML", value_parser = peers::settings)]
     other: Vec<toml::Table>,
-    /// Measures a second tidegate too, `other`: this binary
+    /// The binary that is measured as tidegate [default: the one that cargo has built for this]
     #[arg(long, value_name = "PATH")]
     tidegate_binary: Option<PathBuf>,
+    /// Behind each leg tidegate is told to end, and waited for: a build that counts what it does writes that down at its end (.ci/static)
+    #[arg(long)]
+    ends_by_itself: bool,
+    /// Measures a second tidegate too, `other`: this binary [default: the first one's]
+    #[arg(long, value_name = "PATH")]
+    other_binary: Option<PathBuf>,
     /// Sessions of `echo`
     #[arg(long, value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     connections: Vec<u32>,
@@ -337,7 +344,10 @@ async fn compare(options: &Options, stopped: impl Future<Output = &'static str>)
         tried.context("--receive-apart is not possible here")?;
     }
     let (peers, rivals) = peers(options)?;
-    let tidegates = Tidegates::new(&options.tidegate, &options.other, options.tidegate_binary.as_deref())?;
+    let tidegates = Tidegates::new(
+        (&options.tidegate, options.tidegate_binary.as_deref()),
+        (&options.other, options.other_binary.as_deref()),
+    )?;
     let folder = tempfile::Builder::new().prefix("tidegate-compare-").tempdir();
     let folder = folder.context("a folder for configurations and logs")?;
     let mut report = Report::new(options, &peers, &tidegates, &rivals, in_namespaces)?;
@@ -448,7 +458,14 @@ async fn leg(setup: &Setup<'_>, case: Case, peer: Peer) -> anyhow::Result<Outcom
     let transport = case.transport();
     let certificates = transport.is_tls().then(|| Certificates::write(folder)).transpose()?;
     let is_stopped = matches!(case, Case::Drain { .. });
-    let site = Site { folder, place: &place, logs: options.logs, is_stopped, tls: certificates.as_ref() };
+    let site = Site {
+        folder,
+        place: &place,
+        logs: options.logs,
+        is_stopped,
+        ends_by_itself: options.ends_by_itself,
+        tls: certificates.as_ref(),
+    };
     let (backend, backend_address) =
         peers::start_backend(&site, peer, options.backend_backlog, matches!(case, Case::Ramp { .. })).await?;
     let proxy = peers::start(&site, peer, tidegates, rivals, backend_address).await?;
@@ -567,7 +584,7 @@ fn peers(options: &Options) -> anyhow::Result<(Vec<Peer>, Rivals)> {
         }
     }
     peers.extend([Peer::Tidegate, Peer::Tidegate1, Peer::Tidegate2, Peer::Broadcast, Peer::Batched]);
-    if !options.other.is_empty() || options.tidegate_binary.is_some() {
+    if !options.other.is_empty() || options.other_binary.is_some() {
         peers.push(Peer::Other);
     }
     Ok((peers, rivals))

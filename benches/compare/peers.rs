@@ -87,17 +87,23 @@ pub struct Tidegates {
     settings: Table,
     other_settings: Table,
     #[serde(skip)]
+    binary: PathBuf,
+    #[serde(skip)]
     other_binary: PathBuf,
 }
 
 impl Tidegates {
-    pub fn new(settings: &[Table], other: &[Table], other_binary: Option<&Path>) -> anyhow::Result<Self> {
+    pub fn new(
+        (settings, binary): (&[Table], Option<&Path>),
+        (other_settings, other_binary): (&[Table], Option<&Path>),
+    ) -> anyhow::Result<Self> {
         let settings = settings.iter().cloned().fold(Table::new(), merged);
-        let other_settings = other.iter().cloned().fold(settings.clone(), merged);
+        let other_settings = other_settings.iter().cloned().fold(settings.clone(), merged);
         // Legs run in a folder of their own.
-        let other_binary = other_binary.unwrap_or(Path::new(TIDEGATE));
-        let other_binary = fs::canonicalize(other_binary).with_context(|| other_binary.display().to_string())?;
-        Ok(Self { settings, other_settings, other_binary })
+        let whole = |path: &Path| fs::canonicalize(path).with_context(|| path.display().to_string());
+        let binary = whole(binary.unwrap_or(Path::new(TIDEGATE)))?;
+        let other_binary = other_binary.map_or_else(|| Ok(binary.clone()), whole)?;
+        Ok(Self { settings, other_settings, binary, other_binary })
     }
 
     fn of(&self, peer: Peer) -> (&Path, Table) {
@@ -107,14 +113,14 @@ impl Tidegates {
         };
         match peer {
             Peer::Other => (&self.other_binary, self.other_settings.clone()),
-            Peer::Tidegate1 => (Path::new(TIDEGATE), with_workers(1)),
-            Peer::Tidegate2 => (Path::new(TIDEGATE), with_workers(2)),
+            Peer::Tidegate1 => (&self.binary, with_workers(1)),
+            Peer::Tidegate2 => (&self.binary, with_workers(2)),
             Peer::Broadcast | Peer::Batched => {
                 let more = if peer == Peer::Batched { BATCHED } else { "pool.batch_delay = '0s'" };
                 let route = settings(&format!("route = [{{ path = '{FEED}', {BROADCAST}, {more} }}]"));
-                (Path::new(TIDEGATE), merged(self.settings.clone(), route.expect("it is valid TOML")))
+                (&self.binary, merged(self.settings.clone(), route.expect("it is valid TOML")))
             }
-            _ => (Path::new(TIDEGATE), self.settings.clone()),
+            _ => (&self.binary, self.settings.clone()),
         }
     }
 
@@ -164,6 +170,8 @@ pub struct Site<'a> {
     pub logs: bool,
     /// It is to be stopped in good order, and has [`GRACE`] for that.
     pub is_stopped: bool,
+    /// tidegate is told to end behind the leg, and waited for.
+    pub ends_by_itself: bool,
     /// That clients get over TLS; None: plain TCP.
     pub tls: Option<&'a Certificates>,
 }
@@ -269,9 +277,12 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
     let drain = if site.is_stopped {
         let window = GRACE.as_millis() - 500;
         format!("drain.delay = '0s'\ndrain.window = '{window}ms'\ndrain.timeout = '500ms'\n")
+    } else if site.ends_by_itself {
+        "drain.delay = '0s'\ndrain.window = '0s'\ndrain.timeout = '500ms'\n".to_owned()
     } else {
         String::new()
     };
+    let death = if site.ends_by_itself { Death::Term } else { Death::Kill };
     let base = format!(
         "listen.address = \"{address}\"\nlisten.workers = {WORKERS}\nupstream.address = \"{backend}\"\n\
          admin.address = \"off\"\nlog.format = \"json\"\nlog.filter = \"{filter}\"\n{tls}{drain}"
@@ -279,7 +290,7 @@ async fn start_tidegate(site: &Site<'_>, binary: &Path, settings: Table, backend
     let config = site.folder.join("proxy.toml");
     fs::write(&config, merged(base.parse()?, settings).to_string())?;
     let command = [binary.as_os_str(), OsStr::new("run"), OsStr::new("--config"), config.as_os_str()];
-    let mut process = Process::start(site.start("tidegate", Death::Kill, Side::Proxy), &command)?;
+    let mut process = Process::start(site.start("tidegate", death, Side::Proxy), &command)?;
     let listening = process.until("an address", |process| {
         process.printed().lines().find_map(|line| {
             let line: serde_json::Value = serde_json::from_str(line).ok()?;
