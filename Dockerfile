@@ -8,11 +8,11 @@
 # a cross toolchain would be one more thing that differs between the platforms.
 #
 # tidegate is built for what it does most, as counted while a load went through a first build of it (.ci/static): no two countings are
-# the same. --build-arg TIDEGATE_PROFILE=none does without, in half of the time.
+# the same. --build-arg TIDEGATE_PROFILE=none does without, in a third of the time.
 #
 # To get the same bytes again: the same commit, the Rust image by its digest (docker buildx build --build-context
 # rust:1.95-slim-bookworm=docker-image://rust@sha256:...), the counts of the build that is repeated (docker build --target profile
-# --output . with it, then --build-arg TIDEGATE_PROFILE=tidegate.profdata), and the time of the commit for that of the files
+# --output . with it, one platform at a time, then --build-arg TIDEGATE_PROFILE=tidegate.profdata), and the time of the commit for that of the files
 # (SOURCE_DATE_EPOCH=$(git log -1 --format=%ct), --output type=oci,rewrite-timestamp=true,dest=tidegate.tar; buildah has
 # --timestamp). Crates are pinned by Cargo.lock, and the binaries have no time or name of the machine in them.
 

@@ -81,7 +81,10 @@ struct Member {
 struct Pulse {
     at: Instant,
     busy: Duration,
+    /// Over about [`SETTLED`].
     share: f32,
+    /// Since the look before.
+    lately: f32,
     gone: usize,
     /// In [`SOON`].
     leaving: usize,
@@ -111,6 +114,8 @@ struct Load {
     leaving: usize,
     /// 0 to 1.
     busy: f32,
+    /// The same, by the last look alone.
+    lately: f32,
 }
 
 /// The shortest time over which it is said how busy a worker was.
@@ -141,7 +146,14 @@ impl Balancer {
             connections: Arc::default(),
             inbox,
             pending: if hand_off { Arc::clone(&shared) } else { Arc::new(PendingQueue::new(waiters)) },
-            pulse: Mutex::new(Pulse { at: Instant::now(), busy: Duration::ZERO, share: 0.0, gone: 0, leaving: 0 }),
+            pulse: Mutex::new(Pulse {
+                at: Instant::now(),
+                busy: Duration::ZERO,
+                share: 0.0,
+                lately: 0.0,
+                gone: 0,
+                leaving: 0,
+            }),
         };
         Self { inner: Arc::new(Inner { members: workers.into_iter().map(member).collect(), hand_off }) }
     }
@@ -190,18 +202,28 @@ impl Member {
         let passed = now - pulse.at;
         if passed >= PULSE {
             let busy = self.runtime.metrics().worker_total_busy_duration(0);
-            let share = (busy.saturating_sub(pulse.busy).as_secs_f32() / passed.as_secs_f32()).min(1.0);
-            let share = pulse.share + (share - pulse.share) * (passed.as_secs_f32() / SETTLED.as_secs_f32()).min(1.0);
+            let lately = (busy.saturating_sub(pulse.busy).as_secs_f32() / passed.as_secs_f32()).min(1.0);
+            let weight = (passed.as_secs_f32() / SETTLED.as_secs_f32()).min(1.0);
+            let share = pulse.share + (lately - pulse.share) * weight;
             let gone = self.connections.gone.load(Ordering::Relaxed);
             let leaving = gone.wrapping_sub(pulse.gone) as u128 * SOON.as_micros() / passed.as_micros();
             let leaving = usize::try_from(leaving).unwrap_or(usize::MAX);
-            *pulse = Pulse { at: now, busy, share, gone, leaving };
+            *pulse = Pulse { at: now, busy, share, lately, gone, leaving };
         }
-        Load { connections: self.connections.now.load(Ordering::Relaxed), leaving: pulse.leaving, busy: pulse.share }
+        let Pulse { share, lately, leaving, .. } = *pulse;
+        Load { connections: self.connections.now.load(Ordering::Relaxed), leaving, busy: share, lately }
     }
 }
 
 impl ConnectionCounter {
+    /// Counts a connection of any worker here from now on.
+    pub fn take(&self, guard: &mut ConnectionGuard) {
+        // Who stays has not left.
+        if !Arc::ptr_eq(&self.0, &guard.0) {
+            *guard = self.one_more();
+        }
+    }
+
     /// One more connection.
     pub fn one_more(&self) -> ConnectionGuard {
         self.0.now.fetch_add(1, Ordering::Relaxed);
@@ -246,10 +268,14 @@ fn least(loads: &[Load], by: usize) -> usize {
 impl Load {
     /// Being busy counts before the number of connections: one may be worth a thousand others.
     fn is_clearly_less(&self, other: &Self) -> bool {
-        if (self.busy - other.busy).abs() >= BUSIER {
+        // Also still: what was busy a moment ago may have nothing to do any more.
+        let is_busier = |a: &Self, b: &Self| a.busy - b.busy >= BUSIER && a.lately - b.lately >= BUSIER;
+        if is_busier(self, other) || is_busier(other, self) {
             return self.busy < other.busy;
         }
-        self.connections + MORE + other.connections / 16 < other.connections.saturating_sub(other.leaving)
+        // Half of them may stay for long, however many come and go beside them.
+        let staying = other.connections - other.leaving.min(other.connections / 2);
+        self.connections + MORE + other.connections / 16 < staying
     }
 }
 
@@ -260,7 +286,7 @@ mod tests {
     fn chosen(loads: &[(usize, f32)], by: usize) -> usize {
         let loads: Vec<_> = loads
             .iter()
-            .map(|(connections, busy)| Load { connections: *connections, leaving: 0, busy: *busy })
+            .map(|(connections, busy)| Load { connections: *connections, leaving: 0, busy: *busy, lately: *busy })
             .collect();
         least(&loads, by)
     }
@@ -277,10 +303,20 @@ mod tests {
 
     #[test]
     fn those_who_are_about_to_leave_are_no_load() {
-        let load = |connections, leaving| Load { connections, leaving, busy: 0.5 };
+        let load = |connections, leaving| Load { connections, leaving, busy: 0.5, lately: 0.5 };
         assert_eq!(least(&[load(20, 400), load(44, 400)], 1), 1);
         assert_eq!(least(&[load(20, 0), load(44, 10)], 1), 0);
         assert_eq!(least(&[load(20, 0), load(44, 16)], 1), 1);
+        // Thousands that come and go hide half of those who stay, and no more.
+        assert_eq!(least(&[load(20, 4000), load(500, 4000)], 1), 0);
+    }
+
+    #[test]
+    fn who_was_busy_and_is_not_any_more_is_no_busier() {
+        let load = |busy, lately| Load { connections: 10, leaving: 0, busy, lately };
+        assert_eq!(least(&[load(0.1, 0.1), load(0.9, 0.1)], 1), 1);
+        assert_eq!(least(&[load(0.1, 0.1), load(0.2, 0.9)], 1), 1);
+        assert_eq!(least(&[load(0.1, 0.1), load(0.9, 0.9)], 1), 0);
     }
 
     #[test]

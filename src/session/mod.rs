@@ -248,7 +248,7 @@ impl Context {
     /// Takes connections from the pending queue as there is room, until that is closed. They then belong to this worker.
     pub async fn take_on(self: Arc<Self>, counter: ConnectionCounter) {
         while let Some((Pending { mut accepted, .. }, permit)) = self.gate.next(&self.pending).await {
-            accepted.accounting.guard = counter.one_more();
+            counter.take(&mut accepted.accounting.guard);
             self.latest().begin(accepted, Some(permit), true);
         }
     }

@@ -173,7 +173,8 @@ impl Open {
             key = key(self.entry.shared()),
             initiator = word(initiator(report.initiator)),
             code = report.code,
-            reason = (!reason.is_empty()).then(|| unquoted(&reason)),
+            // In quotes also where lines are text: it is the peer's, and looks like a field if it wants to.
+            reason = (!reason.is_empty()).then_some(&*reason),
             client_sent,
             client_got,
             backend_sent,
