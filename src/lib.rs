@@ -33,6 +33,7 @@ pub mod gate;
 pub mod hub;
 pub mod listen;
 mod log_lines;
+mod log_queue;
 pub mod metrics;
 pub mod net;
 pub mod notify;

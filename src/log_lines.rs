@@ -11,9 +11,7 @@
 use std::{
     cell::Cell,
     fmt::{self, Write as _},
-    io::Write as _,
-    net::SocketAddr,
-    sync::atomic::{AtomicU64, Ordering},
+    net::{Ipv4Addr, SocketAddr},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -25,10 +23,9 @@ use tracing::{
     field::{DisplayValue, Field, Visit, display},
     level_filters::LevelFilter,
 };
-use tracing_appender::non_blocking::NonBlocking;
 use tracing_subscriber::{Layer, layer::Context};
 
-use crate::net::Dotted;
+use crate::{log_queue::LogQueue, net::Dotted};
 
 /// Most lines are shorter, in bytes.
 const USUAL: usize = 1024;
@@ -87,26 +84,23 @@ macro_rules! log_line {
 pub(crate) use log_line;
 
 /// See the module.
-pub(crate) struct JsonLines {
-    writer: NonBlocking,
-    /// No other has it.
-    id: u64,
-}
+pub(crate) struct JsonLines(LogQueue);
 
 impl JsonLines {
-    pub(crate) fn new(writer: NonBlocking) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self { writer, id: NEXT.fetch_add(1, Ordering::Relaxed) }
+    pub(crate) const fn new(queue: LogQueue) -> Self {
+        Self(queue)
     }
 
     #[expect(clippy::unnecessary_box_returns, reason = "it comes in one, and is kept in it")]
     fn begin(&self) -> Box<LogLine> {
         // What a value's own code says meanwhile, and a thread that ends, have a room of their own.
         let mut line = KEPT.try_with(Cell::take).ok().flatten().unwrap_or_default();
-        line.begin(SystemTime::now());
-        // Most threads have one log, whose writer stays with their room: its references are counted by all of them.
-        if line.writer.as_ref().is_none_or(|(id, _)| *id != self.id) {
-            line.writer = Some((self.id, self.writer.clone()));
+        // No clock of a host with a log is set to before 1970.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        line.begin(since.as_secs(), since.subsec_micros());
+        // Most threads have one log, whose queue stays with their room: its references are counted by all of them.
+        if line.queue.as_ref().is_none_or(|queue| !queue.is(&self.0)) {
+            line.queue = Some(self.0.clone());
         }
         line
     }
@@ -184,7 +178,8 @@ impl LogValue for u16 {
 
     #[inline]
     fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
-        u64::from(*self).json(name, line);
+        line.put(name);
+        line.code(*self);
     }
 }
 
@@ -268,6 +263,12 @@ pub(crate) const fn unquoted(text: &str) -> Unquoted<'_> {
 /// See [`unquoted`].
 pub(crate) struct Unquoted<'a>(&'a str);
 
+impl AsRef<str> for Unquoted<'_> {
+    fn as_ref(&self) -> &str {
+        self.0
+    }
+}
+
 impl LogValue for Unquoted<'_> {
     type Traced<'a>
         = DisplayValue<&'a str>
@@ -284,6 +285,38 @@ impl LogValue for Unquoted<'_> {
     }
 }
 
+/// A text that has been looked at before: `is_plain` of it.
+pub(crate) const fn checked<T>(text: T, is_plain: bool) -> Checked<T> {
+    Checked { text, is_plain }
+}
+
+/// See [`checked`].
+pub(crate) struct Checked<T> {
+    text: T,
+    is_plain: bool,
+}
+
+impl<T: LogValue + AsRef<str>> LogValue for Checked<T> {
+    type Traced<'a>
+        = T::Traced<'a>
+    where
+        Self: 'a;
+
+    fn traced(&self) -> Self::Traced<'_> {
+        self.text.traced()
+    }
+
+    #[inline]
+    fn json<const N: usize>(&self, name: &[u8; N], line: &mut LogLine) {
+        line.put(name);
+        if self.is_plain {
+            line.plain(self.text.as_ref());
+        } else {
+            line.text(self.text.as_ref());
+        }
+    }
+}
+
 impl LogValue for SocketAddr {
     type Traced<'a> = DisplayValue<&'a Self>;
 
@@ -296,7 +329,7 @@ impl LogValue for SocketAddr {
         let Self::V4(address) = self else { return Shown(self).json(name, line) };
         line.put(name);
         line.put(b"\"");
-        line.put_all(Dotted::new(*address.ip()).as_bytes());
+        line.dotted(*address.ip());
         line.put(b":");
         line.number(address.port().into());
         line.put(b"\"");
@@ -336,13 +369,13 @@ pub(crate) struct LogLine {
     /// Of its moment, which the line before may have been in too; and the length up to the point behind it.
     second: Option<u64>,
     until_second: usize,
-    /// With whose it is.
-    writer: Option<(u64, NonBlocking)>,
+    /// Where it goes.
+    queue: Option<LogQueue>,
 }
 
 impl Default for LogLine {
     fn default() -> Self {
-        Self { room: vec![0; USUAL], length: 0, second: None, until_second: 0, writer: None }
+        Self { room: vec![0; USUAL], length: 0, second: None, until_second: 0, queue: None }
     }
 }
 
@@ -383,21 +416,18 @@ impl LogLine {
         self.room(bytes.len()).copy_from_slice(bytes);
     }
 
-    /// In place of what was there, with its moment as RFC 3339 has it, in UTC, to the microsecond.
-    fn begin(&mut self, now: SystemTime) {
-        // No clock of a host with a log is set to before 1970.
-        let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        if self.second != Some(since.as_secs()) {
-            self.second = Some(since.as_secs());
+    /// In place of what was there, with its moment since 1970 as RFC 3339 has it, in UTC, to the microsecond.
+    fn begin(&mut self, second: u64, micros: u32) {
+        if self.second != Some(second) {
+            self.second = Some(second);
             self.length = 0;
             self.put(b"{\"timestamp\":\"");
-            self.put(&until_second(since.as_secs()));
+            self.put(&until_second(second));
             self.until_second = self.length;
         }
         // Up to there it is as in the line before.
         self.length = self.until_second;
         let mut behind = *b"000000Z";
-        let micros = since.subsec_micros();
         for (at, number) in [(0, micros / 10_000), (2, micros / 100 % 100), (4, micros % 100)] {
             [behind[at], behind[at + 1]] = two_digits(number);
         }
@@ -407,9 +437,8 @@ impl LogLine {
     /// Hands it over.
     pub(crate) fn end(mut self: Box<Self>) {
         self.put(b"}\n");
-        if let Some((_, writer)) = &mut self.writer {
-            // Nobody is there to be told of an error; lines that are dropped are counted.
-            let _ = writer.write_all(&self.room[..self.length]);
+        if let Some(queue) = &self.queue {
+            queue.put(&self.room[..self.length]);
         }
         if self.room.len() <= MAX_KEPT {
             let _ = KEPT.try_with(|kept| kept.set(Some(self)));
@@ -438,6 +467,24 @@ impl LogLine {
         let ahead = usize::from(number < 1_000) + usize::from(number < 100);
         self.put(&(u32::from_be_bytes(digits) << (8 * ahead)).to_be_bytes());
         self.length -= ahead;
+    }
+
+    fn dotted(&mut self, address: Ipv4Addr) {
+        let dotted = Dotted::new(address);
+        // All of its room is written: what comes next is written over what is too much.
+        self.put(dotted.room());
+        self.length -= dotted.room().len() - dotted.as_bytes().len();
+    }
+
+    /// Most have four digits.
+    fn code(&mut self, code: u16) {
+        let code = u32::from(code);
+        if (1_000..10_000).contains(&code) {
+            let ([thousands, hundreds], [tens, ones]) = (two_digits(code / 100), two_digits(code % 100));
+            self.put(&[thousands, hundreds, tens, ones]);
+        } else {
+            self.number(code.into());
+        }
     }
 
     fn flag(&mut self, flag: bool) {
@@ -562,7 +609,7 @@ fn copy(from: &[u8], to: &mut [u8]) {
 /// JSON takes it as it is: it has no quote, no backslash, and nothing below a space. Eight bytes at once: one by one they took as long
 /// as all else of a line.
 #[inline(never)]
-fn is_plain(bytes: &[u8]) -> bool {
+pub(crate) fn is_plain(bytes: &[u8]) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     const HIGHEST: u64 = u64::from_ne_bytes([0x80; 8]);
     // "Bit Twiddling Hacks", "Determine if a word has a byte less than n": exact for whether there is one.
@@ -622,10 +669,9 @@ fn two_digits(number: u32) -> [u8; 2] {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, time::Duration};
+    use std::sync::mpsc;
 
     use serde_json::json;
-    use tracing_appender::non_blocking::NonBlockingBuilder;
     use tracing_subscriber::{filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry};
 
     use super::*;
@@ -635,8 +681,8 @@ mod tests {
     fn moments() {
         // In one line after the other, since a line has what it needs from the one before.
         let mut line = LogLine::default();
-        let mut moment = |since| {
-            line.begin(UNIX_EPOCH + since);
+        let mut moment = |second, micros| {
+            line.begin(second, micros);
             let text = String::from_utf8_lossy(&line.room[..line.length]);
             text.strip_prefix("{\"timestamp\":\"").expect("a moment").to_owned()
         };
@@ -653,10 +699,10 @@ mod tests {
             (4_107_542_399, "2100-02-28T23:59:59.000000Z"),
             (4_107_542_400, "2100-03-01T00:00:00.000000Z"),
         ] {
-            assert_eq!(moment(Duration::from_secs(seconds)), expected);
+            assert_eq!(moment(seconds, 0), expected);
         }
-        assert_eq!(moment(Duration::from_nanos(1_000_042_999)), "1970-01-01T00:00:01.000042Z");
-        assert_eq!(moment(Duration::from_nanos(1_999_999_999)), "1970-01-01T00:00:01.999999Z");
+        assert_eq!(moment(1, 42), "1970-01-01T00:00:01.000042Z");
+        assert_eq!(moment(1, 999_999), "1970-01-01T00:00:01.999999Z");
     }
 
     /// Around each power of ten, and in a line that has to grow for it.
@@ -748,6 +794,8 @@ mod tests {
                     text = &**text,
                     bare = unquoted(text),
                     word = word("a word"),
+                    checked = checked(&**text, is_plain(text.as_bytes())),
+                    bare_checked = checked(unquoted(text), is_plain(text.as_bytes())),
                     some = Some(&**text).filter(|_| index % 2 == 0),
                     as_shown = Some(shown(format_args!("{number}{text}"))),
                     yes = index % 3 == 0,
@@ -760,7 +808,7 @@ mod tests {
                 let short = u16::try_from(number).ok();
                 let some = Some(&**text).filter(|_| index % 2 == 0);
                 let (as_shown, yes) = (format_args!("{number}{text}"), index % 3 == 0);
-                tracing::warn!(%address, number, short, text, bare = %text, word = "a word", some, %as_shown, yes, "a line");
+                tracing::warn!(%address, number, short, text, bare = %text, word = "a word", checked = text, bare_checked = %text, some, %as_shown, yes, "a line");
             }
         };
         let json = |lines| registry().with(lines);
@@ -823,9 +871,9 @@ mod tests {
         S: Subscriber + Send + Sync,
     {
         let (sender, lines) = mpsc::channel();
-        let (writer, guard) = NonBlockingBuilder::default().finish(Sent(sender));
-        tracing::subscriber::with_default(subscriber(JsonLines::new(writer)), said);
-        drop(guard);
+        let (queue, last) = LogQueue::start(Sent(sender)).expect("a thread");
+        tracing::subscriber::with_default(subscriber(JsonLines::new(queue)), said);
+        drop(last);
         let lines = lines.iter().collect::<Vec<_>>().concat();
         let without_time = |line: &str| {
             let (time, rest) = line.strip_prefix("{\"timestamp\":\"")?.split_once("\",")?;

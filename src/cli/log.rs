@@ -1,7 +1,4 @@
-//! Where log lines go: stdout, as JSON or text, from a thread of their own.
-//!
-//! A reader of the log that stops reading must not stop the proxy: lines wait in a bounded queue, and beyond it they
-//! are dropped.
+//! Where log lines go: stdout, as JSON or text, through a bounded queue.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -14,7 +11,6 @@ use std::{
 
 use anyhow::Context as _;
 use tracing::error;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     filter::Targets, fmt::layer as fmt_layer, layer::SubscriberExt as _, registry, reload, util::SubscriberInitExt as _,
 };
@@ -22,11 +18,9 @@ use tracing_subscriber::{
 use crate::{
     config::{self, LogFormat},
     log_lines::JsonLines,
+    log_queue::{LastLines, LogQueue},
     reload::Log,
 };
-
-/// Lines that may wait for the reader.
-const QUEUE: usize = 16 * 1024;
 
 /// What panics say goes to the log, except for what was formatted: that may be of a client's bytes.
 fn log_panics() {
@@ -45,7 +39,7 @@ fn log_panics() {
 /// The log of this process.
 struct Running {
     set_filter: Box<SetFilter>,
-    dropped: ErrorCounter,
+    queue: LogQueue,
 }
 
 type SetFilter = dyn Fn(Targets) -> Result<(), reload::Error> + Send + Sync;
@@ -57,7 +51,7 @@ impl Log for Running {
     }
 
     fn dropped(&self) -> u64 {
-        self.dropped.dropped_lines() as u64
+        self.queue.dropped()
     }
 }
 
@@ -67,12 +61,10 @@ impl fmt::Debug for Running {
     }
 }
 
-/// Sets the process's log up; what waits is written when the guard is dropped. The filter can be replaced.
-pub(super) fn init(config: &config::Log) -> anyhow::Result<(WorkerGuard, Arc<dyn Log>)> {
+/// Sets the process's log up. The filter can be replaced.
+pub(super) fn init(config: &config::Log) -> anyhow::Result<(LastLines, Arc<dyn Log>)> {
     let (filter, handle) = reload::Layer::new(Targets::from_str(&config.filter).context("log.filter")?);
-    let (writer, guard) =
-        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE).thread_name("log").finish(io::stdout());
-    let dropped = writer.error_counter();
+    let (queue, last) = LogQueue::start(io::stdout()).context("the log's thread")?;
     let json = match config.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
@@ -80,12 +72,12 @@ pub(super) fn init(config: &config::Log) -> anyhow::Result<(WorkerGuard, Arc<dyn
     };
     let subscriber = registry().with(filter);
     let result = if json {
-        subscriber.with(JsonLines::new(writer)).try_init()
+        subscriber.with(JsonLines::new(queue.clone())).try_init()
     } else {
-        let lines = fmt_layer().with_writer(writer).with_target(false).with_ansi(io::stdout().is_terminal());
+        let lines = fmt_layer().with_writer(queue.clone()).with_target(false).with_ansi(io::stdout().is_terminal());
         subscriber.with(lines).try_init()
     };
     result.map_err(|error| anyhow::anyhow!("the log is set up already: {error}"))?;
     log_panics();
-    Ok((guard, Arc::new(Running { set_filter: Box::new(move |filter| handle.reload(filter)), dropped })))
+    Ok((last, Arc::new(Running { set_filter: Box::new(move |filter| handle.reload(filter)), queue })))
 }

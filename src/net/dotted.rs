@@ -11,28 +11,48 @@ pub(crate) struct Dotted {
     length: usize,
 }
 
+/// Of each number: its digits, with a dot and what else there is room for.
+const NUMBERS: [[u8; 4]; 256] = {
+    let (mut numbers, mut number) = ([[b'.'; 4]; 256], 0_u8);
+    loop {
+        let digits = [b'0' + number / 100, b'0' + number / 10 % 10, b'0' + number % 10];
+        let (mut at, mut end) = (3 - length(number), 0);
+        while at < 3 {
+            numbers[number as usize][end] = digits[at];
+            (at, end) = (at + 1, end + 1);
+        }
+        if number == u8::MAX {
+            break numbers;
+        }
+        number += 1;
+    }
+};
+
+/// Digits.
+const fn length(number: u8) -> usize {
+    1 + (number >= 10) as usize + (number >= 100) as usize
+}
+
 impl Dotted {
     pub(crate) fn new(address: Ipv4Addr) -> Self {
         let (mut text, mut end) = ([0; 16], 0);
-        let mut push = |byte| {
-            text[end] = byte;
-            end += 1;
-        };
         for octet in address.octets() {
-            if octet >= 100 {
-                push(b'0' + octet / 100);
+            // Four numbers of four bytes fit: there is always room.
+            if let Some(room) = text[end..].first_chunk_mut() {
+                *room = NUMBERS[usize::from(octet)];
             }
-            if octet >= 10 {
-                push(b'0' + octet / 10 % 10);
-            }
-            push(b'0' + octet % 10);
-            push(b'.');
+            end += length(octet) + 1;
         }
         Self { text, length: end - 1 }
     }
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.text[..self.length]
+    }
+
+    /// With anything behind it.
+    pub(crate) const fn room(&self) -> &[u8; 16] {
+        &self.text
     }
 }
 

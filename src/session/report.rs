@@ -5,7 +5,7 @@ use std::{borrow::Cow, sync::Arc, time::Duration};
 use super::{About, Context, roster::Entry};
 use crate::{
     hub::{Digest, Known},
-    log_lines::{Shown, log_line, shown, unquoted, word},
+    log_lines::{self, Shown, checked, log_line, shown, unquoted, word},
     relay::{Cause, Gone, Initiator, Report},
     side::Side,
     upstream::{Load, Mode},
@@ -18,8 +18,14 @@ impl Context {
         for cause in abnormal(report) {
             self.metrics.abnormal(cause);
         }
-        self.metrics.delays_cut.inc_by(report.delay_cut.into());
-        self.metrics.crossed_messages.inc_by(report.counts[Side::Client as usize].crossed);
+        // Most have none of them, and all workers write to each count.
+        if report.delay_cut {
+            self.metrics.delays_cut.inc();
+        }
+        let crossed = report.counts[Side::Client as usize].crossed;
+        if crossed > 0 {
+            self.metrics.crossed_messages.inc_by(crossed);
+        }
     }
 }
 
@@ -86,6 +92,8 @@ pub(super) struct Open {
     key: u32,
     /// The log has its first line, and so gets its last one.
     is_told: bool,
+    /// If it is told: nothing has to be escaped where its texts are JSON. They are looked at once for both lines.
+    is_plain: bool,
     is_closed: bool,
     /// The endpoint has one more until both legs have ended.
     _load: Option<Load>,
@@ -101,8 +109,11 @@ impl Open {
         let Context { metrics, roster, log_sample: sample, .. } = &**context;
         let entry = Arc::new(Entry::new(about, endpoint, way));
         let is_told = *sample == 1 || *sample > 0 && rand::random_ratio(1, *sample);
+        let mut is_plain = false;
         if is_told {
             let Entry { path, request_id, route, endpoint, .. } = &*entry;
+            is_plain =
+                [&**path, &**request_id, &**route, &**endpoint].iter().all(|text| log_lines::is_plain(text.as_bytes()));
             let whose = entry.whose();
             log_line!(
                 INFO,
@@ -111,18 +122,18 @@ impl Open {
                 http = word(whose.http()),
                 tls = whose.tls().map(word),
                 sni = whose.sni(),
-                path = &**path,
-                request_id = &**request_id,
+                path = checked(&**path, is_plain),
+                request_id = checked(&**request_id, is_plain),
                 trace_id = entry.trace_id().map(shown),
-                route = unquoted(route),
-                endpoint = unquoted(endpoint),
+                route = checked(unquoted(route), is_plain),
+                endpoint = checked(unquoted(endpoint), is_plain),
                 way = word(way.as_str()),
                 key = key(entry.shared()),
             );
         }
         let key = roster.add(Arc::clone(&entry));
         metrics.sessions.inc();
-        Self { entry, context: Arc::clone(context), key, is_told, is_closed: false, _load: load }
+        Self { entry, context: Arc::clone(context), key, is_told, is_plain, is_closed: false, _load: load }
     }
 
     /// What its session shares with others.
@@ -164,11 +175,11 @@ impl Open {
             client = whose.address,
             tls = whose.tls().map(word),
             sni = whose.sni(),
-            path = &**path,
-            request_id = &**request_id,
+            path = checked(&**path, self.is_plain),
+            request_id = checked(&**request_id, self.is_plain),
             trace_id = self.entry.trace_id().map(shown),
-            route = unquoted(route),
-            endpoint = unquoted(endpoint),
+            route = checked(unquoted(route), self.is_plain),
+            endpoint = checked(unquoted(endpoint), self.is_plain),
             way = word(way.as_str()),
             key = key(self.entry.shared()),
             initiator = word(initiator(report.initiator)),

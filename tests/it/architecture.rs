@@ -16,6 +16,7 @@ const FLOORS: [&[&str]; 7] = [
         "drain",
         "gate",
         "log_lines",
+        "log_queue",
         "metrics",
         "net",
         "pool",
