@@ -48,7 +48,7 @@ pub trait Log: fmt::Debug + Send + Sync {
     /// Replaces its filter, or says what is wrong with the new one.
     fn set_filter(&self, filter: &str) -> Result<(), String>;
 
-    /// Lines that were dropped since whoever reads them was too slow.
+    /// Lines that were dropped since whoever reads them was too slow, or gone.
     fn dropped(&self) -> u64;
 }
 

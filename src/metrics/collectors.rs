@@ -130,7 +130,7 @@ impl fmt::Debug for LogCollector {
 impl Collector for LogCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let dropped = self.0.get().map_or(0, |count| count());
-        let help = "Log lines that were dropped since whoever reads them was too slow";
+        let help = "Log lines that were dropped since whoever reads them was too slow, or gone";
         let metric = encoder.encode_descriptor("log_lines_dropped", help, None, MetricType::Counter)?;
         ConstCounter::new(dropped).encode(metric)
     }

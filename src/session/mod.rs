@@ -196,8 +196,8 @@ impl Future for Running {
                 continue;
             }
             let report = relay.report();
-            context.count(&report);
-            about.close(&report);
+            let clean = context.count(&report);
+            about.close(&report, clean);
             *open = None;
             if let Some(Accounting { place, guard, counted }) = accounting.take() {
                 context.let_go(ended, Keeps::Place(place.last_half()));

@@ -12,11 +12,12 @@ use crate::{
 };
 
 impl Context {
-    pub(super) fn count(&self, report: &Report) {
+    /// Whether it ended in order.
+    pub(super) fn count(&self, report: &Report) -> bool {
         let clean = abnormal(report).next().is_none();
         self.metrics.close(initiator(report.initiator), report.code, clean, report.ending);
-        for cause in abnormal(report) {
-            self.metrics.abnormal(cause);
+        if !clean {
+            abnormal(report).for_each(|cause| self.metrics.abnormal(cause));
         }
         // Most have none of them, and all workers write to each count.
         if report.delay_cut {
@@ -26,6 +27,7 @@ impl Context {
         if crossed > 0 {
             self.metrics.crossed_messages.inc_by(crossed);
         }
+        clean
     }
 }
 
@@ -141,18 +143,15 @@ impl Open {
         &self.context
     }
 
-    pub(super) fn close(&mut self, report: &Report) {
+    pub(super) fn close(&mut self, report: &Report, clean: bool) {
         self.is_closed = true;
-        if !self.is_told && abnormal(report).next().is_none() {
+        if !self.is_told && clean {
             return;
         }
         let [from_client, from_backend] = report.counts;
         let [client_sent, backend_sent] = report.sent;
         let [client_got, backend_got] = report.got;
-        let mut causes = Cow::Borrowed("");
-        for cause in abnormal(report) {
-            causes = if causes.is_empty() { cause.into() } else { format!("{causes},{cause}").into() };
-        }
+        let causes = (!clean).then(|| abnormal(report).collect::<Vec<_>>().join(","));
         let why: Cow<'_, str> = match report.cause {
             Cause::Gone(side, Gone::Broke(violation)) => format!("{}: {violation}", side.as_str()).into(),
             Cause::Drain => "drain".into(),
@@ -190,8 +189,8 @@ impl Open {
             client_got,
             backend_sent,
             backend_got,
-            clean = causes.is_empty(),
-            abnormal = (!causes.is_empty()).then_some(&*causes),
+            clean,
+            abnormal = causes.as_deref(),
             why = (!why.is_empty()).then_some(&*why),
             duration_ms = millis(begun.elapsed()),
             ending_ms = millis(report.ending),
