@@ -3,7 +3,8 @@
 //! A reader that stops reading must not stop the proxy: beyond a bound lines are dropped, and counted.
 //!
 //! tracing-appender has such a thread, too. There each line is an allocation, wakes the thread, and is a `write()`: for a session's two
-//! lines that took as many instructions as to write them. Here lines that come soon after each other are written together.
+//! lines that took a quarter of all that they cost. Here lines that come soon after each other are written together, as far as a pipe
+//! takes them as a whole.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -15,8 +16,10 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Bytes that may wait for the reader: some 16,000 lines of sessions.
-const MAX_WAITING: usize = 8 * 1024 * 1024;
+/// Bytes that may wait for the reader, beside as many that are being written: some 16,000 lines of sessions in all.
+const MAX_WAITING: usize = 4 * 1024 * 1024;
+/// Bytes that a pipe takes as a whole or not at all (`PIPE_BUF` in pipe(7)): others may write to it too, and no line is to be cut.
+const MAX_WRITE: usize = 4096;
 /// Room in bytes that is kept for lines to come.
 const MAX_KEPT: usize = 64 * 1024;
 /// How long lines wait for others to be written with them, where some were written just before.
@@ -39,6 +42,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Waiting {
+    /// Ends with a line's end.
     lines: Vec<u8>,
     /// Lines that nobody will read.
     dropped: u64,
@@ -68,7 +72,13 @@ impl LogQueue {
             waiting.dropped += 1;
             return;
         }
-        waiting.lines.extend_from_slice(line);
+        let Waiting { lines, .. } = &mut *waiting;
+        if lines.capacity() - lines.len() < line.len() {
+            // Twice as much as ever, but no more than is needed at most.
+            let wanted = (2 * lines.capacity()).max(MAX_KEPT).clamp(lines.len() + line.len(), MAX_WAITING);
+            lines.reserve_exact(wanted - lines.len());
+        }
+        lines.extend_from_slice(line);
         let is_asleep = mem::take(&mut waiting.is_asleep);
         drop(waiting);
         if is_asleep {
@@ -113,10 +123,10 @@ impl Shared {
     }
 
     fn write_to(&self, mut writer: impl Write) {
-        let mut lines = Vec::new();
+        let (mut lines, mut is_cut) = (Vec::new(), false);
         while self.take(&mut lines) {
-            if let Err(unwritten) = write_all(&mut writer, &lines) {
-                self.lock().dropped += unwritten;
+            if let Err(lost) = write_all(&mut writer, &lines, &mut is_cut) {
+                self.lock().dropped += lost;
             }
             lines.clear();
             lines.shrink_to(MAX_KEPT);
@@ -140,20 +150,46 @@ impl Shared {
     }
 }
 
-/// Err: so many lines could not be written.
-fn write_all(writer: &mut impl Write, mut lines: &[u8]) -> Result<(), u64> {
+/// Writes them, behind a line's end if what was written last is no whole line.
+///
+/// # Errors
+///
+/// So many lines could not be written.
+fn write_all(writer: &mut impl Write, mut lines: &[u8], is_cut: &mut bool) -> Result<(), u64> {
+    let lost = |lines: &[u8]| lines.split_inclusive(|byte| *byte == b'\n').count() as u64;
+    if *is_cut {
+        write(writer, b"\n").map_err(|_| lost(lines))?;
+        *is_cut = false;
+    }
     while !lines.is_empty() {
-        match writer.write(lines) {
-            Ok(written) if written > 0 => lines = &lines[written..],
+        let written = write(writer, &lines[..whole_lines(lines)]).map_err(|_| lost(lines))?;
+        *is_cut = lines[written - 1] != b'\n';
+        lines = &lines[written..];
+    }
+    Ok(())
+}
+
+/// Some of it, however long that takes.
+fn write(writer: &mut impl Write, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match writer.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             // Another process that has it too has made it so.
             Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(PAUSE),
-            _ => return Err(lines.split_inclusive(|byte| *byte == b'\n').count() as u64),
+            result => return result,
         }
     }
-    // What it still has goes out with the next ones.
-    let _ = writer.flush();
-    Ok(())
+}
+
+/// The length of as many whole lines as are written at once; of the first one, if that is longer.
+fn whole_lines(lines: &[u8]) -> usize {
+    let is_end = |byte: &u8| *byte == b'\n';
+    let (first, rest) = lines.split_at(lines.len().min(MAX_WRITE));
+    match first.iter().rposition(is_end) {
+        Some(last) => last + 1,
+        None => first.len() + rest.iter().position(is_end).map_or(rest.len(), |end| end + 1),
+    }
 }
 
 /// Dropped, it waits until what was said is written; for a second, if nobody reads it.
@@ -256,15 +292,44 @@ mod tests {
         queue.put(b"first\n");
         assert_eq!([read.recv(), read.recv()].map(Result::unwrap), [b"fir".to_vec(), b"st\n".to_vec()]);
         queue.put(b"second\n");
-        queue.put(b"third\n");
-        for told in [Err(ErrorKind::BrokenPipe.into()), Ok(0), Ok(100)] {
+        for told in [Ok(3), Err(ErrorKind::StorageFull.into())] {
             order.send(told).expect("it waits");
         }
+        assert_eq!(read.recv().unwrap(), b"sec");
+        // What is written next is a line of its own, as soon as there is room for its beginning.
+        while queue.dropped() == 0 {
+            thread::yield_now();
+        }
+        queue.put(b"third\n");
+        order.send(Ok(0)).expect("it waits");
+        while queue.dropped() == 1 {
+            thread::yield_now();
+        }
+        queue.put(b"fourth\n");
         drop(order);
         drop(last);
         queue.put(b"too late\n");
-        assert_eq!(read.try_iter().flatten().collect::<Vec<_>>(), b"");
+        assert_eq!(read.try_iter().flatten().collect::<Vec<_>>(), b"\nfourth\n");
         assert_eq!(queue.dropped(), 2);
+    }
+
+    /// No write has a part of a line, nor more than a pipe takes as a whole, but for a line that is longer.
+    #[test]
+    fn writes_are_of_whole_lines() {
+        let (queue, last, order, read) = queue();
+        let lines: Vec<_> = (0..1_000).map(|line| "x".repeat(line * 7 % 5_000) + "\n").collect();
+        for line in &lines {
+            queue.put(line.as_bytes());
+        }
+        drop(order);
+        drop(last);
+        let writes: Vec<_> = read.try_iter().collect();
+        assert!(writes.len() < lines.len());
+        for write in &writes {
+            let count = write.split_inclusive(|byte| *byte == b'\n').count();
+            assert!(write.ends_with(b"\n") && (write.len() <= MAX_WRITE || count == 1), "{} {count}", write.len());
+        }
+        assert_eq!(writes.concat(), lines.concat().as_bytes());
     }
 
     /// Nobody reads: the end comes all the same.

@@ -3,7 +3,9 @@
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
     fmt,
+    fs::File,
     io::{self, IsTerminal as _, Write as _},
+    os::fd::AsFd as _,
     panic,
     str::FromStr as _,
     sync::Arc,
@@ -64,7 +66,9 @@ impl fmt::Debug for Running {
 /// Sets the process's log up. The filter can be replaced.
 pub(super) fn init(config: &config::Log) -> anyhow::Result<(LastLines, Arc<dyn Log>)> {
     let (filter, handle) = reload::Layer::new(Targets::from_str(&config.filter).context("log.filter")?);
-    let (queue, last) = LogQueue::start(io::stdout()).context("the log's thread")?;
+    // Without the buffer of `io::stdout()`, and without its lock, which others would wait for while the reader does not read.
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned().context("stdout")?);
+    let (queue, last) = LogQueue::start(stdout).context("the log's thread")?;
     let json = match config.format {
         LogFormat::Json => true,
         LogFormat::Text => false,

@@ -70,7 +70,7 @@ const LAST_HANDSHAKES: Duration = Duration::from_secs(1);
 enum Batch {
     /// The queue may hold more.
     Full,
-    /// The queue is empty.
+    /// The queue is empty, or whoever is in it has made it ready anew.
     Empty,
     /// There is no place for one more.
     NoPlace,
@@ -112,7 +112,7 @@ pub async fn accept_loop(
         backoff.after(batch?, door).await;
     }
     loop {
-        match take(listener.get_ref(), door, &mut serve) {
+        match take(listener.get_ref(), usize::MAX, door, &mut serve) {
             Batch::Empty => return Ok(()),
             batch => backoff.after(batch, door).await,
         }
@@ -126,19 +126,31 @@ async fn batch(
     serve: &mut impl FnMut(StdStream, SocketAddr, Place),
 ) -> io::Result<Batch> {
     let mut ready = listener.readable().await?;
-    let batch = take(listener.get_ref(), door, serve);
+    // An accept() that finds none has allocated a socket before it looked (`do_accept` in net/socket.c): to ask how many there are takes
+    // a third of that. Whoever comes later makes the queue ready anew. 0 is also what a kernel says that does not tell (gVisor).
+    let length = match listener.get_ref().queue() {
+        Ok(queue) if queue.length > 0 => queue.length as usize,
+        _ => usize::MAX,
+    };
+    let batch = take(listener.get_ref(), length, door, serve);
     if matches!(batch, Batch::Empty) {
         ready.clear_ready();
     }
     Ok(batch)
 }
 
-fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, SocketAddr, Place)) -> Batch {
-    // An accept() that finds none has allocated a socket before it looked (`do_accept` in net/socket.c): to ask how many there are takes
-    // a third of that. Whoever comes later wakes the loop anew.
-    let length = listener.queue().map_or(usize::MAX, |queue| queue.length as usize);
+/// Takes as many as there are known to be, up to a batch; all of the queue, if one of them fails.
+fn take(
+    listener: &Listener,
+    mut length: usize,
+    door: &Door,
+    serve: &mut impl FnMut(StdStream, SocketAddr, Place),
+) -> Batch {
     let mut failed = 0;
-    for _ in 0..length.min(BATCH) {
+    for taken in 0..BATCH {
+        if taken == length {
+            return Batch::Empty;
+        }
         let Some(place) = door.admission.enter() else { return Batch::NoPlace };
         let error = match listener.accept() {
             Ok((stream, peer)) => {
@@ -154,6 +166,8 @@ fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, Sock
             door.metrics.accept_error("connection");
             debug!(%error, "a connection failed before it was accepted");
             failed += 1;
+            // It may still be there, where nothing would say so anew.
+            length = usize::MAX;
             if failed == BATCH {
                 return Batch::Shortage("connection", error);
             }
@@ -167,7 +181,7 @@ fn take(listener: &Listener, door: &Door, serve: &mut impl FnMut(StdStream, Sock
         }
         return Batch::Shortage(name, error);
     }
-    if length > BATCH { Batch::Full } else { Batch::Empty }
+    Batch::Full
 }
 
 /// Of all loops together.

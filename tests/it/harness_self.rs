@@ -63,9 +63,12 @@ fn no_rst_notices_a_reset_by_the_middle() {
     let t = Scene::copying().start();
     t.no_rst();
     let closed = SocketAddr::new(t.lab().address(Side::Proxy, Side::Client), 1);
-    let dial = async move || TcpStream::connect(closed).await.map_err(|e| e.kind());
-    let refused = t.lab().spawn_in(Side::Client, dial).join();
-    assert_eq!(refused.unwrap_err(), ErrorKind::ConnectionRefused);
+    // One more than may be answers to what a busy host has sent twice.
+    for _ in 0..=t.counters(Side::Proxy).excused() {
+        let dial = async move || TcpStream::connect(closed).await.map_err(|e| e.kind());
+        let refused = t.lab().spawn_in(Side::Client, dial).join();
+        assert_eq!(refused.unwrap_err(), ErrorKind::ConnectionRefused);
+    }
     if t.lab().counts_are_exact() {
         let noticed = catch_unwind(AssertUnwindSafe(|| t.no_rst()));
         assert!(noticed.is_err(), "{:?}", t.counters(Side::Proxy));
