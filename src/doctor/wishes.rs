@@ -95,8 +95,8 @@ pub(super) struct Plan {
 }
 
 /// Descriptors that are open before the first client, besides those that were inherited, the accept queues and the admin
-/// listener: those of the main thread's runtime and signals, and those of each worker's.
-const OPEN: u64 = 7;
+/// listener: those of the main thread's runtime and signals and the log's, and those of each worker's.
+const OPEN: u64 = 8;
 const OPEN_PER_WORKER: u64 = 4;
 
 /// What the process takes before the first client, in bytes. What is used now would be that of whoever runs here already.
