@@ -234,6 +234,7 @@ mod tests {
 
     type Orders = mpsc::Sender<io::Result<usize>>;
 
+    /// The reader's end is there until the thread has ended, however long that takes here.
     fn queue() -> (LogQueue, LastLines, Orders, mpsc::Receiver<Vec<u8>>) {
         let ((order, orders), (written, read)) = (mpsc::channel(), mpsc::channel());
         let (queue, last) = LogQueue::start(Reader { orders, written }).expect("a thread");
@@ -252,7 +253,7 @@ mod tests {
             }
         });
         drop(last);
-        let text = String::from_utf8(read.try_iter().flatten().collect()).expect("text");
+        let text = String::from_utf8(read.iter().flatten().collect()).expect("text");
         for thread in 0..4 {
             let prefix = format!("{thread} ");
             let lines = text.lines().filter_map(|line| line.strip_prefix(&prefix)).map(str::parse::<u32>);
@@ -277,7 +278,7 @@ mod tests {
         assert_eq!(queue.dropped(), dropped + 1);
         drop(order);
         drop(last);
-        let bytes: Vec<u8> = read.try_iter().flatten().collect();
+        let bytes: Vec<u8> = read.iter().flatten().collect();
         assert!(bytes.chunks(1024).all(|chunk| chunk == line));
         assert_eq!(bytes.len() as u64 / 1024, 20_000 - dropped);
     }
@@ -309,7 +310,7 @@ mod tests {
         drop(order);
         drop(last);
         queue.put(b"too late\n");
-        assert_eq!(read.try_iter().flatten().collect::<Vec<_>>(), b"\nfourth\n");
+        assert_eq!(read.iter().flatten().collect::<Vec<_>>(), b"\nfourth\n");
         assert_eq!(queue.dropped(), 2);
     }
 
@@ -323,7 +324,7 @@ mod tests {
         }
         drop(order);
         drop(last);
-        let writes: Vec<_> = read.try_iter().collect();
+        let writes: Vec<_> = read.iter().collect();
         assert!(writes.len() < lines.len());
         for write in &writes {
             let count = write.split_inclusive(|byte| *byte == b'\n').count();
